@@ -1,0 +1,1 @@
+"""Alignment of vision-language models (CLIP-ViT + projector + LLaMA) in JAX."""
