@@ -1,0 +1,20 @@
+"""Activation functions under the names Hugging Face configs use."""
+
+import functools
+
+import jax
+
+
+def quick_gelu(x):
+  """x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+  "quick_gelu": quick_gelu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+  "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "silu": jax.nn.silu,
+  "relu": jax.nn.relu,
+}

@@ -1,0 +1,140 @@
+"""CLIP's vision transformer, up to the last layer whose features are used (Radford et al. 2021)."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+from flax import nnx
+
+from vlalign_jax.models import activations, attention, stack
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  width: int
+  mlp_width: int
+  layers: int  # as many as are run: the highest of feature_layers
+  heads: int
+  image_size: int
+  patch_size: int
+  activation: str
+  norm_epsilon: float
+  # Hidden states that are the features, concatenated: 0 is the input of the first layer, l the
+  # output of layer l.
+  feature_layers: tuple[int, ...]
+  keep_class_token: bool
+
+  @property
+  def patches(self) -> int:
+    return (self.image_size // self.patch_size) ** 2
+
+  @property
+  def tokens_per_image(self) -> int:
+    return self.patches + self.keep_class_token
+
+  @property
+  def feature_width(self) -> int:
+    return self.width * len(self.feature_layers)
+
+
+class VisionAttention(nnx.Module):
+  def __init__(self, config: VisionConfig, linear, rngs):
+    self.heads = config.heads
+    self.query = linear(config.width, config.width, rngs=rngs)
+    self.key = linear(config.width, config.width, rngs=rngs)
+    self.value = linear(config.width, config.width, rngs=rngs)
+    self.out = linear(config.width, config.width, rngs=rngs)
+
+  def __call__(self, x):
+    heads = (*x.shape[:-1], self.heads, -1)
+    mixed = attention.attend(
+      self.query(x).reshape(heads), self.key(x).reshape(heads), self.value(x).reshape(heads)
+    )
+    return self.out(mixed.reshape(x.shape))
+
+
+class VisionMlp(nnx.Module):
+  def __init__(self, config: VisionConfig, linear, rngs):
+    self.activation = config.activation
+    self.up = linear(config.width, config.mlp_width, rngs=rngs)
+    self.down = linear(config.mlp_width, config.width, rngs=rngs)
+
+  def __call__(self, x):
+    return self.down(activations.ACTIVATIONS[self.activation](self.up(x)))
+
+
+class VisionLayer(nnx.Module):
+  def __init__(self, config: VisionConfig, linear, norm, rngs):
+    self.attention_norm = norm(config.width, rngs=rngs)
+    self.attention = VisionAttention(config, linear, rngs)
+    self.mlp_norm = norm(config.width, rngs=rngs)
+    self.mlp = VisionMlp(config, linear, rngs)
+
+  def __call__(self, x):
+    x = x + self.attention(self.attention_norm(x))
+    return x + self.mlp(self.mlp_norm(x))
+
+
+class VisionTower(nnx.Module):
+  """Pixels to patch features."""
+
+  def __init__(self, config: VisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    self.config = config
+    self.dtype = dtype
+    linear = functools.partial(
+      nnx.Linear,
+      dtype=dtype,
+      param_dtype=param_dtype,
+      kernel_init=nnx.initializers.normal(config.width**-0.5),
+    )
+    norm = functools.partial(
+      nnx.LayerNorm,
+      epsilon=config.norm_epsilon,
+      dtype=dtype,
+      param_dtype=param_dtype,
+      use_fast_variance=False,
+    )
+    # Weights of the patch convolution, flattened in the order row, column, channel.
+    self.patch_embedding = linear(config.patch_size**2 * 3, config.width, use_bias=False, rngs=rngs)
+    normal = nnx.initializers.normal(config.width**-0.5)
+    self.class_embedding = nnx.Param(normal(rngs.params(), (config.width,), param_dtype))
+    self.position_embedding = nnx.Param(
+      normal(rngs.params(), (config.patches + 1, config.width), param_dtype)
+    )
+    self.input_norm = norm(config.width, rngs=rngs)
+    if config.layers:
+      self.layers = stack.build_stack(
+        lambda rngs: VisionLayer(config, linear, norm, rngs), config.layers, rngs
+      )
+
+  def __call__(self, pixels, *, remat: str = "none"):
+    """Features of images.
+
+    Args:
+      pixels: float[N, H, W, 3], normalised, H = W = config.image_size.
+      remat: see `stack.REMAT_NAMES`.
+
+    Returns:
+      [N, P, F] in the tower's dtype: P = config.tokens_per_image, F = config.feature_width.
+    """
+    config = self.config
+    N, size, patch = pixels.shape[0], config.image_size, config.patch_size
+    side = size // patch
+    # A stride-p convolution with p x p kernels leaves out what remains at the right and bottom.
+    pixels = pixels[:, : side * patch, : side * patch].astype(self.dtype)
+    patches = pixels.reshape(N, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+    x = self.patch_embedding(patches.reshape(N, side * side, patch * patch * 3))
+    first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (N, 1, config.width))
+    x = jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(self.dtype)
+    x = self.input_norm(x)
+
+    several = len(config.feature_layers) > 1
+    hidden = [x] if 0 in config.feature_layers else [None]
+    if config.layers:
+      last, outputs = stack.run_stack(
+        self.layers, x, lambda layer, x: layer(x), remat=remat, collect=several
+      )
+      # Without `several` only the last output exists, and it is the one that is asked for.
+      hidden += [None] * (config.layers - 1) + [last] if not several else list(outputs)
+    features = jnp.concatenate([hidden[layer] for layer in config.feature_layers], axis=-1)
+    return features if config.keep_class_token else features[:, 1:]

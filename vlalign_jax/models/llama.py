@@ -1,0 +1,111 @@
+"""LLaMA decoders and language models of that architecture (Touvron et al. 2023)."""
+
+import dataclasses
+import functools
+
+from flax import nnx
+
+from vlalign_jax.models import activations, attention, rope, stack
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageConfig:
+  vocab_size: int  # rows of the embedding; may exceed the tokenizer's
+  width: int
+  mlp_width: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  norm_epsilon: float
+  rope: rope.RopeConfig
+  tied_embeddings: bool = False
+  attention_bias: bool = False
+  mlp_bias: bool = False
+  activation: str = "silu"
+
+
+class LanguageAttention(nnx.Module):
+  def __init__(self, config: LanguageConfig, linear, rngs):
+    self.head_dim = config.head_dim
+    linear = functools.partial(linear, use_bias=config.attention_bias)
+    self.query = linear(config.width, config.heads * config.head_dim, rngs=rngs)
+    self.key = linear(config.width, config.kv_heads * config.head_dim, rngs=rngs)
+    self.value = linear(config.width, config.kv_heads * config.head_dim, rngs=rngs)
+    self.out = linear(config.heads * config.head_dim, config.width, rngs=rngs)
+
+  def __call__(self, x, rotation, segments, branches):
+    B, T, _ = x.shape
+    split = (B, T, -1, self.head_dim)
+    query = rope.rotate(self.query(x).reshape(split), *rotation)
+    key = rope.rotate(self.key(x).reshape(split), *rotation)
+    value = self.value(x).reshape(split)
+    mixed = attention.attend_rows(query, key, value, segments, branches)
+    return self.out(mixed.reshape(B, T, -1))
+
+
+class LanguageMlp(nnx.Module):
+  def __init__(self, config: LanguageConfig, linear, rngs):
+    self.activation = config.activation
+    linear = functools.partial(linear, use_bias=config.mlp_bias)
+    self.gate = linear(config.width, config.mlp_width, rngs=rngs)
+    self.up = linear(config.width, config.mlp_width, rngs=rngs)
+    self.down = linear(config.mlp_width, config.width, rngs=rngs)
+
+  def __call__(self, x):
+    return self.down(activations.ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+
+
+class LanguageLayer(nnx.Module):
+  def __init__(self, config: LanguageConfig, linear, norm, rngs):
+    self.attention_norm = norm(config.width, rngs=rngs)
+    self.attention = LanguageAttention(config, linear, rngs)
+    self.mlp_norm = norm(config.width, rngs=rngs)
+    self.mlp = LanguageMlp(config, linear, rngs)
+
+  def __call__(self, x, rotation, segments, branches):
+    x = x + self.attention(self.attention_norm(x), rotation, segments, branches)
+    return x + self.mlp(self.mlp_norm(x))
+
+
+class LanguageModel(nnx.Module):
+  """Token embedding, decoder layers, final norm and the output head."""
+
+  def __init__(self, config: LanguageConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    self.config = config
+    types = {"dtype": dtype, "param_dtype": param_dtype}
+    normal = nnx.initializers.normal(config.width**-0.5)
+    linear = functools.partial(nnx.Linear, kernel_init=normal, **types)
+    norm = functools.partial(nnx.RMSNorm, epsilon=config.norm_epsilon, **types)
+    self.embedding = nnx.Embed(
+      config.vocab_size, config.width, embedding_init=normal, rngs=rngs, **types
+    )
+    self.layers = stack.build_stack(
+      lambda rngs: LanguageLayer(config, linear, norm, rngs), config.layers, rngs
+    )
+    self.norm = norm(config.width, rngs=rngs)
+    if not config.tied_embeddings:
+      self.head = linear(config.width, config.vocab_size, use_bias=False, rngs=rngs)
+
+  def __call__(self, x, positions, segments, branches, *, remat: str = "none"):
+    """Hidden states after the final norm.
+
+    Args:
+      x: float[B, T, D], token embeddings with image features in their places.
+      positions, segments, branches: int32[B, T], see ARCHITECTURE.md, "Rows".
+      remat: see `stack.REMAT_NAMES`.
+
+    Returns:
+      [B, T, D] in the model's dtype.
+    """
+    rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
+    x, _ = stack.run_stack(
+      self.layers, x, lambda layer, x: layer(x, rotation, segments, branches), remat=remat
+    )
+    return self.norm(x)
+
+  def head_kernel(self):
+    """[D, V], the matrix that turns hidden states into logits, in its stored dtype."""
+    if self.config.tied_embeddings:
+      return self.embedding.embedding[...].T
+    return self.head.kernel[...]

@@ -1,0 +1,43 @@
+"""A stack of equal layers: parameters carry a leading layer axis, one compiled body runs them all."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+REMAT_POLICIES = {
+  # Name in `model.remat` -> what the backward pass finds saved instead of computing it again.
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "save_matmuls": jax.checkpoint_policies.dots_saveable,
+  "save_weight_matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+REMAT_NAMES = ("none", *REMAT_POLICIES)
+
+
+def build_stack(make_layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs):
+  """Builds `layers` independent copies of a module, stacked along a new first parameter axis."""
+  return nnx.vmap(make_layer, in_axes=(0,), out_axes=0)(rngs.fork(split=layers))
+
+
+def run_stack(layers: nnx.Module, x, call, *, remat: str, collect: bool = False):
+  """Applies stacked layers one after the other.
+
+  Args:
+    layers: what `build_stack` returned.
+    x: the array that enters the first layer; every layer keeps its shape.
+    call: `(layer, x) -> x`.
+    remat: one of REMAT_NAMES.
+    collect: also return each layer's output.
+
+  Returns:
+    The last layer's output, and the outputs of all layers [L, ...] (None unless `collect`).
+  """
+  graphdef, params = nnx.split(layers)
+
+  def body(x, layer_params):
+    x = call(nnx.merge(graphdef, layer_params), x)
+    return x, (x if collect else None)
+
+  if remat != "none":
+    body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+  return jax.lax.scan(body, x, params)

@@ -1,0 +1,113 @@
+"""The vision-language model: vision tower, projector and language model over rows."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlalign_jax.models.clip import VisionConfig, VisionTower
+from vlalign_jax.models.llama import LanguageConfig, LanguageModel
+from vlalign_jax.models.projector import ProjectorConfig, build_projector
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  vision: VisionConfig
+  projector: ProjectorConfig
+  language: LanguageConfig
+  image_token_id: int
+  # Pixels enter the tower as (value * rescale_factor - mean) / std.
+  image_mean: tuple[float, float, float]
+  image_std: tuple[float, float, float]
+  rescale_factor: float = 1 / 255
+
+  @property
+  def tokens_per_image(self) -> int:
+    return self.vision.tokens_per_image
+
+
+class VisionLanguageModel(nnx.Module):
+  def __init__(
+    self,
+    config: ModelConfig,
+    *,
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+    remat: str = "none",
+    rngs: nnx.Rngs,
+  ):
+    self.config = config
+    self.remat = remat
+    types = {"dtype": dtype, "param_dtype": param_dtype}
+    self.vision = VisionTower(config.vision, rngs=rngs, **types)
+    self.projector = build_projector(config.projector, rngs=rngs, **types)
+    self.language = LanguageModel(config.language, rngs=rngs, **types)
+
+  def image_features(self, images):
+    """Image embeddings of each row, in slot order.
+
+    Args:
+      images: [B, I, H, W, 3]; uint8 as decoded and resized, or float already normalised.
+
+    Returns:
+      [B, I * P, D] with P = config.tokens_per_image.
+    """
+    B, I = images.shape[:2]
+    pixels = images.reshape(B * I, *images.shape[2:])
+    if pixels.dtype == jnp.uint8:
+      mean, std = jnp.array(self.config.image_mean), jnp.array(self.config.image_std)
+      pixels = (pixels.astype(jnp.float32) * self.config.rescale_factor - mean) / std
+    features = self.projector(self.vision(pixels, remat=self.remat))
+    return features.reshape(B, -1, features.shape[-1])
+
+  def __call__(self, rows):
+    """Hidden states of rows, from which `head_kernel` makes logits.
+
+    Args:
+      rows: the dict of ARCHITECTURE.md, "Rows"; `images` may have I = 0.
+
+    Returns:
+      [B, T, D] after the final norm.
+    """
+    x = self.language.embedding(rows["tokens"])
+    if rows["images"].shape[1]:
+      features = self.image_features(rows["images"]).astype(x.dtype)
+      slots = rows["image_slots"][:, :, None]
+      x = jnp.where(slots >= 0, jnp.take_along_axis(features, jnp.maximum(slots, 0), axis=1), x)
+    return self.language(
+      x, rows["positions"], rows["segments"], rows["branches"], remat=self.remat
+    )
+
+  def head_kernel(self):
+    """[D, V], see LanguageModel.head_kernel."""
+    return self.language.head_kernel()
+
+
+def abstract_params(config: ModelConfig, **options):
+  """The model's structure without any arrays.
+
+  Args:
+    config: the architecture.
+    **options: dtype, param_dtype and remat of VisionLanguageModel.
+
+  Returns:
+    (graphdef, nested dict of jax.ShapeDtypeStruct); `nnx.merge(graphdef, params)` is the model.
+  """
+  model = nnx.eval_shape(lambda: VisionLanguageModel(config, rngs=nnx.Rngs(0), **options))
+  graphdef, state = nnx.split(model)
+  return graphdef, nnx.to_pure_dict(state)
+
+
+def logits(model: VisionLanguageModel, rows):
+  """float32[B, T, V] for every position: for small models and tests, never for training."""
+  hidden = model(rows)
+  kernel = model.head_kernel().astype(hidden.dtype)
+  return jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def init_params(config: ModelConfig, key: jax.Array, **options):
+  """(graphdef, nested dict of freshly initialised arrays); call under `jax.jit` to shard."""
+  model = VisionLanguageModel(config, rngs=nnx.Rngs(params=key), **options)
+  graphdef, state = nnx.split(model)
+  return graphdef, nnx.to_pure_dict(state)
