@@ -1,4 +1,4 @@
-"""A stack of equal layers: parameters carry a leading layer axis, one compiled body runs them all."""
+"""A stack of equal layers: parameters carry a layer axis, one compiled body runs them all."""
 
 from collections.abc import Callable
 

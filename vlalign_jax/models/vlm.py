@@ -75,9 +75,7 @@ class VisionLanguageModel(nnx.Module):
       features = self.image_features(rows["images"]).astype(x.dtype)
       slots = rows["image_slots"][:, :, None]
       x = jnp.where(slots >= 0, jnp.take_along_axis(features, jnp.maximum(slots, 0), axis=1), x)
-    return self.language(
-      x, rows["positions"], rows["segments"], rows["branches"], remat=self.remat
-    )
+    return self.language(x, rows["positions"], rows["segments"], rows["branches"], remat=self.remat)
 
   def head_kernel(self):
     """[D, V], see LanguageModel.head_kernel."""

@@ -1,0 +1,152 @@
+"""Next-token statistics from hidden states, without ever holding logits for a whole batch.
+
+Only positions with non-zero weight reach the vocabulary, a chunk of them at a time. In training the
+gradient is made in the same pass (the loss is a sum, so each chunk's gradient is known at once up
+to one scalar), which saves computing the logits a second time (Hsu et al. 2024, Liger Kernel, 3.2).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def _gather(x, order):
+  return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
+
+
+def _compact(hidden, targets, weights, shards: int, chunk: int):
+  """Per shard, brings positions with weight to the front, in order.
+
+  Returns:
+    hidden [S, N, D], targets and weights [S, N], the order int32[S, N] that was used, and the
+    number of chunks that hold anything, int32[]. N is a multiple of `chunk`.
+  """
+  S, D = shards, hidden.shape[-1]
+  hidden, targets, weights = (
+    hidden.reshape(S, -1, D),
+    targets.reshape(S, -1),
+    weights.reshape(S, -1),
+  )
+  order = jnp.argsort(weights == 0, axis=1, stable=True)
+  padding = -order.shape[1] % chunk
+  hidden, targets, weights = (_gather(x, order) for x in (hidden, targets, weights))
+  hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+  targets, weights = (jnp.pad(x, ((0, 0), (0, padding))) for x in (targets, weights))
+  counts = jnp.max(jnp.sum(weights != 0, axis=1))
+  return hidden, targets, weights, order, (counts + chunk - 1) // chunk
+
+
+def _slice(x, start, chunk):
+  return jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
+
+
+def _logits(hidden, kernel):
+  return jnp.einsum("SCD,DV->SCV", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def _is_target(logits, targets):
+  return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[:, :, None]
+
+
+def cross_entropy_sum(hidden, kernel, targets, weights, *, shards: int = 1, chunk: int = 128):
+  """Weighted sum of next-token cross-entropies, differentiable in `hidden` and `kernel`.
+
+  Args:
+    hidden: float[B, T, D].
+    kernel: float[D, V]; used in the dtype of `hidden`.
+    targets: int32[B, T].
+    weights: float32[B, T]; positions with weight 0 cost nothing.
+    shards: over how many devices B is split; B rows fall into this many contiguous blocks.
+    chunk: positions per shard whose logits exist at a time.
+
+  Returns:
+    float32[], sum over positions of -weight * log softmax(hidden @ kernel)[target].
+  """
+  return _cross_entropy_sum(hidden, kernel, targets, weights, shards, chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _cross_entropy_sum(hidden, kernel, targets, weights, shards, chunk):
+  losses, _ = token_statistics(hidden, kernel, targets, weights, shards=shards, chunk=chunk)
+  return jnp.sum(losses * weights)
+
+
+def _forward(hidden, kernel, targets, weights, shards, chunk):
+  with_kernel = kernel.perturbed
+  shape, kernel_dtype = hidden.value.shape, kernel.value.dtype
+  kernel = kernel.value.astype(hidden.value.dtype)
+  hidden, targets, weights, order, chunks = _compact(
+    hidden.value, targets.value, weights.value, shards, chunk
+  )
+
+  def body(i, carry):
+    total, hidden_grad, kernel_grad = carry
+    start = i * chunk
+    h, t, w = (_slice(x, start, chunk) for x in (hidden, targets, weights))
+    logits = _logits(h, kernel)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    is_target = _is_target(logits, t)
+    target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    total += jnp.sum(w * (normaliser - target_logits))
+    probabilities = jnp.exp(logits - normaliser[:, :, None])
+    grad = ((probabilities - is_target) * w[:, :, None]).astype(h.dtype)
+    h_grad = jnp.einsum("SCV,DV->SCD", grad, kernel)
+    hidden_grad = jax.lax.dynamic_update_slice_in_dim(hidden_grad, h_grad, start, axis=1)
+    if with_kernel:
+      # A sum per shard: adding over shards here would mean a reduction across devices per chunk.
+      kernel_grad += jnp.einsum("SCD,SCV->SDV", h, grad, preferred_element_type=jnp.float32)
+    return total, hidden_grad, kernel_grad
+
+  kernel_grad = jnp.zeros((shards, *kernel.shape) if with_kernel else (), jnp.float32)
+  carry = (jnp.zeros((), jnp.float32), jnp.zeros_like(hidden), kernel_grad)
+  total, hidden_grad, kernel_grad = jax.lax.fori_loop(0, chunks, body, carry)
+  hidden_grad = _gather(hidden_grad, jnp.argsort(order, axis=1)).reshape(shape)
+  kernel_grad = jnp.sum(kernel_grad, axis=0).astype(kernel_dtype) if with_kernel else None
+  return total, (hidden_grad, kernel_grad)
+
+
+def _backward(shards, chunk, residuals, cotangent):
+  hidden_grad, kernel_grad = residuals
+  return (
+    hidden_grad * cotangent.astype(hidden_grad.dtype),
+    None if kernel_grad is None else kernel_grad * cotangent.astype(kernel_grad.dtype),
+    None,
+    None,
+  )
+
+
+_cross_entropy_sum.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def token_statistics(hidden, kernel, targets, weights, *, shards: int = 1, chunk: int = 128):
+  """Cross-entropy and greedy correctness of each weighted position, without gradient.
+
+  Args:
+    hidden, kernel, targets, weights, shards, chunk: as in `cross_entropy_sum`.
+
+  Returns:
+    float32[B, T] cross-entropies and bool[B, T] whether the target is the argmax; 0 and False where
+    the weight is 0.
+  """
+  shape = targets.shape
+  kernel = kernel.astype(hidden.dtype)
+  hidden, targets, weights, order, chunks = _compact(hidden, targets, weights, shards, chunk)
+
+  def body(i, carry):
+    losses, correct = carry
+    start = i * chunk
+    h, t, w = (_slice(x, start, chunk) for x in (hidden, targets, weights))
+    logits = _logits(h, kernel)
+    target_logits = jnp.sum(jnp.where(_is_target(logits, t), logits, 0.0), axis=-1)
+    loss = jax.nn.logsumexp(logits, axis=-1) - target_logits
+    right = jnp.argmax(logits, axis=-1) == t
+    return (
+      jax.lax.dynamic_update_slice_in_dim(losses, jnp.where(w != 0, loss, 0.0), start, axis=1),
+      jax.lax.dynamic_update_slice_in_dim(correct, right & (w != 0), start, axis=1),
+    )
+
+  carry = (jnp.zeros(weights.shape, jnp.float32), jnp.zeros(weights.shape, bool))
+  losses, correct = jax.lax.fori_loop(0, chunks, body, carry)
+  back = jnp.argsort(order, axis=1)
+  return _gather(losses, back).reshape(shape), _gather(correct, back).reshape(shape)

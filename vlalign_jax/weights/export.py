@@ -1,0 +1,151 @@
+"""A trained model as a Hugging Face directory.
+
+With the `mlp` projector the result is what LlavaForConditionalGeneration loads. transformers has no
+name for the `linear` projector: such a model keeps the same files and names, with
+`"architectures": ["VlalignForConditionalGeneration"]` and `"projector_type": "linear"` in
+config.json and its tensors under `multi_modal_projector.linear` and `.norm`; it imports again here.
+"""
+
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors.numpy import save_file
+
+from vlalign_jax import trees
+from vlalign_jax.errors import InputError
+from vlalign_jax.weights import names
+from vlalign_jax.weights.source import IMAGE_TOKEN, Source
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def save_model_files(source: Source, directory: str, dtype: str) -> None:
+  """Writes everything but the weights: config, generation config, tokenizer, processor.
+
+  The vision tower ends at the last layer whose features are used: the layers behind it are not part
+  of the model. Its post_layernorm, which LLaVA never applies but transformers wants, is written
+  as identity.
+
+  Args:
+    source: the model.
+    directory: is made if need be; files there are overwritten.
+    dtype: what config.json says the weights are, such as "bfloat16".
+  """
+  os.makedirs(directory, exist_ok=True)
+  source.tokenizer.save_pretrained(directory)
+  source.images.save(directory)
+  source.generation.save_pretrained(directory)
+  hf, vision = source.hf.to_dict(), source.config.vision
+  hf["vision_config"]["num_hidden_layers"] = vision.layers
+  single = len(vision.feature_layers) == 1
+  hf["vision_feature_layer"] = -1 if single else list(vision.feature_layers)
+  hf["image_seq_length"] = source.config.tokens_per_image
+  hf["dtype"] = hf["text_config"]["dtype"] = hf["vision_config"]["dtype"] = dtype
+  hf["architectures"] = ["LlavaForConditionalGeneration"]
+  if source.config.projector.kind != "mlp":
+    hf["architectures"] = ["VlalignForConditionalGeneration"]
+    hf["projector_type"] = source.config.projector.kind
+  else:
+    hf.pop("projector_type", None)
+  _write_json(os.path.join(directory, "config.json"), hf)
+  processor = {
+    "processor_class": "LlavaProcessor",
+    "image_token": IMAGE_TOKEN,
+    "num_additional_image_tokens": 1,
+    "patch_size": vision.patch_size,
+    "vision_feature_select_strategy": "full" if vision.keep_class_token else "default",
+  }
+  _write_json(os.path.join(directory, "processor_config.json"), processor)
+
+
+def _write_json(path: str, content) -> None:
+  with open(path, "w", encoding="utf-8") as file:
+    json.dump(content, file, indent=2, sort_keys=True)
+    file.write("\n")
+
+
+def export_model(
+  source: Source,
+  params,
+  output: str,
+  *,
+  dtype: np.dtype | None = None,
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+  """Writes a complete Hugging Face directory; it appears whole or not at all.
+
+  Args:
+    source: the model that was trained.
+    params: nested dict of (sharded) arrays; every process must call, process 0 writes.
+    output: a directory that does not exist yet or is empty.
+    dtype: of the written weights; None: as they are.
+    max_shard_bytes: a file holds more only if one tensor alone does.
+
+  Raises:
+    InputError: `output` holds something already.
+  """
+  if os.path.isdir(output) and os.listdir(output):
+    raise InputError(f"{output} is not empty; choose another output directory or empty it")
+  flat = trees.flatten(params)
+  dtype = np.dtype(dtype or next(iter(flat.values())).dtype)
+  writes = jax.process_index() == 0
+  partial = output.rstrip("/") + ".partial"
+  if writes:
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    save_model_files(source, partial, dtype.name)
+  weight_map, shard, shard_bytes, shards = {}, {}, 0, []
+
+  def flush():
+    name = f"shard-{len(shards)}"
+    if writes:
+      save_file(shard, os.path.join(partial, name), metadata={"format": "pt"})
+    shards.append((name, list(shard)))
+
+  for name, tensor in _tensors(source, flat, dtype):
+    if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
+      flush()
+      shard, shard_bytes = {}, 0
+    shard[name] = tensor
+    shard_bytes += tensor.nbytes
+    weight_map[name] = tensor.nbytes
+  flush()
+  if writes:
+    _name_shards(partial, shards, sum(weight_map.values()))
+    if os.path.isdir(output):
+      os.rmdir(output)
+    os.rename(partial, output)
+
+
+def _name_shards(directory: str, shards: list[tuple[str, list[str]]], total: int) -> None:
+  if len(shards) == 1:
+    os.rename(os.path.join(directory, shards[0][0]), os.path.join(directory, "model.safetensors"))
+    return
+  weight_map = {}
+  for number, (temporary, tensors) in enumerate(shards, 1):
+    final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    os.rename(os.path.join(directory, temporary), os.path.join(directory, final))
+    weight_map |= dict.fromkeys(tensors, final)
+  index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+  _write_json(os.path.join(directory, "model.safetensors.index.json"), index)
+
+
+def _tensors(source: Source, flat, dtype: np.dtype):
+  """(name, tensor) one at a time, each gathered from its devices when asked for."""
+  for name in names.names_of(source.config):
+    param = flat[name.path]
+    layers = range(param.shape[0]) if name.stacked else (None,)
+    for layer in layers:
+      local = param if layer is None else param[layer]
+      if not local.is_fully_addressable:
+        local = multihost_utils.process_allgather(local, tiled=True)
+      tensor = names.to_tensor(name.kind, np.asarray(local).astype(dtype, copy=False))
+      yield names.exported(name.tensor.format(layer)), np.ascontiguousarray(tensor)
+  width = source.config.vision.width
+  for part, value in (("weight", 1), ("bias", 0)):
+    name = names.exported(f"vision.post_layernorm.{part}")
+    yield name, np.full((width,), value, dtype)

@@ -1,0 +1,136 @@
+"""Hugging Face configs to ours and back."""
+
+import json
+import os
+
+from transformers import AutoConfig, LlavaConfig
+
+from vlalign_jax.errors import InputError
+from vlalign_jax.models.activations import ACTIVATIONS
+from vlalign_jax.models.clip import VisionConfig
+from vlalign_jax.models.llama import LanguageConfig
+from vlalign_jax.models.projector import ProjectorConfig
+from vlalign_jax.models.rope import ROPE_KINDS, RopeConfig
+
+LANGUAGE_TYPES = ("llama",)
+VISION_TYPES = ("clip_vision_model",)
+
+
+def read_config(directory: str):
+  """The transformers config object of a model directory.
+
+  Raises:
+    InputError: there is no readable config.json.
+  """
+  path = os.path.join(directory, "config.json")
+  if not os.path.isfile(path):
+    raise InputError(f"{directory}: no config.json there; give a Hugging Face model directory")
+  try:
+    return AutoConfig.from_pretrained(directory)
+  except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+    raise InputError(f"{path}: not a config that transformers understands: {error}") from error
+
+
+def _check_activation(name: str, where: str) -> str:
+  if name not in ACTIVATIONS:
+    raise InputError(f"{where}: activation {name!r} is not one of {', '.join(ACTIVATIONS)}")
+  return name
+
+
+def feature_layers(index: int | list[int], layers: int, where: str) -> tuple[int, ...]:
+  """`vision_feature_layer` as hidden-state numbers 0..layers (0 is the input of layer 1)."""
+  wanted = [index] if isinstance(index, int) else list(index)
+  resolved = tuple(i + layers + 1 if i < 0 else i for i in wanted)
+  for given, layer in zip(wanted, resolved, strict=True):
+    if not 0 <= layer <= layers:
+      raise InputError(
+        f"{where}: vision_feature_layer {given} of a tower with {layers} layers; "
+        f"choose from {-layers - 1} to {layers}"
+      )
+  return resolved
+
+
+def vision_config(hf, index: int | list[int], strategy: str, where: str) -> VisionConfig:
+  """From a CLIPVisionConfig and the LLaVA settings that say which features are used."""
+  if hf.model_type not in VISION_TYPES:
+    raise InputError(
+      f"{where}: vision tower of type {hf.model_type!r}; supported: {', '.join(VISION_TYPES)}"
+    )
+  if hf.num_channels != 3:
+    raise InputError(f"{where}: num_channels is {hf.num_channels}; only RGB towers are supported")
+  if strategy not in ("default", "full"):
+    raise InputError(
+      f"{where}: vision_feature_select_strategy {strategy!r} is not 'default' or 'full'"
+    )
+  used = feature_layers(index, hf.num_hidden_layers, where)
+  return VisionConfig(
+    width=hf.hidden_size,
+    mlp_width=hf.intermediate_size,
+    layers=max(used),
+    heads=hf.num_attention_heads,
+    image_size=hf.image_size,
+    patch_size=hf.patch_size,
+    activation=_check_activation(hf.hidden_act, where),
+    norm_epsilon=hf.layer_norm_eps,
+    feature_layers=used,
+    keep_class_token=strategy == "full",
+  )
+
+
+def rope_config(hf, where: str) -> RopeConfig:
+  """From either spelling: transformers turns `rope_scaling` into `rope_parameters` on reading."""
+  rope = dict(hf.rope_parameters or {})
+  kind = rope.get("rope_type", "default")
+  if kind not in ROPE_KINDS:
+    raise InputError(f"{where}: RoPE of type {kind!r}; supported: {', '.join(ROPE_KINDS)}")
+  if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    raise InputError(f"{where}: partial_rotary_factor other than 1 is not supported")
+  return RopeConfig(
+    theta=float(rope.get("rope_theta", 10_000.0)),
+    kind=kind,
+    factor=float(rope.get("factor", 1.0)),
+    low_frequency_factor=float(rope.get("low_freq_factor", 1.0)),
+    high_frequency_factor=float(rope.get("high_freq_factor", 4.0)),
+    original_length=int(rope.get("original_max_position_embeddings") or hf.max_position_embeddings),
+  )
+
+
+def language_config(hf, where: str, *, tied: bool, vocab_size: int) -> LanguageConfig:
+  """From a LlamaConfig."""
+  if hf.model_type not in LANGUAGE_TYPES:
+    raise InputError(
+      f"{where}: language model of type {hf.model_type!r}; supported: {', '.join(LANGUAGE_TYPES)}"
+    )
+  return LanguageConfig(
+    vocab_size=vocab_size,
+    width=hf.hidden_size,
+    mlp_width=hf.intermediate_size,
+    layers=hf.num_hidden_layers,
+    heads=hf.num_attention_heads,
+    kv_heads=hf.num_key_value_heads,
+    head_dim=hf.head_dim,
+    norm_epsilon=hf.rms_norm_eps,
+    rope=rope_config(hf, where),
+    tied_embeddings=tied,
+    attention_bias=hf.attention_bias,
+    mlp_bias=hf.mlp_bias,
+    activation=_check_activation(hf.hidden_act, where),
+  )
+
+
+def parts_of(hf: LlavaConfig, where: str) -> tuple[VisionConfig, ProjectorConfig, LanguageConfig]:
+  """Our three configs from a LLaVA config (ours adds `projector_type`, see `weights.export`)."""
+  vision = vision_config(
+    hf.vision_config, hf.vision_feature_layer, hf.vision_feature_select_strategy, where
+  )
+  language = language_config(
+    hf.text_config, where, tied=hf.tie_word_embeddings, vocab_size=hf.text_config.vocab_size
+  )
+  projector = ProjectorConfig(
+    kind=getattr(hf, "projector_type", "mlp"),
+    in_width=vision.feature_width,
+    out_width=language.width,
+    activation=_check_activation(hf.projector_hidden_act, where),
+    use_bias=hf.multimodal_projector_bias,
+  )
+  return vision, projector, language

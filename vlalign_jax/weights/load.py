@@ -1,0 +1,152 @@
+"""Weights from files into sharded device arrays, one tensor at a time."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from vlalign_jax import trees
+from vlalign_jax.errors import InputError
+from vlalign_jax.models import vlm
+from vlalign_jax.training import checkpoints
+from vlalign_jax.weights import names
+from vlalign_jax.weights.source import Source
+from vlalign_jax.weights.tensors import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """A parameter with the tensors it is read from, one per layer if it is stacked."""
+
+  name: names.Name
+  tensors: tuple[Tensor, ...]
+
+  def read(self, layer: int, rows: int) -> np.ndarray:
+    """One layer's parameter; `rows` is the vocabulary size of the model."""
+    tensor = self.tensors[layer].read()
+    if self.name.kind.startswith("vocabulary") and tensor.shape[0] < rows:
+      # New tokens start as the mean of the old ones (Hewitt 2021): the model's distribution over
+      # the old vocabulary hardly changes.
+      mean = tensor.mean(axis=0, dtype=np.float64).astype(tensor.dtype)
+      new = np.broadcast_to(mean, (rows - tensor.shape[0], *mean.shape))
+      tensor = np.concatenate([tensor, new])
+    return names.to_param(self.name.kind, tensor)
+
+
+def resolve(source: Source, shapes: dict[str, tuple[int, ...]]) -> dict[str, Entry]:
+  """Finds every parameter's tensors and checks that names and shapes fit exactly.
+
+  Args:
+    source: from `open_source`.
+    shapes: path -> parameter shape of the whole model.
+
+  Returns:
+    path -> Entry for all parameters that are not fresh.
+
+  Raises:
+    InputError: names all missing, unexpected and wrongly shaped tensors.
+  """
+  config, wrong, used, entries = source.config, [], set(), {}
+  assembled = bool(source.fresh)
+  for name in names.names_of(config):
+    if name.path.startswith(source.fresh):
+      continue
+    shape = shapes[name.path]
+    layers = range(shape[0]) if name.stacked else (0,)
+    expected = names.tensor_shape(name.kind, shape[1:] if name.stacked else shape)
+    found = []
+    for layer in layers:
+      tensor = source.tensors.get(name.tensor.format(layer))
+      used.add(name.tensor.format(layer))
+      if tensor is None:
+        wrong.append(f"missing {name.tensor.format(layer)} {expected}")
+        continue
+      fits = tensor.shape == expected
+      if assembled and name.kind.startswith("vocabulary"):
+        fits = tensor.shape[1:] == expected[1:] and tensor.shape[0] <= expected[0]
+      if not fits:
+        wrong.append(f"{tensor.name} in {tensor.file} is {tensor.shape}, not {expected}")
+      found.append(tensor)
+    entries[name.path] = Entry(name, tuple(found))
+  for canonical, tensor in source.tensors.items():
+    if canonical not in used and not names.is_unused(canonical, config):
+      wrong.append(f"unexpected {tensor.name} {tensor.shape} in {tensor.file}")
+  if wrong:
+    raise InputError(
+      f"{len(wrong)} tensors do not fit the model that config.json describes:\n  "
+      + "\n  ".join(wrong)
+    )
+  return entries
+
+
+def load_params(source: Source, abstract, shardings, seed: int = 0):
+  """The model's parameters on the devices.
+
+  Host memory holds this process's part of one (stacked) parameter and one tensor at a time.
+
+  Args:
+    source: from `open_source`.
+    abstract: nested dict of jax.ShapeDtypeStruct, from `vlm.abstract_params`.
+    shardings: nested dict of jax.sharding.Sharding, same structure.
+    seed: for fresh parameters.
+
+  Returns:
+    Nested dict of jax.Array.
+  """
+  leaves, placement = trees.flatten(abstract), trees.flatten(shardings)
+  entries = resolve(source, {path: leaf.shape for path, leaf in leaves.items()})
+  loaded = _from_runs(source, leaves, placement)
+  rows = source.config.language.vocab_size
+  for path, entry in entries.items():
+    if path not in loaded:
+      loaded[path] = _place(
+        leaves[path],
+        placement[path],
+        len(entry.tensors) if entry.name.stacked else None,
+        lambda layer, entry=entry: entry.read(layer, rows),
+      )
+  fresh = [path for path in leaves if path not in loaded]
+  if fresh:
+    dtype = leaves[fresh[0]].dtype
+
+    def init(key):
+      params = trees.flatten(vlm.init_params(source.config, key, param_dtype=dtype)[1])
+      return {path: params[path] for path in fresh}
+
+    init = jax.jit(init, out_shardings={path: placement[path] for path in fresh})
+    loaded |= init(jax.random.key(seed))
+  return trees.unflatten({path: loaded[path] for path in leaves})
+
+
+def _from_runs(source: Source, leaves, placement) -> dict[str, jax.Array]:
+  loaded = {}
+  for directory, step in source.runs:
+    loaded |= checkpoints.restore_params(directory, step, leaves, placement)
+  return loaded
+
+
+def _place(leaf, sharding, layers: int | None, read: Callable[[int], np.ndarray]) -> jax.Array:
+  """Assembles a parameter from its layers, each read once and cut for all local devices."""
+  indices = sharding.addressable_devices_indices_map(leaf.shape)
+  blocks = {}  # devices that hold the same part share one block of host memory
+  for index in indices.values():
+    bounds = tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
+    if bounds not in blocks:
+      size = tuple(stop - start for start, stop, _ in bounds)
+      blocks[bounds] = np.empty(size, leaf.dtype)
+  for layer in range(layers or 1):
+    param = read(layer)
+    for bounds, block in blocks.items():
+      if layers is None:
+        block[...] = param[tuple(slice(*b) for b in bounds)]
+      elif bounds[0][0] <= layer < bounds[0][1]:
+        block[layer - bounds[0][0]] = param[tuple(slice(*b) for b in bounds[1:])]
+    del param
+  arrays = [
+    jax.device_put(
+      blocks[tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))], device
+    )
+    for device, index in indices.items()
+  ]
+  return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)

@@ -1,0 +1,177 @@
+"""Which Hugging Face tensor is which parameter: the one table that both import and export read."""
+
+import dataclasses
+import re
+
+import numpy as np
+
+from vlalign_jax.models.vlm import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+  """One parameter and its tensor.
+
+  Attributes:
+    path: our path, such as "language/layers/attention/query/kernel"; below ".../layers/" the
+      parameter is stacked over layers.
+    tensor: the tensor's name in the layout LlavaForConditionalGeneration saves, after
+      `canonical`; "{}" stands for the layer.
+    kind: how the tensor's axes become the parameter's, see `to_param`.
+  """
+
+  path: str
+  tensor: str
+  kind: str = "same"
+
+  @property
+  def stacked(self) -> bool:
+    return "{}" in self.tensor
+
+
+def _linear(path: str, tensor: str, use_bias: bool) -> list[Name]:
+  names = [Name(f"{path}/kernel", f"{tensor}.weight", "transposed")]
+  return names + ([Name(f"{path}/bias", f"{tensor}.bias")] if use_bias else [])
+
+
+def _layer_norm(path: str, tensor: str) -> list[Name]:
+  return [Name(f"{path}/scale", f"{tensor}.weight"), Name(f"{path}/bias", f"{tensor}.bias")]
+
+
+def _vision(config: ModelConfig) -> list[Name]:
+  names = [
+    Name("vision/class_embedding", "vision.embeddings.class_embedding"),
+    Name("vision/position_embedding", "vision.embeddings.position_embedding.weight"),
+    Name("vision/patch_embedding/kernel", "vision.embeddings.patch_embedding.weight", "patches"),
+    *_layer_norm("vision/input_norm", "vision.pre_layrnorm"),
+  ]
+  if not config.vision.layers:
+    return names
+  ours, theirs = "vision/layers", "vision.encoder.layers.{}"
+  for part, tensor in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+    names += _linear(f"{ours}/attention/{part}", f"{theirs}.self_attn.{tensor}", True)
+  return [
+    *names,
+    *_linear(f"{ours}/attention/out", f"{theirs}.self_attn.out_proj", True),
+    *_linear(f"{ours}/mlp/up", f"{theirs}.mlp.fc1", True),
+    *_linear(f"{ours}/mlp/down", f"{theirs}.mlp.fc2", True),
+    *_layer_norm(f"{ours}/attention_norm", f"{theirs}.layer_norm1"),
+    *_layer_norm(f"{ours}/mlp_norm", f"{theirs}.layer_norm2"),
+  ]
+
+
+def _projector(config: ModelConfig) -> list[Name]:
+  use_bias = config.projector.use_bias
+  if config.projector.kind == "linear":
+    return [
+      *_linear("projector/linear", "projector.linear", use_bias),
+      *_layer_norm("projector/norm", "projector.norm"),
+    ]
+  return [
+    *_linear("projector/first", "projector.linear_1", use_bias),
+    *_linear("projector/second", "projector.linear_2", use_bias),
+  ]
+
+
+def _language(config: ModelConfig) -> list[Name]:
+  language = config.language
+  ours, theirs = "language/layers", "language.layers.{}"
+  names = [Name("language/embedding/embedding", "language.embed_tokens.weight", "vocabulary")]
+  for part, tensor in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
+    names += _linear(
+      f"{ours}/attention/{part}", f"{theirs}.self_attn.{tensor}_proj", language.attention_bias
+    )
+  for part in ("gate", "up", "down"):
+    names += _linear(f"{ours}/mlp/{part}", f"{theirs}.mlp.{part}_proj", language.mlp_bias)
+  names += [
+    Name(f"{ours}/attention_norm/scale", f"{theirs}.input_layernorm.weight"),
+    Name(f"{ours}/mlp_norm/scale", f"{theirs}.post_attention_layernorm.weight"),
+    Name("language/norm/scale", "language.norm.weight"),
+  ]
+  if not language.tied_embeddings:
+    names.append(Name("language/head/kernel", "language.lm_head.weight", "vocabulary_transposed"))
+  return names
+
+
+def names_of(config: ModelConfig) -> list[Name]:
+  """Every parameter of the model, each once."""
+  return _vision(config) + _projector(config) + _language(config)
+
+
+_CANONICAL = (
+  # Newer transformers put everything but the head below `model.`.
+  (r"^model\.(vision_tower|multi_modal_projector|language_model)\.", r"\1."),
+  (r"^vision_tower\.(vision_model\.)?", "vision."),
+  (r"^multi_modal_projector\.", "projector."),
+  (r"^language_model\.(model\.)?", "language."),
+  # A CLIP directory, whole or vision only; a LLaMA directory, with a head or without.
+  (r"^(vision_model\.)?(embeddings|encoder|pre_layrnorm|post_layernorm)\.", r"vision.\2."),
+  (r"^(model\.)?(layers|embed_tokens|norm)\.", r"language.\2."),
+  (r"^lm_head\.", "language.lm_head."),
+)
+
+_NOT_OURS = re.compile(
+  r"^(text_model|text_projection|visual_projection|logit_scale)\b"  # the rest of a full CLIP
+  r"|\.position_ids$|\.rotary_emb\.inv_freq$"  # buffers that old files hold
+  r"|^vision\.post_layernorm\."  # behind the features
+)
+
+
+def canonical(tensor: str) -> str:
+  """The name in one spelling, whichever layout and transformers version wrote it."""
+  for pattern, replacement in _CANONICAL:
+    tensor, found = re.subn(pattern, replacement, tensor)
+    if found and not tensor.startswith(("vision_tower", "multi_modal", "language_model")):
+      break
+  return tensor
+
+
+def is_unused(tensor: str, config: ModelConfig) -> bool:
+  """Whether a canonical name is something that the model rightly does without."""
+  if _NOT_OURS.search(tensor):
+    return True
+  layer = re.match(r"^vision\.encoder\.layers\.(\d+)\.", tensor)
+  if layer:
+    return int(layer.group(1)) >= config.vision.layers
+  return tensor == "language.lm_head.weight" and config.language.tied_embeddings
+
+
+def exported(tensor: str) -> str:
+  """The name in the layout that LlavaForConditionalGeneration of any version reads."""
+  for ours, theirs in (
+    ("vision.", "vision_tower.vision_model."),
+    ("projector.", "multi_modal_projector."),
+    ("language.lm_head.", "language_model.lm_head."),
+    ("language.", "language_model.model."),
+  ):
+    if tensor.startswith(ours):
+      return theirs + tensor[len(ours) :]
+  raise ValueError(f"no exported name for {tensor}")
+
+
+def to_param(kind: str, tensor: np.ndarray) -> np.ndarray:
+  """The parameter of one layer from its tensor, as a view where possible.
+
+  Kinds: `same`; `transposed` and `vocabulary_transposed`: [out, in] to [in, out];
+  `vocabulary`: [V, D] kept; `patches`: a convolution's [D, 3, p, p] to [p * p * 3, D].
+  """
+  if kind in ("transposed", "vocabulary_transposed"):
+    return tensor.T
+  if kind == "patches":
+    return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
+  return tensor
+
+
+def to_tensor(kind: str, param: np.ndarray) -> np.ndarray:
+  """The inverse of `to_param`."""
+  if kind in ("transposed", "vocabulary_transposed"):
+    return param.T
+  if kind == "patches":
+    side = int((param.shape[0] // 3) ** 0.5)
+    return param.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
+  return param
+
+
+def tensor_shape(kind: str, param_shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The tensor's shape, from the shape of one layer's parameter."""
+  return to_tensor(kind, np.broadcast_to(np.int8(0), param_shape)).shape

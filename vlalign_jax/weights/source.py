@@ -1,0 +1,214 @@
+"""Where a model comes from: a LLaVA directory, a CLIP and a LLaMA directory, or a run of ours.
+
+Opening a source reads configs, tokenizer and tensor headers and finds every mistake that can be
+found without reading weights; `weights.load` then reads them.
+"""
+
+import dataclasses
+import json
+import os
+
+from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedTokenizerBase
+
+from vlalign_jax.data.images import ImagePreprocessor
+from vlalign_jax.errors import InputError
+from vlalign_jax.models.projector import PROJECTORS
+from vlalign_jax.models.vlm import ModelConfig
+from vlalign_jax.training import checkpoints
+from vlalign_jax.weights import hf_config, tensors
+
+IMAGE_TOKEN = "<image>"
+PAD_TOKEN = "<pad>"
+# Vocabulary sizes of new models are multiples of this, so that they split over devices.
+VOCABULARY_MULTIPLE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A model that can be loaded.
+
+  Attributes:
+    config: our architecture.
+    hf: the model's LLaVA config, the vision tower whole as in the source.
+    generation: its generation config.
+    tokenizer: knows `<image>` and a pad token.
+    images: turns pictures into the tower's pixels.
+    tensors: canonical name -> tensor in a file.
+    fresh: parameter path prefixes that start from random weights.
+    runs: run directories with the checkpoint step to take trained parameters from, oldest first.
+  """
+
+  config: ModelConfig
+  hf: LlavaConfig
+  generation: GenerationConfig
+  tokenizer: PreTrainedTokenizerBase
+  images: ImagePreprocessor
+  tensors: dict[str, tensors.Tensor]
+  fresh: tuple[str, ...] = ()
+  runs: tuple[tuple[str, int], ...] = ()
+
+
+def is_run_directory(directory: str) -> bool:
+  """Whether a directory is a training run of ours."""
+  return os.path.isdir(os.path.join(directory, "checkpoints"))
+
+
+def open_source(model, aspect: str = "auto") -> Source:
+  """Opens what the `model` group of a config names.
+
+  Args:
+    model: has `init_from`, or `vision` and `language` with `projector`, `vision_feature_layer` and
+      `vision_feature_select_strategy`.
+    aspect: see ImagePreprocessor.
+
+  Raises:
+    InputError: something is missing, damaged, or does not fit together.
+  """
+  if bool(model.init_from) == bool(model.vision or model.language):
+    raise InputError(
+      "give either model.init_from (a LLaVA directory or a run directory) or both model.vision "
+      "and model.language (a CLIP and a LLaMA directory)"
+    )
+  if not model.init_from:
+    return _assemble(model, aspect)
+  if is_run_directory(model.init_from):
+    return _open_run(model.init_from, aspect)
+  return _open_llava(model.init_from, aspect)
+
+
+def _load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
+  try:
+    return AutoTokenizer.from_pretrained(directory)
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    reason = str(error).splitlines()[0]
+    raise InputError(f"{directory}: no tokenizer can be loaded from it: {reason}") from error
+
+
+def _load_generation(directory: str, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+  if os.path.isfile(os.path.join(directory, "generation_config.json")):
+    return GenerationConfig.from_pretrained(directory)
+  return GenerationConfig(
+    bos_token_id=tokenizer.bos_token_id,
+    eos_token_id=tokenizer.eos_token_id,
+    pad_token_id=tokenizer.pad_token_id,
+  )
+
+
+def _model_config(
+  hf: LlavaConfig, images: ImagePreprocessor, tokenizer: PreTrainedTokenizerBase, where: str
+) -> ModelConfig:
+  vision, projector, language = hf_config.parts_of(hf, where)
+  if (images.height, images.width) != (vision.image_size, vision.image_size):
+    raise InputError(
+      f"{where}: its image processor makes {images.height} x {images.width} pictures, its vision "
+      f"tower takes {vision.image_size} x {vision.image_size}; mend preprocessor_config.json"
+    )
+  token_id = hf.image_token_id
+  if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != token_id:
+    raise InputError(
+      f"{where}: config.json says image_token_index {token_id}, the tokenizer has {IMAGE_TOKEN} at "
+      f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}"
+    )
+  if len(tokenizer) > language.vocab_size:
+    raise InputError(
+      f"{where}: the tokenizer has {len(tokenizer)} tokens, the embedding only "
+      f"{language.vocab_size} rows"
+    )
+  return ModelConfig(
+    vision=vision,
+    projector=projector,
+    language=language,
+    image_token_id=token_id,
+    image_mean=tuple(images.mean),
+    image_std=tuple(images.std),
+    rescale_factor=images.rescale_factor,
+  )
+
+
+def _open_llava(directory: str, aspect: str) -> Source:
+  hf = hf_config.read_config(directory)
+  if not isinstance(hf, LlavaConfig):
+    raise InputError(
+      f"{directory}: a model of type {hf.model_type!r}, not 'llava'; towers of their own go into "
+      "model.vision and model.language"
+    )
+  tokenizer = _load_tokenizer(directory)
+  images = ImagePreprocessor.from_directory(directory, aspect)
+  return Source(
+    config=_model_config(hf, images, tokenizer, directory),
+    hf=hf,
+    generation=_load_generation(directory, tokenizer),
+    tokenizer=_with_pad_token(tokenizer, directory),
+    images=images,
+    tensors=tensors.find_tensors(directory),
+  )
+
+
+def _with_pad_token(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
+  """Padding never reaches a loss or an attended position, so any existing token will do."""
+  if tokenizer.pad_token_id is None:
+    tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+  if tokenizer.pad_token_id is None:
+    raise InputError(f"{where}: the tokenizer has no pad, unk or eos token; give it one")
+  return tokenizer
+
+
+def _assemble(model, aspect: str) -> Source:
+  for key in ("vision", "language"):
+    if not model[key]:
+      raise InputError(f"model.{key} is empty: a new model takes a CLIP and a LLaMA directory")
+  if model.projector not in PROJECTORS:
+    raise InputError(f"model.projector is {model.projector!r}; choose from {', '.join(PROJECTORS)}")
+  vision = hf_config.read_config(model.vision)
+  vision = getattr(vision, "vision_config", vision)
+  language = hf_config.read_config(model.language)
+  tokenizer = _load_tokenizer(model.language)
+  tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+  if tokenizer.pad_token_id is None:
+    tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+  multiple = VOCABULARY_MULTIPLE
+  rows = max(language.vocab_size, -(-len(tokenizer) // multiple) * multiple)
+  language.vocab_size = rows
+  feature_layer = model.vision_feature_layer
+  hf = LlavaConfig(
+    vision_config=vision,
+    text_config=language,
+    image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+    vision_feature_layer=feature_layer if isinstance(feature_layer, int) else list(feature_layer),
+    vision_feature_select_strategy=model.vision_feature_select_strategy,
+    tie_word_embeddings=language.tie_word_embeddings,
+    projector_type=model.projector,
+  )
+  images = ImagePreprocessor.from_directory(model.vision, aspect)
+  config = _model_config(hf, images, tokenizer, f"{model.vision} with {model.language}")
+  hf.image_seq_length = config.tokens_per_image
+  found = tensors.find_tensors(model.vision)
+  found = {name: tensor for name, tensor in found.items() if not name.startswith("language.")}
+  return Source(
+    config=config,
+    hf=hf,
+    generation=_load_generation(model.language, tokenizer),
+    tokenizer=tokenizer,
+    images=images,
+    tensors=found | tensors.find_tensors(model.language),
+    fresh=("projector/",),
+  )
+
+
+def _open_run(directory: str, aspect: str) -> Source:
+  with open(os.path.join(directory, "config.json"), encoding="utf-8") as file:
+    stored = json.load(file)["model"]
+  base = open_source(_Group(stored), aspect)
+  files = os.path.join(directory, "model")
+  return dataclasses.replace(
+    base,
+    tokenizer=_load_tokenizer(files),
+    images=ImagePreprocessor.from_directory(files, aspect),
+    runs=(*base.runs, (directory, checkpoints.newest_step(directory))),
+  )
+
+
+class _Group(dict):
+  """A config group as read from JSON, with its keys as attributes."""
+
+  __getattr__ = dict.__getitem__

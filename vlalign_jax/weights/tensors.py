@@ -1,0 +1,71 @@
+"""Tensors of a Hugging Face directory: found by header, read one at a time."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import safetensors
+
+from vlalign_jax.errors import InputError
+from vlalign_jax.weights import names
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """A tensor that lies in a file, not yet read."""
+
+  file: str
+  name: str
+  shape: tuple[int, ...]
+
+  def read(self) -> np.ndarray:
+    """A copy in host memory, in the stored dtype.
+
+    The file is mapped only for the length of the call: pages of a mapping that stays open count as
+    this process's memory until they are evicted.
+    """
+    with safetensors.safe_open(self.file, "numpy") as file:
+      return file.get_tensor(self.name)
+
+
+def _files(directory: str) -> list[str]:
+  index = os.path.join(directory, "model.safetensors.index.json")
+  if os.path.isfile(index):
+    with open(index, encoding="utf-8") as file:
+      try:
+        listed = sorted(set(json.load(file)["weight_map"].values()))
+      except (ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{index}: not a safetensors index: {error!r}") from error
+    absent = [name for name in listed if not os.path.isfile(os.path.join(directory, name))]
+    if absent:
+      raise InputError(f"{index}: names files that are not there: {', '.join(absent)}")
+    return [os.path.join(directory, name) for name in listed]
+  single = os.path.join(directory, "model.safetensors")
+  if os.path.isfile(single):
+    return [single]
+  found = os.listdir(directory) if os.path.isdir(directory) else []
+  if any(name.endswith((".bin", ".pt", ".pth")) for name in found):
+    raise InputError(
+      f"{directory}: only pickled weights there, which are not read; save them as safetensors "
+      "(save_pretrained in transformers does)"
+    )
+  raise InputError(f"{directory}: no model.safetensors and no model.safetensors.index.json there")
+
+
+def find_tensors(directory: str) -> dict[str, Tensor]:
+  """All tensors of a directory by canonical name (see `names.canonical`); reads headers only.
+
+  Raises:
+    InputError: no safetensors, a missing shard, or a damaged or cut-off file.
+  """
+  tensors = {}
+  for path in _files(directory):
+    try:
+      with safetensors.safe_open(path, "numpy") as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+          shape = tuple(file.get_slice(name).get_shape())
+          tensors[names.canonical(name)] = Tensor(path, name, shape)
+    except safetensors.SafetensorError as error:
+      raise InputError(f"{path}: damaged or cut off ({error}); copy it again") from error
+  return tensors
