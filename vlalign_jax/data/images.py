@@ -1,0 +1,297 @@
+"""From an image's path to the uint8 pixels that the vision tower's processor sees before rescaling.
+
+Rescaling and normalising run on the device: (pixels * rescale_factor - mean) / std.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from vlalign_jax.errors import InputError
+
+MAX_PIXELS = 89_478_485  # where PIL itself starts to warn: 1 GiB / 4 / 3
+ASPECTS = ("auto", "crop", "pad")
+_TRANSPOSE = {  # EXIF orientation -> what turns the stored image upright
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
+
+
+def image_path(root: str, relative_path: str) -> str:
+  """The normalised path below `root`, without looking at the disk.
+
+  `..` is resolved by name only, so that a symbolic link inside the root may lead elsewhere.
+
+  Raises:
+    InputError: the path is empty, absolute or leaves the root.
+  """
+  shown = f'image "{relative_path}"'
+  if not relative_path:
+    raise InputError('image "" is an empty path; name the file relative to data.images')
+  if os.path.isabs(relative_path):
+    raise InputError(f"{shown} is an absolute path; give it relative to data.images")
+  normal = os.path.normpath(relative_path)
+  if normal.split(os.sep, 1)[0] == os.pardir:
+    raise InputError(f"{shown} leaves the image root; move it there or set data.images")
+  return os.path.join(root, normal)
+
+
+def open_image(root: str, relative_path: str) -> Image.Image:
+  """Decodes an image (the first frame of several) upright and as RGB; transparency is dropped.
+
+  Raises:
+    InputError: outside the root, missing, more than MAX_PIXELS pixels, truncated or not an image.
+  """
+  path = image_path(root, relative_path)
+  shown = f'image "{relative_path}" under {root or "."}'
+  try:
+    with Image.open(path) as image:
+      if math.prod(image.size) > MAX_PIXELS:  # the header's claim; nothing is decoded yet
+        raise Image.DecompressionBombError(f"it claims {image.size[0]} x {image.size[1]}")
+      image.load()
+      return _to_rgb(_upright(image))
+  except (FileNotFoundError, NotADirectoryError) as error:
+    raise InputError(f"{shown} not found; put it there or set data.images") from error
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    message = f"has more than {MAX_PIXELS:,} pixels ({error}); shrink it or drop its record"
+    raise InputError(f"{shown} {message}") from error
+  except Exception as error:  # decoders raise nearly anything on a broken file
+    reason = " ".join(str(error).split()) or type(error).__name__
+    message = f"cannot be decoded ({reason}); replace it or drop its record"
+    raise InputError(f"{shown} {message}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+  try:
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+  except Exception:  # broken EXIF, again of any kind: shown as stored, as image viewers do
+    orientation = None
+  method = _TRANSPOSE.get(orientation)
+  return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+  if image.mode.startswith("I") or image.mode == "F":
+    image = _to_8_bit(image)
+  rgb = image.convert("RGB")
+  # PIL carries the transparent colour along, and transformers would paint it white.
+  rgb.info.pop("transparency", None)
+  return rgb
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+  """Scales 16-bit, 32-bit or float grayscale to 8 bits, where PIL's convert may clip."""
+  values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
+  low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
+  if values.min() < low or values.max() > high:  # no fixed range to go by
+    low, high = float(values.min()), float(values.max())
+  scaled = (values - low) * (255.0 / max(high - low, 1e-30))
+  return Image.fromarray(np.rint(scaled).astype(np.uint8))
+
+
+def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+  """LLaVA's expand2square: the image centred on a square of `color`, as wide as its longer side."""
+  width, height = image.size
+  if width == height:
+    return image
+  side = max(width, height)
+  square = Image.new("RGB", (side, side), color)
+  square.paste(image, ((side - width) // 2, (side - height) // 2))
+  return square
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePreprocessor:
+  """What a Hugging Face image processor does before it rescales; picklable.
+
+  Attributes:
+    aspect: "crop" (shorter side to size, then the centre) or "pad" (to a square, then to size).
+    mean, std: per channel, on the scale of `pixels * rescale_factor`; 0 and 1 if not normalised.
+    height, width: of every output, in pixels.
+    rescale_factor: 1 if the processor does not rescale.
+  """
+
+  aspect: str
+  mean: tuple[float, float, float]
+  std: tuple[float, float, float]
+  height: int
+  width: int
+  rescale_factor: float
+  pad_color: tuple[int, int, int]
+  processor: Any  # transformers' CLIPImageProcessorPil, without its float steps
+  config: dict[str, Any]  # what `save` writes
+
+  @classmethod
+  def from_directory(cls, path: str, aspect: str = "auto") -> "ImagePreprocessor":
+    """Reads processor_config.json (its `image_processor`) or preprocessor_config.json in `path`.
+
+    Args:
+      path: a Hugging Face directory.
+      aspect: "crop", "pad", or "auto": the config's own `do_pad`, crop where it has none.
+
+    Raises:
+      InputError: no such file, not a CLIP or LLaVA processor, or no fixed output size.
+    """
+    for name in ("processor_config.json", "preprocessor_config.json"):  # transformers' precedence
+      config, where = _read_json(os.path.join(path, name)), os.path.join(path, name)
+      if name == "processor_config.json":
+        config = config and config.get("image_processor")
+      if config is not None:
+        return cls.from_config(config, aspect, where)
+    raise InputError(
+      f"{path}: no preprocessor_config.json (or processor_config.json with an image_processor);"
+      " copy it from the model whose vision tower this is"
+    )
+
+  @classmethod
+  def from_config(
+    cls, config: dict[str, Any], aspect: str = "auto", where: str = "image processor"
+  ) -> "ImagePreprocessor":
+    """As `from_directory`, from the parsed JSON; `where` names it in errors."""
+    # transformers takes seconds to import, and who only opens images does without it.
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    kind = _processor_type(config, where)
+    aspect = _resolve_aspect(config, aspect, kind, where)
+    names = CLIPImageProcessorPil.valid_kwargs.__annotations__
+    given = {key: config[key] for key in names if config.get(key) is not None}
+    try:
+      full = CLIPImageProcessorPil(**{**given, "do_pad": aspect == "pad"})
+      # Padding is ours (transformers pads with a LLaVA class only), float steps are the device's.
+      steps = {"do_pad": False, "do_rescale": False, "do_normalize": False, "do_convert_rgb": False}
+      processor = CLIPImageProcessorPil(**{**given, **steps})
+      mean, std = _per_channel(full.image_mean), _per_channel(full.image_std)
+      preprocessor = cls(
+        aspect=aspect,
+        mean=mean if full.do_normalize else (0.0, 0.0, 0.0),
+        std=std if full.do_normalize else (1.0, 1.0, 1.0),
+        height=0,
+        width=0,
+        rescale_factor=float(full.rescale_factor) if full.do_rescale else 1.0,
+        pad_color=tuple(int(value * 255) for value in mean),
+        processor=processor,
+        config={
+          **full.to_dict(),
+          "image_processor_type": "LlavaImageProcessor" if aspect == "pad" else kind,
+        },
+      )
+      # What comes out for images of several shapes says more than a reading of the size rules.
+      probes = [Image.new("RGB", size) for size in ((3, 2), (2, 3), (5, 4))]
+      shapes = {preprocessor._pixels(image).shape for image in probes}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+      reason = " ".join(str(error).split())
+      raise InputError(f"{where}: not a usable image processor ({reason}); mend it") from error
+    if len(shapes) > 1:
+      raise InputError(
+        f"{where}: images of different shapes come out with different sizes; set do_center_crop,"
+        ' give size as {"height", "width"}, or pad'
+      )
+    height, width, _ = shapes.pop()
+    return replace(preprocessor, height=height, width=width)
+
+  def preprocess(self, image: Image.Image) -> np.ndarray:
+    """RGB image of any size -> uint8[height, width, 3]."""
+    if image.mode != "RGB":
+      raise ValueError(f"expected an RGB image as open_image gives it, not {image.mode}")
+    return self._pixels(image)
+
+  def _pixels(self, image: Image.Image) -> np.ndarray:
+    image = self._bounded(image)
+    if self.aspect == "pad":
+      image = pad_to_square(image, self.pad_color)
+    pixels = self.processor(image)["pixel_values"][0]  # uint8[3, H, W]
+    return np.ascontiguousarray(np.moveaxis(pixels, 0, -1))
+
+  def _bounded(self, image: Image.Image) -> Image.Image:
+    """Keeps the intermediate image of an extreme aspect ratio (1 x 50000) below MAX_PIXELS."""
+    short, long = sorted(image.size)
+    if self.aspect == "pad":
+      factor = math.ceil(long / math.isqrt(MAX_PIXELS))
+      return image.reduce(factor) if factor > 1 else image
+    processor, size = self.processor, self.processor.size
+    if not (processor.do_resize and processor.do_center_crop and size.shortest_edge):
+      return image
+    surplus = long - short * MAX_PIXELS // size.shortest_edge**2
+    if size.longest_edge or surplus <= 0:
+      return image
+    cut = (surplus + 1) // 2  # the same at both ends, so that the centre stays
+    width, height = image.size
+    box = (cut, 0, width - cut, height) if width > height else (0, cut, width, height - cut)
+    return image.crop(box)
+
+  def save(self, directory: str) -> None:
+    """Writes preprocessor_config.json, from which transformers loads a processor doing the same.
+
+    An `image_processor` entry in a processor_config.json already there would win over that file,
+    so it is replaced too.
+    """
+    os.makedirs(directory, exist_ok=True)
+    _write_json(os.path.join(directory, "preprocessor_config.json"), self.config)
+    path = os.path.join(directory, "processor_config.json")
+    whole = _read_json(path)
+    if whole is not None and "image_processor" in whole:
+      _write_json(path, {**whole, "image_processor": self.config})
+
+
+def _processor_type(config: dict[str, Any], where: str) -> str:
+  kind = config.get("image_processor_type") or config.get("feature_extractor_type")
+  if kind is None:
+    return "LlavaImageProcessor" if config.get("do_pad") else "CLIPImageProcessor"
+  kind = str(kind).replace("FeatureExtractor", "ImageProcessor")
+  kind = kind.removesuffix("Fast").removesuffix("Pil")
+  if kind not in ("CLIPImageProcessor", "LlavaImageProcessor"):
+    raise InputError(
+      f"{where}: image_processor_type {kind} is not supported; use a model with a"
+      " CLIPImageProcessor or LlavaImageProcessor"
+    )
+  return kind
+
+
+def _resolve_aspect(config: dict[str, Any], aspect: str, kind: str, where: str) -> str:
+  if aspect not in ASPECTS:
+    raise InputError(f'image aspect "{aspect}" is unknown; choose one of {", ".join(ASPECTS)}')
+  if aspect != "auto":
+    return aspect
+  if config.get("do_pad") and kind == "CLIPImageProcessor":
+    # There it pads a batch to its largest image, and only a LlavaImageProcessor to a square.
+    raise InputError(
+      f"{where}: do_pad of a CLIPImageProcessor does not say whether images are padded to a"
+      " square; choose the aspect crop or pad"
+    )
+  return "pad" if config.get("do_pad") else "crop"
+
+
+def _per_channel(value: Any) -> tuple[float, float, float]:
+  values = (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
+  if len(values) != 3:
+    raise ValueError(f"image_mean and image_std need 3 values, not {len(values)}")
+  return tuple(float(number) for number in values)
+
+
+def _read_json(path: str) -> dict[str, Any] | None:
+  """The object in a JSON file, None if there is no such file."""
+  try:
+    with open(path, encoding="utf-8") as file:
+      content = json.load(file)
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  except (OSError, ValueError) as error:
+    raise InputError(f"{path}: cannot be read ({error}); mend it") from error
+  if not isinstance(content, dict):
+    raise InputError(f"{path}: not a JSON object; mend it")
+  return content
+
+
+def _write_json(path: str, content: dict[str, Any]) -> None:
+  with open(path, "w", encoding="utf-8") as file:
+    file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
