@@ -1,0 +1,150 @@
+"""Which records a run sees: files, how many records of each, and how often an epoch shows them."""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vlalign_jax.data.records import Record, load_records
+from vlalign_jax.errors import InputError
+
+# What a generator is for, so that no two uses share a stream.
+_SAMPLE, _EXTRA, _SHUFFLE, _SPLIT = range(1, 5)
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+  """Records and how an epoch shows them.
+
+  Attributes:
+    records: N records, file by file.
+    file_of: int32[N] the position of each record's file in `weights`.
+    weights: how many times an epoch shows each file.
+    seed: of every choice made from this mixture.
+  """
+
+  records: tuple[Record, ...]
+  file_of: np.ndarray
+  weights: tuple[float, ...]
+  seed: int
+
+
+def load_mixture(
+  files: str,
+  image_root: str,
+  samples: str,
+  weights: str,
+  seed: int,
+  require_answer: bool = True,
+) -> Mixture:
+  """Reads the files of data.train.
+
+  Args:
+    files: comma-separated paths.
+    image_root: of all files; empty: the directory of each.
+    samples: records to choose of each file, without replacement; empty or 0: all. One number for
+      each file, comma-separated, or one for all.
+    weights: how many times an epoch shows each file; empty: once. 2.5 is twice and half of it
+      again, another half in each epoch. One number for each file or one for all.
+    seed: of the choice of samples, and of the epochs.
+    require_answer: as for `load_records`.
+
+  Raises:
+    InputError: for a file, a record or one of these arguments.
+  """
+  if seed < 0:
+    raise InputError(f"seed is {seed}; give 0 or more")
+  paths = [path.strip() for path in files.split(",")]
+  if not all(paths):
+    raise InputError(f'data.train "{files}" has an empty path; give comma-separated files')
+  counts = _numbers(samples, len(paths), 0, int, "data.samples")
+  shares = _numbers(weights, len(paths), 1.0, float, "data.weights")
+  if not any(shares):
+    raise InputError("data.weights is 0 for every file; give at least one a positive weight")
+
+  kept, file_of = [], []
+  for position, (path, count) in enumerate(zip(paths, counts, strict=True)):
+    records = load_records(path, image_root, require_answer)
+    if count > len(records):
+      raise InputError(
+        f"{path} has {len(records)} records, fewer than the {count} of data.samples; lower it"
+      )
+    if count:
+      chosen = _generator(seed, _SAMPLE, position).choice(len(records), count, replace=False)
+      records = [records[index] for index in np.sort(chosen)]
+    kept += records
+    file_of += [position] * len(records)
+  return Mixture(tuple(kept), np.array(file_of, np.int32), tuple(shares), seed)
+
+
+def epoch_order(mixture: Mixture, epoch: int, shuffle: bool) -> np.ndarray:
+  """int64[M] indices into `mixture.records` in the order that this epoch shows them.
+
+  A function of (mixture, epoch) alone; M is the same for every epoch. Unshuffled, a file's whole
+  passes follow each other, then its part, then the next file.
+  """
+  order = [np.zeros(0, np.int64)]
+  for position, weight in enumerate(mixture.weights):
+    indices = np.flatnonzero(mixture.file_of == position)
+    passes = int(weight)
+    # Rounded up, so that no file with a weight goes unseen; 1e-9 forgives 2.1 - 2 > 0.1.
+    part = math.ceil(len(indices) * (weight - passes) - 1e-9)
+    extra = _generator(mixture.seed, _EXTRA, position, epoch).permutation(indices)[:part]
+    order += [np.tile(indices, passes), np.sort(extra)]
+  order = np.concatenate(order)
+  return _generator(mixture.seed, _SHUFFLE, epoch).permutation(order) if shuffle else order
+
+
+def split_eval(mixture: Mixture, fraction: float) -> tuple[Mixture, tuple[Record, ...]]:
+  """Holds out a seeded share of the records that an epoch shows, at least one on each side.
+
+  A record that two entries of data.train name goes to one side whole.
+
+  Returns:
+    (the mixture without them, the held-out records in file order, each once)
+
+  Raises:
+    InputError: no fraction between 0 and 1, or fewer than two different records.
+  """
+  if not 0 < fraction < 1:
+    raise InputError(f"the evaluation fraction is {fraction}; give one between 0 and 1")
+  real = {file: os.path.realpath(file) for file in {record.file for record in mixture.records}}
+  keys = [(real[record.file], record.index) for record in mixture.records]
+  shown = np.asarray(mixture.weights)[mixture.file_of] > 0
+  distinct = list(dict.fromkeys(key for key, seen in zip(keys, shown, strict=True) if seen))
+  if len(distinct) < 2:
+    raise InputError(
+      f"cannot hold out {fraction} of {len(distinct)} record; give more records or data.eval"
+    )
+  count = min(max(round(len(distinct) * fraction), 1), len(distinct) - 1)
+  chosen = _generator(mixture.seed, _SPLIT).choice(len(distinct), count, replace=False)
+  held_out = {distinct[index] for index in chosen}
+  stays = np.array([key not in held_out for key in keys])
+  train = replace(
+    mixture,
+    records=tuple(mixture.records[index] for index in np.flatnonzero(stays)),
+    file_of=mixture.file_of[stays],
+  )
+  by_key = dict(zip(keys, mixture.records, strict=True))
+  return train, tuple(by_key[key] for key in distinct if key in held_out)
+
+
+def _numbers(text: str, files: int, default: float, read: Callable, name: str) -> list:
+  """One non-negative number for each file from "", "5" or "5,0,3"; an empty entry is `default`."""
+  entries = [entry.strip() for entry in text.split(",")]
+  if len(entries) not in (1, files):
+    raise InputError(f"{name} has {len(entries)} numbers for {files} files; give one for each")
+  try:
+    numbers = [read(entry) if entry else default for entry in entries]
+  except ValueError as error:
+    kind = "whole numbers" if read is int else "numbers"
+    raise InputError(f'{name} "{text}" is not made of {kind}') from error
+  if not all(0 <= number < math.inf for number in numbers):  # false for nan as well
+    raise InputError(f'{name} "{text}": every number must be 0 or more, and finite')
+  return numbers * files if len(numbers) < files else numbers
+
+
+def _generator(seed: int, *key: int) -> np.random.Generator:
+  return np.random.Generator(np.random.PCG64([seed, *key]))
