@@ -1,5 +1,6 @@
 """Nested dicts of parameters and the path strings that rules are written for."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,3 +46,8 @@ def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]
 def map_paths(function: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> dict[str, Any]:
   """A tree of `function(path, leaf)`."""
   return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
+
+
+def size(tree: Mapping[str, Any]) -> int:
+  """The number of elements of all leaves."""
+  return sum(math.prod(leaf.shape) for leaf in flatten(tree).values())

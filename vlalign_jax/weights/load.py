@@ -80,7 +80,13 @@ def resolve(source: Source, shapes: dict[str, tuple[int, ...]]) -> dict[str, Ent
   return entries
 
 
-def load_params(source: Source, abstract, shardings, seed: int = 0):
+def load_params(
+  source: Source,
+  abstract,
+  shardings,
+  seed: int = 0,
+  wanted: Callable[[str], bool] = lambda path: True,
+):
   """The model's parameters on the devices.
 
   Host memory holds this process's part of one (stacked) parameter and one tensor at a time.
@@ -90,16 +96,18 @@ def load_params(source: Source, abstract, shardings, seed: int = 0):
     abstract: nested dict of jax.ShapeDtypeStruct, from `vlm.abstract_params`.
     shardings: nested dict of jax.sharding.Sharding, same structure.
     seed: for fresh parameters.
+    wanted: path -> whether to load this parameter.
 
   Returns:
     Nested dict of jax.Array.
   """
   leaves, placement = trees.flatten(abstract), trees.flatten(shardings)
   entries = resolve(source, {path: leaf.shape for path, leaf in leaves.items()})
+  leaves = {path: leaf for path, leaf in leaves.items() if wanted(path)}
   loaded = _from_runs(source, leaves, placement)
   rows = source.config.language.vocab_size
   for path, entry in entries.items():
-    if path not in loaded:
+    if path in leaves and path not in loaded:
       loaded[path] = _place(
         leaves[path],
         placement[path],

@@ -1,0 +1,141 @@
+"""Supervised fine-tuning. See configs/sft.py for presets and ARCHITECTURE.md for how it works.
+
+python scripts/train_sft.py --config=configs/sft.py:llava15_7b --workdir=DIR [--config.KEY=VALUE ...]
+"""
+
+import functools
+
+import jax
+import numpy as np
+from absl import flags, logging
+from ml_collections import config_flags
+
+from vlalign_jax import cli, config, trees
+from vlalign_jax.data import sft as data
+from vlalign_jax.models import vlm
+from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.sharding import zero
+from vlalign_jax.steps import sft as steps
+from vlalign_jax.training import checkpoints, loop, metrics, optimizer, run_directory
+from vlalign_jax.training import state as training_state
+from vlalign_jax.weights import export, load, source
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Such as configs/sft.py:llava15_7b.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "The run directory.")
+
+
+def train_and_evaluate(c, workdir: str) -> None:
+  """Trains by a config into a run directory, or goes on with the run that is there."""
+  # --- What is asked for, checked before anything is computed ---
+  config.check(c, "sft")
+  mesh = meshes.make_mesh(c.mesh)
+  model_source = source.open_source(c.model, c.data.image_aspect)
+  graphdef, abstract = vlm.abstract_params(
+    model_source.config, dtype=c.model.dtype, param_dtype=c.model.param_dtype, remat=c.model.remat
+  )
+  load.resolve(model_source, {path: leaf.shape for path, leaf in trees.flatten(abstract).items()})
+  records, eval_records = data.load_records_of(c)
+  run_directory.open_run(workdir, c)
+
+  # --- Data: which record is in which row at which step is decided here, for the whole run ---
+  shards, stage = mesh.size, c.mesh.zero_stage
+  train = data.prepare_train(c, model_source, records, shards * c.grad_accumulation)
+  evaluation = data.prepare_eval(c, model_source, eval_records, shards)
+  hosts = {"host_index": jax.process_index(), "host_count": jax.process_count()}
+  total_steps = train.plan.steps
+
+  # --- Optimizer and the shape of the state; nothing is allocated yet ---
+  is_trained = functools.partial(optimizer.is_trained, train=c.train)
+  trained, _ = trees.split(abstract, is_trained)
+  tx = optimizer.make_optimizer(c.optim, trained, total_steps)
+  init_state = functools.partial(training_state.init_state, optimizer=tx)
+  abstract_state = jax.eval_shape(init_state, trained)
+  placement = zero.state_shardings(mesh, abstract_state, stage)
+  abstract_state = jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    abstract_state,
+    placement,
+  )
+
+  # --- The newest checkpoint, or the weights to start from ---
+  manager = checkpoints.open_checkpoints(workdir, c.keep)
+  restored = checkpoints.restore_newest(manager, abstract_state)
+  load_params = functools.partial(
+    load.load_params,
+    model_source,
+    abstract,
+    zero.shardings(mesh, abstract, split=stage >= 3),
+    c.seed,
+  )
+  if restored is None:
+    export.save_model_files(model_source, f"{workdir}/model", c.model.param_dtype)
+    params = load_params(wanted=is_trained)
+    state = jax.jit(init_state, out_shardings=placement, donate_argnums=0)(params)
+    progress = {"bad_records": 0}
+  else:
+    state, progress = restored
+    logging.info("going on from step %d of %d", progress["step"], total_steps)
+    if progress["step"] >= total_steps:
+      logging.info("%s is finished: all %d steps are done", workdir, total_steps)
+      return
+  frozen = load_params(wanted=lambda path: not is_trained(path))
+  logging.info(
+    "%.1f M parameters are trained, %.1f M are frozen; %d devices (%s)",
+    trees.size(state.params) / 1e6,
+    trees.size(frozen) / 1e6,
+    mesh.size,
+    jax.devices()[0].device_kind,
+  )
+
+  # --- The step ---
+  common = {"graphdef": graphdef, "shards": shards, "chunk": meshes.head_chunk(mesh)}
+  train_step = functools.partial(
+    steps.train_step,
+    optimizer=tx,
+    learning_rate=optimizer.learning_rates(c.optim, total_steps)["base"],
+    accumulation=c.grad_accumulation,
+    constrain_gradients=lambda tree: zero.constrain_gradients(mesh, tree, stage),
+    **common,
+  )
+  train_step = jax.jit(
+    train_step, donate_argnums=0, out_shardings=(placement, meshes.replicated(mesh))
+  )
+
+  def evaluate(state):
+    eval_step = jax.jit(
+      functools.partial(steps.eval_step, max_segments=evaluation.max_segments, **common),
+      out_shardings=meshes.replicated(mesh),
+    )
+    with evaluation.batches(**hosts) as batches:
+      return metrics.evaluation(
+        eval_step(state.params, frozen, meshes.to_device(mesh, batch)) for batch in batches
+      )
+
+  # --- The loop ---
+  with train.batches(start_step=progress.get("step", 0), **hosts) as batches:
+    if "data" in progress:
+      batches.set_state(progress["data"])
+    loop.run(
+      c,
+      workdir,
+      loop.Stage(
+        train_step=lambda state, rows: train_step(state, frozen, rows),
+        to_device=functools.partial(meshes.to_device, mesh),
+        count=lambda batch: (np.count_nonzero(batch["segments"]), batch["segments"].max(1).sum()),
+        evaluate=evaluate if evaluation else None,
+        records=train.records,
+      ),
+      state,
+      progress,
+      batches,
+      manager,
+      total_steps,
+    )
+
+
+def main(_):
+  train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,181 @@
+"""The configuration every stage shares: all keys with their defaults, and their checks."""
+
+import difflib
+
+from ml_collections import ConfigDict, config_dict
+
+from vlalign_jax.errors import InputError
+from vlalign_jax.models.stack import REMAT_NAMES
+
+DTYPES = ("float32", "bfloat16")
+SCHEDULES = (
+  "linear",
+  "cosine",
+  "cosine_with_restarts",
+  "polynomial",
+  "constant",
+  "constant_with_warmup",
+)
+
+
+def shared() -> ConfigDict:
+  """Defaults of the keys that all training stages have."""
+  c = ConfigDict()
+  c.seed = 1234
+  c.steps = 0  # optimizer updates; 0: as many as `epochs` take
+  c.epochs = 1.0
+  c.batch_size = 128  # examples per update, over all devices
+  c.grad_accumulation = 1  # micro-batches per update
+  c.log_every = 10
+  c.eval_every = 0  # 0: at the end only
+  c.save_every = 500  # 0: at the end only
+  c.keep = 2  # newest checkpoints that are kept
+
+  c.model = ConfigDict()
+  c.model.init_from = ""  # a LLaVA directory or a run directory; or else both of:
+  c.model.vision = ""  # a CLIP directory
+  c.model.language = ""  # a LLaMA directory
+  # Only for a model made of two towers; a LLaVA directory brings its own.
+  c.model.projector = "mlp"  # linear, mlp
+  c.model.vision_feature_layer = -2
+  c.model.vision_feature_select_strategy = "default"  # default: without the class token; full
+  c.model.dtype = "bfloat16"  # of activations and matrix products
+  c.model.param_dtype = "float32"
+  c.model.remat = "full"  # none, full, save_matmuls, save_weight_matmuls
+
+  c.train = ConfigDict()
+  c.train.vision = False
+  c.train.projector = True
+  c.train.language = True
+  c.train.embeddings = config_dict.placeholder(bool)  # token embedding; None: as language
+
+  c.data = ConfigDict()
+  c.data.train = ""  # LLaVA JSON or JSONL; several: comma-separated
+  c.data.samples = ""  # records taken from each file (one number, or one per file); empty: all
+  c.data.weights = ""  # times an epoch shows each file; empty: once
+  c.data.eval = ""
+  c.data.eval_fraction = 0.0  # held out from data.train when data.eval is empty
+  c.data.images = ""  # image root; empty: the JSON file's directory
+  c.data.template = "vicuna"
+  c.data.max_length = 2048  # tokens of a row
+  c.data.max_images = 0  # images of a row; 0: as many as the rows need
+  c.data.image_aspect = "auto"  # crop, pad (to a square), auto: as the image processor says
+  c.data.blank_images = False  # grey pictures: the baseline of a model that cannot see
+  c.data.shuffle = True
+  c.data.pack = True
+  c.data.workers = 0  # processes that decode ahead; 0: threads of this process
+  c.data.on_bad_record = "error"  # error, skip
+
+  c.optim = ConfigDict()
+  c.optim.learning_rate = 2e-5
+  c.optim.embedding_learning_rate = config_dict.placeholder(float)  # None: learning_rate
+  c.optim.projector_learning_rate = config_dict.placeholder(float)  # None: learning_rate
+  c.optim.weight_decay = 0.0  # of matrices; norms and biases never decay
+  c.optim.b1 = 0.9
+  c.optim.b2 = 0.95
+  c.optim.eps = 1e-8
+  c.optim.warmup = 0.03  # at most 1: a share of all steps; above: steps
+  c.optim.schedule = "cosine"
+  c.optim.cycles = 1  # of cosine_with_restarts
+  c.optim.power = 1.0  # of polynomial
+  c.optim.grad_clip = 1.0  # global norm; 0: off
+
+  c.mesh = ConfigDict()
+  c.mesh.zero_stage = 0
+  c.mesh.data = -1  # -1: what the other axes leave
+  c.mesh.fsdp = 1
+  return c
+
+
+def defaults(stage: str) -> ConfigDict:
+  """All keys of a stage with their defaults; presets start from these."""
+  c = shared()
+  c.stage = stage
+  return c
+
+
+def check(config: ConfigDict, stage: str) -> None:
+  """Refuses a config with unknown or missing keys, or with values that no run can have.
+
+  Raises:
+    InputError: names the first such key and the mend.
+  """
+  if config is None:
+    raise InputError(f"--config is missing: such as --config=configs/{stage}.py:PRESET")
+  check_keys(config, defaults(stage))
+  if config.stage != stage:
+    raise InputError(f"this is a config of the stage {config.stage!r}, not {stage!r}")
+  check_shared(config)
+
+
+def check_keys(config: ConfigDict, known: ConfigDict, prefix: str = "config") -> None:
+  """Refuses keys that `known` lacks and keys that are missing, naming the nearest known one.
+
+  Raises:
+    InputError: names the first such key.
+  """
+  for key in config:
+    if key not in known:
+      near = difflib.get_close_matches(key, list(known), 1, 0.0)
+      raise InputError(f"unknown key {prefix}.{key}; did you mean {prefix}.{near[0]}?")
+    if isinstance(known[key], ConfigDict):
+      if not isinstance(config[key], ConfigDict):
+        raise InputError(f"{prefix}.{key} is a group of keys, not {config[key]!r}")
+      check_keys(config[key], known[key], f"{prefix}.{key}")
+  for key in known:
+    if key not in config:
+      raise InputError(f"{prefix}.{key} is missing; build the config from the stage's get_config")
+
+
+def check_shared(config: ConfigDict) -> None:
+  """Refuses values that no run can have.
+
+  Raises:
+    InputError: names the key, its value and what it may be.
+  """
+  choices = {
+    "model.dtype": DTYPES,
+    "model.param_dtype": DTYPES,
+    "model.remat": REMAT_NAMES,
+    "optim.schedule": SCHEDULES,
+    "data.on_bad_record": ("error", "skip"),
+    "mesh.zero_stage": (0, 1, 2, 3),
+  }
+  at_least = {
+    "batch_size": 1,
+    "grad_accumulation": 1,
+    "log_every": 1,
+    "keep": 1,
+    "steps": 0,
+    "eval_every": 0,
+    "save_every": 0,
+    "data.max_length": 2,
+    "data.max_images": 0,
+    "data.workers": 0,
+    "data.eval_fraction": 0,
+    "optim.learning_rate": 0,
+    "optim.weight_decay": 0,
+    "optim.warmup": 0,
+    "optim.grad_clip": 0,
+    "optim.cycles": 1,
+  }
+  for key, allowed in choices.items():
+    if value(config, key) not in allowed:
+      shown = ", ".join(map(str, allowed))
+      raise InputError(f"config.{key} is {value(config, key)!r}; choose from {shown}")
+  for key, least in at_least.items():
+    if value(config, key) < least:
+      raise InputError(f"config.{key} is {value(config, key)}; it must be at least {least}")
+  if not config.steps and config.epochs <= 0:
+    raise InputError("config.epochs must be above 0, or config.steps given")
+  if not config.data.train:
+    raise InputError("config.data.train is empty; name a LLaVA-format JSON file")
+  if not any(config.train[part] for part in ("vision", "projector", "language", "embeddings")):
+    raise InputError("nothing to train: set one of config.train.vision, .projector, .language")
+
+
+def value(config: ConfigDict, key: str):
+  """The value behind a dotted key."""
+  for part in key.split("."):
+    config = config[part]
+  return config

@@ -1,0 +1,202 @@
+"""The data of supervised fine-tuning: from a config's `data` group to planned batches."""
+
+import dataclasses
+import os
+
+import numpy as np
+from absl import logging
+
+from vlalign_jax.data import encode, images, measure, mixture, pipeline, plan, templates
+from vlalign_jax.data.records import Record, load_records
+from vlalign_jax.data.workers import SharedList
+from vlalign_jax.errors import InputError
+from vlalign_jax.weights.source import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadExample:
+  """Example number -> Example, tokenised when it is asked for; its image paths become full ones."""
+
+  records: SharedList
+  data: dict  # template, max_length, max_images, images
+  tokenizer: object
+  image_token_id: int
+  tokens_per_image: int
+
+  def encoded(self, number: int) -> encode.Encoded:
+    record, data = self.records[number], self.data
+    found = encode.encode(
+      record,
+      data["template"],
+      self.tokenizer,
+      self.image_token_id,
+      self.tokens_per_image,
+      data["max_length"],
+    )
+    if found.example is None:
+      return found
+    root = data["images"] or os.path.dirname(record.file)
+    paths = tuple(os.path.join(root, path) for path in found.example.images)
+    if data["max_images"] and len(set(paths)) > data["max_images"]:
+      raise InputError(
+        f"{record.where}: {len(set(paths))} images, data.max_images is {data['max_images']}; "
+        "raise it or split the record"
+      )
+    return dataclasses.replace(found, example=dataclasses.replace(found.example, images=paths))
+
+  def measured(self, number: int) -> tuple[int, int, tuple[str, ...]]:
+    """(tokens, dropped turns, image paths); 0 tokens where nothing is left to learn."""
+    found = self.encoded(number)
+    if found.example is None:
+      return 0, found.dropped_turns, ()
+    return len(found.example.tokens), found.dropped_turns, found.example.images
+
+  def __call__(self, number: int) -> encode.Example:
+    return self.encoded(number).example
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadImage:
+  """Path -> uint8[H, W, 3] as the vision tower wants it."""
+
+  preprocessor: images.ImagePreprocessor
+  blank: bool  # grey instead of the picture
+
+  def __call__(self, path: str) -> np.ndarray:
+    size = (self.preprocessor.height, self.preprocessor.width, 3)
+    if self.blank:
+      return np.full(size, 127, np.uint8)
+    return self.preprocessor.preprocess(
+      images.open_image(os.path.dirname(path), os.path.basename(path))
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """Planned data, ready to be iterated from any step."""
+
+  plan: plan.Plan
+  records: int  # that have something to learn
+  pipeline: dict  # arguments of `pipeline.batches`
+
+  def batches(self, **options) -> pipeline.Batches:
+    """See `pipeline.batches` for the options: start_step, host_index, host_count."""
+    return pipeline.batches(self.plan, **self.pipeline, **options)
+
+  @property
+  def max_segments(self) -> int:
+    """Most examples in a row."""
+    return int(np.diff(self.plan.offsets).max())
+
+
+def load_records_of(config) -> tuple[mixture.Mixture, tuple[Record, ...]]:
+  """The training mixture and the evaluation records of a config; checks every record.
+
+  Raises:
+    InputError: a file or record is bad.
+  """
+  data = config.data
+  train = mixture.load_mixture(data.train, data.images, data.samples, data.weights, config.seed)
+  if data.eval:
+    paths = [path.strip() for path in data.eval.split(",")]
+    return train, tuple(record for path in paths for record in load_records(path, data.images))
+  if data.eval_fraction:
+    return mixture.split_eval(train, data.eval_fraction)
+  return train, ()
+
+
+def prepare_train(config, source: Source, train: mixture.Mixture, row_multiple: int) -> Prepared:
+  """Plans the whole run: every step of `config.steps`, or of `config.epochs`."""
+  load, measured = _measure(config, source, train.records, "data.train")
+  usable = measured.lengths > 0
+  if not usable.any():
+    raise InputError(
+      f"data.train: no record has an answer that fits data.max_length={config.data.max_length}"
+    )
+  epochs, examples, stream = config.epochs, 0, []
+  wanted = config.steps * config.batch_size if config.steps else None
+  while examples < wanted if config.steps else len(stream) < epochs:
+    order = mixture.epoch_order(train, len(stream), config.data.shuffle)
+    order = order[usable[order]]
+    stream.append(order)
+    examples += len(order)
+  if wanted is None:
+    # A broken epoch at the end shows that share of its records.
+    wanted = round(examples - len(stream[-1]) * (len(stream) - epochs))
+  order = np.concatenate(stream)[: max(1, wanted)]
+  return _prepare(config, source, load, measured, order, row_multiple, "data.train")
+
+
+def prepare_eval(
+  config, source: Source, records: tuple[Record, ...], row_multiple: int
+) -> Prepared | None:
+  """Plans one pass over the evaluation records in order; None if there are none."""
+  if not records:
+    return None
+  load, measured = _measure(config, source, records, "data.eval")
+  order = np.flatnonzero(measured.lengths > 0)
+  if not len(order):
+    raise InputError(
+      f"data.eval: no record has an answer that fits data.max_length={config.data.max_length}"
+    )
+  return _prepare(config, source, load, measured, order, row_multiple, "data.eval")
+
+
+def _measure(config, source: Source, records, name: str):
+  templates.check_template(config.data.template, source.tokenizer)
+  data = {key: config.data[key] for key in ("template", "max_length", "max_images", "images")}
+  load = LoadExample(
+    SharedList(records),
+    data,
+    source.tokenizer,
+    source.config.image_token_id,
+    source.config.tokens_per_image,
+  )
+  measured = measure.measure(load.measured, len(records), os.cpu_count() or 1)
+  empty, dropped = int(np.sum(measured.lengths == 0)), measured.dropped_turns
+  logging.info(
+    "%s: %d records; %d skipped, their first answer does not fit data.max_length=%d; "
+    "%d turns dropped from the ends of %d others",
+    name,
+    len(records),
+    empty,
+    config.data.max_length,
+    int(dropped[measured.lengths > 0].sum()),
+    int(np.sum((dropped > 0) & (measured.lengths > 0))),
+  )
+  return load, measured
+
+
+def _prepare(config, source: Source, load, measured, order, row_multiple, name: str) -> Prepared:
+  data = config.data
+  planned = plan.plan_batches(
+    order,
+    measured.lengths,
+    measured.images,
+    batch_size=config.batch_size,
+    max_length=data.max_length,
+    row_multiple=row_multiple,
+    pack=data.pack,
+    max_images_per_row=data.max_images or None,
+  )
+  statistics = plan.statistics(planned)
+  logging.info(
+    "%s: %d steps of %d rows x %s tokens, %d images a row; %.1f %% of the tokens are real",
+    name,
+    planned.steps,
+    planned.rows,
+    "/".join(map(str, np.unique(planned.lengths))),
+    planned.images,
+    100 * statistics["packing_efficiency"],
+  )
+  arguments = {
+    "load_example": load,
+    "load_image": LoadImage(source.images, data.blank_images),
+    "image_token_id": source.config.image_token_id,
+    "tokens_per_image": source.config.tokens_per_image,
+    "image_size": (source.images.height, source.images.width),
+    "pad_id": source.tokenizer.pad_token_id,
+    "on_bad_record": data.on_bad_record,
+    "workers": data.workers,
+  }
+  return Prepared(planned, int(np.sum(measured.lengths > 0)), arguments)

@@ -1,0 +1,73 @@
+"""One optimizer update of supervised fine-tuning, and the sums of its evaluation."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlalign_jax import trees
+from vlalign_jax.losses import sft
+from vlalign_jax.steps import accumulate
+from vlalign_jax.training import state as training_state
+
+
+def make_loss(graphdef, frozen, *, shards: int, chunk: int):
+  """`(trained params, rows) -> (sum of cross-entropies, {"tokens": number of learnt tokens})`."""
+
+  def loss(params, rows):
+    model = nnx.merge(graphdef, trees.merge(params, frozen))
+    total, tokens = sft.loss(model(rows), model.head_kernel(), rows, shards=shards, chunk=chunk)
+    return total, {"tokens": tokens}
+
+  return loss
+
+
+def train_step(
+  state,
+  frozen,
+  rows,
+  *,
+  graphdef,
+  optimizer,
+  learning_rate,
+  accumulation: int,
+  shards: int,
+  chunk: int,
+  constrain_gradients=lambda gradients: gradients,
+):
+  """One update.
+
+  Args:
+    state: TrainState.
+    frozen: nested dict of the parameters that stay.
+    rows: dict of arrays, see ARCHITECTURE.md, "Rows".
+    graphdef: of the whole model.
+    optimizer: optax transformation for state.params.
+    learning_rate: its base schedule, for the log.
+    accumulation: micro-batches, a divisor of the number of rows of each shard.
+    shards, chunk: see `losses.head.cross_entropy_sum`.
+    constrain_gradients: tree -> tree, places gradients over devices.
+
+  Returns:
+    (next state, dict of float32[] metrics).
+  """
+  loss = make_loss(graphdef, frozen, shards=shards, chunk=chunk)
+  total, sums, grads = accumulate.sum_gradients(loss, state.params, rows, accumulation)
+  grads = constrain_gradients(grads)
+  count = jnp.maximum(sums["tokens"], 1.0)
+  rate = learning_rate(state.step - state.skipped)
+  grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.params)
+  state, metrics = training_state.apply_gradients(state, optimizer, grads, total / count)
+  return state, metrics | {"learning_rate": rate, "learnt_tokens": sums["tokens"]}
+
+
+def eval_step(params, frozen, rows, *, graphdef, max_segments: int, shards: int, chunk: int):
+  """Sums over a batch, see `losses.sft.evaluation`."""
+  model = nnx.merge(graphdef, trees.merge(params, frozen))
+  return sft.evaluation(
+    model(rows),
+    model.head_kernel(),
+    rows,
+    max_segments=max_segments,
+    shards=shards,
+    chunk=chunk,
+  )

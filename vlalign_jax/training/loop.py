@@ -1,0 +1,153 @@
+"""The loop all stages share: next batch, step, log, evaluate, save; stops and resumes exactly."""
+
+import collections
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+from vlalign_jax.errors import InputError
+from vlalign_jax.training import checkpoints
+from vlalign_jax.training.metrics import MetricLog, Throughput
+from vlalign_jax.training.state import TrainState
+
+# Metrics are read this many steps late, so that the devices never wait for the host.
+LAG = 2
+MAX_SKIPPED_IN_A_ROW = 10
+# Share of the records that may turn out unreadable under data.on_bad_record=skip.
+MAX_BAD_RECORDS = 0.01
+
+
+@dataclasses.dataclass
+class Stage:
+  """What differs between stages, as functions.
+
+  Attributes:
+    train_step: `(state, rows) -> (state, metrics)`, jitted.
+    to_device: host batch (dict of arrays of this process's rows) -> rows on the devices.
+    count: host batch -> (tokens, examples) in it.
+    evaluate: `(state) -> dict of floats`, or None.
+    records: number of training records.
+  """
+
+  train_step: Callable
+  to_device: Callable
+  count: Callable
+  evaluate: Callable | None
+  records: int
+
+
+class Stop:
+  """Set by SIGTERM (preemption): the loop then saves and ends in order."""
+
+  def __init__(self):
+    self.asked = False
+    if threading.current_thread() is threading.main_thread():
+      signal.signal(signal.SIGTERM, self._ask)
+
+  def _ask(self, *_):
+    self.asked = True
+
+
+def run(
+  config,
+  workdir: str,
+  stage: Stage,
+  state: TrainState,
+  progress: dict,
+  batches,
+  manager: ocp.CheckpointManager,
+  total_steps: int,
+) -> TrainState | None:
+  """Trains from the state's step to `total_steps`.
+
+  Args:
+    config: its log_every, eval_every, save_every.
+    workdir: the run directory.
+    stage: see `Stage`.
+    state: where to begin.
+    progress: of the checkpoint that `state` is from; {"bad_records": 0} at the start.
+    batches: iterator with `get_state`, standing at the state's step.
+    manager: takes the checkpoints.
+    total_steps: where to end.
+
+  Returns:
+    The final state, or None if SIGTERM ended the run early (it is saved then).
+
+  Raises:
+    InputError: ten updates in a row were not finite, or too many records are unreadable.
+  """
+  stop, first = Stop(), int(state.step)
+  log, throughput = MetricLog(workdir, first, total_steps), Throughput()
+  pending, bad_records = collections.deque(), progress["bad_records"]
+
+  def evaluated(step: int) -> bool:
+    due = config.eval_every and step % config.eval_every == 0
+    return stage.evaluate is not None and bool(due or step == total_steps)
+
+  def settle(keep: int) -> None:
+    """Reads the metrics of all but the newest `keep` steps."""
+    while len(pending) > keep:
+      step, metrics, counted = pending.popleft()
+      metrics = jax.device_get(metrics)
+      if metrics.pop("skipped_in_a_row") >= MAX_SKIPPED_IN_A_ROW:
+        raise InputError(
+          f"step {step}: loss or gradient was not finite for {MAX_SKIPPED_IN_A_ROW} updates in a "
+          "row; lower optim.learning_rate, or look at the data of these steps"
+        )
+      throughput.add(*counted)
+      log.advance(step)
+      if step % config.log_every == 0 or step in (1, total_steps):
+        values = {key: float(value) for key, value in metrics.items()}
+        log.write(step, values | throughput.rates(), more_follow=evaluated(step))
+
+  def evaluate(step: int) -> None:
+    settle(0)
+    log.write(step, {f"eval/{key}": value for key, value in stage.evaluate(state).items()})
+    throughput.rates()  # the time of evaluation is nobody's throughput
+
+  def save(step: int) -> None:
+    settle(0)
+    here = {"step": step, "bad_records": bad_records, "data": batches.get_state()}
+    checkpoints.save(manager, step, state, here)
+
+  saved = first
+  try:
+    for step in range(first + 1, total_steps + 1):
+      batch = next(batches)
+      bad_records += int(batch.pop("skipped").sum())
+      _check_bad_records(bad_records, stage.records)
+      counted = stage.count(batch)
+      state, metrics = stage.train_step(state, stage.to_device(batch))
+      pending.append((step, metrics, counted))
+      settle(LAG)
+      if evaluated(step):
+        evaluate(step)
+      if config.save_every and step % config.save_every == 0 and step < total_steps:
+        save(step)
+        saved = step
+      if stop.asked:
+        break
+    settle(0)
+    last = int(state.step)
+    if saved < last:
+      save(last)
+    manager.wait_until_finished()
+  finally:
+    log.close()
+  if last < total_steps:
+    logging.info("SIGTERM: saved at step %d; the same command goes on from there", last)
+    return None
+  return state
+
+
+def _check_bad_records(bad: int, records: int) -> None:
+  if bad > max(1, MAX_BAD_RECORDS * records):
+    raise InputError(
+      f"{bad} of {records} records could not be read, more than {MAX_BAD_RECORDS:.0%}; "
+      "scripts/check_data.py lists them with their reasons"
+    )

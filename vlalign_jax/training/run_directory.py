@@ -1,0 +1,92 @@
+"""A run directory: made, checked against the config that is resumed with, and written to."""
+
+import json
+import os
+
+import jax
+from ml_collections import ConfigDict
+
+from vlalign_jax.errors import InputError
+
+# What may change between a run and its resumption without changing what it computes.
+HARMLESS = (
+  "log_every",
+  "eval_every",
+  "save_every",
+  "keep",
+  "data.workers",
+  "model.remat",
+  "mesh.zero_stage",
+  "mesh.data",
+  "mesh.fsdp",
+)
+
+
+def write_atomically(path: str, text: str) -> None:
+  """The file has either its old or its new content, whenever the process dies."""
+  partial = f"{path}.partial"
+  with open(partial, "w", encoding="utf-8") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(partial, path)
+
+
+def open_run(workdir: str, config: ConfigDict) -> None:
+  """Makes the directory and its config.json, or checks that a run there has the same config.
+
+  Raises:
+    InputError: the directory cannot be written to, or holds a run with another config.
+  """
+  if not workdir:
+    raise InputError("--workdir is missing: the directory that this run is written to")
+  path = os.path.join(workdir, "config.json")
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    if os.path.isfile(path):
+      with open(path, encoding="utf-8") as file:
+        _check_same(json.load(file), config.to_dict(), workdir)
+    if jax.process_index() == 0:
+      write_atomically(path, json.dumps(config.to_dict(), indent=2) + "\n")
+  except OSError as error:
+    raise InputError(f"--workdir {workdir} cannot be written to: {error.strerror}") from error
+  except json.JSONDecodeError as error:
+    raise InputError(f"{path} is not JSON ({error}); restore it or choose another --workdir") from (
+      error
+    )
+
+
+def _flatten(config: dict, prefix: str = "") -> dict:
+  flat = {}
+  for key, value in config.items():
+    flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+  return flat
+
+
+def _check_same(stored: dict, now: dict, workdir: str) -> None:
+  stored, now = _flatten(stored), _flatten(now)
+  differing = [
+    f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now"
+    for key in sorted(stored.keys() | now.keys())
+    if stored.get(key) != now.get(key) and key not in HARMLESS
+  ]
+  if differing:
+    raise InputError(
+      f"{workdir} holds a run with another config; repeat its command to resume, or choose another "
+      "--workdir:\n  " + "\n  ".join(differing)
+    )
+
+
+def truncate_metrics(path: str, step: int) -> None:
+  """Drops lines after `step` (and a half-written last one), which a resumed run writes again."""
+  if not os.path.isfile(path):
+    return
+  kept = []
+  with open(path, encoding="utf-8") as file:
+    for line in file:
+      try:
+        if json.loads(line)["step"] <= step:
+          kept.append(line)
+      except ValueError:
+        break
+  write_atomically(path, "".join(kept))

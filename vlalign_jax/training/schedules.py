@@ -1,0 +1,49 @@
+"""Learning-rate schedules, by the definitions of transformers' `get_scheduler`."""
+
+import math
+
+import jax.numpy as jnp
+import optax
+
+
+def warmup_steps(warmup: float, total_steps: int) -> int:
+  """`optim.warmup` in steps: values up to 1 are a share of all steps."""
+  return math.ceil(warmup * total_steps) if warmup <= 1 else int(warmup)
+
+
+def make_schedule(optim, peak: float, total_steps: int) -> optax.Schedule:
+  """Learning rate of the update number `count` (from 0).
+
+  Args:
+    optim: the config's `optim` group: schedule, warmup, cycles, power.
+    peak: the learning rate after warm-up.
+    total_steps: updates of the whole run.
+
+  Returns:
+    Function of int32[] to float32[]. All schedules but `constant` rise linearly from 0 over the
+    warm-up, then: `linear` and `polynomial` fall to 0 and 1e-7; `cosine` falls along half a wave;
+    `cosine_with_restarts` does so `cycles` times.
+  """
+  warmup = 0 if optim.schedule == "constant" else warmup_steps(optim.warmup, total_steps)
+  decay_steps = max(1, total_steps - warmup)
+  final = 1e-7
+
+  def factor(done):
+    if optim.schedule == "linear":
+      return 1 - done
+    if optim.schedule == "polynomial":
+      return ((peak - final) * (1 - done) ** optim.power + final) / peak
+    if optim.schedule == "cosine":
+      return 0.5 * (1 + jnp.cos(jnp.pi * done))
+    if optim.schedule == "cosine_with_restarts":
+      phase = (done * optim.cycles) % 1.0
+      return jnp.where(done >= 1, 0.0, 0.5 * (1 + jnp.cos(jnp.pi * phase)))
+    return jnp.ones_like(done)
+
+  def schedule(count):
+    count = jnp.asarray(count, jnp.float32)
+    rising = count / max(1, warmup)
+    done = jnp.clip((count - warmup) / decay_steps, 0.0, 1.0)
+    return peak * jnp.where(count < warmup, rising, factor(done))
+
+  return schedule

@@ -1,0 +1,51 @@
+"""What an update changes, and the update itself: shared by every stage."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class TrainState(NamedTuple):
+  step: jax.Array  # int32[], updates done or skipped
+  params: dict[str, Any]  # the trained ones
+  optimizer: Any
+  skipped: jax.Array  # int32[], updates skipped because loss or gradient was not finite
+  skipped_in_a_row: jax.Array  # int32[]
+
+
+def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state before the first update."""
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(zero, params, optimizer.init(params), zero, zero)
+
+
+def apply_gradients(state: TrainState, optimizer, gradients, loss):
+  """One update, or none if the loss or a gradient is not finite.
+
+  Args:
+    state: before the update.
+    optimizer: the optax transformation.
+    gradients: tree like state.params, of the mean loss.
+    loss: float32[].
+
+  Returns:
+    The next state, and the metrics that every stage logs: loss, grad_norm (before clipping) and
+    skipped_steps.
+  """
+  norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
+  finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+  updates, new_optimizer = optimizer.update(gradients, state.optimizer, state.params)
+  new_params = optax.apply_updates(state.params, updates)
+  keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+  bad = 1 - finite.astype(jnp.int32)
+  new_state = TrainState(
+    step=state.step + 1,
+    params=jax.tree.map(keep, new_params, state.params),
+    optimizer=jax.tree.map(keep, new_optimizer, state.optimizer),
+    skipped=state.skipped + bad,
+    skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
+  )
+  metrics = {"loss": loss, "grad_norm": norm, "skipped_steps": new_state.skipped}
+  return new_state, metrics | {"skipped_in_a_row": new_state.skipped_in_a_row}
