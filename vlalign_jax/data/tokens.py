@@ -1,0 +1,140 @@
+"""Text to token ids, piece by piece: what is learnt and what is not can never share a token."""
+
+import copy
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from vlalign_jax.data.records import IMAGE_PLACEHOLDER
+from vlalign_jax.errors import InputError
+
+# A Unicode noncharacter: the text on its two sides is tokenised separately, itself never.
+CUT = "\ufdd0"
+
+# What may stand before a piece while it is tokenised where what really does would merge with it.
+ANCHORS = (":", "\n", "a", "1", ".", " ")
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+  """What is asked of a tokenizer again and again, computed once."""
+
+  backend: Tokenizer  # our own copy: nobody sets truncation or padding on it
+  added: frozenset[str]  # tokens that are found in the text before anything else, special or not
+  endings: tuple[str, ...]  # the same texts, longest first
+  control: re.Pattern  # tokens that only a template may write
+  prefix: list[int]  # what the tokenizer itself puts before a text: bos or nothing
+  unknown: int | None
+  anchors: dict[str, list[int]] = field(default_factory=dict)
+
+  def ids(self, text: str) -> list[int]:
+    """Ids of `text` as a text of its own, without bos and eos."""
+    return self.backend.encode(text, add_special_tokens=False).ids
+
+
+def vocabulary(tokenizer) -> Vocabulary:
+  """The `Vocabulary` of a fast Hugging Face tokenizer, cached until tokens are added to it."""
+  return _vocabulary(tokenizer, len(tokenizer))
+
+
+@functools.lru_cache(maxsize=16)
+def _vocabulary(tokenizer, size: int) -> Vocabulary:
+  del size  # only a part of the cache's key
+  if not getattr(tokenizer, "is_fast", False):
+    raise InputError(
+      f"{tokenizer.name_or_path or 'the tokenizer'} has no fast tokenizer; save one beside it"
+      " (tokenizer.json)"
+    )
+  backend = copy.deepcopy(tokenizer.backend_tokenizer)
+  backend.no_truncation()
+  backend.no_padding()
+  tokens = tokenizer.added_tokens_decoder.values()
+  added = frozenset(token.content for token in tokens)
+  # Added tokens that are not special (runs of spaces, <think>) are ordinary words of the user.
+  control = {token.content for token in tokens if token.special}
+  control |= {*tokenizer.all_special_tokens, IMAGE_PLACEHOLDER}
+  probe = backend.encode("a", add_special_tokens=True)
+  before = 0
+  while before < len(probe.ids) and probe.special_tokens_mask[before]:
+    before += 1
+  return Vocabulary(
+    backend=backend,
+    added=added,
+    endings=tuple(sorted(added, key=len, reverse=True)),
+    control=re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True)))),
+    prefix=probe.ids[:before],
+    unknown=tokenizer.unk_token_id,
+  )
+
+
+def plain_text(text: str, tokenizer) -> str:
+  """The user's text, made unable to write control tokens.
+
+  Data from the web contains `</s>` and the like as words. Each such word gets a `CUT` after its
+  first character, so that it is tokenised as the characters that it is written with.
+
+  Args:
+    text: a question or an answer.
+    tokenizer: the tokenizer whose control tokens are meant.
+
+  Returns:
+    The text, nearly always unchanged.
+  """
+  text = text.replace(CUT, "")
+  control = vocabulary(tokenizer).control
+  if control.search(text) is None:
+    return text
+  return re.sub(
+    f"(?=(?:{control.pattern}))(.)", lambda found: found[1] + CUT, text, flags=re.DOTALL
+  )
+
+
+def tokenize_pieces(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
+  """Tokenises the consecutive pieces of one running text, each exactly once.
+
+  The first piece gets what the tokenizer itself puts before a text (bos), unless it begins with it.
+  A later piece is tokenised as the continuation of what precedes it: behind an anchor, whose ids
+  are then taken off. Without one, tokenizers in sentencepiece's style would put a space before
+  every piece.
+
+  Args:
+    texts: the pieces, in order.
+    tokenizer: a fast Hugging Face tokenizer.
+
+  Returns:
+    One int32[N] array of ids per piece; concatenated they are the running text's ids.
+  """
+  words = vocabulary(tokenizer)
+  before = None
+  arrays = []
+  for text in texts:
+    ids = []
+    for part in text.split(CUT):
+      if part:
+        ids += _first(part, words) if before is None else _continuation(part, before, words)
+        before = part
+    arrays.append(np.array(ids, np.int32))
+  return arrays
+
+
+def _first(text: str, words: Vocabulary) -> list[int]:
+  ids = words.ids(text)
+  return ids if ids[: len(words.prefix)] == words.prefix else words.prefix + ids
+
+
+def _continuation(text: str, before: str, words: Vocabulary) -> list[int]:
+  special = next((token for token in words.endings if before.endswith(token)), None)
+  for anchor in (before[-1] if special is None else special, *ANCHORS):
+    head = words.anchors.get(anchor)
+    if head is None:
+      head = words.anchors[anchor] = words.ids(anchor)
+    if anchor != special and words.unknown in head:
+      continue  # unknown characters may be fused with the ones that follow
+    ids = words.ids(anchor + text)
+    if ids[: len(head)] == head:
+      return ids[len(head) :]
+  return words.ids(text)
