@@ -1,0 +1,199 @@
+"""Prompt templates: a conversation becomes pieces of text, prompts and learnt answers in turn."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vlalign_jax.data.chat_template import CleanTurn, cut_conversation, takes_typed_content
+from vlalign_jax.data.records import IMAGE_PLACEHOLDER, Turn
+from vlalign_jax.data.tokens import plain_text, vocabulary
+from vlalign_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Piece:
+  """A stretch of the example's text that is learnt as a whole or not at all.
+
+  `text` may contain `tokens.CUT` where the user's own words look like a control token.
+  """
+
+  text: str
+  learn: bool
+
+
+@dataclass(frozen=True)
+class Template:
+  """Texts of one named template; `{images}` stands for one `<image>` line per image."""
+
+  system: str
+  with_image: str
+  without_image: str
+  answer: str  # the space, if any, that stands before an answer and is learnt with it
+  end: str = ""  # the literal after an answer; empty: the tokenizer's eos
+  restart: str = ""  # the literal between that end and the next turn
+  first_drops: str = ""  # what the first turn's own text loses because the system text has it
+  needs: tuple[str, ...] = ()  # tokens without which the template means nothing
+
+
+_SYSTEM = (
+  "You are a helpful language and vision assistant. You are able to understand the visual content"
+  " that the user provides, and assist the user with a variety of tasks using natural language.\n\n"
+)
+_CHAT = (
+  "A chat between a curious {user} and an artificial intelligence assistant. The assistant gives"
+  " helpful, detailed, and polite answers to the {user}'s questions. "
+)
+_LLAMA_3_TURN = (
+  "<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
+  "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+
+_TEMPLATES = {
+  "default": Template(
+    system=_SYSTEM,
+    with_image="### Image:\n{images}\n### Question:\n{question}\n\n### Answer:\n",
+    without_image="### Question:\n{question}\n\n### Answer:\n",
+    answer="",
+  ),
+  "llama_2": Template(
+    system=f"[INST] <<SYS>>\n{_SYSTEM}\n<</SYS>>\n\n",
+    with_image="### Image:\n{images}\n[INST] {question} [/INST]",
+    without_image="[INST] {question} [/INST]",
+    answer=" ",
+    end="</s>",
+    restart="<s>",
+    first_drops="[INST] ",
+  ),
+  "llama_3": Template(
+    system=f"<|start_header_id|>system<|end_header_id|>\n\n{_SYSTEM}<|eot_id|>",
+    with_image="### Image:\n{images}\n" + _LLAMA_3_TURN,
+    without_image=_LLAMA_3_TURN,
+    answer="",
+    end="<|eot_id|>",
+    needs=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+  ),
+  "vicuna": Template(
+    system=_CHAT.format(user="user"),
+    with_image="USER: {images}{question} ASSISTANT:",
+    without_image="USER: {question} ASSISTANT:",
+    answer=" ",
+    end="</s>",
+  ),
+  "llava": Template(
+    system=_CHAT.format(user="human"),
+    with_image="USER: {images}{question} ASSISTANT:",
+    without_image="USER: {question} ASSISTANT:",
+    answer=" ",
+  ),
+  # LLaVA's pretraining: the caption follows the image, whatever the question says.
+  "plain": Template(system="", with_image="{images}", without_image="", answer=""),
+}
+
+TEMPLATES = (*_TEMPLATES, "auto")
+
+
+def turn_pieces(turns: Sequence[Turn], template: str, tokenizer, where: str) -> list[Piece]:
+  """Two pieces per turn, the prompt up to the answer and the learnt answer with its end token.
+
+  The pieces of a turn do not depend on the turns after it. Where the last turn has no answer, the
+  last piece is its prompt.
+
+  Args:
+    turns: the conversation, with `<image>` in the human texts.
+    template: one of `TEMPLATES`.
+    tokenizer: a fast Hugging Face tokenizer; `auto` takes its chat template.
+    where: names the record in error messages.
+
+  Raises:
+    InputError: unknown template, a tokenizer that lacks its tokens, or a conversation that does
+      not fit it.
+  """
+  check_template(template, tokenizer)
+  for number, turn in enumerate(turns[:-1], start=1):
+    if turn.gpt is None:
+      raise InputError(f"{where}: turn {number} of {len(turns)} has no answer; give it one")
+  if template == "plain" and (len(turns) != 1 or IMAGE_PLACEHOLDER not in turns[0].human):
+    raise InputError(
+      f"{where}: the template plain takes one turn with at least one image; remove the record or"
+      " choose another data.template"
+    )
+  clean = [_clean(turn, tokenizer) for turn in turns]
+  if template == "auto":
+    pairs = cut_conversation(clean, tokenizer, where)
+  else:
+    pairs = _fill(clean, _TEMPLATES[template], tokenizer)
+  pieces = []
+  for prompt, answer in pairs:
+    pieces.append(Piece(prompt, learn=False))
+    if answer is not None:
+      pieces.append(Piece(answer, learn=True))
+  return pieces
+
+
+def closing(template: str, tokenizer) -> str:
+  """What follows the last answer's end token: the eos, or nothing where that token is the eos."""
+  if template == "auto":
+    return ""  # the tokenizer's chat template knows best
+  literal = _TEMPLATES[template].end
+  eos = tokenizer.eos_token
+  return "" if not literal or _literal(literal, eos, tokenizer) == eos else eos
+
+
+def render(turns: Sequence[Turn], template: str, tokenizer, where: str) -> list[Piece]:
+  """The whole example: `turn_pieces` with the final eos; every turn needs an answer."""
+  if turns[-1].gpt is None:
+    raise InputError(f"{where}: the last turn has no answer to learn; give it one")
+  *pieces, last = turn_pieces(turns, template, tokenizer, where)
+  return [*pieces, Piece(last.text + closing(template, tokenizer), learn=True)]
+
+
+def prompt_pieces(turns: Sequence[Turn], template: str, tokenizer, where: str) -> list[Piece]:
+  """The example up to where the last turn's answer begins; whether it has one does not matter."""
+  asked = [*turns[:-1], Turn(turns[-1].human, None)]
+  return turn_pieces(asked, template, tokenizer, where)
+
+
+def check_template(template: str, tokenizer) -> None:
+  """Raises an InputError unless the template is known and the tokenizer has its tokens."""
+  if template not in TEMPLATES:
+    near = difflib.get_close_matches(template, TEMPLATES, n=1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    raise InputError(f'data.template "{template}" is not one of {", ".join(TEMPLATES)}{hint}')
+  if tokenizer.eos_token is None:
+    raise InputError("the tokenizer has no eos token; set eos_token in its tokenizer_config.json")
+  if template == "auto":
+    takes_typed_content(tokenizer)
+    return
+  added = vocabulary(tokenizer).added
+  missing = [token for token in _TEMPLATES[template].needs if token not in added]
+  if missing:
+    raise InputError(
+      f"data.template {template} needs {', '.join(missing)}, which the tokenizer lacks; choose"
+      " another data.template"
+    )
+
+
+def _clean(turn: Turn, tokenizer) -> CleanTurn:
+  question = plain_text(turn.human.replace(IMAGE_PLACEHOLDER, "").strip(), tokenizer)
+  answer = None if turn.gpt is None else plain_text(turn.gpt.strip(), tokenizer)
+  return CleanTurn(question, turn.human.count(IMAGE_PLACEHOLDER), answer)
+
+
+def _literal(literal: str, fallback: str | None, tokenizer) -> str:
+  return literal if literal in vocabulary(tokenizer).added else fallback or ""
+
+
+def _fill(turns: list[CleanTurn], template: Template, tokenizer) -> list[tuple[str, str | None]]:
+  eos = tokenizer.eos_token
+  end = _literal(template.end, eos, tokenizer) if template.end else eos
+  restart = _literal(template.restart, tokenizer.bos_token, tokenizer) if template.restart else ""
+  pairs = []
+  for number, turn in enumerate(turns):
+    wording = template.with_image if turn.images else template.without_image
+    if number == 0:
+      wording = template.system + wording.replace(template.first_drops, "", 1)
+    else:
+      wording = restart + wording
+    prompt = wording.format(images=f"{IMAGE_PLACEHOLDER}\n" * turn.images, question=turn.question)
+    pairs.append((prompt, None if turn.answer is None else template.answer + turn.answer + end))
+  return pairs
