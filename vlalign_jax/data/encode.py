@@ -1,0 +1,123 @@
+"""One record to one training example: token ids, image positions, targets and what is learnt."""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlalign_jax.data.records import IMAGE_PLACEHOLDER, Record
+from vlalign_jax.data.templates import closing, turn_pieces
+from vlalign_jax.data.tokens import tokenize_pieces, vocabulary
+from vlalign_jax.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+  """One tokenised training example; rows are packed from these.
+
+  tokens: int32[N] ids; an image stands as its tokens_per_image image token ids.
+  positions: int32[N] RoPE positions.
+  branches: int32[N] 0 for what all answers share; k > 0 for the k-th answer.
+  targets: int32[N] id of the next token where weights is 1, else 0.
+  weights: float32[N] 1 where the next token belongs to an answer or its end, else 0.
+  images: paths in the order in which their tokens appear.
+  where: names the record in error messages.
+  """
+
+  tokens: np.ndarray
+  positions: np.ndarray
+  branches: np.ndarray
+  targets: np.ndarray
+  weights: np.ndarray
+  images: tuple[str, ...]
+  where: str
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+  """What became of a record; `example` is None where not even its first turn fits."""
+
+  example: Example | None
+  dropped_turns: int
+
+
+def encode(
+  record: Record,
+  template: str,
+  tokenizer,
+  image_token_id: int,
+  tokens_per_image: int,
+  max_length: int,
+) -> Encoded:
+  """Encodes a record whose every turn is answered, for supervised fine-tuning.
+
+  Nothing is ever cut: turns that do not fit are dropped whole from the end, with their images, and
+  the eos still closes what is left.
+
+  Args:
+    record: the conversation; its last turn needs an answer too.
+    template: one of `templates.TEMPLATES`.
+    tokenizer: a fast Hugging Face tokenizer.
+    image_token_id: id of the tokenizer's `<image>`.
+    tokens_per_image: positions that an image takes.
+    max_length: the largest number of positions, image positions included.
+
+  Raises:
+    InputError: the template, the tokenizer and the record do not go together.
+  """
+  check_image_token(tokenizer, image_token_id)
+  turns, where = record.turns, record.where
+  if turns[-1].gpt is None:
+    raise InputError(f"{where}: the last turn has no answer to learn; give it one")
+  pieces = turn_pieces(turns, template, tokenizer, where)
+  texts = [piece.text for piece in pieces]
+  *ids, final = tokenize_pieces([*texts, closing(template, tokenizer)], tokenizer)
+
+  image_counts = [turn.human.count(IMAGE_PLACEHOLDER) for turn in turns]
+  placed = [np.count_nonzero(piece == image_token_id) for piece in ids]
+  if placed[0::2] != image_counts or any(placed[1::2]):
+    raise InputError(
+      f"{where}: {sum(placed)} image tokens were written for {sum(image_counts)} images;"
+      " choose another data.template"
+    )
+  sizes = [
+    len(piece) + count * (tokens_per_image - 1) for piece, count in zip(ids, placed, strict=True)
+  ]
+  ends = np.cumsum(sizes)[1::2]  # where each turn's answer ends
+  kept = int(np.searchsorted(ends, max_length - len(final), side="right"))
+  if kept == 0:
+    return Encoded(None, len(turns))
+
+  parts = [*ids[: 2 * kept], final]
+  learnt = [*(piece.learn for piece in pieces[: 2 * kept]), True]
+  tokens = np.concatenate(parts)
+  learn = np.repeat(learnt, [len(part) for part in parts])
+  repeats = image_repeats(tokens, image_token_id, tokens_per_image)
+  tokens, learn = np.repeat(tokens, repeats), np.repeat(learn, repeats)
+  weights = np.append(learn[1:], False)
+  example = Example(
+    tokens=tokens,
+    positions=np.arange(len(tokens), dtype=np.int32),
+    branches=np.zeros(len(tokens), np.int32),
+    targets=np.where(weights, np.roll(tokens, -1), 0).astype(np.int32),
+    weights=weights.astype(np.float32),
+    images=record.images[: sum(image_counts[:kept])],
+    where=where,
+  )
+  return Encoded(example, len(turns) - kept)
+
+
+def image_repeats(tokens: np.ndarray, image_token_id: int, tokens_per_image: int) -> np.ndarray:
+  """How often each of `tokens` (int32[N]) is repeated to make room for the images; int64[N]."""
+  return np.where(tokens == image_token_id, tokens_per_image, 1)
+
+
+@functools.lru_cache(maxsize=16)
+def check_image_token(tokenizer, image_token_id: int) -> None:
+  """Raises an InputError unless the tokenizer reads `<image>` as the one token image_token_id."""
+  found = vocabulary(tokenizer).ids(IMAGE_PLACEHOLDER)
+  if found != [image_token_id]:
+    raise InputError(
+      f"the tokenizer reads <image> as {found}, not as the image token {image_token_id};"
+      " add <image> to it as one special token with this id"
+    )
