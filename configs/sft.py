@@ -20,6 +20,7 @@ Tuning": AdamW, cosine, warm-up 0.03, no decay; 1e-3 and batch 256, then 2e-5 an
 from ml_collections import ConfigDict
 
 from vlalign_jax.config import defaults
+from vlalign_jax.errors import InputError
 
 PRESETS = ("demo", "llava15_pretrain", "llava15_7b", "llava15_13b", "llama3_8b")
 
@@ -27,7 +28,7 @@ PRESETS = ("demo", "llava15_pretrain", "llava15_7b", "llava15_13b", "llama3_8b")
 def get_config(preset: str = "llava15_7b") -> ConfigDict:
   """The config of a preset; every key can be overridden with --config.KEY=VALUE."""
   if preset not in PRESETS:
-    raise ValueError(f"no SFT preset {preset!r}; choose from {', '.join(PRESETS)}")
+    raise InputError(f"no SFT preset {preset!r}; choose from {', '.join(PRESETS)}")
   c = defaults("sft")
   if preset == "demo":
     return _demo(c)
