@@ -1,6 +1,7 @@
 """The configuration every stage shares: all keys with their defaults, and their checks."""
 
 import difflib
+import math
 
 from ml_collections import ConfigDict, config_dict
 
@@ -109,7 +110,7 @@ def check(config: ConfigDict, stage: str) -> None:
 
 
 def check_keys(config: ConfigDict, known: ConfigDict, prefix: str = "config") -> None:
-  """Refuses keys that `known` lacks and keys that are missing, naming the nearest known one.
+  """Refuses keys that `known` lacks, keys that are missing, and values of another type.
 
   Raises:
     InputError: names the first such key.
@@ -122,9 +123,21 @@ def check_keys(config: ConfigDict, known: ConfigDict, prefix: str = "config") ->
       if not isinstance(config[key], ConfigDict):
         raise InputError(f"{prefix}.{key} is a group of keys, not {config[key]!r}")
       check_keys(config[key], known[key], f"{prefix}.{key}")
+    else:
+      _check_type(f"{prefix}.{key}", config[key], known.get_type(key), known[key])
   for key in known:
     if key not in config:
       raise InputError(f"{prefix}.{key} is missing; build the config from the stage's get_config")
+
+
+def _check_type(name: str, given, kind: type, default) -> None:
+  if given is None and default is None:  # a placeholder, which stays empty
+    return
+  # type() and not isinstance(): True is no number here.
+  if type(given) is not kind and (kind, type(given)) != (float, int):
+    raise InputError(f"{name} is {given!r}; it must be of type {kind.__name__}")
+  if kind is float and not math.isfinite(given):
+    raise InputError(f"{name} is {given}; give a finite number")
 
 
 def check_shared(config: ConfigDict) -> None:
@@ -154,6 +167,9 @@ def check_shared(config: ConfigDict) -> None:
     "data.workers": 0,
     "data.eval_fraction": 0,
     "optim.learning_rate": 0,
+    "optim.embedding_learning_rate": 0,
+    "optim.projector_learning_rate": 0,
+    "optim.eps": 0,
     "optim.weight_decay": 0,
     "optim.warmup": 0,
     "optim.grad_clip": 0,
@@ -164,8 +180,12 @@ def check_shared(config: ConfigDict) -> None:
       shown = ", ".join(map(str, allowed))
       raise InputError(f"config.{key} is {value(config, key)!r}; choose from {shown}")
   for key, least in at_least.items():
-    if value(config, key) < least:
-      raise InputError(f"config.{key} is {value(config, key)}; it must be at least {least}")
+    given = value(config, key)
+    if given is not None and given < least:
+      raise InputError(f"config.{key} is {given}; it must be at least {least}")
+  for key in ("optim.b1", "optim.b2"):
+    if not 0 <= value(config, key) < 1:
+      raise InputError(f"config.{key} is {value(config, key)}; it must be from 0 to below 1")
   if not config.steps and config.epochs <= 0:
     raise InputError("config.epochs must be above 0, or config.steps given")
   if not config.data.train:
