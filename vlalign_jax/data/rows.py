@@ -1,0 +1,92 @@
+"""Rows: several tokenised examples, and their distinct images, in one row of fixed length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+  from vlalign_jax.data.encode import Example
+
+
+def empty_row(length: int, pad_id: int = 0) -> dict[str, np.ndarray]:
+  """A row that only pads.
+
+  Args:
+    length: T, tokens in the row.
+    pad_id: the token id of padding.
+
+  Returns:
+    tokens, positions, segments, branches, targets, image_slots: int32[T]; weights: float32[T].
+  """
+  row = {
+    name: np.zeros(length, np.int32) for name in ("positions", "segments", "branches", "targets")
+  }
+  row["tokens"] = np.full(length, pad_id, np.int32)
+  row["weights"] = np.zeros(length, np.float32)
+  row["image_slots"] = np.full(length, -1, np.int32)
+  return row
+
+
+def build_row(
+  examples: Sequence[Example],
+  length: int,
+  num_images: int,
+  image_token_id: int,
+  tokens_per_image: int,
+  pad_id: int = 0,
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+  """Concatenates examples into one row; an image that several of them show is kept once.
+
+  The n-th image token of an example belongs to its image n // P, where P is `tokens_per_image`,
+  and points at slot j * P + n % P, where j is the place of that image in the returned paths.
+
+  Args:
+    examples: what the row holds, in order; may be empty.
+    length: T, tokens in the row.
+    num_images: I, the most distinct images that the row may have.
+    image_token_id: the id that marks image positions in `tokens`.
+    tokens_per_image: P, image tokens of one image.
+    pad_id: the token id of padding.
+
+  Returns:
+    (arrays as in `empty_row`, with segments counted from 1; paths of the distinct images in slot
+    order, at most I).
+
+  Raises:
+    ValueError: the examples do not fit, or an example's image tokens and images disagree.
+  """
+  row = empty_row(length, pad_id)
+  slot_of: dict[str, int] = {}
+  for example in examples:
+    for path in example.images:
+      slot_of.setdefault(path, len(slot_of))
+  if len(slot_of) > num_images:
+    raise ValueError(f"{len(slot_of)} distinct images in a row of {num_images}")
+  if not examples:
+    return row, ()
+
+  lengths = np.array([len(example.tokens) for example in examples])
+  used = int(lengths.sum())
+  if used > length:
+    raise ValueError(f"{used} tokens in a row of {length}")
+  for name in ("tokens", "positions", "branches", "targets", "weights"):
+    row[name][:used] = np.concatenate([getattr(example, name) for example in examples])
+  row["segments"][:used] = np.repeat(np.arange(1, len(examples) + 1), lengths)
+
+  is_image = row["tokens"][:used] == image_token_id
+  found = np.bincount(row["segments"][:used] - 1, weights=is_image, minlength=len(examples))
+  for example, count in zip(examples, found.astype(int), strict=True):
+    if count != len(example.images) * tokens_per_image:
+      raise ValueError(
+        f"{example.where}: {count} image tokens for {len(example.images)} images "
+        f"of {tokens_per_image} tokens"
+      )
+  if slot_of:
+    # Every example has exactly its images' tokens, so one count over the row finds them all.
+    slots = np.array([slot_of[path] for example in examples for path in example.images])
+    image, patch = np.divmod(np.arange(int(is_image.sum())), tokens_per_image)
+    row["image_slots"][:used][is_image] = slots[image] * tokens_per_image + patch
+  return row, tuple(slot_of)
