@@ -1,0 +1,310 @@
+"""The plan: which examples share which row at which step, decided before the first step.
+
+Every host computes the same plan from the same numbers, so hosts agree without talking and a
+resumed run goes on where it stopped. Packing never changes which examples a step learns from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+# Row lengths are multiples of this, which suits the tiles of attention kernels.
+LENGTH_MULTIPLE = 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageSets:
+  """The distinct images of N examples, as numbers: example e shows ids[offsets[e]:offsets[e+1]].
+
+  Attributes:
+    offsets: int64[N+1].
+    ids: int32[K], an image's number is the same in every example that shows it.
+  """
+
+  offsets: np.ndarray
+  ids: np.ndarray
+
+  @classmethod
+  def from_paths(cls, paths: Iterable[Sequence[str]]) -> ImageSets:
+    """Numbers the images of each example; a path twice in one example counts once."""
+    number: dict[str, int] = {}
+    offsets, ids = [0], []
+    for example in paths:
+      ids.extend(number.setdefault(path, len(number)) for path in dict.fromkeys(example))
+      offsets.append(len(ids))
+    return cls(np.array(offsets, np.int64), np.array(ids, np.int32))
+
+  @property
+  def counts(self) -> np.ndarray:
+    """int64[N], distinct images of each example."""
+    return np.diff(self.offsets)
+
+  def gather(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The images of `examples` in a row: (int64[K'] which of `examples`, int32[K'] image)."""
+    counts = self.counts[examples]
+    owner = np.repeat(np.arange(len(examples)), counts)
+    within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return owner, self.ids[self.offsets[examples][owner] + within]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+  """Steps of R rows; a row of step s holds up to I distinct images and lengths[s] tokens.
+
+  Attributes:
+    batch_size: examples of a step (the last step may have fewer).
+    rows: R, rows of every step, over all hosts.
+    images: I, images of every row; 0 if there is no image at all.
+    lengths: int32[S], T of each step.
+    examples: int64[M], example numbers, row by row.
+    offsets: int64[S*R+1], row r of step s holds examples[offsets[s*R+r]:offsets[s*R+r+1]].
+    tokens: int64[S], tokens of each step that are not padding.
+    row_images: int32[S*R], distinct images of each row.
+    fingerprints: uint32[S+1], a checksum of the examples of the steps before each step; it does
+      not depend on how they are packed.
+  """
+
+  batch_size: int
+  rows: int
+  images: int
+  lengths: np.ndarray
+  examples: np.ndarray
+  offsets: np.ndarray
+  tokens: np.ndarray
+  row_images: np.ndarray
+  fingerprints: np.ndarray
+
+  @property
+  def steps(self) -> int:
+    return len(self.lengths)
+
+  def rows_of(self, step: int, row: int) -> np.ndarray:
+    """int64[n], the examples of a row (steps count from 0 here); empty for a row that pads."""
+    at = step * self.rows + row
+    return self.examples[self.offsets[at] : self.offsets[at + 1]]
+
+
+def plan_batches(
+  order: np.ndarray,
+  lengths: np.ndarray,
+  images: ImageSets,
+  *,
+  batch_size: int,
+  max_length: int,
+  row_multiple: int,
+  pack: bool,
+  max_images_per_row: int | None = None,
+  buckets: Sequence[int] | None = None,
+) -> Plan:
+  """Plans a run: a step takes the next `batch_size` examples of `order`, the last one the rest.
+
+  Packed, they go by first-fit decreasing into rows of one length, the one of the buckets that
+  makes the fewest tokens in all, cut down to the fullest row. Unpacked, each has its own row, and
+  a step's length is the smallest bucket that holds its longest example.
+
+  Args:
+    order: int64[M], example numbers of all epochs, one after the other.
+    lengths: int32[N], tokens of each example.
+    images: distinct images of each of the N examples.
+    batch_size: examples of a step.
+    max_length: the most tokens of an example.
+    row_multiple: the number of rows of a step is a multiple of this (data shards times gradient
+      accumulation); blocks of R / row_multiple consecutive rows get about the same load.
+    pack: whether examples share rows.
+    max_images_per_row: the most distinct images of a row; None for no limit.
+    buckets: row lengths to choose from; by default `default_buckets(max_length)`.
+
+  Raises:
+    ValueError: an example is empty, longer than `max_length` or has too many images, or `order`
+      is empty.
+  """
+  order = np.asarray(order, np.int64)
+  lengths = np.asarray(lengths, np.int32)
+  if order.size == 0:
+    raise ValueError("no examples to plan for")
+  longest, counts = int(lengths[order].max()), images.counts
+  if longest > max_length or int(lengths[order].min()) < 1:
+    bad = order[(lengths[order] > max_length) | (lengths[order] < 1)][0]
+    raise ValueError(f"example {bad} has {lengths[bad]} tokens; 1 to {max_length} can be planned")
+  if max_images_per_row is not None and int(counts[order].max()) > max_images_per_row:
+    bad = order[np.argmax(counts[order])]
+    raise ValueError(f"example {bad} has {counts[bad]} images; a row takes {max_images_per_row}")
+  buckets = sorted(default_buckets(max_length) if buckets is None else buckets)
+  if longest > buckets[-1]:
+    raise ValueError(f"an example of {longest} tokens does not fit the buckets {buckets}")
+
+  steps = -(-order.size // batch_size)
+  stream = np.full((steps, batch_size), -1, np.int64)
+  stream.flat[: order.size] = order
+  sizes = np.where(stream >= 0, lengths[stream], 0)
+  by_length = np.argsort(-sizes, axis=1, kind="stable")  # what is missing of the last step is last
+  stream = np.take_along_axis(stream, by_length, 1)
+  sizes = np.take_along_axis(sizes, by_length, 1)
+
+  if pack:
+    row_of, row_length = _pack(
+      stream, sizes, images, [b for b in buckets if b >= longest], row_multiple, max_images_per_row
+    )
+    step_lengths = np.full(steps, row_length, np.int32)
+  else:
+    row_of = np.where(stream >= 0, np.arange(batch_size), -1)
+    step_lengths = np.array(buckets, np.int32)[np.searchsorted(buckets, sizes[:, 0])]
+  rows = _round_up(int(row_of.max()) + 1, row_multiple)
+
+  # Rows come fullest first: dealing them out like cards gives every block of rows a like load.
+  dealt = np.arange(rows).reshape(-1, row_multiple).T.reshape(-1)
+  place = np.argsort(dealt, kind="stable")
+  step_of, column = np.nonzero(stream >= 0)
+  row = step_of * rows + place[row_of[step_of, column]]
+  by_row = np.argsort(row, kind="stable")
+  examples = stream[step_of, column][by_row]
+  offsets = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=steps * rows))])
+
+  row_images = _distinct_images(row[by_row], examples, images, steps * rows)
+  return Plan(
+    batch_size=batch_size,
+    rows=rows,
+    images=int(row_images.max()),
+    lengths=step_lengths,
+    examples=examples,
+    offsets=offsets,
+    tokens=sizes.sum(1, dtype=np.int64),
+    row_images=row_images,
+    fingerprints=_fingerprints(order, lengths[order], batch_size),
+  )
+
+
+def default_buckets(max_length: int) -> list[int]:
+  """An eighth, a quarter, a half and all of `max_length`, rounded up; at most four lengths."""
+  return sorted({_round_up(-(-max_length // part), LENGTH_MULTIPLE) for part in (8, 4, 2, 1)})
+
+
+def statistics(plan: Plan) -> dict[str, float]:
+  """How well a plan uses its rows, for the log.
+
+  Returns:
+    steps, rows, images_per_row; row_lengths, the number of distinct T (compilations); tokens, not
+    counting padding; packing_efficiency, tokens over all tokens of all rows; image_efficiency,
+    images over all image places; empty_rows, the fraction of rows that only pad;
+    examples_per_row, over rows that do not.
+  """
+  per_row = np.diff(plan.offsets)
+  places = plan.steps * plan.rows * plan.images
+  return {
+    "steps": plan.steps,
+    "rows": plan.rows,
+    "images_per_row": plan.images,
+    "row_lengths": len(np.unique(plan.lengths)),
+    "tokens": int(plan.tokens.sum()),
+    "packing_efficiency": float(plan.tokens.sum() / (plan.rows * plan.lengths.sum(dtype=np.int64))),
+    "image_efficiency": float(plan.row_images.sum() / places) if places else 1.0,
+    "empty_rows": float(np.mean(per_row == 0)),
+    "examples_per_row": float(per_row.sum() / np.sum(per_row > 0)),
+  }
+
+
+def _pack(stream, sizes, images, candidates, row_multiple, max_images_per_row):
+  """Tries each row length; returns (row of each example, row length) of the cheapest."""
+  best = None
+  for candidate in candidates:
+    row_of, fullest = _first_fit(stream, sizes, images, candidate, max_images_per_row)
+    length = _round_up(fullest, LENGTH_MULTIPLE)
+    cost = _round_up(int(row_of.max()) + 1, row_multiple) * length
+    if best is None or cost < best[0]:
+      best = cost, row_of, length
+  return best[1:]
+
+
+def _first_fit(
+  stream: np.ndarray,
+  sizes: np.ndarray,
+  images: ImageSets,
+  length: int,
+  max_images: int | None,
+) -> tuple[np.ndarray, int]:
+  """First-fit decreasing of every step at once: one example of each step at a time.
+
+  Args:
+    stream: int64[S, B], examples of each step, longest first; -1 where there is none.
+    sizes: int32[S, B], their tokens.
+    images: distinct images of each example.
+    length: tokens of a row.
+    max_images: distinct images of a row, or None.
+
+  Returns:
+    (int64[S, B] row of each example, -1 where there is none; tokens of the fullest row).
+  """
+  steps, batch_size = stream.shape
+  everyone = np.arange(steps)
+  limited = max_images is not None
+  counts = np.where(stream >= 0, images.counts[stream], 0)
+  shared = _shared_images(stream, images) if limited else {}
+  held: dict[tuple[int, int], set[int]] = {}  # (step, shared image) -> rows that have it
+  free = np.full((steps, batch_size), length, np.int64)
+  room = np.full((steps, batch_size), max_images if limited else 0, np.int64)
+  row_of = np.full((steps, batch_size), -1, np.int64)
+  columns = 1  # rows that any step has opened, and one more
+  for k in range(batch_size):
+    fits = free[:, :columns] >= sizes[:, k, None]
+    added = counts[:, k].copy()
+    if limited:
+      fits_tokens, fits = fits, fits & (room[:, :columns] >= added[:, None])
+    row = np.argmax(fits, axis=1)
+    for s, ids in shared.get(k, ()):
+      saved = np.zeros(columns, np.int64)
+      for image in ids:
+        saved[list(held.get((s, image), ()))] += 1
+      row[s] = np.argmax(fits_tokens[s] & (room[s, :columns] + saved >= counts[s, k]))
+      added[s] -= saved[row[s]]
+      for image in ids:
+        held.setdefault((s, image), set()).add(int(row[s]))
+    free[everyone, row] -= sizes[:, k]
+    if limited:
+      room[everyone, row] -= added
+    row_of[:, k] = np.where(stream[:, k] >= 0, row, -1)
+    columns = min(max(columns, int(row.max()) + 2), batch_size)
+  return row_of, length - int(free.min())
+
+
+def _shared_images(stream: np.ndarray, images: ImageSets) -> dict[int, list[tuple[int, list[int]]]]:
+  """Images that several examples of one step show: column -> [(step, its shared images)]."""
+  step_of, column = np.nonzero(stream >= 0)
+  owner, image = images.gather(stream[step_of, column])
+  pair = step_of[owner] * (int(images.ids.max(initial=0)) + 1) + image
+  _, inverse, times = np.unique(pair, return_inverse=True, return_counts=True)
+  shared: dict[int, list[tuple[int, list[int]]]] = {}
+  last = None
+  for at in np.flatnonzero(times[inverse] > 1):
+    if owner[at] != last:
+      last = owner[at]
+      ids: list[int] = []
+      shared.setdefault(int(column[last]), []).append((int(step_of[last]), ids))
+    ids.append(int(image[at]))
+  return shared
+
+
+def _distinct_images(
+  row: np.ndarray, examples: np.ndarray, images: ImageSets, num_rows: int
+) -> np.ndarray:
+  """int32[num_rows], distinct images of each row, given the row of each of `examples`."""
+  owner, image = images.gather(examples)
+  number = int(images.ids.max(initial=0)) + 1
+  pairs = np.unique(row[owner] * number + image)
+  return np.bincount(pairs // number, minlength=num_rows).astype(np.int32)
+
+
+def _fingerprints(order: np.ndarray, sizes: np.ndarray, batch_size: int) -> np.ndarray:
+  """uint32[S+1], checksum of the numbers and lengths of the examples before each step."""
+  both = np.stack([order, sizes], axis=1).astype("<i8")
+  sums = [0]
+  for start in range(0, len(both), batch_size):
+    sums.append(zlib.crc32(both[start : start + batch_size].tobytes(), sums[-1]))
+  return np.array(sums, np.uint32)
+
+
+def _round_up(value: int, multiple: int) -> int:
+  return -(-value // multiple) * multiple
