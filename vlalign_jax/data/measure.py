@@ -1,0 +1,101 @@
+"""Lengths and images of all records, measured once before the run; the plan is made of these."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from vlalign_jax.data.plan import ImageSets
+from vlalign_jax.data.workers import start_worker
+from vlalign_jax.errors import InputError
+
+# Below this many records, worker processes take longer to start than they save.
+POOL_FROM = 20_000
+_CHUNK = 500
+
+# What `measure` is given: record number -> (tokens, turns dropped for length, image paths).
+LoadEncoded = Callable[[int], tuple[int, int, Sequence[str]]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measured:
+  """What N records come to once tokenised.
+
+  Attributes:
+    lengths: int32[N], tokens.
+    dropped_turns: int32[N], turns left out because the record was too long.
+    images: distinct images of each record.
+  """
+
+  lengths: np.ndarray
+  dropped_turns: np.ndarray
+  images: ImageSets
+
+
+def measure(
+  load_encoded: LoadEncoded, n: int, workers: int = 0, pool_from: int = POOL_FROM
+) -> Measured:
+  """Calls `load_encoded` for the records 0 to n - 1, in worker processes if there are many.
+
+  Args:
+    load_encoded: record number -> (tokens, dropped turns, image paths); can be pickled. Hold the
+      records in a `workers.SharedList`, else each process gets a copy of them all.
+    n: N, the number of records.
+    workers: processes to use; fewer than 2 measure in this one.
+    pool_from: the number of records from which worker processes are started.
+
+  Raises:
+    InputError: from `load_encoded`, whichever process it ran in; the first record's.
+  """
+  return _join(map_records(load_encoded, n, workers, pool_from))
+
+
+def map_records(
+  function: Callable[[int], Any], n: int, workers: int = 0, pool_from: int = POOL_FROM
+) -> list[Any]:
+  """[function(0), ..., function(n - 1)]; arguments and errors as in `measure`."""
+  chunks = [range(start, min(start + _CHUNK, n)) for start in range(0, n, _CHUNK)]
+  if workers < 2 or n < pool_from:
+    return [result for chunk in chunks for result in _map_chunk(function, chunk)]
+  # Spawned, not forked: a fork of a process that runs JAX's threads may hang.
+  pool = ProcessPoolExecutor(
+    workers, multiprocessing.get_context("spawn"), _start_mapping, (function,)
+  )
+  try:
+    results = []
+    for part in pool.map(_map_in_worker, chunks):
+      results += part
+      logging.log_every_n_seconds(logging.INFO, "measured %d of %d records", 10, len(results), n)
+  except InputError as error:
+    raise InputError(str(error)) from None  # without the worker's traceback
+  finally:
+    pool.shutdown(cancel_futures=True)
+  return results
+
+
+def _start_mapping(function: Callable[[int], Any]) -> None:
+  global _function
+  start_worker()
+  _function = function
+
+
+def _map_in_worker(chunk: range) -> list[Any]:
+  return _map_chunk(_function, chunk)
+
+
+def _map_chunk(function: Callable[[int], Any], chunk: range) -> list[Any]:
+  return [function(index) for index in chunk]
+
+
+def _join(records: list[tuple[int, int, Sequence[str]]]) -> Measured:
+  return Measured(
+    lengths=np.array([length for length, _, _ in records], np.int32),
+    dropped_turns=np.array([dropped for _, dropped, _ in records], np.int32),
+    images=ImageSets.from_paths(images for _, _, images in records),
+  )

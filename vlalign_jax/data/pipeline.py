@@ -1,0 +1,276 @@
+"""The input pipeline: a plan's batches, tokenised and decoded ahead of the step by grain."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import traceback
+import weakref
+from collections.abc import Callable
+
+import grain
+import numpy as np
+from absl import logging
+
+from vlalign_jax.data.encode import Example
+from vlalign_jax.data.plan import Plan
+from vlalign_jax.data.rows import build_row
+from vlalign_jax.data.workers import start_worker
+from vlalign_jax.errors import InputError
+
+_SHARED_MEMORY = "/dev/shm"
+
+
+def batches(
+  plan: Plan,
+  load_example: Callable[[int], Example],
+  load_image: Callable[[str], np.ndarray],
+  *,
+  image_token_id: int,
+  tokens_per_image: int,
+  image_size: tuple[int, int],
+  pad_id: int = 0,
+  host_index: int = 0,
+  host_count: int = 1,
+  start_step: int = 0,
+  on_bad_record: str = "error",
+  workers: int = 0,
+  threads: int = 8,
+  prefetch: int = 2,
+) -> Batches:
+  """One batch of this host's rows a step, made ahead of time; use it in a `with`, or close it.
+
+  A batch holds the rows host_index * B to (host_index + 1) * B of the plan's R = B * host_count:
+  the arrays of `rows.empty_row` with a leading B; images uint8[B, I, H, W, 3], zeros where a row
+  has fewer; skipped int32[B], examples left out of each row. I is `plan.images`, T may change
+  from step to step (`plan.lengths`).
+
+  Args:
+    plan: what to learn at which step.
+    load_example: example number -> Example; can be pickled. Hold the records in a
+      `workers.SharedList`, else each worker process gets a copy of them all.
+    load_image: path -> uint8[H, W, 3]; can be pickled.
+    image_token_id: the id that marks image positions.
+    tokens_per_image: P, image tokens of one image.
+    image_size: (H, W) in pixels.
+    pad_id: the token id of padding.
+    host_index, host_count: which share of the rows is this host's.
+    start_step: the first step to give, counted from 0.
+    on_bad_record: "error": an InputError of `load_example` or `load_image` reaches the caller at
+      its step; "skip": the example is left out, its tokens become padding, a warning names it.
+    workers: processes that make rows, one row at a time each; 0 for threads of this process. Their
+      use needs absl flags parsed (`app.run`) and a main module that can be imported.
+    threads: threads of this process that make rows if `workers` is 0.
+    prefetch: steps to be ahead.
+
+  Raises:
+    ValueError: R is not a multiple of host_count, or an argument is out of range.
+  """
+  if plan.rows % host_count or not 0 <= host_index < host_count:
+    raise ValueError(f"no share {host_index} of {host_count} of {plan.rows} rows")
+  if on_bad_record not in ("error", "skip"):
+    raise ValueError(f'on_bad_record "{on_bad_record}" is neither "error" nor "skip"')
+  load_row = _LoadRow(
+    plan=plan,
+    load_example=load_example,
+    load_image=load_image,
+    image_token_id=image_token_id,
+    tokens_per_image=tokens_per_image,
+    image_size=image_size,
+    pad_id=pad_id,
+    skip=on_bad_record == "skip",
+    rows=plan.rows // host_count,
+    first_row=host_index * (plan.rows // host_count),
+  )
+  return Batches(load_row, start_step, workers, threads, max(prefetch, 1))
+
+
+class Batches:
+  """Iterator over batches; its state is the next step, whatever makes the rows.
+
+  A run may therefore go on with another number of hosts, workers or threads.
+  """
+
+  def __init__(
+    self, load_row: _LoadRow, start_step: int, workers: int, threads: int, prefetch: int
+  ):
+    self._load_row = load_row
+    self._workers, self._threads, self._prefetch = workers, threads, prefetch
+    self._rows = None
+    self._closed = False
+    self._seek(start_step)
+
+  def __iter__(self) -> Batches:
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    if self._closed:
+      raise ValueError("these batches are closed")
+    if self._step == self._load_row.plan.steps:
+      raise StopIteration
+    if self._rows is None:
+      self._rows = self._start()
+      # An exception's traceback may keep this object to the very end; grain then leaks.
+      self._end = weakref.finalize(self, self._rows.close)
+    batch, problems = next(self._rows)
+    for problem in problems:
+      if not self._load_row.skip:
+        self.close()
+        raise InputError(problem)
+      logging.warning("Left out of step %d: %s", self._step + 1, problem)
+    self._step += 1
+    return batch
+
+  def get_state(self) -> dict[str, int]:
+    """{"step": steps given so far, "examples": checksum of theirs}; goes through JSON."""
+    return {
+      "step": self._step,
+      "examples": int(self._load_row.plan.fingerprints[self._step]),
+    }
+
+  def set_state(self, state: dict[str, int]) -> None:
+    """Goes on after the steps of `state`.
+
+    Raises:
+      InputError: those steps had other examples than the plan's.
+    """
+    step, fingerprints = state["step"], self._load_row.plan.fingerprints
+    if step >= len(fingerprints) or state["examples"] != fingerprints[step]:
+      raise InputError(
+        f"the checkpoint's first {step} steps had other examples than the data files and settings "
+        "give now; restore data.*, batch_size and seed, or start in a new --workdir"
+      )
+    self._seek(step)
+
+  def close(self) -> None:
+    """Ends threads and worker processes; may be called again."""
+    self._closed = True
+    self._stop()
+
+  def __enter__(self) -> Batches:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def _seek(self, step: int) -> None:
+    if not 0 <= step <= self._load_row.plan.steps:
+      raise ValueError(f"step {step} of a plan of {self._load_row.plan.steps}")
+    self._stop()
+    self._step = step
+
+  def _stop(self) -> None:
+    if self._rows is not None:
+      self._end()
+      self._rows = None
+
+  def _start(self) -> grain.DatasetIterator:
+    load_row, workers = self._load_row, self._workers
+    ahead = self._prefetch * load_row.rows
+    elements = grain.MapDataset.range(
+      self._step * load_row.rows, load_row.plan.steps * load_row.rows
+    ).map(load_row)
+    if workers:
+      # grain buffers twice for each worker: what waits to be sent, and what was received.
+      buffer = math.ceil(ahead / workers / 2)
+      _check_shared_memory(load_row, (2 * buffer + 1) * workers)
+      elements = elements.to_iter_dataset(grain.ReadOptions(0, 0)).mp_prefetch(
+        grain.MultiprocessingOptions(workers, buffer), worker_init_fn=_start_grain_worker
+      )
+    else:
+      elements = elements.to_iter_dataset(grain.ReadOptions(min(self._threads, ahead), ahead))
+    return iter(elements.batch(load_row.rows, batch_fn=load_row.stack))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Row:
+  """A row's arrays without images; grain hands it on as it is, and only images by shared memory."""
+
+  arrays: dict[str, np.ndarray]
+  problems: tuple[str, ...]  # of the examples that were left out
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _LoadRow:
+  """Makes the elements of a host: element s * B + b is row b of its share of step s."""
+
+  plan: Plan
+  load_example: Callable[[int], Example]
+  load_image: Callable[[str], np.ndarray]
+  image_token_id: int
+  tokens_per_image: int
+  image_size: tuple[int, int]
+  pad_id: int
+  skip: bool
+  rows: int  # B
+  first_row: int
+
+  def __call__(self, element: int) -> tuple[np.ndarray, _Row]:
+    """(uint8[n, H, W, 3] the n images of the row, the row)."""
+    step, row = divmod(int(element), self.rows)
+    numbers = self.plan.rows_of(step, self.first_row + row)
+    try:
+      return self._load(numbers, int(self.plan.lengths[step]))
+    except Exception as error:
+      # An exception that cannot be pickled would never leave its worker, and the parent wait.
+      failure = RuntimeError(f"examples {numbers.tolist()}: {type(error).__name__}: {error}")
+      failure.add_note(traceback.format_exc())
+      raise failure from None
+
+  def _load(self, numbers: np.ndarray, length: int) -> tuple[np.ndarray, _Row]:
+    examples, problems, pixels = [], [], {}
+    for number in numbers:
+      try:
+        example = self.load_example(int(number))
+      except InputError as error:  # these name the record themselves
+        problems.append(str(error))
+        continue
+      try:
+        for path in example.images:
+          if path not in pixels:
+            pixels[path] = self.load_image(path)
+      except InputError as error:
+        problems.append(f"{example.where}: {error}")
+        continue
+      examples.append(example)
+    arrays, paths = build_row(
+      examples, length, self.plan.images, self.image_token_id, self.tokens_per_image, self.pad_id
+    )
+    images = np.zeros((len(paths), *self.image_size, 3), np.uint8)
+    for slot, path in enumerate(paths):
+      images[slot] = pixels[path]
+    return images, _Row(arrays, tuple(problems))
+
+  def stack(self, loaded: list[tuple[np.ndarray, _Row]]):
+    """(the batch of these rows, the problems of all of them)."""
+    batch = {
+      name: np.stack([row.arrays[name] for _, row in loaded]) for name in loaded[0][1].arrays
+    }
+    images = np.zeros((len(loaded), self.plan.images, *self.image_size, 3), np.uint8)
+    for place, (own, _) in zip(images, loaded, strict=True):
+      place[: len(own)] = own
+    batch["images"] = images
+    batch["skipped"] = np.array([len(row.problems) for _, row in loaded], np.int32)
+    return batch, [problem for _, row in loaded for problem in row.problems]
+
+
+def _start_grain_worker(index: int, count: int) -> None:
+  del index, count
+  start_worker()
+
+
+def _check_shared_memory(load_row: _LoadRow, rows: int) -> None:
+  """Workers hand images over in shared memory, and one that finds it full is killed (SIGBUS)."""
+  if not os.path.isdir(_SHARED_MEMORY):
+    return
+  height, width = load_row.image_size
+  needed = rows * load_row.plan.images * height * width * 3
+  stat = os.statvfs(_SHARED_MEMORY)
+  free = stat.f_bavail * stat.f_frsize
+  if needed > free:
+    raise InputError(
+      f"{_SHARED_MEMORY} has {free / 2**20:.0f} MiB free, and worker processes may need "
+      f"{needed / 2**20:.0f} MiB for images; enlarge it (docker run --shm-size) or use threads "
+      "instead of worker processes"
+    )
