@@ -142,16 +142,24 @@ def prepare_eval(
   return _prepare(config, source, load, measured, order, row_multiple, "data.eval")
 
 
-def _measure(config, source: Source, records, name: str):
+def example_loader(config, source: Source, records) -> LoadExample:
+  """The examples of `records` as a config's `data` group and the model's tokenizer make them.
+
+  Raises:
+    InputError: template and tokenizer do not go together.
+  """
   templates.check_template(config.data.template, source.tokenizer)
-  data = {key: config.data[key] for key in ("template", "max_length", "max_images", "images")}
-  load = LoadExample(
+  return LoadExample(
     SharedList(records),
-    data,
+    {key: config.data[key] for key in ("template", "max_length", "max_images", "images")},
     source.tokenizer,
     source.config.image_token_id,
     source.config.tokens_per_image,
   )
+
+
+def _measure(config, source: Source, records, name: str):
+  load = example_loader(config, source, records)
   measured = measure.measure(load.measured, len(records), os.cpu_count() or 1)
   empty, dropped = int(np.sum(measured.lengths == 0)), measured.dropped_turns
   logging.info(

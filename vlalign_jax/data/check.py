@@ -1,0 +1,237 @@
+"""Data checked as a run would read it, without a run: every record, every picture, what they make.
+
+Where training stops at the first bad record, this lists them all.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from vlalign_jax.data import measure, plan, sft
+from vlalign_jax.data.records import Record, scan_records
+from vlalign_jax.errors import InputError
+from vlalign_jax.weights.source import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """What a record comes to: its tokens (0: skipped) and the learnt ones, or why it is bad."""
+
+  tokens: int = 0
+  learnt: int = 0
+  dropped_turns: int = 0
+  images: tuple[str, ...] = ()  # full paths
+  problem: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasureRecord:
+  """Record number -> Measured; can be pickled."""
+
+  load: sft.LoadExample
+
+  def __call__(self, number: int) -> Measured:
+    try:
+      found = self.load.encoded(number)
+    except InputError as error:
+      return Measured(problem=str(error))
+    if found.example is None:
+      return Measured(dropped_turns=found.dropped_turns)
+    tokens, learnt = len(found.example.tokens), int(found.example.weights.sum())
+    return Measured(tokens, learnt, found.dropped_turns, found.example.images)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Report:
+  """What `check` found.
+
+  Attributes:
+    name: the config key that names the files.
+    files: file -> (records, bad ones among them).
+    records: those that can be read.
+    measured: of each of `records`.
+    load: makes the examples of `records`.
+    images: number of distinct pictures of all records, turns too long to be learnt left out.
+    problems: one line for everything that is bad.
+  """
+
+  name: str
+  files: dict[str, tuple[int, int]]
+  records: tuple[Record, ...]
+  measured: tuple[Measured, ...]
+  load: sft.LoadExample
+  images: int
+  problems: tuple[str, ...]
+
+  @property
+  def lengths(self) -> np.ndarray:
+    """int32[N], tokens of each record."""
+    return np.array([one.tokens for one in self.measured], np.int32)
+
+
+def check(config, source: Source, name: str) -> Report:
+  """Reads, tokenises and decodes everything that a config's `name` (such as data.eval) names.
+
+  Args:
+    config: of an SFT run.
+    source: the model of the run.
+    name: "data.train" or "data.eval".
+
+  Raises:
+    InputError: template and tokenizer do not go together; bad data is no error here.
+  """
+  paths = list(dict.fromkeys(p.strip() for p in config.data[name.removeprefix("data.")].split(",")))
+  files, records, problems = {}, [], []
+  for path in paths:
+    try:
+      good, errors = scan_records(path, config.data.images)
+    except InputError as error:  # the file as a whole
+      files[path] = 0, 0
+      problems.append(str(error))
+      continue
+    files[path] = len(good) + len(errors), len(errors)
+    records += good
+    problems += map(str, errors)
+
+  load = sft.example_loader(config, source, records)
+  measured = measure.map_records(MeasureRecord(load), len(records), os.cpu_count() or 1)
+  broken = undecodable({path for one in measured for path in one.images}, source)
+  for record, one in zip(records, measured, strict=True):
+    found = [one.problem] if one.problem else []
+    found += [f"{record.where}: {broken[path]}" for path in one.images if path in broken][:1]
+    total, bad = files[record.file]
+    files[record.file] = total, bad + len(found)
+    problems += found
+  if records and not any(one.tokens for one in measured):
+    problems.append(f"{name}: nothing can be learnt from any record")
+  return Report(
+    name=name,
+    files=files,
+    records=tuple(records),
+    measured=tuple(measured),
+    load=load,
+    images=len({path for one in measured for path in one.images}),
+    problems=tuple(problems),
+  )
+
+
+def undecodable(paths: set[str], source: Source) -> dict[str, str]:
+  """Which pictures the run could not read: path -> reason."""
+  load = sft.LoadImage(source.images, blank=False)
+
+  def reason(path: str) -> str | None:
+    try:
+      load(path)
+    except InputError as error:
+      return str(error)
+    return None
+
+  ordered = sorted(paths)
+  with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # decoders release the GIL
+    found = pool.map(reason, ordered)
+    reasons = list(tqdm(found, "pictures", len(ordered), delay=2, leave=False))
+  return {path: why for path, why in zip(ordered, reasons, strict=True) if why}
+
+
+def packing(config, report: Report) -> dict[str, float] | None:
+  """`plan.statistics` of one shuffled pass over the usable records; None if there are none."""
+  usable = np.flatnonzero(report.lengths)
+  if not len(usable):
+    return None
+  planned = plan.plan_batches(
+    np.random.default_rng(config.seed).permutation(usable),
+    report.lengths,
+    plan.ImageSets.from_paths(one.images for one in report.measured),
+    batch_size=config.batch_size,
+    max_length=config.data.max_length,
+    row_multiple=config.grad_accumulation,
+    pack=config.data.pack,
+    max_images_per_row=config.data.max_images or None,
+  )
+  return plan.statistics(planned) | {"row_length": int(planned.lengths.max())}
+
+
+def describe(config, report: Report) -> list[str]:
+  """The report as lines of text."""
+  lines = [report.name]
+  width = max(map(len, report.files))
+  for path, (total, bad) in report.files.items():
+    lines.append(f"  {path:{width}}  {total:,} records, {bad:,} bad")
+  measured, lengths = report.measured, report.lengths
+  turns = sum(len(record.turns) for record in report.records)
+  text_only = sum(not record.images for record in report.records)
+  lines.append(f"  {turns:,} turns, {report.images:,} pictures, {text_only:,} records without one")
+  skipped = [one for one in measured if not one.tokens and not one.problem]
+  shortened = [one for one in measured if one.tokens and one.dropped_turns]
+  dropped = sum(one.dropped_turns for one in shortened)
+  lines.append(
+    f"  too long for data.max_length={config.data.max_length}: {len(skipped):,} records skipped,"
+    f" {dropped:,} turns dropped from the ends of {len(shortened):,} others"
+  )
+  if not lengths.any():
+    return lines
+  total, learnt = int(lengths.sum()), sum(one.learnt for one in measured)
+  lines.append(f"  {total:,} tokens, {learnt:,} of them learnt ({learnt / total:.1%})")
+  lines += ["  tokens of a record", *(f"    {line}" for line in histogram(lengths[lengths > 0]))]
+  how = packing(config, report)
+  lines.append(
+    f"  packed: {how['steps']:,} steps of {how['rows']:,} rows x {how['row_length']:,} tokens,"
+    f" {how['images_per_row']} pictures a row; {how['packing_efficiency']:.1%} of the tokens and"
+    f" {how['image_efficiency']:.1%} of the picture places are used"
+  )
+  return lines
+
+
+def histogram(lengths: np.ndarray, bins: int = 12, width: int = 40) -> list[str]:
+  """Percentiles and bars of positive numbers, as lines of text.
+
+  Args:
+    lengths: int[N], N at least 1.
+    bins: at most so many bars.
+    width: characters of the longest bar.
+  """
+  shares = (0, 10, 50, 90, 99, 100)
+  values = np.percentile(lengths, shares, method="higher")
+  names = ["min", *(f"{share} %" for share in shares[1:-1]), "max"]
+  lines = [",  ".join(f"{name}: {value:,}" for name, value in zip(names, values, strict=True))]
+  low, high = int(lengths.min()), int(lengths.max())
+  step = -(-(high - low + 1) // bins)
+  counts = np.bincount((lengths - low) // step)
+  digits = len(f"{high:,}")
+  for place, count in enumerate(counts):
+    start = low + place * step
+    end = min(start + step - 1, high)
+    bar = "#" * -(-width * int(count) // int(counts.max()))
+    lines.append(f"{start:{digits},} - {end:{digits},}  {bar:{width}}  {count:,}")
+  return lines
+
+
+def render(load: sft.LoadExample, number: int) -> str:
+  """An example as the model reads it: learnt parts as «...», an image as <image x N>."""
+  example = load(number)
+  if example is None:
+    return "(skipped: its first answer does not fit)"
+  learnt = np.concatenate([[False], example.weights[:-1] > 0])
+  is_image = example.tokens == load.image_token_id
+  kinds = np.where(is_image, 2, learnt)
+  starts = np.flatnonzero(np.diff(kinds, prepend=-1))
+  parts = []
+  for start, part in zip(starts, np.split(example.tokens, starts[1:]), strict=True):
+    if kinds[start] == 2:
+      parts.append(f"<image x {len(part)}>")
+    else:
+      text = load.tokenizer.decode(part, skip_special_tokens=False)
+      parts.append(f"«{text}»" if kinds[start] else text)
+  return "".join(parts)
+
+
+def summary(reports: Sequence[Report]) -> list[str]:
+  """Every problem of all reports, or that there is none."""
+  problems = [problem for report in reports for problem in report.problems]
+  if not problems:
+    return ["no bad record"]
+  return [f"{len(problems):,} bad", *(f"  {problem}" for problem in problems)]
