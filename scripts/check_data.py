@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vlalign_jax import cli, config
-from vlalign_jax.data import check
+from vlalign_jax.data import check, report
 from vlalign_jax.weights import source
 
 
@@ -21,19 +21,19 @@ def check_data(c, show: int = 0) -> list[check.Report]:
   model_source = source.open_source(c.model, c.data.image_aspect)
   reports = []
   for name in ("data.train", "data.eval") if c.data.eval else ("data.train",):
-    report = check.check(c, model_source, name)
-    print("\n".join(check.describe(c, report)))
-    for number in range(min(show, len(report.records))):
-      print(f"\n{report.records[number].where}\n{check.render(report.load, number)}")
-    reports.append(report)
+    found = check.check(c, model_source, name)
+    print("\n".join(report.describe(c, found)))
+    for number in range(min(show, len(found.records))):
+      print(f"\n{found.records[number].where}\n{report.render(found.load, number)}")
+    reports.append(found)
     print()
-  print("\n".join(check.summary(reports)))
+  print("\n".join(report.summary(reports)))
   return reports
 
 
 def main(_):
   reports = check_data(flags.FLAGS.config, flags.FLAGS.show)
-  return 1 if any(report.problems for report in reports) else 0
+  return 1 if any(found.problems for found in reports) else 0
 
 
 if __name__ == "__main__":
