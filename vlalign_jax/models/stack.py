@@ -16,7 +16,7 @@ REMAT_NAMES = ("none", *REMAT_POLICIES)
 
 def build_stack(make_layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs):
   """Builds `layers` independent copies of a module, stacked along a new first parameter axis."""
-  return nnx.vmap(make_layer, in_axes=(0,), out_axes=0)(rngs.fork(split=layers))
+  return nnx.vmap(make_layer, in_axes=(0,), out_axes=0)(rngs.split(layers))
 
 
 def run_stack(layers: nnx.Module, x, call, *, remat: str, collect: bool = False):
