@@ -48,7 +48,7 @@ def histogram(lengths: np.ndarray, bins: int = 12, width: int = 40) -> list[str]
     width: characters of the longest bar.
   """
   shares = (0, 10, 50, 90, 99, 100)
-  values = np.percentile(lengths, shares, method="higher")
+  values = np.percentile(lengths, shares, method="inverted_cdf")
   names = ["min", *(f"{share} %" for share in shares[1:-1]), "max"]
   lines = [",  ".join(f"{name}: {value:,}" for name, value in zip(names, values, strict=True))]
   low, high = int(lengths.min()), int(lengths.max())
