@@ -1,5 +1,10 @@
 """What all tests share."""
 
+import os
+
+# Numbers are compared with float32 references on the CPU, and scripts are run beside this process.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import jax
 import pytest
 

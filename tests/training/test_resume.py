@@ -1,0 +1,184 @@
+"""A killed or terminated and then resumed run gives bit for bit what an uninterrupted one does."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from scripts import train_sft
+from tests import checkpoints, sft_run
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 60
+TIMING = ("tokens_per_second", "examples_per_second")
+
+
+@pytest.fixture(scope="module")
+def make_config(tmp_path_factory):
+  """`(**overrides) -> config` of a run of 60 steps with evaluation at its end."""
+  directory = tmp_path_factory.mktemp("sft")
+  checkpoints.make_llava(str(directory / "model"))
+  records = sft_run.make_records(str(directory / "data"), 28)
+  train = sft_run.write_json(directory / "data" / "train.json", records[:24])
+  evaluation = sft_run.write_json(directory / "data" / "eval.json", records[24:])
+
+  def make(**overrides):
+    settings = {"data.eval": evaluation, "epochs": STEPS / 6, **overrides}
+    return sft_run.make_config(directory / "model", train, **settings)
+
+  return make
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(make_config, tmp_path_factory, compile_cache):
+  """The run directory that all others are compared with."""
+  workdir = tmp_path_factory.mktemp("uninterrupted")
+  train_sft.train_and_evaluate(make_config(), str(workdir))
+  return workdir
+
+
+def _training_metrics(workdir):
+  """metrics.jsonl without timing, and without evaluation before the end."""
+  lines = sft_run.read_metrics(workdir)
+  assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+  return [
+    {
+      key: value
+      for key, value in line.items()
+      if key not in TIMING and (line["step"] == STEPS or not key.startswith("eval/"))
+    }
+    for line in lines
+  ]
+
+
+def _final_state(workdir):
+  place = pathlib.Path(workdir, "checkpoints", str(STEPS))
+  with ocp.StandardCheckpointer() as reader:
+    state = {item: reader.restore(place / item) for item in ("params", "optimizer")}
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  flat = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+  assert len(flat) > 60
+  return flat
+
+
+def _assert_same_run(workdir, expected):
+  assert _training_metrics(workdir) == _training_metrics(expected)
+  state, expected_state = _final_state(workdir), _final_state(expected)
+  assert state.keys() == expected_state.keys()
+  for path, leaf in state.items():
+    np.testing.assert_array_equal(leaf, expected_state[path], err_msg=path)
+
+
+class _Process:
+  """The command of a run in a process of its own, with everything it prints."""
+
+  def __init__(self, config, workdir, environment):
+    self.workdir = pathlib.Path(workdir)
+    self.process = subprocess.Popen(
+      [sys.executable, *sft_run.command_line(config, str(workdir))],
+      cwd=ROOT,
+      env=os.environ | environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      start_new_session=True,
+    )
+
+  def wait_for(self, ready) -> None:
+    """Returns when `ready()`; fails if the process ends before."""
+    deadline = time.monotonic() + 120
+    while not ready():
+      assert self.process.poll() is None, self.process.communicate()[0]
+      assert time.monotonic() < deadline
+      time.sleep(0.002)
+
+  def logged(self, step: int) -> bool:
+    """Whether metrics.jsonl has come to a step."""
+    try:
+      return f'{{"step": {step}, ' in (self.workdir / "metrics.jsonl").read_text()
+    except FileNotFoundError:
+      return False
+
+  def is_writing(self) -> bool:
+    """Whether a checkpoint is half-written at this moment."""
+    return any((self.workdir / "checkpoints").glob("*tmp*/*"))
+
+  def end(self, number: int | None = None) -> tuple[int, str]:
+    """Sends a signal if given; waits; returns (exit code, output)."""
+    if number is not None:
+      self.process.send_signal(number)
+    output, _ = self.process.communicate(timeout=120)
+    return self.process.returncode, output
+
+
+def test_killed_and_terminated_run_ends_like_an_uninterrupted_one(
+  make_config, uninterrupted, compile_cache, tmp_path
+):
+  config = make_config(save_every=2, eval_every=16)
+  workdir = tmp_path / "run"
+
+  run = _Process(config, workdir, compile_cache)
+  run.wait_for(lambda: run.logged(11) and run.is_writing())
+  code, output = run.end(signal.SIGKILL)
+  assert code == -signal.SIGKILL, output
+  assert not run.logged(STEPS)
+
+  run = _Process(config, workdir, compile_cache)
+  run.wait_for(lambda: run.logged(31))
+  code, output = run.end(signal.SIGTERM)
+  assert code == 0, output
+  assert "going on from step" in output
+  assert "SIGTERM: saved at step" in output
+  assert not run.logged(STEPS)
+
+  config.data.workers = 2  # how rows are made may change in between
+  code, output = _Process(config, workdir, compile_cache).end()
+  assert code == 0, output
+  assert "Traceback" not in output
+  _assert_same_run(workdir, uninterrupted)
+
+
+@pytest.fixture(scope="module")
+def saved_often(make_config, tmp_path_factory, compile_cache):
+  """(config, directory) of the same run with checkpoints and evaluations in between."""
+  config = make_config(save_every=7, eval_every=5, keep=3)
+  workdir = tmp_path_factory.mktemp("saved_often")
+  train_sft.train_and_evaluate(config, str(workdir))
+  return config, workdir
+
+
+def test_saving_and_evaluating_do_not_change_training(saved_often, uninterrupted):
+  _, workdir = saved_often
+  _assert_same_run(workdir, uninterrupted)
+  evaluated = [line["step"] for line in sft_run.read_metrics(workdir) if "eval/loss" in line]
+  assert evaluated == list(range(5, STEPS + 1, 5))
+  assert set(os.listdir(workdir / "checkpoints")) == {"49", "56", str(STEPS)}
+
+
+def test_what_was_logged_after_the_checkpoint_is_logged_again(saved_often, uninterrupted, tmp_path):
+  config, workdir = saved_often
+  workdir = shutil.copytree(workdir, tmp_path / "run")
+  shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+  with open(workdir / "metrics.jsonl", "a", encoding="utf-8") as file:
+    file.write('{"step": 61, "gr')
+  train_sft.train_and_evaluate(config, str(workdir))
+  _assert_same_run(workdir, uninterrupted)
+
+
+def test_finished_run_is_left_as_it_is(make_config, uninterrupted, compile_cache, caplog):
+  def content():
+    return {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
+
+  before = content()
+  with caplog.at_level("INFO", logger="absl"):
+    train_sft.train_and_evaluate(make_config(), str(uninterrupted))
+  assert content() == before
+  assert f"is finished: all {STEPS} steps are done" in caplog.text
