@@ -1,6 +1,6 @@
 """Supervised fine-tuning. See configs/sft.py for presets and ARCHITECTURE.md for how it works.
 
-python scripts/train_sft.py --config=configs/sft.py:llava15_7b --workdir=DIR [--config.KEY=VALUE ...]
+python scripts/train_sft.py --config=configs/sft.py:PRESET --workdir=DIR [--config.KEY=VALUE ...]
 """
 
 import functools
@@ -31,7 +31,11 @@ def train_and_evaluate(c, workdir: str) -> None:
   mesh = meshes.make_mesh(c.mesh)
   model_source = source.open_source(c.model, c.data.image_aspect)
   graphdef, abstract = vlm.abstract_params(
-    model_source.config, dtype=c.model.dtype, param_dtype=c.model.param_dtype, remat=c.model.remat
+    model_source.config,
+    dtype=c.model.dtype,
+    param_dtype=c.model.param_dtype,
+    remat=c.model.remat,
+    shards=mesh.size,
   )
   load.resolve(model_source, {path: leaf.shape for path, leaf in trees.flatten(abstract).items()})
   records, eval_records = data.load_records_of(c)
@@ -101,14 +105,22 @@ def train_and_evaluate(c, workdir: str) -> None:
     train_step, donate_argnums=0, out_shardings=(placement, meshes.replicated(mesh))
   )
 
+  eval_step = jax.jit(
+    functools.partial(steps.eval_step, **common),
+    static_argnames="max_segments",
+    out_shardings=meshes.replicated(mesh),
+  )
+
   def evaluate(state):
-    eval_step = jax.jit(
-      functools.partial(steps.eval_step, max_segments=evaluation.max_segments, **common),
-      out_shardings=meshes.replicated(mesh),
-    )
     with evaluation.batches(**hosts) as batches:
       return metrics.evaluation(
-        eval_step(state.params, frozen, meshes.to_device(mesh, batch)) for batch in batches
+        eval_step(
+          state.params,
+          frozen,
+          meshes.to_device(mesh, batch),
+          max_segments=evaluation.max_segments,
+        )
+        for batch in batches
       )
 
   # --- The loop ---

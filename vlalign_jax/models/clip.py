@@ -45,10 +45,13 @@ class VisionAttention(nnx.Module):
     self.value = linear(config.width, config.width, rngs=rngs)
     self.out = linear(config.width, config.width, rngs=rngs)
 
-  def __call__(self, x):
+  def __call__(self, x, shards):
     heads = (*x.shape[:-1], self.heads, -1)
     mixed = attention.attend(
-      self.query(x).reshape(heads), self.key(x).reshape(heads), self.value(x).reshape(heads)
+      self.query(x).reshape(heads),
+      self.key(x).reshape(heads),
+      self.value(x).reshape(heads),
+      shards=shards,
     )
     return self.out(mixed.reshape(x.shape))
 
@@ -70,8 +73,8 @@ class VisionLayer(nnx.Module):
     self.mlp_norm = norm(config.width, rngs=rngs)
     self.mlp = VisionMlp(config, linear, rngs)
 
-  def __call__(self, x):
-    x = x + self.attention(self.attention_norm(x))
+  def __call__(self, x, shards):
+    x = x + self.attention(self.attention_norm(x), shards)
     return x + self.mlp(self.mlp_norm(x))
 
 
@@ -107,12 +110,13 @@ class VisionTower(nnx.Module):
         lambda rngs: VisionLayer(config, linear, norm, rngs), config.layers, rngs
       )
 
-  def __call__(self, pixels, *, remat: str = "none"):
+  def __call__(self, pixels, *, remat: str = "none", shards: int = 1):
     """Features of images.
 
     Args:
       pixels: float[N, H, W, 3], normalised, H = W = config.image_size.
       remat: see `stack.REMAT_NAMES`.
+      shards: over how many devices N is split.
 
     Returns:
       [N, P, F] in the tower's dtype: P = config.tokens_per_image, F = config.feature_width.
@@ -132,7 +136,7 @@ class VisionTower(nnx.Module):
     hidden = [x] if 0 in config.feature_layers else [None]
     if config.layers:
       last, outputs = stack.run_stack(
-        self.layers, x, lambda layer, x: layer(x), remat=remat, collect=several
+        self.layers, x, lambda layer, x: layer(x, shards), remat=remat, collect=several
       )
       # Without `several` only the last output exists, and it is the one that is asked for.
       hidden += [None] * (config.layers - 1) + [last] if not several else list(outputs)

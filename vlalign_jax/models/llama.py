@@ -34,13 +34,13 @@ class LanguageAttention(nnx.Module):
     self.value = linear(config.width, config.kv_heads * config.head_dim, rngs=rngs)
     self.out = linear(config.heads * config.head_dim, config.width, rngs=rngs)
 
-  def __call__(self, x, rotation, segments, branches):
+  def __call__(self, x, rotation, segments, branches, shards):
     B, T, _ = x.shape
     split = (B, T, -1, self.head_dim)
     query = rope.rotate(self.query(x).reshape(split), *rotation)
     key = rope.rotate(self.key(x).reshape(split), *rotation)
     value = self.value(x).reshape(split)
-    mixed = attention.attend_rows(query, key, value, segments, branches)
+    mixed = attention.attend(query, key, value, segments, branches, shards=shards)
     return self.out(mixed.reshape(B, T, -1))
 
 
@@ -63,8 +63,8 @@ class LanguageLayer(nnx.Module):
     self.mlp_norm = norm(config.width, rngs=rngs)
     self.mlp = LanguageMlp(config, linear, rngs)
 
-  def __call__(self, x, rotation, segments, branches):
-    x = x + self.attention(self.attention_norm(x), rotation, segments, branches)
+  def __call__(self, x, rotation, segments, branches, shards):
+    x = x + self.attention(self.attention_norm(x), rotation, segments, branches, shards)
     return x + self.mlp(self.mlp_norm(x))
 
 
@@ -87,20 +87,21 @@ class LanguageModel(nnx.Module):
     if not config.tied_embeddings:
       self.head = linear(config.width, config.vocab_size, use_bias=False, rngs=rngs)
 
-  def __call__(self, x, positions, segments, branches, *, remat: str = "none"):
+  def __call__(self, x, positions, segments, branches, *, remat: str = "none", shards: int = 1):
     """Hidden states after the final norm.
 
     Args:
       x: float[B, T, D], token embeddings with image features in their places.
       positions, segments, branches: int32[B, T], see ARCHITECTURE.md, "Rows".
       remat: see `stack.REMAT_NAMES`.
+      shards: over how many devices B is split.
 
     Returns:
       [B, T, D] in the model's dtype.
     """
     rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
     x, _ = stack.run_stack(
-      self.layers, x, lambda layer, x: layer(x, rotation, segments, branches), remat=remat
+      self.layers, x, lambda layer, x: layer(x, rotation, segments, branches, shards), remat=remat
     )
     return self.norm(x)
 

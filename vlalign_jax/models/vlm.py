@@ -35,10 +35,21 @@ class VisionLanguageModel(nnx.Module):
     dtype=jnp.float32,
     param_dtype=jnp.float32,
     remat: str = "none",
+    shards: int = 1,
     rngs: nnx.Rngs,
   ):
+    """Builds the modules.
+
+    Args:
+      config: the architecture.
+      dtype: of activations and matrix products; norms and softmax keep float32 statistics.
+      param_dtype: of the parameters.
+      remat: what the backward pass computes again, see `stack.REMAT_NAMES`.
+      shards: over how many devices rows are split.
+      rngs: for the initial parameters.
+    """
     self.config = config
-    self.remat = remat
+    self.options = {"remat": remat, "shards": shards}
     types = {"dtype": dtype, "param_dtype": param_dtype}
     self.vision = VisionTower(config.vision, rngs=rngs, **types)
     self.projector = build_projector(config.projector, rngs=rngs, **types)
@@ -58,7 +69,7 @@ class VisionLanguageModel(nnx.Module):
     if pixels.dtype == jnp.uint8:
       mean, std = jnp.array(self.config.image_mean), jnp.array(self.config.image_std)
       pixels = (pixels.astype(jnp.float32) * self.config.rescale_factor - mean) / std
-    features = self.projector(self.vision(pixels, remat=self.remat))
+    features = self.projector(self.vision(pixels, **self.options))
     return features.reshape(B, -1, features.shape[-1])
 
   def __call__(self, rows):
@@ -75,7 +86,7 @@ class VisionLanguageModel(nnx.Module):
       features = self.image_features(rows["images"]).astype(x.dtype)
       slots = rows["image_slots"][:, :, None]
       x = jnp.where(slots >= 0, jnp.take_along_axis(features, jnp.maximum(slots, 0), axis=1), x)
-    return self.language(x, rows["positions"], rows["segments"], rows["branches"], remat=self.remat)
+    return self.language(x, rows["positions"], rows["segments"], rows["branches"], **self.options)
 
   def head_kernel(self):
     """[D, V], see LanguageModel.head_kernel."""
@@ -87,7 +98,7 @@ def abstract_params(config: ModelConfig, **options):
 
   Args:
     config: the architecture.
-    **options: dtype, param_dtype and remat of VisionLanguageModel.
+    **options: dtype, param_dtype, remat and shards of VisionLanguageModel.
 
   Returns:
     (graphdef, nested dict of jax.ShapeDtypeStruct); `nnx.merge(graphdef, params)` is the model.

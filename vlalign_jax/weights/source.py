@@ -134,13 +134,38 @@ def _open_llava(directory: str, aspect: str) -> Source:
     )
   tokenizer = _load_tokenizer(directory)
   images = ImagePreprocessor.from_directory(directory, aspect)
-  return Source(
-    config=_model_config(hf, images, tokenizer, directory),
-    hf=hf,
-    generation=_load_generation(directory, tokenizer),
-    tokenizer=_with_pad_token(tokenizer, directory),
-    images=images,
+  generation = _load_generation(directory, tokenizer)
+  return dataclasses.replace(
+    from_parts(hf, generation, tokenizer, images, directory),
     tensors=tensors.find_tensors(directory),
+    fresh=(),
+  )
+
+
+def from_parts(
+  hf: LlavaConfig,
+  generation: GenerationConfig,
+  tokenizer: PreTrainedTokenizerBase,
+  images: ImagePreprocessor,
+  where: str,
+) -> Source:
+  """A model without weights; every parameter of it is fresh.
+
+  Args:
+    hf, generation, tokenizer, images: see Source.
+    where: what to call the model in errors.
+
+  Raises:
+    InputError: the parts do not fit together.
+  """
+  return Source(
+    config=_model_config(hf, images, tokenizer, where),
+    hf=hf,
+    generation=generation,
+    tokenizer=_with_pad_token(tokenizer, where),
+    images=images,
+    tensors={},
+    fresh=("vision/", "projector/", "language/"),
   )
 
 
@@ -180,19 +205,14 @@ def _assemble(model, aspect: str) -> Source:
     projector_type=model.projector,
   )
   images = ImagePreprocessor.from_directory(model.vision, aspect)
-  config = _model_config(hf, images, tokenizer, f"{model.vision} with {model.language}")
-  hf.image_seq_length = config.tokens_per_image
-  found = tensors.find_tensors(model.vision)
-  found = {name: tensor for name, tensor in found.items() if not name.startswith("language.")}
-  return Source(
-    config=config,
-    hf=hf,
-    generation=_load_generation(model.language, tokenizer),
-    tokenizer=tokenizer,
-    images=images,
-    tensors=found | tensors.find_tensors(model.language),
-    fresh=("projector/",),
-  )
+  where = f"{model.vision} with {model.language}"
+  parts = from_parts(hf, _load_generation(model.language, tokenizer), tokenizer, images, where)
+  hf.image_seq_length = parts.config.tokens_per_image
+  towers = [
+    {name: found for name, found in tensors.find_tensors(directory).items() if name.startswith(own)}
+    for directory, own in ((model.vision, "vision."), (model.language, "language."))
+  ]
+  return dataclasses.replace(parts, tensors=towers[0] | towers[1], fresh=("projector/",))
 
 
 def _open_run(directory: str, aspect: str) -> Source:
