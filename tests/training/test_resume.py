@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -82,22 +83,22 @@ class _Process:
 
   def __init__(self, config, workdir, environment):
     self.workdir = pathlib.Path(workdir)
+    self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe might fill up)
     self.process = subprocess.Popen(
       [sys.executable, *sft_run.command_line(config, str(workdir))],
       cwd=ROOT,
       env=os.environ | environment,
-      stdout=subprocess.PIPE,
+      stdout=self.output,
       stderr=subprocess.STDOUT,
-      text=True,
       start_new_session=True,
     )
 
   def wait_for(self, ready) -> None:
-    """Returns when `ready()`; fails if the process ends before."""
+    """Returns when `ready()`; fails if the process ends before, or takes two minutes."""
     deadline = time.monotonic() + 120
     while not ready():
-      assert self.process.poll() is None, self.process.communicate()[0]
-      assert time.monotonic() < deadline
+      if self.process.poll() is not None or time.monotonic() > deadline:
+        pytest.fail(self.end(signal.SIGKILL)[1])
       time.sleep(0.002)
 
   def logged(self, step: int) -> bool:
@@ -115,8 +116,9 @@ class _Process:
     """Sends a signal if given; waits; returns (exit code, output)."""
     if number is not None:
       self.process.send_signal(number)
-    output, _ = self.process.communicate(timeout=120)
-    return self.process.returncode, output
+    code = self.process.wait(timeout=120)
+    self.output.seek(0)
+    return code, self.output.read()
 
 
 def test_killed_and_terminated_run_ends_like_an_uninterrupted_one(
