@@ -29,6 +29,7 @@ def train_and_evaluate(c, workdir: str) -> None:
   # --- What is asked for, checked before anything is computed ---
   config.check(c, "sft")
   mesh = meshes.make_mesh(c.mesh)
+  run_directory.open_run(workdir, c)
   model_source = source.open_source(c.model, c.data.image_aspect)
   graphdef, abstract = vlm.abstract_params(
     model_source.config,
@@ -39,7 +40,6 @@ def train_and_evaluate(c, workdir: str) -> None:
   )
   load.resolve(model_source, {path: leaf.shape for path, leaf in trees.flatten(abstract).items()})
   records, eval_records = data.load_records_of(c)
-  run_directory.open_run(workdir, c)
 
   # --- Data: which record is in which row at which step is decided here, for the whole run ---
   shards, stage = mesh.size, c.mesh.zero_stage

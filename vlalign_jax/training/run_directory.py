@@ -8,13 +8,14 @@ from ml_collections import ConfigDict
 
 from vlalign_jax.errors import InputError
 
-# What may change between a run and its resumption without changing what it computes.
+# What may change between a run and its resumption without changing what it computed so far.
 HARMLESS = (
   "log_every",
   "eval_every",
   "save_every",
   "keep",
   "data.workers",
+  "data.on_bad_record",
   "model.remat",
   "mesh.zero_stage",
   "mesh.data",
@@ -35,8 +36,11 @@ def write_atomically(path: str, text: str) -> None:
 def open_run(workdir: str, config: ConfigDict) -> None:
   """Makes the directory and its config.json, or checks that a run there has the same config.
 
+  A run that has saved nothing yet begins anew, with any config.
+
   Raises:
-    InputError: the directory cannot be written to, or holds a run with another config.
+    InputError: the directory cannot be written to, holds a run with another config, or a
+      config.json that is no run's.
   """
   if not workdir:
     raise InputError("--workdir is missing: the directory that this run is written to")
@@ -44,16 +48,31 @@ def open_run(workdir: str, config: ConfigDict) -> None:
   try:
     os.makedirs(workdir, exist_ok=True)
     if os.path.isfile(path):
-      with open(path, encoding="utf-8") as file:
-        _check_same(json.load(file), config.to_dict(), workdir)
+      stored = _read_config(path)
+      if _has_saved(workdir):
+        _check_same(stored, config.to_dict(), workdir)
     if jax.process_index() == 0:
       write_atomically(path, json.dumps(config.to_dict(), indent=2) + "\n")
   except OSError as error:
     raise InputError(f"--workdir {workdir} cannot be written to: {error.strerror}") from error
-  except json.JSONDecodeError as error:
+
+
+def _has_saved(workdir: str) -> bool:
+  steps = os.path.join(workdir, "checkpoints")
+  return os.path.isdir(steps) and any(name.isdigit() for name in os.listdir(steps))
+
+
+def _read_config(path: str) -> dict:
+  try:
+    with open(path, encoding="utf-8") as file:
+      stored = json.load(file)
+  except ValueError as error:
     raise InputError(f"{path} is not JSON ({error}); restore it or choose another --workdir") from (
       error
     )
+  if not isinstance(stored, dict) or "stage" not in stored:
+    raise InputError(f"{path} is not the config of a run; choose another --workdir")
+  return stored
 
 
 def _flatten(config: dict, prefix: str = "") -> dict:
@@ -72,8 +91,8 @@ def _check_same(stored: dict, now: dict, workdir: str) -> None:
   ]
   if differing:
     raise InputError(
-      f"{workdir} holds a run with another config; repeat its command to resume, or choose another "
-      "--workdir:\n  " + "\n  ".join(differing)
+      f"{workdir} holds a run with another config ({'; '.join(differing)}); repeat its command to "
+      "resume, or choose another --workdir"
     )
 
 
