@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a vision-language model on LLaVA-format conversations.
 
   python scripts/train_sft.py --config=configs/sft.py:PRESET --workdir=runs/sft \
-    --config.model.init_from=llava-hf/llava-1.5-7b-hf --config.data.train=train.json
+    --config.model.init_from=models/llava-1.5-7b-hf --config.data.train=train.json
 
 Presets and what to expect of them:
   demo               a tiny model on drawn pictures, see scripts/demo.sh: held-out exact match above

@@ -24,7 +24,9 @@ from transformers import (
 )
 
 from vlalign_jax import cli
+from vlalign_jax.data import templates
 from vlalign_jax.data.images import ImagePreprocessor
+from vlalign_jax.data.records import Turn
 from vlalign_jax.models import vlm
 from vlalign_jax.weights import export, source
 
@@ -33,6 +35,7 @@ _TRAIN = flags.DEFINE_integer("train", 3000, "Pictures to learn from.")
 _EVAL = flags.DEFINE_integer("eval", 300, "Pictures held out.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of pictures, questions and weights.")
 
+TEMPLATE = "vicuna"
 SIDE = 48  # pixels
 COLORS = {
   "red": (214, 39, 40),
@@ -86,13 +89,13 @@ def question_about(kind: str, scene: dict[str, str], rng: random.Random) -> tupl
 
 
 def make_split(name: str, size: int, output: str, rng: random.Random) -> list[dict]:
-  """Draws pictures and writes them with one record each; a third of the records has two turns."""
+  """Draws pictures and writes them with one record each, of one to three turns."""
   records = []
   for number in range(size):
     image, scene = draw_scene(rng)
     path = f"{name}_{number:05d}.png"
     image.save(os.path.join(output, "images", path))
-    kinds = rng.sample(["color", "count", "corner"], 2 if rng.random() < 1 / 3 else 1)
+    kinds = rng.sample(["color", "count", "corner"], rng.randint(1, 3))
     turns = []
     for kind in kinds:
       question, answer = question_about(kind, scene, rng)
@@ -139,7 +142,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, output: str, seed: int) -> No
       num_hidden_layers=2,
       num_attention_heads=4,
       image_size=SIDE,
-      patch_size=8,
+      patch_size=12,
     ),
     text_config=LlamaConfig(
       vocab_size=-(-len(tokenizer) // 64) * 64,
@@ -178,13 +181,13 @@ def main(_):
   os.makedirs(os.path.join(output, "images"), exist_ok=True)
   records = make_split("train", _TRAIN.value, output, rng)
   make_split("eval", _EVAL.value, output, rng)
-  # The words as training will see them: the template's own words become few tokens, too.
-  words = []
+  # Trained on the texts as the model will see them: the template's own words become few tokens.
+  plain, texts = train_tokenizer([]), []
   for record in records:
-    turns = [turn["value"] for turn in record["conversations"]]
-    pairs = [Turn(*pair) for pair in zip(turns[::2], turns[1::2], strict=True)]
-    words.append(templates.transcript(pairs, "vicuna"))
-  make_model(train_tokenizer(words), os.path.join(output, "model"), _SEED.value)
+    words = [turn["value"] for turn in record["conversations"]]
+    turns = [Turn(*pair) for pair in zip(words[::2], words[1::2], strict=True)]
+    texts += [piece.text for piece in templates.render(turns, TEMPLATE, plain, record["id"])]
+  make_model(train_tokenizer(texts), os.path.join(output, "model"), _SEED.value)
   print(f"{len(records)} training and {_EVAL.value} held-out pictures, and a model, in {output}")
 
 

@@ -28,6 +28,7 @@ def train_and_evaluate(c, workdir: str) -> None:
   """Trains by a config into a run directory, or goes on with the run that is there."""
   # --- What is asked for, checked before anything is computed ---
   config.check(c, "sft")
+  source.absolute_paths(c.model)
   mesh = meshes.make_mesh(c.mesh)
   run_directory.open_run(workdir, c)
   model_source = source.open_source(c.model, c.data.image_aspect)

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterable
 
@@ -27,7 +28,11 @@ class MetricLog:
     self._held: dict[str, float] = {}
     self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
     self._board = SummaryWriter(workdir, purge_step=step + 1 if step else None)
-    self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
+    # A log file wants a line now and then, not ten a second.
+    often = 0.1 if sys.stderr.isatty() else 30.0
+    self._bar = tqdm(
+      total=total_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=often
+    )
 
   def advance(self, step: int) -> None:
     """Moves the progress bar."""
@@ -56,7 +61,7 @@ class MetricLog:
       if key in metrics
     }
     if shown:
-      self._bar.set_postfix(shown)
+      self._bar.set_postfix(shown, refresh=False)
 
   def close(self) -> None:
     """Flushes and closes everything."""

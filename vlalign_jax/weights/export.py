@@ -68,6 +68,12 @@ def _write_json(path: str, content) -> None:
     file.write("\n")
 
 
+def check_output(output: str) -> None:
+  """Raises an InputError if there is something at `output` already."""
+  if os.path.isdir(output) and os.listdir(output):
+    raise InputError(f"{output} is not empty; choose another output directory or empty it")
+
+
 def export_model(
   source: Source,
   params,
@@ -88,8 +94,7 @@ def export_model(
   Raises:
     InputError: `output` holds something already.
   """
-  if os.path.isdir(output) and os.listdir(output):
-    raise InputError(f"{output} is not empty; choose another output directory or empty it")
+  check_output(output)
   flat = trees.flatten(params)
   dtype = np.dtype(dtype or next(iter(flat.values())).dtype)
   writes = jax.process_index() == 0

@@ -48,6 +48,13 @@ class Source:
   runs: tuple[tuple[str, int], ...] = ()
 
 
+def absolute_paths(model) -> None:
+  """Makes the paths of a `model` group independent of where the run is started from."""
+  for key in ("init_from", "vision", "language"):
+    if model[key]:
+      model[key] = os.path.abspath(model[key])
+
+
 def is_run_directory(directory: str) -> bool:
   """Whether a directory is a training run of ours."""
   return os.path.isdir(os.path.join(directory, "checkpoints"))
@@ -216,9 +223,7 @@ def _assemble(model, aspect: str) -> Source:
 
 
 def _open_run(directory: str, aspect: str) -> Source:
-  with open(os.path.join(directory, "config.json"), encoding="utf-8") as file:
-    stored = json.load(file)["model"]
-  base = open_source(_Group(stored), aspect)
+  base = open_source(_Group(run_config(directory)["model"]), aspect)
   files = os.path.join(directory, "model")
   return dataclasses.replace(
     base,
@@ -226,6 +231,20 @@ def _open_run(directory: str, aspect: str) -> Source:
     images=ImagePreprocessor.from_directory(files, aspect),
     runs=(*base.runs, (directory, checkpoints.newest_step(directory))),
   )
+
+
+def run_config(directory: str) -> dict:
+  """The config of a run directory.
+
+  Raises:
+    InputError: its config.json is missing or damaged.
+  """
+  path = os.path.join(directory, "config.json")
+  try:
+    with open(path, encoding="utf-8") as file:
+      return json.load(file)
+  except (OSError, ValueError) as error:
+    raise InputError(f"{path}: no readable config of a run: {error}") from error
 
 
 class _Group(dict):
