@@ -1,6 +1,5 @@
 """Hugging Face configs to ours and back."""
 
-import json
 import os
 
 from transformers import AutoConfig, LlavaConfig
@@ -27,8 +26,21 @@ def read_config(directory: str):
     raise InputError(f"{directory}: no config.json there; give a Hugging Face model directory")
   try:
     return AutoConfig.from_pretrained(directory)
-  except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-    raise InputError(f"{path}: not a config that transformers understands: {error}") from error
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    reason = str(error).splitlines()[0]
+    raise InputError(f"{path}: not a config that transformers understands: {reason}") from error
+
+
+def check_types(vision, vision_where: str, language, language_where: str) -> None:
+  """Raises an InputError unless two towers' configs are of types that a model is made of."""
+  _check_type(vision, VISION_TYPES, "vision tower", vision_where)
+  _check_type(language, LANGUAGE_TYPES, "language model", language_where)
+
+
+def _check_type(hf, types: tuple[str, ...], part: str, where: str) -> None:
+  if hf.model_type not in types:
+    supported = ", ".join(types)
+    raise InputError(f"{where}: {part} of type {hf.model_type!r}; supported: {supported}")
 
 
 def _check_activation(name: str, where: str) -> str:
@@ -52,10 +64,7 @@ def feature_layers(index: int | list[int], layers: int, where: str) -> tuple[int
 
 def vision_config(hf, index: int | list[int], strategy: str, where: str) -> VisionConfig:
   """From a CLIPVisionConfig and the LLaVA settings that say which features are used."""
-  if hf.model_type not in VISION_TYPES:
-    raise InputError(
-      f"{where}: vision tower of type {hf.model_type!r}; supported: {', '.join(VISION_TYPES)}"
-    )
+  _check_type(hf, VISION_TYPES, "vision tower", where)
   if hf.num_channels != 3:
     raise InputError(f"{where}: num_channels is {hf.num_channels}; only RGB towers are supported")
   if strategy not in ("default", "full"):
@@ -97,10 +106,7 @@ def rope_config(hf, where: str) -> RopeConfig:
 
 def language_config(hf, where: str, *, tied: bool, vocab_size: int) -> LanguageConfig:
   """From a LlamaConfig."""
-  if hf.model_type not in LANGUAGE_TYPES:
-    raise InputError(
-      f"{where}: language model of type {hf.model_type!r}; supported: {', '.join(LANGUAGE_TYPES)}"
-    )
+  _check_type(hf, LANGUAGE_TYPES, "language model", where)
   return LanguageConfig(
     vocab_size=vocab_size,
     width=hf.hidden_size,

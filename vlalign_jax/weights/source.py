@@ -19,6 +19,7 @@ from vlalign_jax.weights import hf_config, tensors
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # Vocabulary sizes of new models are multiples of this, so that they split over devices.
 VOCABULARY_MULTIPLE = 64
 
@@ -84,16 +85,26 @@ def open_source(model, aspect: str = "auto") -> Source:
 
 
 def _load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
+  if not any(os.path.isfile(os.path.join(directory, name)) for name in TOKENIZER_FILES):
+    raise InputError(
+      f"{directory}: no {' or '.join(TOKENIZER_FILES)} there; copy the tokenizer's files from the "
+      "model that this is"
+    )
   try:
     return AutoTokenizer.from_pretrained(directory)
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except Exception as error:  # transformers and tokenizers raise nearly anything on a broken file
     reason = str(error).splitlines()[0]
-    raise InputError(f"{directory}: no tokenizer can be loaded from it: {reason}") from error
+    raise InputError(
+      f"{directory}: its tokenizer cannot be loaded ({reason}); copy its files again"
+    ) from error
 
 
 def _load_generation(directory: str, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
   if os.path.isfile(os.path.join(directory, "generation_config.json")):
-    return GenerationConfig.from_pretrained(directory)
+    try:
+      return GenerationConfig.from_pretrained(directory)
+    except (OSError, ValueError, TypeError) as error:
+      raise InputError(f"{directory}/generation_config.json: cannot be read; mend it") from error
   return GenerationConfig(
     bos_token_id=tokenizer.bos_token_id,
     eos_token_id=tokenizer.eos_token_id,
@@ -114,7 +125,7 @@ def _model_config(
   if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != token_id:
     raise InputError(
       f"{where}: config.json says image_token_index {token_id}, the tokenizer has {IMAGE_TOKEN} at "
-      f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}"
+      f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}; mend the wrong one"
     )
   if len(tokenizer) > language.vocab_size:
     raise InputError(
@@ -194,6 +205,7 @@ def _assemble(model, aspect: str) -> Source:
   vision = hf_config.read_config(model.vision)
   vision = getattr(vision, "vision_config", vision)
   language = hf_config.read_config(model.language)
+  hf_config.check_types(vision, model.vision, language, model.language)
   tokenizer = _load_tokenizer(model.language)
   tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
   if tokenizer.pad_token_id is None:

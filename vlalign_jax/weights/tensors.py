@@ -35,7 +35,7 @@ def _files(directory: str) -> list[str]:
     with open(index, encoding="utf-8") as file:
       try:
         listed = sorted(set(json.load(file)["weight_map"].values()))
-      except (ValueError, KeyError, AttributeError) as error:
+      except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: not a safetensors index: {error!r}") from error
     absent = [name for name in listed if not os.path.isfile(os.path.join(directory, name))]
     if absent:
