@@ -18,7 +18,8 @@ from vlalign_jax.training.state import TrainState
 # Metrics are read this many steps late, so that the devices never wait for the host.
 LAG = 2
 MAX_SKIPPED_IN_A_ROW = 10
-# Share of the records that may turn out unreadable under data.on_bad_record=skip.
+# Share of an epoch's records, and later of the examples so far, that may turn out unreadable under
+# data.on_bad_record=skip.
 MAX_BAD_RECORDS = 0.01
 
 
@@ -92,7 +93,7 @@ def run(
   def settle(keep: int) -> None:
     """Reads the metrics of all but the newest `keep` steps."""
     while len(pending) > keep:
-      step, metrics, counted = pending.popleft()
+      step, metrics, counted, bad = pending.popleft()
       metrics = jax.device_get(metrics)
       if metrics.pop("skipped_in_a_row") >= MAX_SKIPPED_IN_A_ROW:
         raise InputError(
@@ -103,7 +104,8 @@ def run(
       log.advance(step)
       if step % config.log_every == 0 or step in (1, total_steps):
         values = {key: float(value) for key, value in metrics.items()}
-        log.write(step, values | throughput.rates(), more_follow=evaluated(step))
+        values |= {"bad_records": bad} | throughput.rates()
+        log.write(step, values, more_follow=evaluated(step))
 
   def evaluate(step: int) -> None:
     settle(0)
@@ -120,10 +122,10 @@ def run(
     for step in range(first + 1, total_steps + 1):
       batch = next(batches)
       bad_records += int(batch.pop("skipped").sum())
-      _check_bad_records(bad_records, stage.records)
+      _check_bad_records(bad_records, max(stage.records, step * config.batch_size))
       counted = stage.count(batch)
       state, metrics = stage.train_step(state, stage.to_device(batch))
-      pending.append((step, metrics, counted))
+      pending.append((step, metrics, counted, bad_records))
       settle(LAG)
       if evaluated(step):
         evaluate(step)
@@ -136,18 +138,18 @@ def run(
     last = int(state.step)
     if saved < last:
       save(last)
-    manager.wait_until_finished()
   finally:
     log.close()
+    manager.wait_until_finished()  # a bad record must not end a save, too
   if last < total_steps:
     logging.info("SIGTERM: saved at step %d; the same command goes on from there", last)
     return None
   return state
 
 
-def _check_bad_records(bad: int, records: int) -> None:
-  if bad > max(1, MAX_BAD_RECORDS * records):
+def _check_bad_records(bad: int, examples: int) -> None:
+  if bad > max(1, MAX_BAD_RECORDS * examples):
     raise InputError(
-      f"{bad} of {records} records could not be read, more than {MAX_BAD_RECORDS:.0%}; "
+      f"{bad} of {examples} records could not be read, more than {MAX_BAD_RECORDS:.0%}; "
       "scripts/check_data.py lists them with their reasons"
     )
