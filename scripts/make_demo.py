@@ -31,7 +31,7 @@ from vlalign_jax.models import vlm
 from vlalign_jax.weights import export, source
 
 _OUTPUT = flags.DEFINE_string("output", "runs/demo/data", "Where to write.")
-_TRAIN = flags.DEFINE_integer("train", 3000, "Pictures to learn from.")
+_TRAIN = flags.DEFINE_integer("train", 4000, "Pictures to learn from.")
 _EVAL = flags.DEFINE_integer("eval", 300, "Pictures held out.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of pictures, questions and weights.")
 

@@ -18,7 +18,7 @@ from vlalign_jax.sharding import zero
 from vlalign_jax.steps import sft as steps
 from vlalign_jax.training import checkpoints, loop, metrics, optimizer, run_directory
 from vlalign_jax.training import state as training_state
-from vlalign_jax.weights import export, load, source
+from vlalign_jax.weights import export, load, pin, source
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Such as configs/sft.py:llava15_7b.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "The run directory.")
@@ -31,7 +31,7 @@ def train_and_evaluate(c, workdir: str) -> None:
   source.absolute_paths(c.model)
   mesh = meshes.make_mesh(c.mesh)
   run_directory.open_run(workdir, c)
-  model_source = source.open_source(c.model, c.data.image_aspect)
+  model_source = pin.check(source.open_source(c.model, c.data.image_aspect), workdir)
   graphdef, abstract = vlm.abstract_params(
     model_source.config,
     dtype=c.model.dtype,
@@ -74,6 +74,7 @@ def train_and_evaluate(c, workdir: str) -> None:
   )
   if restored is None:
     export.save_model_files(model_source, f"{workdir}/model", c.model.param_dtype)
+    pin.write(model_source, workdir)
     params = load_params(wanted=is_trained)
     state = jax.jit(init_state, out_shardings=placement, donate_argnums=0)(params)
     progress = {"bad_records": 0}

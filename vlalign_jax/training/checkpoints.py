@@ -11,6 +11,7 @@ import os
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
@@ -120,23 +121,20 @@ def restore_params(workdir: str, step: int, leaves: dict, placement: dict) -> di
   Raises:
     InputError: the checkpoint has one of another shape.
   """
-  place = os.path.join(os.path.abspath(workdir), "checkpoints", str(step), "params")
-  with ocp.StandardCheckpointer() as checkpointer:
-    stored = trees.flatten(checkpointer.metadata(place).item_metadata.tree)
-    found = {path: meta for path, meta in stored.items() if path in leaves}
-    for path, meta in found.items():
-      if tuple(meta.shape) != leaves[path].shape:
-        raise InputError(
-          f"{place}: {path} is {tuple(meta.shape)}, the model has {leaves[path].shape}"
-        )
-    item = {
-      path: jax.ShapeDtypeStruct(leaves[path].shape, leaves[path].dtype, sharding=placement[path])
-      for path in found
-    }
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    args = ocp.args.PyTreeRestore(
-      item=trees.unflatten(item),
-      restore_args=ocp.checkpoint_utils.construct_restore_args(trees.unflatten(item)),
-      partial_restore=True,
-    )
-    return trees.flatten(checkpointer.restore(place, args=args))
+  place = epath.Path(os.path.abspath(workdir)) / "checkpoints" / str(step) / "params"
+  handler = ocp.PyTreeCheckpointHandler()
+  stored = trees.flatten(handler.metadata(place).tree)
+  item = {}
+  for path, meta in stored.items():
+    if path not in leaves:
+      continue
+    leaf = leaves[path]
+    if tuple(meta.shape) != leaf.shape:
+      raise InputError(f"{place}: {path} is {tuple(meta.shape)}, the model has {leaf.shape}")
+    item[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement[path])
+  if not item:
+    return {}
+  item = trees.unflatten(item)
+  restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+  args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+  return trees.flatten(handler.restore(place, args=args))

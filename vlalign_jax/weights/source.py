@@ -15,7 +15,7 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.models.projector import PROJECTORS
 from vlalign_jax.models.vlm import ModelConfig
 from vlalign_jax.training import checkpoints
-from vlalign_jax.weights import hf_config, tensors
+from vlalign_jax.weights import hf_config, pin, tensors
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
@@ -236,6 +236,7 @@ def _assemble(model, aspect: str) -> Source:
 
 def _open_run(directory: str, aspect: str) -> Source:
   base = open_source(_Group(run_config(directory)["model"]), aspect)
+  base = pin.check(base, directory)
   files = os.path.join(directory, "model")
   return dataclasses.replace(
     base,

@@ -1,0 +1,73 @@
+"""Ties a run to the weights that it started from.
+
+Checkpoints hold trained parameters only; the frozen ones are read again from where the run took
+them. What stood there then is written down, so that other weights are never taken for them.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from typing import TYPE_CHECKING
+
+from vlalign_jax.errors import InputError
+
+if TYPE_CHECKING:
+  from vlalign_jax.weights.source import Source
+
+FILE = os.path.join("model", "weights.json")
+_SAMPLES, _SAMPLE_BYTES = 16, 2**16
+
+
+def fingerprint(path: str) -> str:
+  """SHA-256 of a file's size and of evenly spread samples: told in milliseconds, not minutes."""
+  size = os.path.getsize(path)
+  digest = hashlib.sha256(str(size).encode())
+  with open(path, "rb") as file:
+    for sample in range(_SAMPLES):
+      file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+      digest.update(file.read(_SAMPLE_BYTES))
+  return digest.hexdigest()
+
+
+def _fingerprints(source: "Source") -> dict[str, str]:
+  return {path: fingerprint(path) for path in sorted({t.file for t in source.tensors.values()})}
+
+
+def write(source: "Source", workdir: str) -> None:
+  """Writes down what a new run starts from."""
+  content = {"files": _fingerprints(source), "runs": source.runs}
+  with open(os.path.join(workdir, FILE), "w", encoding="utf-8") as file:
+    json.dump(content, file, indent=2)
+
+
+def check(source: "Source", workdir: str) -> "Source":
+  """The source as it was when the run in `workdir` started.
+
+  Args:
+    source: opened by the run's config.
+    workdir: a run directory; one in which nothing was written down yet passes.
+
+  Returns:
+    The source with the checkpoints of other runs that were the newest then.
+
+  Raises:
+    InputError: a file has changed since.
+  """
+  path = os.path.join(workdir, FILE)
+  if not os.path.isfile(path):
+    return source
+  try:
+    with open(path, encoding="utf-8") as file:
+      then = json.load(file)
+    files, runs = then["files"], tuple((run, int(step)) for run, step in then["runs"])
+  except (ValueError, KeyError, TypeError) as error:
+    raise InputError(f"{path}: damaged; restore it, or start in a new --workdir") from error
+  now = _fingerprints(source)
+  changed = sorted(file for file in files | now if files.get(file) != now.get(file))
+  if changed:
+    raise InputError(
+      f"{workdir} was started from other weights than are there now ({', '.join(changed)}); put "
+      "the old ones back: the parameters that it did not train are only there"
+    )
+  return dataclasses.replace(source, runs=runs)
