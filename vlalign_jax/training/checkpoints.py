@@ -35,8 +35,9 @@ def _without_params(state: TrainState):
 
 def save(manager: ocp.CheckpointManager, step: int, state: TrainState, progress: dict) -> None:
   """Starts writing a checkpoint; it is whole once `manager.wait_until_finished` returns."""
-  if step in manager.all_steps():
-    _set_aside(manager, step)
+  for later in manager.all_steps():
+    if later >= step:  # it could not be read, and Orbax saves nothing before its newest step
+      _set_aside(manager, later)
   manager.save(
     step,
     args=ocp.args.Composite(
@@ -51,6 +52,8 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
   """Makes room where a damaged checkpoint stands, without deleting it."""
   place = os.path.join(manager.directory, str(step))
   aside = f"{manager.directory}-damaged-{step}"
+  while os.path.exists(aside):
+    aside += "-again"
   if jax.process_index() == 0:
     os.rename(place, aside)
     logging.warning("damaged checkpoint %s moved to %s", place, aside)
