@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
+import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from vlalign_jax.data.plan import ImageSets
-from vlalign_jax.data.workers import start_worker
+from vlalign_jax.data.workers import call, start_pool
 from vlalign_jax.errors import InputError
 
 # Below this many records, worker processes take longer to start than they save.
@@ -63,13 +62,10 @@ def map_records(
   chunks = [range(start, min(start + _CHUNK, n)) for start in range(0, n, _CHUNK)]
   if workers < 2 or n < pool_from:
     return [result for chunk in chunks for result in _map_chunk(function, chunk)]
-  # Spawned, not forked: a fork of a process that runs JAX's threads may hang.
-  pool = ProcessPoolExecutor(
-    workers, multiprocessing.get_context("spawn"), _start_mapping, (function,)
-  )
+  pool = start_pool(functools.partial(_map_chunk, function), workers)
   try:
     results = []
-    for part in pool.map(_map_in_worker, chunks):
+    for part in pool.map(call, chunks):
       results += part
       logging.log_every_n_seconds(logging.INFO, "measured %d of %d records", 10, len(results), n)
   except InputError as error:
@@ -77,16 +73,6 @@ def map_records(
   finally:
     pool.shutdown(cancel_futures=True)
   return results
-
-
-def _start_mapping(function: Callable[[int], Any]) -> None:
-  global _function
-  start_worker()
-  _function = function
-
-
-def _map_in_worker(chunk: range) -> list[Any]:
-  return _map_chunk(_function, chunk)
 
 
 def _map_chunk(function: Callable[[int], Any], chunk: range) -> list[Any]:

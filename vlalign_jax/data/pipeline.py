@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
+import functools
 import traceback
-import weakref
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import grain
 import numpy as np
@@ -16,10 +16,8 @@ from absl import logging
 from vlalign_jax.data.encode import Example
 from vlalign_jax.data.plan import Plan
 from vlalign_jax.data.rows import build_row
-from vlalign_jax.data.workers import start_worker
+from vlalign_jax.data.workers import call, start_pool
 from vlalign_jax.errors import InputError
-
-_SHARED_MEMORY = "/dev/shm"
 
 
 def batches(
@@ -59,8 +57,7 @@ def batches(
     start_step: the first step to give, counted from 0.
     on_bad_record: "error": an InputError of `load_example` or `load_image` reaches the caller at
       its step; "skip": the example is left out, its tokens become padding, a warning names it.
-    workers: processes that make rows, one row at a time each; 0 for threads of this process. Their
-      use needs absl flags parsed (`app.run`) and a main module that can be imported.
+    workers: processes that make rows (see `workers.start_pool`); 0 for threads of this process.
     threads: threads of this process that make rows if `workers` is 0.
     prefetch: steps to be ahead.
 
@@ -97,7 +94,8 @@ class Batches:
   ):
     self._load_row = load_row
     self._workers, self._threads, self._prefetch = workers, threads, prefetch
-    self._rows = None
+    self._made = None  # grain's iterator, from the first batch on
+    self._pool = None
     self._closed = False
     self._seek(start_step)
 
@@ -109,11 +107,16 @@ class Batches:
       raise ValueError("these batches are closed")
     if self._step == self._load_row.plan.steps:
       raise StopIteration
-    if self._rows is None:
-      self._rows = self._start()
-      # An exception's traceback may keep this object to the very end; grain then leaks.
-      self._end = weakref.finalize(self, self._rows.close)
-    batch, problems = next(self._rows)
+    if self._made is None:
+      self._made = self._start()
+    try:
+      batch, problems = next(self._made)
+    except BrokenProcessPool:
+      self.close()
+      raise InputError(
+        "a worker process ended abruptly; if no error of its own is shown above, it was killed for "
+        "want of memory: use fewer workers"
+      ) from None
     for problem in problems:
       if not self._load_row.skip:
         self.close()
@@ -147,6 +150,9 @@ class Batches:
     """Ends threads and worker processes; may be called again."""
     self._closed = True
     self._stop()
+    if self._pool is not None:
+      self._pool.shutdown(cancel_futures=True)
+      self._pool = None
 
   def __enter__(self) -> Batches:
     return self
@@ -161,33 +167,33 @@ class Batches:
     self._step = step
 
   def _stop(self) -> None:
-    if self._rows is not None:
-      self._end()
-      self._rows = None
+    if self._made is not None:
+      self._made.close()
+      self._made = None
 
   def _start(self) -> grain.DatasetIterator:
-    load_row, workers = self._load_row, self._workers
-    ahead = self._prefetch * load_row.rows
-    elements = grain.MapDataset.range(
-      self._step * load_row.rows, load_row.plan.steps * load_row.rows
-    ).map(load_row)
-    if workers:
-      # grain buffers twice for each worker: what waits to be sent, and what was received.
-      buffer = math.ceil(ahead / workers / 2)
-      _check_shared_memory(load_row, (2 * buffer + 1) * workers)
-      elements = elements.to_iter_dataset(grain.ReadOptions(0, 0)).mp_prefetch(
-        grain.MultiprocessingOptions(workers, buffer), worker_init_fn=_start_grain_worker
-      )
-    else:
-      elements = elements.to_iter_dataset(grain.ReadOptions(min(self._threads, ahead), ahead))
-    return iter(elements.batch(load_row.rows, batch_fn=load_row.stack))
+    rows, load, threads = self._load_row.rows, self._load_row, self._threads
+    ahead = self._prefetch * rows
+    if self._workers:
+      # grain's threads then only wait for processes. Its own mp_prefetch leaves processes behind
+      # when this one is killed, and takes 25 s to close where a worker's last rows fill a pipe.
+      self._pool = self._pool or start_pool(self._load_row, self._workers)
+      load, threads = functools.partial(_load_in_worker, self._pool), 2 * self._workers
+    elements = grain.MapDataset.range(self._step * rows, self._load_row.plan.steps * rows)
+    made = elements.map(load).to_iter_dataset(grain.ReadOptions(min(threads, ahead), ahead))
+    return iter(made.batch(rows, batch_fn=self._load_row.stack))
+
+
+def _load_in_worker(pool: ProcessPoolExecutor, element: int) -> _Row:
+  return pool.submit(call, element).result()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Row:
-  """A row's arrays without images; grain hands it on as it is, and only images by shared memory."""
+  """One row, on its way from the thread or process that made it."""
 
-  arrays: dict[str, np.ndarray]
+  arrays: dict[str, np.ndarray]  # as of `rows.build_row`
+  images: np.ndarray  # uint8[n, H, W, 3], its n distinct images
   problems: tuple[str, ...]  # of the examples that were left out
 
 
@@ -206,19 +212,18 @@ class _LoadRow:
   rows: int  # B
   first_row: int
 
-  def __call__(self, element: int) -> tuple[np.ndarray, _Row]:
-    """(uint8[n, H, W, 3] the n images of the row, the row)."""
+  def __call__(self, element: int) -> _Row:
     step, row = divmod(int(element), self.rows)
     numbers = self.plan.rows_of(step, self.first_row + row)
     try:
       return self._load(numbers, int(self.plan.lengths[step]))
     except Exception as error:
-      # An exception that cannot be pickled would never leave its worker, and the parent wait.
+      # An exception that cannot be unpickled would break the pool and not be shown.
       failure = RuntimeError(f"examples {numbers.tolist()}: {type(error).__name__}: {error}")
       failure.add_note(traceback.format_exc())
       raise failure from None
 
-  def _load(self, numbers: np.ndarray, length: int) -> tuple[np.ndarray, _Row]:
+  def _load(self, numbers: np.ndarray, length: int) -> _Row:
     examples, problems, pixels = [], [], {}
     for number in numbers:
       try:
@@ -240,37 +245,13 @@ class _LoadRow:
     images = np.zeros((len(paths), *self.image_size, 3), np.uint8)
     for slot, path in enumerate(paths):
       images[slot] = pixels[path]
-    return images, _Row(arrays, tuple(problems))
+    return _Row(arrays, images, tuple(problems))
 
-  def stack(self, loaded: list[tuple[np.ndarray, _Row]]):
+  def stack(self, rows: list[_Row]) -> tuple[dict[str, np.ndarray], list[str]]:
     """(the batch of these rows, the problems of all of them)."""
-    batch = {
-      name: np.stack([row.arrays[name] for _, row in loaded]) for name in loaded[0][1].arrays
-    }
-    images = np.zeros((len(loaded), self.plan.images, *self.image_size, 3), np.uint8)
-    for place, (own, _) in zip(images, loaded, strict=True):
-      place[: len(own)] = own
-    batch["images"] = images
-    batch["skipped"] = np.array([len(row.problems) for _, row in loaded], np.int32)
-    return batch, [problem for _, row in loaded for problem in row.problems]
-
-
-def _start_grain_worker(index: int, count: int) -> None:
-  del index, count
-  start_worker()
-
-
-def _check_shared_memory(load_row: _LoadRow, rows: int) -> None:
-  """Workers hand images over in shared memory, and one that finds it full is killed (SIGBUS)."""
-  if not os.path.isdir(_SHARED_MEMORY):
-    return
-  height, width = load_row.image_size
-  needed = rows * load_row.plan.images * height * width * 3
-  stat = os.statvfs(_SHARED_MEMORY)
-  free = stat.f_bavail * stat.f_frsize
-  if needed > free:
-    raise InputError(
-      f"{_SHARED_MEMORY} has {free / 2**20:.0f} MiB free, and worker processes may need "
-      f"{needed / 2**20:.0f} MiB for images; enlarge it (docker run --shm-size) or use threads "
-      "instead of worker processes"
-    )
+    batch = {name: np.stack([row.arrays[name] for row in rows]) for name in rows[0].arrays}
+    batch["images"] = np.zeros((len(rows), self.plan.images, *self.image_size, 3), np.uint8)
+    for place, row in zip(batch["images"], rows, strict=True):
+      place[: len(row.images)] = row.images
+    batch["skipped"] = np.array([len(row.problems) for row in rows], np.int32)
+    return batch, [problem for row in rows for problem in row.problems]

@@ -1,4 +1,4 @@
-"""Worker processes: what each does first, and sequences that reach them without being copied."""
+"""Worker processes, and sequences that reach them without being copied."""
 
 from __future__ import annotations
 
@@ -9,23 +9,45 @@ import pickle
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import connection
 from typing import Any
 
 import numpy as np
 
 
-def start_worker() -> None:
-  """Called first in a worker: Ctrl-C is its parent's to handle, and it never outlives its parent.
+def start_pool(function: Callable[[Any], Any], workers: int) -> ProcessPoolExecutor:
+  """Worker processes that hold `function`, for `pool.submit(call, x)` to give function(x).
 
-  Daemon processes are only ended by a parent that exits in order. After a SIGKILL they would wait
-  forever on queues whose two ends they hold themselves.
+  They are spawned: a fork of a process that runs JAX's threads may hang. The main module must
+  therefore be importable, and `function`, what it is given and what it returns picklable.
   """
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  parent = multiprocessing.parent_process()
-  if parent is not None:
-    threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
+  pool = ProcessPoolExecutor(
+    workers, multiprocessing.get_context("spawn"), _start_worker, (function,)
+  )
+  # Ctrl-C is this process's to handle. Children inherit what is blocked while they are spawned,
+  # which happens on the first calls.
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    for _ in range(workers):
+      pool.submit(os.getpid)
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+  return pool
+
+
+def call(argument: Any) -> Any:
+  """Runs the pool's function, in a worker."""
+  return _function(argument)
+
+
+def _start_worker(function: Callable[[Any], Any]) -> None:
+  """Only a parent that exits in order ends its workers; after a SIGKILL they would wait forever."""
+  global _function
+  _function = function
+  sentinel = multiprocessing.parent_process().sentinel
+  threading.Thread(target=_exit_with, args=(sentinel,), daemon=True).start()
 
 
 def _exit_with(sentinel: int) -> None:
