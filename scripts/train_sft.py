@@ -30,8 +30,10 @@ def train_and_evaluate(c, workdir: str) -> None:
   config.check(c, "sft")
   source.absolute_paths(c.model)
   mesh = meshes.make_mesh(c.mesh)
-  run_directory.open_run(workdir, c)
-  model_source = pin.check(source.open_source(c.model, c.data.image_aspect), workdir)
+  resumes = run_directory.open_run(workdir, c)
+  model_source = source.open_source(c.model, c.data.image_aspect)
+  if resumes:
+    model_source = pin.check(model_source, workdir)
   graphdef, abstract = vlm.abstract_params(
     model_source.config,
     dtype=c.model.dtype,

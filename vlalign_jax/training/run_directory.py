@@ -33,10 +33,11 @@ def write_atomically(path: str, text: str) -> None:
   os.replace(partial, path)
 
 
-def open_run(workdir: str, config: ConfigDict) -> None:
+def open_run(workdir: str, config: ConfigDict) -> bool:
   """Makes the directory and its config.json, or checks that a run there has the same config.
 
-  A run that has saved nothing yet begins anew, with any config.
+  Returns:
+    Whether there is a run to go on with; one that has saved nothing begins anew, with any config.
 
   Raises:
     InputError: the directory cannot be written to, holds a run with another config, or a
@@ -47,14 +48,15 @@ def open_run(workdir: str, config: ConfigDict) -> None:
   path = os.path.join(workdir, "config.json")
   try:
     os.makedirs(workdir, exist_ok=True)
-    if os.path.isfile(path):
-      stored = _read_config(path)
-      if _has_saved(workdir):
-        _check_same(stored, config.to_dict(), workdir)
+    stored = _read_config(path) if os.path.isfile(path) else None
+    resumes = _has_saved(workdir)
+    if stored and resumes:
+      _check_same(stored, config.to_dict(), workdir)
     if jax.process_index() == 0:
       write_atomically(path, json.dumps(config.to_dict(), indent=2) + "\n")
   except OSError as error:
     raise InputError(f"--workdir {workdir} cannot be written to: {error.strerror}") from error
+  return resumes
 
 
 def _has_saved(workdir: str) -> bool:
