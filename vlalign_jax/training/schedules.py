@@ -26,24 +26,26 @@ def make_schedule(optim, peak: float, total_steps: int) -> optax.Schedule:
   """
   warmup = 0 if optim.schedule == "constant" else warmup_steps(optim.warmup, total_steps)
   decay_steps = max(1, total_steps - warmup)
-  final = 1e-7
+  final = min(1e-7, peak)
 
-  def factor(done):
+  def after_warmup(elapsed):
+    done = elapsed / decay_steps
     if optim.schedule == "linear":
-      return 1 - done
+      return peak * (1 - done)
     if optim.schedule == "polynomial":
-      return ((peak - final) * (1 - done) ** optim.power + final) / peak
+      return (peak - final) * (1 - done) ** optim.power + final
     if optim.schedule == "cosine":
-      return 0.5 * (1 + jnp.cos(jnp.pi * done))
+      return peak * 0.5 * (1 + jnp.cos(jnp.pi * done))
     if optim.schedule == "cosine_with_restarts":
-      phase = (done * optim.cycles) % 1.0
-      return jnp.where(done >= 1, 0.0, 0.5 * (1 + jnp.cos(jnp.pi * phase)))
-    return jnp.ones_like(done)
+      # The remainder of whole numbers: that of a rounded fraction is a whole cycle off at restarts.
+      phase = elapsed * optim.cycles % decay_steps / decay_steps
+      return peak * jnp.where(elapsed < decay_steps, 0.5 * (1 + jnp.cos(jnp.pi * phase)), 0.0)
+    return jnp.full_like(done, peak)
 
   def schedule(count):
     count = jnp.asarray(count, jnp.float32)
-    rising = count / max(1, warmup)
-    done = jnp.clip((count - warmup) / decay_steps, 0.0, 1.0)
-    return peak * jnp.where(count < warmup, rising, factor(done))
+    rising = peak * count / max(1, warmup)
+    elapsed = jnp.clip(count - warmup, 0, decay_steps)
+    return jnp.where(count < warmup, rising, after_warmup(elapsed))
 
   return schedule
