@@ -34,7 +34,7 @@ def apply_gradients(state: TrainState, optimizer, gradients, loss):
     The next state, and the metrics that every stage logs: loss, grad_norm (before clipping) and
     skipped_steps.
   """
-  norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
+  norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   updates, new_optimizer = optimizer.update(gradients, state.optimizer, state.params)
   new_params = optax.apply_updates(state.params, updates)
