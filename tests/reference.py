@@ -4,15 +4,15 @@ The torch side never sees rows: it gets one example at a time, its images as flo
 plain causal mask.
 """
 
-import types
-
 import jax
 import numpy as np
 import torch
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
+from ml_collections import ConfigDict
 
 from vlalign_jax import trees
+from vlalign_jax.config import defaults
 from vlalign_jax.data.encode import Example
 from vlalign_jax.data.rows import build_row
 from vlalign_jax.models import vlm
@@ -28,19 +28,11 @@ def relative_error(found, expected) -> float:
   return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def model_group(**keys) -> types.SimpleNamespace:
-  """The `model` group of a config as far as `open_source` reads it."""
-  return types.SimpleNamespace(
-    **{
-      "init_from": "",
-      "vision": "",
-      "language": "",
-      "projector": "mlp",
-      "vision_feature_layer": -2,
-      "vision_feature_select_strategy": "default",
-      **keys,
-    }
-  )
+def model_group(**keys) -> ConfigDict:
+  """The `model` group of a config."""
+  model = defaults("sft").model
+  model.update(keys)
+  return model
 
 
 def load_all(opened: source.Source, seed: int = 0, **options):
