@@ -1,0 +1,102 @@
+"""Train steps at every ZeRO stage on eight CPU devices, run as a process of its own by test_zero.
+
+python -m tests.sharding.zero_steps MODEL_DIRECTORY
+
+Writes one JSON object: run -> losses, gradient norms, and what share of the bytes one device holds.
+"""
+
+import functools
+import json
+import sys
+
+import jax
+import numpy as np
+
+from tests import reference
+from vlalign_jax import trees
+from vlalign_jax.config import defaults
+from vlalign_jax.models import vlm
+from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.sharding import zero
+from vlalign_jax.steps import sft
+from vlalign_jax.training import optimizer
+from vlalign_jax.training import state as training_state
+from vlalign_jax.weights import load, source
+
+STEPS, ROWS, LENGTH = 3, 16, 48
+# Name -> (data, fsdp, ZeRO stage, micro-batches).
+RUNS = {
+  "one device": (1, 1, 0, 1),
+  "stage 0": (2, 4, 0, 1),
+  "stage 1": (2, 4, 1, 1),
+  "stage 2": (2, 4, 2, 2),
+  "stage 3": (2, 4, 3, 2),
+}
+
+
+def make_batch(config):
+  """Rows of one example each, of uneven lengths and some without an image; two rows only pad."""
+  pictures = reference.make_pictures(3, config.vision.image_size)
+  layout = [
+    [reference.make_example(config, 3 + 2 * r, (f"{r % 4}.png",) if r % 4 < 3 else (), r)]
+    for r in range(ROWS - 2)
+  ]
+  return reference.make_rows(config, [*layout, [], []], pictures, LENGTH, 1)
+
+
+def share_of_one_device(tree) -> float:
+  """Bytes on the first device over the bytes of the whole tree."""
+  leaves = jax.tree.leaves(tree)
+  here = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+  return here / sum(leaf.nbytes for leaf in leaves)
+
+
+def run(opened, data: int, fsdp: int, stage: int, accumulation: int) -> dict:
+  c = defaults("sft")
+  c.mesh.update(data=data, fsdp=fsdp)
+  c.optim.update(learning_rate=3e-3, warmup=0.0, weight_decay=0.1)
+  mesh = meshes.make_mesh(c.mesh, jax.devices()[: data * fsdp])
+  graphdef, abstract = vlm.abstract_params(opened.config, shards=mesh.size)
+  params = load.load_params(opened, abstract, zero.shardings(mesh, abstract, split=stage >= 3))
+  trained, frozen = trees.split(params, functools.partial(optimizer.is_trained, train=c.train))
+  tx = optimizer.make_optimizer(c.optim, trained, STEPS)
+  init_state = functools.partial(training_state.init_state, optimizer=tx)
+  placement = zero.state_shardings(mesh, jax.eval_shape(init_state, trained), stage)
+  state = jax.jit(init_state, out_shardings=placement)(trained)
+  step = functools.partial(
+    sft.train_step,
+    graphdef=graphdef,
+    optimizer=tx,
+    learning_rate=optimizer.learning_rates(c.optim, STEPS)["base"],
+    accumulation=accumulation,
+    shards=mesh.size,
+    chunk=16,
+    constrain_gradients=lambda tree: zero.constrain_gradients(mesh, tree, stage),
+  )
+  step = jax.jit(step, donate_argnums=0, out_shardings=(placement, meshes.replicated(mesh)))
+  rows = meshes.to_device(mesh, make_batch(opened.config))
+  logged = []
+  for _ in range(STEPS):
+    state, metrics = step(state, frozen, rows)
+    logged.append(jax.device_get(metrics))
+  norms = [np.linalg.norm(leaf) for leaf in jax.tree.leaves(jax.device_get(state.params))]
+  return {
+    "loss": [float(metrics["loss"]) for metrics in logged],
+    "grad_norm": [float(metrics["grad_norm"]) for metrics in logged],
+    "param_norms": [float(norm) for norm in norms],
+    "share": {
+      "trained": share_of_one_device(state.params),
+      "frozen": share_of_one_device(frozen),
+      "optimizer": share_of_one_device(state.optimizer),
+    },
+  }
+
+
+def main(directory: str) -> None:
+  zero.MIN_SIZE = 32  # a tiny model has nothing as large as the true limit
+  opened = source.open_source(reference.model_group(init_from=directory))
+  print(json.dumps({name: run(opened, *options) for name, options in RUNS.items()}))
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])
