@@ -1,6 +1,8 @@
 """Lengths measured in this process and in worker processes."""
 
 import dataclasses
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ class LoadEncoded:
 
   def __call__(self, index):
     text = self.texts[index]
+    if text == "killer":
+      os.kill(os.getpid(), signal.SIGKILL)
     if text == "bad":
       raise InputError(f"train.json, record {index}: no answer")
     return len(text), index % 3, tuple(word for word in text.split() if word.endswith(".jpg"))
@@ -54,6 +58,12 @@ def test_a_bad_record_is_one_clear_line(workers):
     measure(LoadEncoded(SharedList(texts)), len(texts), workers=workers, pool_from=1)
   assert str(info.value) == "train.json, record 700: no answer"
   assert info.value.__cause__ is None
+
+
+def test_a_killed_worker_is_one_clear_line():
+  texts = ["good", "killer", "good"]
+  with pytest.raises(InputError, match="worker process ended abruptly"):
+    measure(LoadEncoded(SharedList(texts)), 3, workers=2, pool_from=1)
 
 
 def test_no_records():

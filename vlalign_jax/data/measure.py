@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from vlalign_jax.data.plan import ImageSets
-from vlalign_jax.data.workers import call, start_pool
+from vlalign_jax.data.workers import call, lost_worker, start_pool
 from vlalign_jax.errors import InputError
 
 # Below this many records, worker processes take longer to start than they save.
@@ -70,6 +71,8 @@ def map_records(
       logging.log_every_n_seconds(logging.INFO, "measured %d of %d records", 10, len(results), n)
   except InputError as error:
     raise InputError(str(error)) from None  # without the worker's traceback
+  except BrokenProcessPool:
+    raise lost_worker() from None
   finally:
     pool.shutdown(cancel_futures=True)
   return results

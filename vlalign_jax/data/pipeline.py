@@ -16,7 +16,7 @@ from absl import logging
 from vlalign_jax.data.encode import Example
 from vlalign_jax.data.plan import Plan
 from vlalign_jax.data.rows import build_row
-from vlalign_jax.data.workers import call, start_pool
+from vlalign_jax.data.workers import call, lost_worker, start_pool
 from vlalign_jax.errors import InputError
 
 
@@ -113,10 +113,7 @@ class Batches:
       batch, problems = next(self._made)
     except BrokenProcessPool:
       self.close()
-      raise InputError(
-        "a worker process ended abruptly; if no error of its own is shown above, it was killed for "
-        "want of memory: use fewer workers"
-      ) from None
+      raise lost_worker() from None
     for problem in problems:
       if not self._load_row.skip:
         self.close()

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from vlalign_jax.errors import InputError
+
 
 def start_pool(function: Callable[[Any], Any], workers: int) -> ProcessPoolExecutor:
   """Worker processes that hold `function`, for `pool.submit(call, x)` to give function(x).
@@ -35,6 +37,14 @@ def start_pool(function: Callable[[Any], Any], workers: int) -> ProcessPoolExecu
   finally:
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
   return pool
+
+
+def lost_worker() -> InputError:
+  """What a BrokenProcessPool of such a pool means to the user."""
+  return InputError(
+    "a worker process ended abruptly; if no error of its own is shown above, it was killed for "
+    "want of memory: use fewer workers"
+  )
 
 
 def call(argument: Any) -> Any:
