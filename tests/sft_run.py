@@ -66,6 +66,7 @@ def make_config(model: str, train: str, **overrides) -> ConfigDict:
     "epochs": 1.0,
     "log_every": 1,
     "save_every": 0,
+    "optim.learning_rate": 1e-3,
     **overrides,
   }
   for key, value in settings.items():
