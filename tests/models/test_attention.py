@@ -89,9 +89,11 @@ def test_output_and_gradients_equal_torch(block, shards, masked, monkeypatch):
 
 
 def test_bfloat16_is_as_near_as_its_rounding(monkeypatch):
-  inputs = [jnp.asarray(x, jnp.bfloat16) for x in make_inputs()]
+  query, *others = make_inputs()
+  # Large scores show a rounding of the query or of the scores best.
+  inputs = [jnp.asarray(x, jnp.bfloat16) for x in (8 * query, *others)]
   exact = expected(*(np.asarray(x, np.float64) for x in inputs), None)
   found = ours(inputs, (), 8, 0, monkeypatch)
   assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
   for ours_, theirs in zip(found, exact, strict=True):
-    assert relative_error(ours_, theirs) < 6e-3
+    assert relative_error(ours_, theirs) < 7e-3

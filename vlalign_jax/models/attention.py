@@ -110,10 +110,11 @@ def _scores(query, key, layout, start, stop, end):
   """float32[B, K, G, stop - start, end], -inf (nearly) where the query does not see the key."""
   scores = jnp.einsum(
     "BKGTD,BKSD->BKGTS",
-    query[:, :, :, start:stop] * query.shape[-1] ** -0.5,
+    query[:, :, :, start:stop],
     key[:, :, :end],
     preferred_element_type=jnp.float32,
   )
+  scores *= query.shape[-1] ** -0.5  # of the queries it would cost bfloat16 a rounding
   if not layout:
     return scores
   segments, branches = layout
