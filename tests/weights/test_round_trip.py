@@ -140,6 +140,31 @@ def test_processor_of_an_export_makes_our_tokens_and_pixels(tmp_path):
   )
 
 
+@pytest.mark.parametrize(
+  ("rope", "scaling"),
+  [
+    ({"rope_type": "default", "rope_theta": 500000.0}, None),
+    (
+      {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+      {"rope_type": "linear", "factor": 2.0},
+    ),
+  ],
+)
+def test_an_exported_config_tells_transformers_4_its_rope(rope, scaling, tmp_path):
+  checkpoints.make_llava(tmp_path / "in", text={"rope_parameters": rope})
+  opened, _, _ = reference.open_model(tmp_path / "in")
+  export.save_model_files(opened, str(tmp_path / "out"), "float32")
+  written = (tmp_path / "out" / "config.json").read_text()
+  text = json.loads(written)["text_config"]
+  assert (text["rope_theta"], text["rope_scaling"]) == (rope["rope_theta"], scaling)
+  assert text["rope_parameters"] == rope
+  assert str(tmp_path) not in written
+  # And this version takes the same from both spellings together.
+  assert transformers.AutoConfig.from_pretrained(tmp_path / "out").text_config.rope_parameters == (
+    rope
+  )
+
+
 def test_shards_with_an_index(tmp_path):
   checkpoints.make_llava(tmp_path / "in")
   opened, _, params = reference.open_model(tmp_path / "in")

@@ -40,6 +40,9 @@ def save_model_files(source: Source, directory: str, dtype: str) -> None:
   source.images.save(directory)
   source.generation.save_pretrained(directory)
   hf, vision = source.hf.to_dict(), source.config.vision
+  for part in (hf, hf["text_config"], hf["vision_config"]):
+    part.pop("_name_or_path", None)  # a directory of this machine
+  hf["text_config"] |= _version_4_rope(hf["text_config"]["rope_parameters"])
   hf["vision_config"]["num_hidden_layers"] = vision.layers
   single = len(vision.feature_layers) == 1
   hf["vision_feature_layer"] = -1 if single else list(vision.feature_layers)
@@ -60,6 +63,13 @@ def save_model_files(source: Source, directory: str, dtype: str) -> None:
     "vision_feature_select_strategy": "full" if vision.keep_class_token else "default",
   }
   _write_json(os.path.join(directory, "processor_config.json"), processor)
+
+
+def _version_4_rope(rope: dict) -> dict:
+  """RoPE in the keys of transformers 4, which does not know `rope_parameters`."""
+  scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+  plain = scaling["rope_type"] == "default"
+  return {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
 
 
 def _write_json(path: str, content) -> None:
