@@ -1,11 +1,13 @@
 """What users get wrong ends in one clear line: file, record or key, and the mend."""
 
+import gc
 import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -470,11 +472,17 @@ DAMAGES = {
 }
 
 
-# Orbax leaves coroutines behind when a file cannot be read.
-ignore_leftovers = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.fixture
+def leftovers():
+  """Ends here the coroutines that Orbax leaves behind when a file cannot be read."""
+  yield
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    gc.collect()
 
 
-@ignore_leftovers
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("leftovers")
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_checkpoint_is_named_and_the_one_before_used(
   resume, finished, tmp_path, caplog, name
@@ -490,7 +498,8 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(
   _assert_same_metrics(tmp_path / "run", finished / "run")
 
 
-@ignore_leftovers
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("leftovers")
 def test_no_checkpoint_can_be_read(resume, tmp_path):
   for step in (2, 4, 6):
     _truncate_largest(tmp_path / "run" / "checkpoints" / str(step) / "optimizer")

@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+import shlex
 import sys
 
 import pytest
@@ -135,6 +136,24 @@ def test_good_command_line(parse):
   assert config.train.embeddings is False
   assert config.epochs == 2.0
   assert config.batch_size == 256  # the preset's
+
+
+def _documented_commands() -> list[str]:
+  """Every command of the README and of the configs' docstrings that has a config."""
+  texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "configs").glob("*.py"))]
+  lines = "\n".join(texts).replace("\\\n", " ").splitlines()
+  return [line.strip() for line in lines if "python scripts/" in line and "--config=" in line]
+
+
+def test_documented_commands(parse):
+  commands = _documented_commands()
+  assert len(commands) > 2
+  for command in commands:
+    assert command.startswith("python ")
+    script, *arguments = shlex.split(command)[1:]
+    assert (ROOT / script).is_file()
+    arguments = [argument.replace("PRESET", "demo") for argument in arguments]
+    assert parse(*arguments) is not None
 
 
 def test_config_is_optional(parse):

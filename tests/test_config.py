@@ -1,0 +1,129 @@
+"""Presets, and what config.check refuses."""
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import sft
+from vlalign_jax import config
+from vlalign_jax.errors import InputError
+
+
+def _usable(preset: str = "llava15_7b", **overrides) -> ConfigDict:
+  c = sft.get_config(preset)
+  c.data.train = "train.json"
+  for key, value in overrides.items():
+    group, _, name = key.rpartition(".")
+    holder = config.value(c, group) if group else c
+    holder[name] = value
+  return c
+
+
+@pytest.mark.parametrize("preset", sft.PRESETS)
+def test_presets_are_usable(preset):
+  config.check(_usable(preset), "sft")
+  with pytest.raises(InputError, match="config.data.train is empty"):
+    config.check(sft.get_config(preset), "sft")
+
+
+def test_every_preset_is_explained():
+  assert all(preset in sft.__doc__ for preset in sft.PRESETS)
+
+
+def test_presets_follow_the_published_recipe():
+  """Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning", Table 9."""
+  first, second = sft.get_config("llava15_pretrain"), sft.get_config("llava15_7b")
+  for c in (first, second):
+    assert (c.optim.schedule, c.optim.warmup, c.optim.weight_decay) == ("cosine", 0.03, 0.0)
+    assert c.epochs == 1.0
+    assert (c.train.vision, c.train.projector) == (False, True)
+  assert (first.optim.learning_rate, first.batch_size, first.train.language) == (1e-3, 256, False)
+  assert (second.optim.learning_rate, second.batch_size, second.train.language) == (2e-5, 128, True)
+
+
+def test_unknown_preset():
+  with pytest.raises(InputError, match="no SFT preset 'llava'; choose from demo, llava15_pretrain"):
+    sft.get_config("llava")
+
+
+BAD_VALUES = {
+  "batch_size": (0, "config.batch_size is 0; it must be at least 1"),
+  "grad_accumulation": (0, "at least 1"),
+  "epochs": (0.0, "config.epochs must be above 0, or config.steps given"),
+  "steps": (-1, "at least 0"),
+  "keep": (0, "at least 1"),
+  "model.dtype": ("float16", "config.model.dtype is 'float16'; choose from float32, bfloat16"),
+  "model.remat": ("some", "choose from none, full"),
+  "data.max_length": (1, "at least 2"),
+  "data.on_bad_record": ("ignore", "choose from error, skip"),
+  "data.workers": (-1, "at least 0"),
+  "optim.schedule": ("cosin", "choose from linear, cosine"),
+  "optim.learning_rate": (float("nan"), "is nan; give a finite number"),
+  "optim.embedding_learning_rate": (-1.0, "at least 0"),
+  "optim.warmup": (float("inf"), "is inf; give a finite number"),
+  "optim.b2": (1.0, "it must be from 0 to below 1"),
+  "optim.grad_clip": (-0.5, "at least 0"),
+  "mesh.zero_stage": (4, "choose from 0, 1, 2, 3"),
+}
+
+
+@pytest.mark.parametrize("key", BAD_VALUES)
+def test_bad_values(key):
+  value, expected = BAD_VALUES[key]
+  with pytest.raises(InputError) as caught:
+    config.check(_usable(**{key: value}), "sft")
+  assert f"config.{key}" in str(caught.value)
+  assert expected in str(caught.value)
+  assert "\n" not in str(caught.value)
+
+
+def _check(content: dict):
+  config.check(ConfigDict(content), "sft")
+
+
+def test_values_of_another_type():
+  """...which only a config not made by `defaults` can hold: one that is read from JSON, say."""
+  content = _usable().to_dict()
+  _check(content)
+  _check(content | {"epochs": 2})  # whole numbers are numbers
+  with pytest.raises(InputError, match="config.batch_size is '4'; it must be of type int"):
+    _check(content | {"batch_size": "4"})
+  with pytest.raises(InputError, match="config.batch_size is True; it must be of type int"):
+    _check(content | {"batch_size": True})
+  with pytest.raises(InputError, match="config.seed is None; it must be of type int"):
+    _check(content | {"seed": None})
+  with pytest.raises(InputError, match="config.data is a group of keys, not 'x'"):
+    _check(content | {"data": "x"})
+  with pytest.raises(InputError, match="config.train.embeddings is 1; it must be of type bool"):
+    _check(content | {"train": content["train"] | {"embeddings": 1}})
+
+
+def test_unknown_and_missing_keys():
+  content = _usable().to_dict()
+  with pytest.raises(InputError, match="config.batchsize; did you mean config.batch_size?"):
+    _check(content | {"batchsize": 4})
+  with pytest.raises(InputError, match="config.data.shufle; did you mean config.data.shuffle?"):
+    _check(content | {"data": content["data"] | {"shufle": True}})
+  with pytest.raises(InputError, match="config.mesh is missing"):
+    _check({key: value for key, value in content.items() if key != "mesh"})
+
+
+def test_presets_refuse_unknown_keys_and_other_types_themselves():
+  c = sft.get_config("demo").lock()
+  with pytest.raises(AttributeError):
+    c.batchsize = 4
+  with pytest.raises(TypeError):
+    c.batch_size = "4"
+
+
+def test_config_of_another_stage_or_none():
+  with pytest.raises(InputError, match="--config is missing: such as --config=configs/sft.py:"):
+    config.check(None, "sft")
+  with pytest.raises(InputError, match="a config of the stage 'dpo', not 'sft'"):
+    config.check(_usable(stage="dpo"), "sft")
+
+
+def test_nothing_to_train():
+  parts = {f"train.{part}": False for part in ("vision", "projector", "language")}
+  with pytest.raises(InputError, match="nothing to train: set one of config.train.vision"):
+    config.check(_usable(**parts), "sft")
+  config.check(_usable(**parts, **{"train.embeddings": True}), "sft")
