@@ -1,10 +1,14 @@
 """Weights from files into sharded device arrays, one tensor at a time."""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
@@ -89,12 +93,12 @@ def load_params(
 ):
   """The model's parameters on the devices.
 
-  Host memory holds this process's part of one (stacked) parameter and one tensor at a time.
+  Host memory holds one tensor at a time.
 
   Args:
     source: from `open_source`.
     abstract: nested dict of jax.ShapeDtypeStruct, from `vlm.abstract_params`.
-    shardings: nested dict of jax.sharding.Sharding, same structure.
+    shardings: nested dict of NamedSharding, same structure.
     seed: for fresh parameters.
     wanted: path -> whether to load this parameter.
 
@@ -106,14 +110,11 @@ def load_params(
   leaves = {path: leaf for path, leaf in leaves.items() if wanted(path)}
   loaded = _from_runs(source, leaves, placement)
   rows = source.config.language.vocab_size
-  for path, entry in entries.items():
+  # The largest tensors first: what reading one takes beside it adds to the least then.
+  by_size = sorted(entries, key=lambda path: -math.prod(entries[path].tensors[0].shape))
+  for path in by_size:
     if path in leaves and path not in loaded:
-      loaded[path] = _place(
-        leaves[path],
-        placement[path],
-        len(entry.tensors) if entry.name.stacked else None,
-        lambda layer, entry=entry: entry.read(layer, rows),
-      )
+      loaded[path] = _place(leaves[path], placement[path], entries[path], rows)
   fresh = [path for path in leaves if path not in loaded]
   if fresh:
     dtype = leaves[fresh[0]].dtype
@@ -134,27 +135,25 @@ def _from_runs(source: Source, leaves, placement) -> dict[str, jax.Array]:
   return loaded
 
 
-def _place(leaf, sharding, layers: int | None, read: Callable[[int], np.ndarray]) -> jax.Array:
-  """Assembles a parameter from its layers, each read once and cut for all local devices."""
-  indices = sharding.addressable_devices_indices_map(leaf.shape)
-  blocks = {}  # devices that hold the same part share one block of host memory
-  for index in indices.values():
-    bounds = tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
-    if bounds not in blocks:
-      size = tuple(stop - start for start, stop, _ in bounds)
-      blocks[bounds] = np.empty(size, leaf.dtype)
-  for layer in range(layers or 1):
-    param = read(layer)
-    for bounds, block in blocks.items():
-      if layers is None:
-        block[...] = param[tuple(slice(*b) for b in bounds)]
-      elif bounds[0][0] <= layer < bounds[0][1]:
-        block[layer - bounds[0][0]] = param[tuple(slice(*b) for b in bounds[1:])]
-    del param
-  arrays = [
-    jax.device_put(
-      blocks[tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))], device
-    )
-    for device, index in indices.items()
-  ]
-  return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+def _place(leaf, sharding: NamedSharding, entry: Entry, vocabulary: int) -> jax.Array:
+  """Reads a parameter into its shards; a stacked one layer by layer into its place."""
+  if not entry.name.stacked:
+    return _to_device(entry.read(0, vocabulary), leaf.dtype, sharding)
+  stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=sharding)()
+  layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+  for layer in range(leaf.shape[0]):
+    param = _to_device(entry.read(layer, vocabulary), leaf.dtype, layer_sharding)
+    stack = jax.block_until_ready(_set_layer(stack, param, layer))  # one tensor at a time
+  return stack
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(stack, param, layer):
+  return stack.at[layer].set(param)
+
+
+def _to_device(param: np.ndarray, dtype, sharding: NamedSharding) -> jax.Array:
+  # Every process has the whole tensor and gives each of its devices that device's part.
+  return jax.make_array_from_callback(
+    param.shape, sharding, lambda index: param[index].astype(dtype, copy=False)
+  )
