@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import torch
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from vlalign_jax import trees
@@ -16,6 +15,7 @@ from vlalign_jax.config import defaults
 from vlalign_jax.data.encode import Example
 from vlalign_jax.data.rows import build_row
 from vlalign_jax.models import vlm
+from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.weights import load, names, source
 
 torch.set_num_threads(1)  # its idle threads would spin beside JAX's
@@ -38,7 +38,7 @@ def model_group(**keys) -> ConfigDict:
 def load_all(opened: source.Source, seed: int = 0, **options):
   """(graphdef, params on one device) of a source; options as for `vlm.abstract_params`."""
   graphdef, abstract = vlm.abstract_params(opened.config, **options)
-  place = SingleDeviceSharding(jax.devices()[0])
+  place = meshes.replicated(meshes.make_mesh(defaults("sft").mesh, jax.devices()[:1]))
   shardings = jax.tree.map(lambda _: place, abstract)
   return graphdef, load.load_params(opened, abstract, shardings, seed)
 
