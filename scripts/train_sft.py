@@ -75,7 +75,7 @@ def train_and_evaluate(c, workdir: str) -> None:
     c.seed,
   )
   if restored is None:
-    export.save_model_files(model_source, f"{workdir}/model", c.model.param_dtype)
+    export.save_model_files(model_source, f"{workdir}/model", c.model.param_dtype, c.data.template)
     pin.write(model_source, workdir)
     params = load_params(wanted=is_trained)
     state = jax.jit(init_state, out_shardings=placement, donate_argnums=0)(params)

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlalign_jax.data.chat_template import CleanTurn, cut_conversation, takes_typed_content
 from vlalign_jax.data.records import IMAGE_PLACEHOLDER, Turn
@@ -121,7 +121,7 @@ def turn_pieces(turns: Sequence[Turn], template: str, tokenizer, where: str) -> 
   if template == "auto":
     pairs = cut_conversation(clean, tokenizer, where)
   else:
-    pairs = _fill(clean, _TEMPLATES[template], tokenizer)
+    pairs = _fill(clean, named_parts(template, tokenizer))
   pieces = []
   for prompt, answer in pairs:
     pieces.append(Piece(prompt, learn=False))
@@ -183,17 +183,24 @@ def _literal(literal: str, fallback: str | None, tokenizer) -> str:
   return literal if literal in vocabulary(tokenizer).added else fallback or ""
 
 
-def _fill(turns: list[CleanTurn], template: Template, tokenizer) -> list[tuple[str, str | None]]:
-  eos = tokenizer.eos_token
-  end = _literal(template.end, eos, tokenizer) if template.end else eos
-  restart = _literal(template.restart, tokenizer.bos_token, tokenizer) if template.restart else ""
+def named_parts(template: str, tokenizer) -> Template:
+  """A named template's texts, its end and restart as this tokenizer writes them."""
+  parts, eos = _TEMPLATES[template], tokenizer.eos_token
+  end = _literal(parts.end, eos, tokenizer) if parts.end else eos
+  restart = _literal(parts.restart, tokenizer.bos_token, tokenizer) if parts.restart else ""
+  return replace(parts, end=end, restart=restart)
+
+
+def _fill(turns: list[CleanTurn], template: Template) -> list[tuple[str, str | None]]:
   pairs = []
   for number, turn in enumerate(turns):
     wording = template.with_image if turn.images else template.without_image
     if number == 0:
       wording = template.system + wording.replace(template.first_drops, "", 1)
     else:
-      wording = restart + wording
+      wording = template.restart + wording
     prompt = wording.format(images=f"{IMAGE_PLACEHOLDER}\n" * turn.images, question=turn.question)
-    pairs.append((prompt, None if turn.answer is None else template.answer + turn.answer + end))
+    pairs.append(
+      (prompt, None if turn.answer is None else template.answer + turn.answer + template.end)
+    )
   return pairs

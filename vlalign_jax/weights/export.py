@@ -6,6 +6,7 @@ name for the `linear` projector: such a model keeps the same files and names, wi
 config.json and its tensors under `multi_modal_projector.linear` and `.norm`; it imports again here.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from vlalign_jax import trees
+from vlalign_jax.data import jinja_template
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights import names
 from vlalign_jax.weights.source import IMAGE_TOKEN, Source
@@ -23,7 +25,9 @@ from vlalign_jax.weights.source import IMAGE_TOKEN, Source
 MAX_SHARD_BYTES = 5 * 10**9
 
 
-def save_model_files(source: Source, directory: str, dtype: str) -> None:
+def save_model_files(
+  source: Source, directory: str, dtype: str, template: str | None = None
+) -> None:
   """Writes everything but the weights: config, generation config, tokenizer, processor.
 
   The vision tower ends at the last layer whose features are used: the layers behind it are not part
@@ -34,9 +38,15 @@ def save_model_files(source: Source, directory: str, dtype: str) -> None:
     source: the model.
     directory: is made if need be; files there are overwritten.
     dtype: what config.json says the weights are, such as "bfloat16".
+    template: the prompt template of training, which becomes the tokenizer's chat template; None,
+      "auto" and "plain" (which is no conversation) leave it as it is.
   """
   os.makedirs(directory, exist_ok=True)
-  source.tokenizer.save_pretrained(directory)
+  tokenizer = source.tokenizer
+  if template not in (None, "auto", "plain"):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = jinja_template.chat_template(template, tokenizer)
+  tokenizer.save_pretrained(directory)
   source.images.save(directory)
   source.generation.save_pretrained(directory)
   hf, vision = source.hf.to_dict(), source.config.vision
