@@ -95,6 +95,9 @@ def train_and_evaluate(c, workdir: str) -> None:
     jax.devices()[0].device_kind,
   )
 
+  if evaluation and c.data.on_bad_record == "error":
+    evaluation.read(**hosts)  # now: the first evaluation may be days away
+
   # --- The step ---
   common = {"graphdef": graphdef, "shards": shards, "chunk": meshes.head_chunk(mesh)}
   train_step = functools.partial(

@@ -212,6 +212,15 @@ def test_unreadable_picture_ends_the_run(train, records, tmp_path, compile_cache
   assert _steps(tmp_path) == [4, 6]
 
 
+def test_unreadable_picture_of_the_evaluation(train, records, tmp_path):
+  """...is known before the first step, however late the first evaluation is."""
+  held_out = sft_run.write_json(tmp_path / "data" / "eval.json", records[15:17])
+  _break(tmp_path / "data" / "016.png", "truncated")
+  expected = ['data/eval.json, record 1 ("id": "r16")', "016.png", "cannot be decoded"]
+  _fails(expected, train, records[:12], **{"data.eval": held_out})
+  assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_too_many_unreadable_pictures(train, records, tmp_path, compile_cache):
   for index in (1, 16):  # 2 of 24
     _break(tmp_path / "data" / f"{index:03d}.png", "corrupt")

@@ -83,6 +83,12 @@ class Prepared:
     """See `pipeline.batches` for the options: start_step, host_index, host_count."""
     return pipeline.batches(self.plan, **self.pipeline, **options)
 
+  def read(self, **options) -> None:
+    """Makes every batch once, for the InputError that a bad record raises."""
+    with self.batches(**options) as batches:
+      for _ in batches:
+        pass
+
   @property
   def max_segments(self) -> int:
     """Most examples in a row."""
