@@ -20,9 +20,6 @@ from vlalign_jax.training import checkpoints, loop, metrics, optimizer, run_dire
 from vlalign_jax.training import state as training_state
 from vlalign_jax.weights import export, load, pin, source
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Such as configs/sft.py:llava15_7b.")
-_WORKDIR = flags.DEFINE_string("workdir", "", "The run directory.")
-
 
 def train_and_evaluate(c, workdir: str) -> None:
   """Trains by a config into a run directory, or goes on with the run that is there."""
@@ -119,7 +116,8 @@ def train_and_evaluate(c, workdir: str) -> None:
   )
 
   def evaluate(state):
-    with evaluation.batches(**hosts) as batches:
+    # Threads: a pool of processes takes longer to start than most evaluations take.
+    with evaluation.batches(workers=0, **hosts) as batches:
       return metrics.evaluation(
         eval_step(
           state.params,
@@ -153,8 +151,10 @@ def train_and_evaluate(c, workdir: str) -> None:
 
 
 def main(_):
-  train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+  train_and_evaluate(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", None, "Such as configs/sft.py:llava15_7b.")
+  flags.DEFINE_string("workdir", "", "The run directory.")
   cli.run(main)

@@ -38,7 +38,7 @@ def shared() -> ConfigDict:
   c.model.language = ""  # a LLaMA directory
   # Only for a model made of two towers; a LLaVA directory brings its own.
   c.model.projector = "mlp"  # linear, mlp
-  c.model.vision_feature_layer = -2
+  c.model.vision_feature_layer = "-2"  # several: comma-separated
   c.model.vision_feature_select_strategy = "default"  # default: without the class token; full
   c.model.dtype = "bfloat16"  # of activations and matrix products
   c.model.param_dtype = "float32"

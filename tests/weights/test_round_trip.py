@@ -265,7 +265,7 @@ def test_a_linear_projector_between_two_towers(towers, tmp_path):
 
 
 def test_an_mlp_projector_between_two_towers_is_a_llava(towers, tmp_path):
-  opened, graphdef, params = assemble(towers, vision=towers.vision, vision_feature_layer=-1)
+  opened, graphdef, params = assemble(towers, vision=towers.vision, vision_feature_layer="-3,-1")
   out = str(tmp_path / "out")
   export.export_model(opened, params, out)
   found = our_logits(opened.config, graphdef, params)

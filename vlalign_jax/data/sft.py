@@ -81,7 +81,7 @@ class Prepared:
 
   def batches(self, **options) -> pipeline.Batches:
     """See `pipeline.batches` for the options: start_step, host_index, host_count."""
-    return pipeline.batches(self.plan, **self.pipeline, **options)
+    return pipeline.batches(self.plan, **(self.pipeline | options))
 
   def read(self, **options) -> None:
     """Makes every batch once, for the InputError that a bad record raises."""

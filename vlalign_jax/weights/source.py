@@ -213,12 +213,18 @@ def _assemble(model, aspect: str) -> Source:
   multiple = VOCABULARY_MULTIPLE
   rows = max(language.vocab_size, -(-len(tokenizer) // multiple) * multiple)
   language.vocab_size = rows
-  feature_layer = model.vision_feature_layer
+  try:
+    feature_layers = [int(layer) for layer in str(model.vision_feature_layer).split(",")]
+  except ValueError:
+    raise InputError(
+      f"model.vision_feature_layer is {model.vision_feature_layer!r}; give a layer number such as "
+      "-2, or several, comma-separated"
+    ) from None
   hf = LlavaConfig(
     vision_config=vision,
     text_config=language,
     image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-    vision_feature_layer=feature_layer if isinstance(feature_layer, int) else list(feature_layer),
+    vision_feature_layer=feature_layers if len(feature_layers) > 1 else feature_layers[0],
     vision_feature_select_strategy=model.vision_feature_select_strategy,
     tie_word_embeddings=language.tie_word_embeddings,
     projector_type=model.projector,
