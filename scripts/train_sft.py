@@ -50,6 +50,10 @@ def train_and_evaluate(c, workdir: str) -> None:
 
   # --- Optimizer and the shape of the state; nothing is allocated yet ---
   is_trained = functools.partial(optimizer.is_trained, train=c.train)
+  # What stays is kept in the dtype it is used in.
+  abstract = trees.map_paths(
+    lambda path, leaf: leaf if is_trained(path) else leaf.update(dtype=c.model.dtype), abstract
+  )
   trained, _ = trees.split(abstract, is_trained)
   tx = optimizer.make_optimizer(c.optim, trained, total_steps)
   init_state = functools.partial(training_state.init_state, optimizer=tx)

@@ -41,7 +41,7 @@ def shared() -> ConfigDict:
   c.model.vision_feature_layer = "-2"  # several: comma-separated
   c.model.vision_feature_select_strategy = "default"  # default: without the class token; full
   c.model.dtype = "bfloat16"  # of activations and matrix products
-  c.model.param_dtype = "float32"
+  c.model.param_dtype = "float32"  # of trained parameters; frozen ones are kept in model.dtype
   c.model.remat = "full"  # none, full, save_matmuls, save_weight_matmuls
 
   c.train = ConfigDict()

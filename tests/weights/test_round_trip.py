@@ -332,3 +332,15 @@ def test_a_missing_shard_and_a_broken_index(tmp_path):
   (tmp_path / "model.safetensors.index.json").write_text("{")
   with pytest.raises(InputError, match="not a safetensors index"):
     reference.open_model(tmp_path)
+
+
+def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(tmp_path):
+  checkpoints.make_llava(tmp_path, layout="old", text={"tie_word_embeddings": True})
+  file = tmp_path / "model.safetensors"
+  stored = load_file(file)
+  embedding = stored["language_model.model.embed_tokens.weight"]
+  save_file({**stored, "language_model.lm_head.weight": embedding.clone()}, file)
+  reference.open_model(tmp_path)
+  save_file({**stored, "language_model.lm_head.weight": embedding + 1}, file)
+  with pytest.raises(InputError, match="lm_head.weight is not the embedding"):
+    reference.open_model(tmp_path)

@@ -55,7 +55,7 @@ def train_step(
   grads = constrain_gradients(grads)
   count = jnp.maximum(sums["tokens"], 1.0)
   rate = learning_rate(state.step - state.skipped)
-  grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.params)
+  grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
   state, metrics = training_state.apply_gradients(state, optimizer, grads, total / count)
   return state, metrics | {"learning_rate": rate, "learnt_tokens": sums["tokens"]}
 

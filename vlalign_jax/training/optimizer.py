@@ -23,9 +23,8 @@ def is_trained(path: str, train) -> bool:
 
 
 def decays(path: str, param) -> bool:
-  """Matrices decay; norms, biases and single vectors do not (stacked ones have an axis more)."""
-  axes = param.ndim - ("/layers/" in path)
-  return axes > 1 and not path.endswith(("/bias", "/scale"))
+  """Matrices decay; norms, biases and single vectors do not."""
+  return param.ndim > 1 and not path.endswith(("/bias", "/scale"))
 
 
 def learning_rates(optim, total_steps: int) -> dict[str, optax.Schedule]:

@@ -16,9 +16,10 @@ class TrainState(NamedTuple):
 
 
 def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
-  """The state before the first update."""
+  """The state before the first update; Adam's moments are float32 whatever the parameters are."""
   zero = jnp.zeros((), jnp.int32)
-  return TrainState(zero, params, optimizer.init(params), zero, zero)
+  moments = optimizer.init(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+  return TrainState(zero, params, moments, zero, zero)
 
 
 def apply_gradients(state: TrainState, optimizer, gradients, loss):
@@ -27,14 +28,14 @@ def apply_gradients(state: TrainState, optimizer, gradients, loss):
   Args:
     state: before the update.
     optimizer: the optax transformation.
-    gradients: tree like state.params, of the mean loss.
+    gradients: float32 tree like state.params, of the mean loss.
     loss: float32[].
 
   Returns:
     The next state, and the metrics that every stage logs: loss, grad_norm (before clipping) and
     skipped_steps.
   """
-  norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
+  norm = optax.tree.norm(gradients)
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   updates, new_optimizer = optimizer.update(gradients, state.optimizer, state.params)
   new_params = optax.apply_updates(state.params, updates)

@@ -47,6 +47,7 @@ def save_model_files(
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = jinja_template.chat_template(template, tokenizer)
   tokenizer.save_pretrained(directory)
+  _name_tokenizer_for_version_4(os.path.join(directory, "tokenizer_config.json"))
   source.images.save(directory)
   source.generation.save_pretrained(directory)
   hf, vision = source.hf.to_dict(), source.config.vision
@@ -73,6 +74,14 @@ def save_model_files(
     "vision_feature_select_strategy": "full" if vision.keep_class_token else "default",
   }
   _write_json(os.path.join(directory, "processor_config.json"), processor)
+
+
+def _name_tokenizer_for_version_4(path: str) -> None:
+  """transformers 5 names a class that version 4 lacks; both load the older name."""
+  with open(path, encoding="utf-8") as file:
+    config = json.load(file)
+  if config.get("tokenizer_class") == "TokenizersBackend":
+    _write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _version_4_rope(rope: dict) -> dict:

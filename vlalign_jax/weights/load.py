@@ -107,6 +107,7 @@ def load_params(
   """
   leaves, placement = trees.flatten(abstract), trees.flatten(shardings)
   entries = resolve(source, {path: leaf.shape for path, leaf in leaves.items()})
+  _check_tied(source)
   leaves = {path: leaf for path, leaf in leaves.items() if wanted(path)}
   loaded = _from_runs(source, leaves, placement)
   rows = source.config.language.vocab_size
@@ -128,6 +129,19 @@ def load_params(
   return trees.unflatten({path: loaded[path] for path in leaves})
 
 
+def _check_tied(source: Source) -> None:
+  """A stored head that differs from the embedding it is said to be tied to would be lost."""
+  head = source.tensors.get("language.lm_head.weight")
+  if head is None or not source.config.language.tied_embeddings or source.fresh:
+    return
+  embedding = source.tensors["language.embed_tokens.weight"]
+  if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read()):
+    raise InputError(
+      f"{head.file}: {head.name} is not the embedding, though config.json says "
+      "tie_word_embeddings; set it to false there to use both, or remove the tensor"
+    )
+
+
 def _from_runs(source: Source, leaves, placement) -> dict[str, jax.Array]:
   loaded = {}
   for directory, step in source.runs:
@@ -143,13 +157,13 @@ def _place(leaf, sharding: NamedSharding, entry: Entry, vocabulary: int) -> jax.
   layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
   for layer in range(leaf.shape[0]):
     param = _to_device(entry.read(layer, vocabulary), leaf.dtype, layer_sharding)
-    stack = jax.block_until_ready(_set_layer(stack, param, layer))  # one tensor at a time
+    stack = jax.block_until_ready(_set_layer(stack, param, layer, sharding))  # one tensor at a time
   return stack
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(stack, param, layer):
-  return stack.at[layer].set(param)
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _set_layer(stack, param, layer, sharding):
+  return jax.lax.with_sharding_constraint(stack.at[layer].set(param), sharding)
 
 
 def _to_device(param: np.ndarray, dtype, sharding: NamedSharding) -> jax.Array:
