@@ -145,6 +145,7 @@ def our_steps(directory: str, load: str, batch: int):
   from vlalign_jax import trees
   from vlalign_jax.data.encode import Example
   from vlalign_jax.data.plan import ImageSets, plan_batches
+  from vlalign_jax.data.plan import statistics as statistics_of
   from vlalign_jax.data.rows import build_row
   from vlalign_jax.models import vlm
   from vlalign_jax.sharding import mesh as meshes
@@ -215,15 +216,16 @@ def our_steps(directory: str, load: str, batch: int):
     max_images_per_row=None,
   )
   print(
-    f"rows of a step: {plan.rows} x {np.unique(plan.lengths)}, {plan.images} images each, "
-    f"{plan.tokens.sum() / (plan.rows * plan.lengths.sum()):.1%} of the tokens are real",
+    f"rows of a step: {np.unique(plan.row_counts)} x {np.unique(plan.lengths)}, {plan.images} "
+    f"images each, {statistics_of(plan)['packing_efficiency']:.1%} of the tokens are real",
     file=sys.stderr,
   )
   pixels = pictures(batch)
 
   def rows_of(number: int) -> dict[str, np.ndarray]:
-    rows, images = [], np.zeros((plan.rows, plan.images, *pixels.shape[1:]), np.uint8)
-    for row in range(plan.rows):
+    count = int(plan.row_counts[number])
+    rows, images = [], np.zeros((count, plan.images, *pixels.shape[1:]), np.uint8)
+    for row in range(count):
       part = [examples[example] for example in plan.rows_of(number, row)]
       arrays, names = build_row(
         part, int(plan.lengths[number]), plan.images, IMAGE_TOKEN, IMAGE_TOKENS

@@ -100,15 +100,15 @@ def run(plan, load, **keywords):
 
 def expected(plan, load, step):
   """The batch of a step over all hosts, token by token."""
-  length = plan.lengths[step]
+  rows, length = int(plan.row_counts[step]), plan.lengths[step]
   text = {
-    name: np.zeros((plan.rows, length), np.int32)
+    name: np.zeros((rows, length), np.int32)
     for name in ("tokens", "positions", "segments", "branches", "targets", "image_slots")
   }
   text["image_slots"] -= 1
-  text["weights"] = np.zeros((plan.rows, length), np.float32)
-  images = np.zeros((plan.rows, plan.images, *SIZE, 3), np.uint8)
-  for row in range(plan.rows):
+  text["weights"] = np.zeros((rows, length), np.float32)
+  images = np.zeros((rows, plan.images, *SIZE, 3), np.uint8)
+  for row in range(rows):
     at, seen = 0, []
     for segment, e in enumerate(plan.rows_of(step, row), 1):
       example = load(e)
@@ -126,7 +126,7 @@ def expected(plan, load, step):
             seen.append(path)
           text["image_slots"][row, at] = seen.index(path) * PATCHES + patch
         at += 1
-  return text | {"images": images, "skipped": np.zeros(plan.rows, np.int32)}
+  return text | {"images": images, "skipped": np.zeros(rows, np.int32)}
 
 
 def check(batch, reference):

@@ -39,10 +39,10 @@ def batches(
 ) -> Batches:
   """One batch of this host's rows a step, made ahead of time; use it in a `with`, or close it.
 
-  A batch holds the rows host_index * B to (host_index + 1) * B of the plan's R = B * host_count:
+  A batch holds the rows host_index * B to (host_index + 1) * B of the step's B * host_count rows:
   the arrays of `rows.empty_row` with a leading B; images uint8[B, I, H, W, 3], zeros where a row
-  has fewer; skipped int32[B], examples left out of each row. I is `plan.images`, T may change
-  from step to step (`plan.lengths`).
+  has fewer; skipped int32[B], examples left out of each row. I is `plan.images`; B and T may change
+  from step to step (`plan.row_counts`, `plan.lengths`).
 
   Args:
     plan: what to learn at which step.
@@ -62,10 +62,11 @@ def batches(
     prefetch: steps to be ahead.
 
   Raises:
-    ValueError: R is not a multiple of host_count, or an argument is out of range.
+    ValueError: a step's rows are no multiple of host_count, or an argument is out of range.
   """
-  if plan.rows % host_count or not 0 <= host_index < host_count:
-    raise ValueError(f"no share {host_index} of {host_count} of {plan.rows} rows")
+  if np.any(plan.row_counts % host_count) or not 0 <= host_index < host_count:
+    counts = np.unique(plan.row_counts).tolist()
+    raise ValueError(f"no share {host_index} of {host_count} of {counts} rows")
   if on_bad_record not in ("error", "skip"):
     raise ValueError(f'on_bad_record "{on_bad_record}" is neither "error" nor "skip"')
   load_row = _LoadRow(
@@ -77,8 +78,8 @@ def batches(
     image_size=image_size,
     pad_id=pad_id,
     skip=on_bad_record == "skip",
-    rows=plan.rows // host_count,
-    first_row=host_index * (plan.rows // host_count),
+    host_index=host_index,
+    host_count=host_count,
   )
   return Batches(load_row, start_step, workers, threads, max(prefetch, 1))
 
@@ -196,7 +197,11 @@ class _Row:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _LoadRow:
-  """Makes the elements of a host: element s * B + b is row b of its share of step s."""
+  """Makes the elements of a host: element s * rows + b is row b of its share of step s.
+
+  A step with fewer rows than the fullest has rows without arrays in place of the last ones (grain
+  would leave out None, and batches would shift).
+  """
 
   plan: Plan
   load_example: Callable[[int], Example]
@@ -206,12 +211,20 @@ class _LoadRow:
   image_size: tuple[int, int]
   pad_id: int
   skip: bool
-  rows: int  # B
-  first_row: int
+  host_index: int
+  host_count: int
+
+  @property
+  def rows(self) -> int:
+    """The most rows of this host in a step."""
+    return self.plan.rows // self.host_count
 
   def __call__(self, element: int) -> _Row:
     step, row = divmod(int(element), self.rows)
-    numbers = self.plan.rows_of(step, self.first_row + row)
+    share = int(self.plan.row_counts[step]) // self.host_count
+    if row >= share:
+      return _Row({}, np.zeros(0), ())
+    numbers = self.plan.rows_of(step, self.host_index * share + row)
     try:
       return self._load(numbers, int(self.plan.lengths[step]))
     except Exception as error:
@@ -246,6 +259,7 @@ class _LoadRow:
 
   def stack(self, rows: list[_Row]) -> tuple[dict[str, np.ndarray], list[str]]:
     """(the batch of these rows, the problems of all of them)."""
+    rows = [row for row in rows if row.arrays]
     batch = {name: np.stack([row.arrays[name] for row in rows]) for name in rows[0].arrays}
     batch["images"] = np.zeros((len(rows), self.plan.images, *self.image_size, 3), np.uint8)
     for place, row in zip(batch["images"], rows, strict=True):

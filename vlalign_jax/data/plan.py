@@ -14,6 +14,9 @@ import numpy as np
 
 # Row lengths are multiples of this, which suits the tiles of attention kernels.
 LENGTH_MULTIPLE = 64
+# A packed run has at most this many numbers of rows, and so compilations: steps differ in tokens,
+# and all taking the rows of the fullest would waste a fifth of the work.
+ROW_COUNTS = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,11 +56,12 @@ class ImageSets:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-  """Steps of R rows; a row of step s holds up to I distinct images and lengths[s] tokens.
+  """Steps of up to R rows; a row of step s holds up to I distinct images and lengths[s] tokens.
 
   Attributes:
     batch_size: examples of a step (the last step may have fewer).
-    rows: R, rows of every step, over all hosts.
+    rows: R, the most rows of a step, over all hosts.
+    row_counts: int32[S], rows of each step; few distinct numbers.
     images: I, images of every row; 0 if there is no image at all.
     lengths: int32[S], T of each step.
     examples: int64[M], example numbers, row by row.
@@ -70,6 +74,7 @@ class Plan:
 
   batch_size: int
   rows: int
+  row_counts: np.ndarray
   images: int
   lengths: np.ndarray
   examples: np.ndarray
@@ -83,7 +88,7 @@ class Plan:
     return len(self.lengths)
 
   def rows_of(self, step: int, row: int) -> np.ndarray:
-    """int64[n], the examples of a row (steps count from 0 here); empty for a row that pads."""
+    """int64[n], the examples of a row (both count from 0 here); empty for a row that pads."""
     at = step * self.rows + row
     return self.examples[self.offsets[at] : self.offsets[at + 1]]
 
@@ -146,20 +151,23 @@ def plan_batches(
   sizes = np.take_along_axis(sizes, by_length, 1)
 
   if pack:
-    row_of, row_length = _pack(
+    row_of, row_counts, row_length = _pack(
       stream, sizes, images, [b for b in buckets if b >= longest], row_multiple, max_images_per_row
     )
     step_lengths = np.full(steps, row_length, np.int32)
   else:
     row_of = np.where(stream >= 0, np.arange(batch_size), -1)
+    row_counts = np.full(steps, _round_up(batch_size, row_multiple), np.int32)
     step_lengths = np.array(buckets, np.int32)[np.searchsorted(buckets, sizes[:, 0])]
-  rows = _round_up(int(row_of.max()) + 1, row_multiple)
+  rows = int(row_counts.max())
 
   # Rows come fullest first: dealing them out like cards gives every block of rows a like load.
-  dealt = np.arange(rows).reshape(-1, row_multiple).T.reshape(-1)
-  place = np.argsort(dealt, kind="stable")
+  place = np.zeros((rows + 1, rows), np.int64)
+  for count in np.unique(row_counts):
+    dealt = np.arange(count).reshape(-1, row_multiple).T.reshape(-1)
+    place[count, :count] = np.argsort(dealt, kind="stable")
   step_of, column = np.nonzero(stream >= 0)
-  row = step_of * rows + place[row_of[step_of, column]]
+  row = step_of * rows + place[row_counts[step_of], row_of[step_of, column]]
   by_row = np.argsort(row, kind="stable")
   examples = stream[step_of, column][by_row]
   offsets = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=steps * rows))])
@@ -168,6 +176,7 @@ def plan_batches(
   return Plan(
     batch_size=batch_size,
     rows=rows,
+    row_counts=row_counts,
     images=int(row_images.max()),
     lengths=step_lengths,
     examples=examples,
@@ -187,36 +196,55 @@ def statistics(plan: Plan) -> dict[str, float]:
   """How well a plan uses its rows, for the log.
 
   Returns:
-    steps, rows, images_per_row; row_lengths, the number of distinct T (compilations); tokens, not
-    counting padding; packing_efficiency, tokens over all tokens of all rows; image_efficiency,
-    images over all image places; empty_rows, the fraction of rows that only pad;
-    examples_per_row, over rows that do not.
+    steps, rows (the most of a step), images_per_row; shapes, the number of distinct batch shapes
+    (compilations); tokens, not counting padding; packing_efficiency, tokens over all tokens of all
+    rows; image_efficiency, images over all image places; empty_rows, the fraction of rows that only
+    pad; examples_per_row, over rows that do not.
   """
   per_row = np.diff(plan.offsets)
-  places = plan.steps * plan.rows * plan.images
+  rows, places = int(plan.row_counts.sum()), int(plan.row_counts.sum()) * plan.images
+  places_of_tokens = int(np.sum(plan.row_counts * plan.lengths, dtype=np.int64))
+  used = int(np.sum(per_row > 0))
   return {
     "steps": plan.steps,
     "rows": plan.rows,
     "images_per_row": plan.images,
-    "row_lengths": len(np.unique(plan.lengths)),
+    "shapes": len(np.unique(np.stack([plan.row_counts, plan.lengths]), axis=1).T),
     "tokens": int(plan.tokens.sum()),
-    "packing_efficiency": float(plan.tokens.sum() / (plan.rows * plan.lengths.sum(dtype=np.int64))),
+    "packing_efficiency": float(plan.tokens.sum() / places_of_tokens),
     "image_efficiency": float(plan.row_images.sum() / places) if places else 1.0,
-    "empty_rows": float(np.mean(per_row == 0)),
-    "examples_per_row": float(per_row.sum() / np.sum(per_row > 0)),
+    "empty_rows": 1 - used / rows,
+    "examples_per_row": float(per_row.sum() / used),
   }
 
 
 def _pack(stream, sizes, images, candidates, row_multiple, max_images_per_row):
-  """Tries each row length; returns (row of each example, row length) of the cheapest."""
+  """Tries each row length; (row of each example, rows of each step, row length) of the cheapest."""
   best = None
   for candidate in candidates:
     row_of, fullest = _first_fit(stream, sizes, images, candidate, max_images_per_row)
     length = _round_up(fullest, LENGTH_MULTIPLE)
-    cost = _round_up(int(row_of.max()) + 1, row_multiple) * length
+    needed = row_of.max(axis=1) + 1
+    row_counts = _few(-(-needed // row_multiple) * row_multiple)
+    cost = int(row_counts.sum()) * length
     if best is None or cost < best[0]:
-      best = cost, row_of, length
+      best = cost, row_of, row_counts.astype(np.int32), length
   return best[1:]
+
+
+def _few(counts: np.ndarray) -> np.ndarray:
+  """Raises counts to at most ROW_COUNTS = 3 distinct ones, adding as little as possible."""
+  distinct, times = np.unique(counts, return_counts=True)
+  if len(distinct) <= ROW_COUNTS:
+    return counts
+  below, total = np.cumsum(times), counts.size
+  # Raised to distinct[a], distinct[b] or the highest: what remains for each pair a < b.
+  a, b = np.triu_indices(len(distinct) - 1, 1)
+  cost = below[a] * distinct[a] + (below[b] - below[a]) * distinct[b]
+  cost = cost + (total - below[b]) * distinct[-1]
+  cheapest = int(np.argmin(cost))
+  allowed = distinct[[a[cheapest], b[cheapest], -1]]
+  return allowed[np.searchsorted(allowed, counts)]
 
 
 def _first_fit(

@@ -195,10 +195,10 @@ def _prepare(config, source: Source, load, measured, order, row_multiple, name: 
   )
   statistics = plan.statistics(planned)
   logging.info(
-    "%s: %d steps of %d rows x %s tokens, %d images a row; %.1f %% of the tokens are real",
+    "%s: %d steps of %s rows x %s tokens, %d images a row; %.1f %% of the tokens are real",
     name,
     planned.steps,
-    planned.rows,
+    "/".join(map(str, np.unique(planned.row_counts))),
     "/".join(map(str, np.unique(planned.lengths))),
     planned.images,
     100 * statistics["packing_efficiency"],
