@@ -1,17 +1,26 @@
 """Supervised fine-tuning of a vision-language model on LLaVA-format conversations.
 
-  python scripts/train_sft.py --config=configs/sft.py:PRESET --workdir=runs/sft \
-    --config.model.init_from=models/llava-1.5-7b-hf --config.data.train=train.json
+  python scripts/train_sft.py --config=configs/sft.py:llava15_7b --workdir=runs/sft \
+    --config.model.init_from=models/llava-1.5-7b-hf \
+    --config.data.train=train.json --config.data.images=images
 
-Presets and what to expect of them:
-  demo               a tiny model on drawn pictures, see scripts/demo.sh: held-out exact match above
-                     90 % after some minutes on two CPU cores.
-  llava15_pretrain   LLaVA-1.5's first stage: only the projector, on image-caption pairs
-                     (LCS-558K). Needs model.vision and model.language.
-  llava15_7b, llava15_13b
-                     LLaVA-1.5's second stage: projector and language model, on the 665K mixture.
-                     13B differs only by what init_from names.
-  llama3_8b          the second stage's recipe with LLaMA-3's chat format.
+  python scripts/train_sft.py --config=configs/sft.py:llava15_pretrain --workdir=runs/pretrain \
+    --config.model.vision=models/clip-vit-large-patch14-336 \
+    --config.model.language=models/vicuna-7b-v1.5 \
+    --config.data.train=blip_laion_cc_sbu_558k.json --config.data.images=pretrain_images
+
+Presets, and what to expect of them. Memory is what parameters and optimizer take over all devices
+together (16 bytes a trained parameter, 2 a frozen one); it is split evenly over them (ZeRO 3), and
+activations come on top: a few GB a device, less with grad_accumulation.
+  demo              a tiny model on drawn pictures, see scripts/demo.sh: held-out exact match above
+                    90 % after some minutes on two CPU cores.
+  llava15_pretrain  LLaVA-1.5's first stage: only the projector, on 558,128 image-caption pairs
+                    (LCS-558K): 2,181 steps, 14 GB with a 7B language model, 27 GB with 13B.
+  llava15_7b        LLaVA-1.5's second stage: projector and language model, on 665,298 conversations
+                    (mix665k): 5,198 steps, 110 GB: 8 devices of 40 GB, or 4 of 80 GB.
+  llava15_13b       The same recipe, for a 13B init_from: 210 GB: 8 devices of 80 GB.
+  llama3_8b         The same with LLaMA-3's chat format, for an 8B init_from: 130 GB: 8 devices of
+                    40 GB, or 4 of 80 GB.
 
 The LLaVA-1.5 recipe is Table 9 of Liu et al. 2023, "Improved Baselines with Visual Instruction
 Tuning": AdamW, cosine, warm-up 0.03, no decay; 1e-3 and batch 256, then 2e-5 and batch 128.
@@ -32,6 +41,8 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
   c = defaults("sft")
   if preset == "demo":
     return _demo(c)
+  # Whole, a 7B model in training is too large for any one device.
+  c.mesh.data, c.mesh.fsdp, c.mesh.zero_stage = 1, -1, 3
   # LLaVA-1.5 leaves Adam at PyTorch's beta2.
   c.optim.b2 = 0.999
   c.data.image_aspect = "pad"

@@ -40,6 +40,13 @@ def test_presets_follow_the_published_recipe():
   assert (second.optim.learning_rate, second.batch_size, second.train.language) == (2e-5, 128, True)
 
 
+@pytest.mark.parametrize("preset", sft.PRESETS)
+def test_presets_of_large_models_split_everything_over_all_devices(preset):
+  mesh = sft.get_config(preset).mesh
+  expected = (-1, 1, 0) if preset == "demo" else (1, -1, 3)
+  assert (mesh.data, mesh.fsdp, mesh.zero_stage) == expected
+
+
 def test_unknown_preset():
   with pytest.raises(InputError, match="no SFT preset 'llava'; choose from demo, llava15_pretrain"):
     sft.get_config("llava")
