@@ -210,7 +210,7 @@ def our_steps(directory: str, load: str, batch: int):
     lengths,
     ImageSets.from_paths([str(n)] for n in range(len(examples))),
     batch_size=batch,
-    max_length=max(longest, 512 if load == "answers" else FULL_LENGTH),
+    max_length=max(longest, 1024 if load == "answers" else FULL_LENGTH),
     row_multiple=1,
     pack=load == "answers",
     max_images_per_row=None,

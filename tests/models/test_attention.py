@@ -57,8 +57,8 @@ def ours(inputs, layout, block, shards, monkeypatch):
     monkeypatch.setattr(
       jax.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays)
     )
-  monkeypatch.setattr(attention, "CPU_QUERY_BLOCK", block)
-  monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+  monkeypatch.setattr(attention, "CPU_TILE", block)
+  monkeypatch.setattr(attention, "TILE", block)
 
   @jax.jit
   def compute(query, key, value, cotangent):
@@ -82,7 +82,9 @@ def test_output_and_gradients_equal_torch(block, shards, masked, monkeypatch):
         for s, b in zip(*layout, strict=True)
       ]
     )
-    np.testing.assert_array_equal(attention.visible(*layout, *layout), mask)
+    whole = attention.Layout(*layout)
+    index = np.arange(T)
+    np.testing.assert_array_equal(attention.visible(whole, whole, index, index), mask)
   found = ours(inputs, layout, block, shards, monkeypatch)
   for ours_, theirs in zip(found, expected(*inputs, mask), strict=True):
     assert relative_error(ours_, theirs) < 1e-6

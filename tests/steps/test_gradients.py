@@ -144,7 +144,7 @@ def test_remat_changes_no_gradient(remat, model, packed, packed_gradients):
 
 
 def test_small_blocks_of_queries_change_no_gradient(model, packed, packed_gradients, monkeypatch):
-  monkeypatch.setattr(attention, "CPU_QUERY_BLOCK", 20)
+  monkeypatch.setattr(attention, "CPU_TILE", 20)
   check(gradients(model, packed), packed_gradients, 1e-5)
 
 

@@ -117,7 +117,7 @@ def test_blocks_of_queries_and_bfloat16(tmp_path, monkeypatch):
   model = checkpoints.make_llava(tmp_path)
   source, graphdef, params = reference.open_model(tmp_path)
   rows, layout, pictures = packed_batch(source.config)
-  monkeypatch.setattr(attention, "CPU_QUERY_BLOCK", 20)  # four blocks and a shorter one
+  monkeypatch.setattr(attention, "CPU_TILE", 20)  # four tiles, the last one padded
   found = reference.logits(graphdef, params, rows)
   assert max(errors(found, model, source.config, layout, pictures)) < 1e-5
   graphdef, _ = reference.load_all(source, dtype="bfloat16")

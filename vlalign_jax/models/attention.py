@@ -3,39 +3,46 @@
 One rule covers padding, packing and shared prompts: query q sees key k iff both are of the same
 segment, k belongs to the prompt (branch 0) or to q's own branch, and k is not after q.
 
-Queries are worked through in blocks, each against the keys up to its end, and the backward pass
-computes the attention weights again from the saved normaliser (Dao et al. 2022, FlashAttention), so
-that nothing of size [B, H, T, T] is ever held.
+It is worked through in tiles of some queries and some keys with running softmax statistics, and the
+backward pass computes a tile's weights again from the saved normaliser (Dao et al. 2022,
+FlashAttention), so that no more than a tile of scores per head exists at a time.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Accelerators want few large products. A CPU wants the scores of one block of one row to stay in
-# its cache, which makes it three to five times as fast.
-QUERY_BLOCK = 512
-CPU_QUERY_BLOCK = 64
+# Accelerators want few large products. A CPU wants the tile of one row to stay in its cache.
+TILE = 512
+CPU_TILE = 64
+# Instead of -inf: exp(_HIDDEN - _HIDDEN) is a number, which the first visible key scales to zero.
+_HIDDEN = -1e30
 
 
-def visible(query_segments, query_branches, key_segments, key_branches, first_query: int = 0):
-  """The attention rule of a row.
+class Layout(NamedTuple):
+  """What decides who sees whom; int32[B, T] each. An example's tokens are neighbours in its row."""
+
+  segments: jax.Array
+  branches: jax.Array
+
+
+def visible(query: Layout, key: Layout, query_index, key_index):
+  """The attention rule.
 
   Args:
-    query_segments, query_branches: int32[B, T] of the queries.
-    key_segments, key_branches: int32[B, S] of the keys, which start at the row's first token.
-    first_query: index within the row of the first query.
+    query: of T queries.
+    key: of S keys.
+    query_index, key_index: int32[T] and int32[S], places in the row.
 
   Returns:
     bool[B, T, S], true where the query sees the key.
   """
-  T, S = query_segments.shape[1], key_segments.shape[1]
-  not_after = jnp.arange(S) <= first_query + jnp.arange(T)[:, None]
-  same_segment = query_segments[:, :, None] == key_segments[:, None, :]
-  prompt = key_branches[:, None, :] == 0
-  same_branch = query_branches[:, :, None] == key_branches[:, None, :]
-  return not_after & same_segment & (prompt | same_branch)
+  same_segment = query.segments[:, :, None] == key.segments[:, None, :]
+  prompt = key.branches[:, None, :] == 0
+  same_branch = query.branches[:, :, None] == key.branches[:, None, :]
+  return (key_index <= query_index[:, None]) & same_segment & (prompt | same_branch)
 
 
 def attend(query, key, value, segments=None, branches=None, *, shards: int = 1):
@@ -54,34 +61,105 @@ def attend(query, key, value, segments=None, branches=None, *, shards: int = 1):
   K = key.shape[2]
   query = query.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
   key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-  layout = () if segments is None else (segments, branches)
+  layout = None if segments is None else Layout(segments, branches)
 
-  def run(block, by_row):
-    return lambda *arrays: _attend(*arrays, block, shards if by_row else 0)
+  def run(tile, row_shards):
+    return lambda *arrays: _attend(*arrays, tile, row_shards)
 
   mixed = jax.lax.platform_dependent(
-    query, key, value, layout, cpu=run(CPU_QUERY_BLOCK, True), default=run(QUERY_BLOCK, False)
+    query, key, value, layout, cpu=run(CPU_TILE, shards), default=run(TILE, 0)
   )
   return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(query, key, value, layout, block, row_shards):
-  return _forward(query, key, value, layout, block, row_shards)[0]
+def _attend(query, key, value, layout, tile, row_shards):
+  return _forward(query, key, value, layout, tile, row_shards)[0]
 
 
-def _forward(query, key, value, layout, block, row_shards):
-  arrays = (query, key, value, layout)
-  mixed, normaliser = _by_row(functools.partial(_mix, block=block), row_shards, *arrays)
-  return mixed, (*arrays, mixed, normaliser)
+def _forward(query, key, value, layout, tile, row_shards):
+  arrays, tiles = _padded((query, key, value), layout, tile, row_shards > 0)
+  mixed, normaliser = _by_row(functools.partial(_mix, tiles=tiles), row_shards, *arrays)
+  mixed = mixed[:, :, :, : query.shape[3]]
+  return mixed, (query, key, value, layout, mixed, normaliser)
 
 
-def _backward(block, row_shards, residuals, cotangent):
-  grads = _by_row(functools.partial(_mix_gradients, block=block), row_shards, *residuals, cotangent)
-  return (*grads, None)
+def _backward(tile, row_shards, residuals, cotangent):
+  query, key, value, layout, mixed, normaliser = residuals
+  T = query.shape[3]
+  # Row sums of weights * their gradients, without the weights (Dao et al. 2022, appendix B.2).
+  inner = jnp.sum(mixed.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
+  arrays, tiles = _padded((query, key, value, cotangent, inner), layout, tile, row_shards > 0)
+  gradients = functools.partial(_mix_gradients, tiles=tiles)
+  query_grad, key_grad, value_grad = _by_row(gradients, row_shards, normaliser, *arrays)
+  return (
+    query_grad[:, :, :, :T].astype(query.dtype),
+    key_grad[:, :, :T].astype(key.dtype),
+    value_grad[:, :, :T].astype(value.dtype),
+    None,
+  )
 
 
 _attend.defvjp(_forward, _backward)
+
+
+class Tiles(NamedTuple):
+  """How a row is cut: `count` tiles of `size`, the first `tokens` of which are real."""
+
+  size: int
+  count: int
+  tokens: int
+  looped: bool  # a loop that skips tiles, or all tiles written out for the compiler
+
+  def loop(self, start, stop, body, carry):
+    """`carry = body(i, carry)` for i from start to below stop."""
+    if self.looped:
+      return jax.lax.fori_loop(start, stop, body, carry)
+    for i in range(start, stop):
+      carry = body(i, carry)
+    return carry
+
+  def slice(self, x, i, axis):
+    """Tile i of an array."""
+    return jax.lax.dynamic_slice_in_dim(x, i * self.size, self.size, axis)
+
+  def update(self, x, part, i, axis):
+    """The array with another tile i."""
+    return jax.lax.dynamic_update_slice_in_dim(x, part, i * self.size, axis)
+
+
+def _padded(arrays, layout: Layout | None, tile: int, looped: bool):
+  """Pads T (axis 3 of queries, 2 of keys, 1 of the layout) to equal tiles of at most `tile`.
+
+  Returns:
+    (the padded arrays, the padded layout and the first tile of keys of each tile of queries), tiles
+  """
+  T = arrays[0].shape[3]
+  count = -(-T // tile)
+  size = -(-T // count)
+  tiles = Tiles(size, count, T, looped)
+
+  def pad(x, axis):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, count * size - T)
+    return jnp.pad(x, widths)
+
+  query, key, value, *rest = arrays
+  # Padding comes after all real keys: no real query looks there, or it is masked below.
+  padded = [pad(query, 3), pad(key, 2), pad(value, 2), *(pad(x, 3) for x in rest)]
+  layout = jax.tree.map(lambda x: pad(x, 1), layout)
+  return (*padded, layout, _first_tiles(layout, tiles)), tiles
+
+
+def _first_tiles(layout: Layout | None, tiles: Tiles):
+  """int32[B, count], for each tile of queries the first tile that holds a key of its examples."""
+  if layout is None or not tiles.looped:
+    return None
+  segments = layout.segments
+  index = jnp.arange(segments.shape[1])
+  changes = jnp.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
+  starts = jax.lax.cummax(jnp.where(changes, index, 0), axis=1)
+  return starts[:, :: tiles.size] // tiles.size
 
 
 def _by_row(function, shards: int, *arrays):
@@ -99,73 +177,94 @@ def _by_row(function, shards: int, *arrays):
   return jax.tree.map(join, jax.lax.map(lambda row: function(*row), rows))
 
 
-def _blocks(T: int, block: int, causal: bool):
-  """(first query, end of queries, end of keys) of every block."""
-  for start in range(0, T, block):
-    stop = min(start + block, T)
-    yield start, stop, stop if causal else T
+def _scores(query, key, layout, tiles: Tiles, i, j):
+  """float32[B, K, G, size, size] of query tile i and key tile j; _HIDDEN where not seen."""
+  scores = jnp.einsum("BKGTD,BKSD->BKGTS", query, key, preferred_element_type=jnp.float32)
+  scores *= query.shape[-1] ** -0.5
+  query_index = i * tiles.size + jnp.arange(tiles.size)
+  key_index = j * tiles.size + jnp.arange(tiles.size)
+  if layout is None:
+    if tiles.tokens == tiles.size * tiles.count:
+      return scores
+    return jnp.where(key_index < tiles.tokens, scores, _HIDDEN)
+  of_tile = functools.partial(tiles.slice, axis=1)
+  queries, keys = (jax.tree.map(lambda x, n=n: of_tile(x, n), layout) for n in (i, j))
+  mask = visible(queries, keys, query_index, key_index)
+  return jnp.where(mask[:, None, None], scores, _HIDDEN)
 
 
-def _scores(query, key, layout, start, stop, end):
-  """float32[B, K, G, stop - start, end], -inf (nearly) where the query does not see the key."""
-  scores = jnp.einsum(
-    "BKGTD,BKSD->BKGTS",
-    query[:, :, :, start:stop],
-    key[:, :, :end],
-    preferred_element_type=jnp.float32,
-  )
-  scores *= query.shape[-1] ** -0.5  # of the queries it would cost bfloat16 a rounding
-  if not layout:
-    return scores
-  segments, branches = layout
-  mask = visible(
-    segments[:, start:stop], branches[:, start:stop], segments[:, :end], branches[:, :end], start
-  )
-  return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+def _keys_of(i, layout, first_tiles, tiles: Tiles):
+  """(first, end) of the key tiles that query tile i looks at."""
+  if layout is None:
+    return 0, tiles.count
+  return (0 if first_tiles is None else jnp.min(first_tiles[:, i])), i + 1
 
 
-def _mix(query, key, value, layout, *, block: int):
+def _mix(query, key, value, layout, first_tiles, *, tiles: Tiles):
   """(mixed values like query, float32[B, K, G, T] log of each query's sum of exponentials)."""
-  mixed, normalisers = [], []
-  for start, stop, end in _blocks(query.shape[3], block, bool(layout)):
-    scores = _scores(query, key, layout, start, stop, end)
-    highest = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - highest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum(
-      "BKGTS,BKSD->BKGTD",
-      weights.astype(value.dtype),
-      value[:, :, :end],
-      preferred_element_type=jnp.float32,
+
+  def of_queries(i, carry):
+    own = tiles.slice(query, i, 3)
+
+    def of_keys(j, carry):
+      highest, total, mixed = carry
+      scores = _scores(own, tiles.slice(key, j, 2), layout, tiles, i, j)
+      new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
+      rescale = jnp.exp(highest - new_highest)
+      weights = jnp.exp(scores - new_highest[..., None])
+      part = jnp.einsum(
+        "BKGTS,BKSD->BKGTD",
+        weights.astype(value.dtype),
+        tiles.slice(value, j, 2),
+        preferred_element_type=jnp.float32,
+      )
+      total = total * rescale + jnp.sum(weights, axis=-1)
+      return new_highest, total, mixed * rescale[..., None] + part
+
+    statistic = jnp.zeros(own.shape[:-1], jnp.float32)
+    start = (statistic + _HIDDEN, statistic, jnp.zeros(own.shape, jnp.float32))
+    highest, total, mixed = tiles.loop(*_keys_of(i, layout, first_tiles, tiles), of_keys, start)
+    mixed = (mixed / total[..., None]).astype(query.dtype)
+    return (
+      tiles.update(carry[0], mixed, i, 3),
+      tiles.update(carry[1], highest + jnp.log(total), i, 3),
     )
-    mixed.append((out / total).astype(query.dtype))
-    normalisers.append((highest + jnp.log(total))[..., 0])
-  return jnp.concatenate(mixed, axis=3), jnp.concatenate(normalisers, axis=3)
+
+  carry = (jnp.zeros_like(query), jnp.zeros(query.shape[:-1], jnp.float32))
+  return tiles.loop(0, tiles.count, of_queries, carry)
 
 
-def _mix_gradients(query, key, value, layout, mixed, normaliser, cotangent, *, block: int):
-  """Gradients by query, key and value (Dao et al. 2022, appendix B.2)."""
+def _mix_gradients(
+  normaliser, query, key, value, cotangent, inner, layout, first_tiles, *, tiles: Tiles
+):
+  """float32 gradients by query, key and value."""
   scale = query.shape[-1] ** -0.5
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  query_grad = []
-  key_grad, value_grad = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
-  # Row sums of weights * their gradients, without the weights.
-  inner = jnp.sum(mixed.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1, keepdims=True)
-  for start, stop, end in _blocks(query.shape[3], block, bool(layout)):
-    here = (slice(None),) * 3 + (slice(start, stop),)
-    scores = _scores(query, key, layout, start, stop, end)
-    weights = jnp.exp(scores - normaliser[here][..., None])
-    out_grad = cotangent[here]
-    weights_grad = product("BKGTD,BKSD->BKGTS", out_grad, value[:, :, :end])
-    scores_grad = (weights * (weights_grad - inner[here]) * scale).astype(query.dtype)
-    query_grad.append(product("BKGTS,BKSD->BKGTD", scores_grad, key[:, :, :end]))
-    key_grad = key_grad.at[:, :, :end].add(product("BKGTS,BKGTD->BKSD", scores_grad, query[here]))
-    value_grad = value_grad.at[:, :, :end].add(
-      product("BKGTS,BKGTD->BKSD", weights.astype(value.dtype), out_grad)
+
+  def of_queries(i, carry):
+    query_grad, key_grad, value_grad = carry
+    own, out_grad = tiles.slice(query, i, 3), tiles.slice(cotangent, i, 3)
+    own_normaliser = tiles.slice(normaliser, i, 3)[..., None]
+    own_inner = tiles.slice(inner, i, 3)[..., None]
+
+    def of_keys(j, carry):
+      own_grad, key_grad, value_grad = carry
+      keys, values = tiles.slice(key, j, 2), tiles.slice(value, j, 2)
+      weights = jnp.exp(_scores(own, keys, layout, tiles, i, j) - own_normaliser)
+      weights_grad = product("BKGTD,BKSD->BKGTS", out_grad, values)
+      scores_grad = (weights * (weights_grad - own_inner) * scale).astype(query.dtype)
+      own_grad += product("BKGTS,BKSD->BKGTD", scores_grad, keys)
+      key_part = product("BKGTS,BKGTD->BKSD", scores_grad, own)
+      value_part = product("BKGTS,BKGTD->BKSD", weights.astype(value.dtype), out_grad)
+      key_grad = tiles.update(key_grad, tiles.slice(key_grad, j, 2) + key_part, j, 2)
+      value_grad = tiles.update(value_grad, tiles.slice(value_grad, j, 2) + value_part, j, 2)
+      return own_grad, key_grad, value_grad
+
+    start = (jnp.zeros(own.shape, jnp.float32), key_grad, value_grad)
+    own_grad, key_grad, value_grad = tiles.loop(
+      *_keys_of(i, layout, first_tiles, tiles), of_keys, start
     )
-  query_grad = jnp.concatenate(query_grad, axis=3)
-  return (
-    query_grad.astype(query.dtype),
-    key_grad.astype(key.dtype),
-    value_grad.astype(value.dtype),
-  )
+    return tiles.update(query_grad, own_grad, i, 3), key_grad, value_grad
+
+  zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (query, key, value))
+  return tiles.loop(0, tiles.count, of_queries, zeros)
