@@ -94,6 +94,8 @@ def _load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(directory)
   except Exception as error:  # transformers and tokenizers raise nearly anything on a broken file
     reason = str(error).splitlines()[0]
+    if "tiktoken" in reason:  # what transformers tries next, and what it then asks for
+      reason = "tokenizer.model is not a SentencePiece model, and there is no tokenizer.json"
     raise InputError(
       f"{directory}: its tokenizer cannot be loaded ({reason}); copy its files again"
     ) from error
