@@ -1,4 +1,4 @@
-"""A LLaMA directory whose tokenizer is a SentencePiece file alone, as Vicuna's and Llama 2's are."""
+"""A LLaMA directory whose tokenizer is a SentencePiece file alone, like Vicuna's and Llama 2's."""
 
 import io
 import json
