@@ -1,6 +1,5 @@
 """What every script shares: flags with config overrides, a quiet log, errors a user can read."""
 
-import difflib
 import os
 import runpy
 import sys
@@ -11,6 +10,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 import vlalign_jax
+from vlalign_jax.config import unknown_key
 from vlalign_jax.errors import InputError
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
@@ -42,15 +42,6 @@ def _is_worth_a_line(record: LogRecord) -> bool:
   """Whether a log record is a warning or ours: Orbax tells more than 50 things a checkpoint."""
   ours = os.path.dirname(vlalign_jax.__file__), os.path.dirname(os.path.abspath(sys.argv[0]))
   return record.levelno >= WARNING or os.path.abspath(record.pathname).startswith(ours)
-
-
-def unknown_key(name: str, known: list[str]) -> str:
-  """The message for a key that no config has, with the nearest one that exists."""
-  last = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
-  near = difflib.get_close_matches(name, known, 1, 0.8)
-  near = near or [last[k] for k in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, 1)]
-  near = near or difflib.get_close_matches(name, known, 1, 0.0)
-  return f"unknown key {name}; did you mean {near[0]}?"
 
 
 def _parse(argv: list[str]) -> list[str]:

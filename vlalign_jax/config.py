@@ -117,8 +117,7 @@ def check_keys(config: ConfigDict, known: ConfigDict, prefix: str = "config") ->
   """
   for key in config:
     if key not in known:
-      near = difflib.get_close_matches(key, list(known), 1, 0.0)
-      raise InputError(f"unknown key {prefix}.{key}; did you mean {prefix}.{near[0]}?")
+      raise InputError(unknown_key(f"{prefix}.{key}", [f"{prefix}.{name}" for name in known]))
     if isinstance(known[key], ConfigDict):
       if not isinstance(config[key], ConfigDict):
         raise InputError(f"{prefix}.{key} is a group of keys, not {config[key]!r}")
@@ -128,6 +127,15 @@ def check_keys(config: ConfigDict, known: ConfigDict, prefix: str = "config") ->
   for key in known:
     if key not in config:
       raise InputError(f"{prefix}.{key} is missing; build the config from the stage's get_config")
+
+
+def unknown_key(name: str, known: list[str]) -> str:
+  """The message for a key that no config has, with the nearest one that exists."""
+  last = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
+  near = difflib.get_close_matches(name, known, 1, 0.8)
+  near = near or [last[k] for k in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, 1)]
+  near = near or difflib.get_close_matches(name, known, 1, 0.0)
+  return f"unknown key {name}; did you mean {near[0]}?"
 
 
 def _check_type(name: str, given, kind: type, default) -> None:

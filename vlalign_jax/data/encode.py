@@ -92,7 +92,7 @@ def encode(
   learnt = [*(piece.learn for piece in pieces[: 2 * kept]), True]
   tokens = np.concatenate(parts)
   learn = np.repeat(learnt, [len(part) for part in parts])
-  repeats = image_repeats(tokens, image_token_id, tokens_per_image)
+  repeats = np.where(tokens == image_token_id, tokens_per_image, 1)
   tokens, learn = np.repeat(tokens, repeats), np.repeat(learn, repeats)
   weights = np.append(learn[1:], False)
   example = Example(
@@ -105,11 +105,6 @@ def encode(
     where=where,
   )
   return Encoded(example, len(turns) - kept)
-
-
-def image_repeats(tokens: np.ndarray, image_token_id: int, tokens_per_image: int) -> np.ndarray:
-  """How often each of `tokens` (int32[N]) is repeated to make room for the images; int64[N]."""
-  return np.where(tokens == image_token_id, tokens_per_image, 1)
 
 
 @functools.lru_cache(maxsize=16)

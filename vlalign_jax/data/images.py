@@ -3,7 +3,6 @@
 Rescaling and normalising run on the device: (pixels * rescale_factor - mean) / std.
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
+from vlalign_jax import json_files
 from vlalign_jax.errors import InputError
 
 MAX_PIXELS = 89_478_485  # where PIL itself starts to warn: 1 GiB / 4 / 3
@@ -143,7 +143,7 @@ class ImagePreprocessor:
       InputError: no such file, not a CLIP or LLaVA processor, or no fixed output size.
     """
     for name in ("processor_config.json", "preprocessor_config.json"):  # transformers' precedence
-      config, where = _read_json(os.path.join(path, name)), os.path.join(path, name)
+      config, where = json_files.read(os.path.join(path, name)), os.path.join(path, name)
       if name == "processor_config.json":
         config = config and config.get("image_processor")
       if config is not None:
@@ -236,11 +236,11 @@ class ImagePreprocessor:
     so it is replaced too.
     """
     os.makedirs(directory, exist_ok=True)
-    _write_json(os.path.join(directory, "preprocessor_config.json"), self.config)
+    json_files.write(os.path.join(directory, "preprocessor_config.json"), self.config)
     path = os.path.join(directory, "processor_config.json")
-    whole = _read_json(path)
+    whole = json_files.read(path)
     if whole is not None and "image_processor" in whole:
-      _write_json(path, {**whole, "image_processor": self.config})
+      json_files.write(path, {**whole, "image_processor": self.config})
 
 
 def _processor_type(config: dict[str, Any], where: str) -> str:
@@ -276,22 +276,3 @@ def _per_channel(value: Any) -> tuple[float, float, float]:
   if len(values) != 3:
     raise ValueError(f"image_mean and image_std need 3 values, not {len(values)}")
   return tuple(float(number) for number in values)
-
-
-def _read_json(path: str) -> dict[str, Any] | None:
-  """The object in a JSON file, None if there is no such file."""
-  try:
-    with open(path, encoding="utf-8") as file:
-      content = json.load(file)
-  except (FileNotFoundError, NotADirectoryError):
-    return None
-  except (OSError, ValueError) as error:
-    raise InputError(f"{path}: cannot be read ({error}); mend it") from error
-  if not isinstance(content, dict):
-    raise InputError(f"{path}: not a JSON object; mend it")
-  return content
-
-
-def _write_json(path: str, content: dict[str, Any]) -> None:
-  with open(path, "w", encoding="utf-8") as file:
-    file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")

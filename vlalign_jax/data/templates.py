@@ -148,7 +148,10 @@ def render(turns: Sequence[Turn], template: str, tokenizer, where: str) -> list[
 
 
 def prompt_pieces(turns: Sequence[Turn], template: str, tokenizer, where: str) -> list[Piece]:
-  """The example up to where the last turn's answer begins; whether it has one does not matter."""
+  """What a prediction starts from: the example up to where the last turn's answer begins.
+
+  Whether that turn has an answer does not matter.
+  """
   asked = [*turns[:-1], Turn(turns[-1].human, None)]
   return turn_pieces(asked, template, tokenizer, where)
 

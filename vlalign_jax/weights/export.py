@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
-from vlalign_jax import trees
+from vlalign_jax import json_files, trees
 from vlalign_jax.data import jinja_template
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights import names
@@ -65,7 +65,7 @@ def save_model_files(
     hf["projector_type"] = source.config.projector.kind
   else:
     hf.pop("projector_type", None)
-  _write_json(os.path.join(directory, "config.json"), hf)
+  json_files.write(os.path.join(directory, "config.json"), hf)
   processor = {
     "processor_class": "LlavaProcessor",
     "image_token": IMAGE_TOKEN,
@@ -73,7 +73,7 @@ def save_model_files(
     "patch_size": vision.patch_size,
     "vision_feature_select_strategy": "full" if vision.keep_class_token else "default",
   }
-  _write_json(os.path.join(directory, "processor_config.json"), processor)
+  json_files.write(os.path.join(directory, "processor_config.json"), processor)
 
 
 def _name_tokenizer_for_version_4(path: str) -> None:
@@ -81,7 +81,7 @@ def _name_tokenizer_for_version_4(path: str) -> None:
   with open(path, encoding="utf-8") as file:
     config = json.load(file)
   if config.get("tokenizer_class") == "TokenizersBackend":
-    _write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    json_files.write(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _version_4_rope(rope: dict) -> dict:
@@ -89,12 +89,6 @@ def _version_4_rope(rope: dict) -> dict:
   scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
   plain = scaling["rope_type"] == "default"
   return {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
-
-
-def _write_json(path: str, content) -> None:
-  with open(path, "w", encoding="utf-8") as file:
-    json.dump(content, file, indent=2, sort_keys=True)
-    file.write("\n")
 
 
 def check_output(output: str) -> None:
@@ -165,7 +159,7 @@ def _name_shards(directory: str, shards: list[tuple[str, list[str]]], total: int
     os.rename(os.path.join(directory, temporary), os.path.join(directory, final))
     weight_map |= dict.fromkeys(tensors, final)
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-  _write_json(os.path.join(directory, "model.safetensors.index.json"), index)
+  json_files.write(os.path.join(directory, "model.safetensors.index.json"), index)
 
 
 def _tensors(source: Source, flat, dtype: np.dtype):

@@ -1,0 +1,30 @@
+"""JSON files beside a model: config.json and the like."""
+
+import json
+from typing import Any
+
+from vlalign_jax.errors import InputError
+
+
+def read(path: str) -> dict[str, Any] | None:
+  """The object in a JSON file, None if there is no such file.
+
+  Raises:
+    InputError: the file cannot be read or holds no object.
+  """
+  try:
+    with open(path, encoding="utf-8") as file:
+      content = json.load(file)
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  except (OSError, ValueError) as error:
+    raise InputError(f"{path}: cannot be read ({error}); mend it") from error
+  if not isinstance(content, dict):
+    raise InputError(f"{path}: not a JSON object; mend it")
+  return content
+
+
+def write(path: str, content: dict[str, Any]) -> None:
+  """Writes an object in the manner of transformers: indented, keys sorted."""
+  with open(path, "w", encoding="utf-8") as file:
+    file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
