@@ -1,13 +1,24 @@
 #!/usr/bin/env bash
 # The main job on a set that is drawn here: from a tiny LLaVA checkpoint with random weights to one
 # that answers questions about pictures, and the same with the pictures blanked for comparison.
-# usage: bash scripts/demo.sh [DIRECTORY]     (default runs/demo)
+# Ends with exit code 1 if the model has not learnt to see.
+# usage: bash scripts/demo.sh [DIRECTORY]     (default runs/demo, which is made anew)
 set -euo pipefail
+out=${1:-}
+case $out in
+  "" | /*) ;;
+  *) out=$PWD/$out ;;
+esac
 cd "$(dirname "$0")/.."
+if [ -z "$out" ]; then
+  out=runs/demo
+  rm -rf runs/demo
+elif [ -e "$out" ] && [ -n "$(ls -A "$out")" ]; then
+  echo "error: $out is not empty; name another directory or empty it" >&2
+  exit 1
+fi
 . scripts/environment.sh requirements.txt
 export JAX_PLATFORMS=cpu
-out=${1:-runs/demo}
-rm -rf "$out"
 start=$SECONDS
 
 python scripts/make_demo.py --output="$out/data"
@@ -21,16 +32,5 @@ sft() { # NAME [FLAGS]: one training run
 sft sft
 sft sft_blind --config.data.blank_images=true
 python scripts/export_hf.py --checkpoint="$out/sft" --output="$out/export"
-
-python - "$out" "$((SECONDS - start))" <<'END'
-import json
-import sys
-
-out, seconds = sys.argv[1:]
-print(f"\n{'held-out exact match':24}{'share':>8}")
-for name, label in (("sft", "with pictures"), ("sft_blind", "with blanked pictures")):
-  with open(f"{out}/{name}/metrics.jsonl", encoding="utf-8") as file:
-    last = json.loads(file.readlines()[-1])
-  print(f"{label:24}{last['eval/exact_match']:8.1%}   of {last['eval/examples']:.0f} examples")
-print(f"exported to {out}/export after {seconds} s in all")
-END
+python scripts/demo_result.py "$out"
+echo "exported to $out/export after $((SECONDS - start)) s in all"
