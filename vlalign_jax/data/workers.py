@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import connection
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
 import numpy as np
@@ -25,18 +26,26 @@ def start_pool(function: Callable[[Any], Any], workers: int) -> ProcessPoolExecu
   They are spawned: a fork of a process that runs JAX's threads may hang. The main module must
   therefore be importable, and `function`, what it is given and what it returns picklable.
   """
-  pool = ProcessPoolExecutor(
-    workers, multiprocessing.get_context("spawn"), _start_worker, (function,)
-  )
-  # Ctrl-C is this process's to handle. Children inherit what is blocked while they are spawned,
-  # which happens on the first calls.
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  pool = ProcessPoolExecutor(workers, _Spawn(), _start_worker, (function,))
+  # Ctrl-C and a SIGTERM to the whole process group or job are this process's to handle. Children
+  # inherit what is blocked while they are spawned, which happens on the first calls.
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
   try:
     for _ in range(workers):
       pool.submit(os.getpid)
   finally:
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
   return pool
+
+
+class _Worker(SpawnProcess):
+  def terminate(self) -> None:
+    """Called where another worker has died: SIGTERM would not end this one."""
+    self.kill()
+
+
+class _Spawn(SpawnContext):
+  Process = _Worker
 
 
 def lost_worker() -> InputError:
