@@ -183,7 +183,6 @@ def our_steps(directory: str, load: str, batch: int):
       optimizer=tx,
       learning_rate=optimizer.learning_rates(c.optim, 1000)["base"],
       accumulation=1,
-      shards=1,
       chunk=meshes.head_chunk(mesh),
     ),
     donate_argnums=0,

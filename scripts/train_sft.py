@@ -36,7 +36,7 @@ def train_and_evaluate(c, workdir: str) -> None:
     dtype=c.model.dtype,
     param_dtype=c.model.param_dtype,
     remat=c.model.remat,
-    shards=mesh.size,
+    mesh=mesh,
   )
   load.resolve(model_source, {path: leaf.shape for path, leaf in trees.flatten(abstract).items()})
   records, eval_records = data.load_records_of(c)
@@ -100,7 +100,7 @@ def train_and_evaluate(c, workdir: str) -> None:
     evaluation.read(**hosts)  # now: the first evaluation may be days away
 
   # --- The step ---
-  common = {"graphdef": graphdef, "shards": shards, "chunk": meshes.head_chunk(mesh)}
+  common = {"graphdef": graphdef, "mesh": mesh, "chunk": meshes.head_chunk(mesh)}
   train_step = functools.partial(
     steps.train_step,
     optimizer=tx,

@@ -56,7 +56,7 @@ def run(opened, data: int, fsdp: int, stage: int, accumulation: int) -> dict:
   c.mesh.update(data=data, fsdp=fsdp)
   c.optim.update(learning_rate=3e-3, warmup=0.0, weight_decay=0.1)
   mesh = meshes.make_mesh(c.mesh, jax.devices()[: data * fsdp])
-  graphdef, abstract = vlm.abstract_params(opened.config, shards=mesh.size)
+  graphdef, abstract = vlm.abstract_params(opened.config, mesh=mesh)
   params = load.load_params(opened, abstract, zero.shardings(mesh, abstract, split=stage >= 3))
   trained, frozen = trees.split(params, functools.partial(optimizer.is_trained, train=c.train))
   tx = optimizer.make_optimizer(c.optim, trained, STEPS)
@@ -69,7 +69,7 @@ def run(opened, data: int, fsdp: int, stage: int, accumulation: int) -> dict:
     optimizer=tx,
     learning_rate=optimizer.learning_rates(c.optim, STEPS)["base"],
     accumulation=accumulation,
-    shards=mesh.size,
+    mesh=mesh,
     chunk=16,
     constrain_gradients=lambda tree: zero.constrain_gradients(mesh, tree, stage),
   )

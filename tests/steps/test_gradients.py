@@ -88,13 +88,13 @@ def planned_rows(model, *, pack: bool, row_multiple: int = 1):
   )
 
 
-def gradients(model, rows, *, graphdef=None, trained=lambda path: True, parts=1, shards=1):
+def gradients(model, rows, *, graphdef=None, trained=lambda path: True, parts=1):
   """(mean loss, path -> gradient of the trained parameters)."""
   params, frozen = trees.split(model.params, trained)
 
   @jax.jit
   def compute(params, frozen, rows):
-    loss = sft.make_loss(graphdef or model.graphdef, frozen, shards=shards, chunk=CHUNK)
+    loss = sft.make_loss(graphdef or model.graphdef, frozen, chunk=CHUNK)
     total, sums, grads = accumulate.sum_gradients(loss, params, rows, parts)
     return total / sums["tokens"], jax.tree.map(lambda g: g / sums["tokens"], grads)
 
@@ -174,7 +174,6 @@ def trainer(model, packed):
     optimizer=tx,
     learning_rate=optimizer.learning_rates(OPTIM, STEPS)["base"],
     accumulation=1,
-    shards=1,
     chunk=CHUNK,
   )
   state = training_state.init_state(params, tx)

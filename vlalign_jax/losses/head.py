@@ -49,7 +49,14 @@ def _is_target(logits, targets):
   return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[:, :, None]
 
 
-def cross_entropy_sum(hidden, kernel, targets, weights, *, shards: int = 1, chunk: int = 128):
+def as_it_is(kernel):
+  """Leaves the kernel where it is."""
+  return kernel
+
+
+def cross_entropy_sum(
+  hidden, kernel, targets, weights, *, shards: int = 1, chunk: int = 128, gather=as_it_is
+):
   """Weighted sum of next-token cross-entropies, differentiable in `hidden` and `kernel`.
 
   Args:
@@ -59,23 +66,26 @@ def cross_entropy_sum(hidden, kernel, targets, weights, *, shards: int = 1, chun
     weights: float32[B, T]; positions with weight 0 cost nothing.
     shards: over how many devices B is split; B rows fall into this many contiguous blocks.
     chunk: positions per shard whose logits exist at a time.
+    gather: kernel -> kernel, brings a split kernel together before the loop over chunks.
 
   Returns:
     float32[], sum over positions of -weight * log softmax(hidden @ kernel)[target].
   """
-  return _cross_entropy_sum(hidden, kernel, targets, weights, shards, chunk)
+  return _cross_entropy_sum(hidden, kernel, targets, weights, shards, chunk, gather)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _cross_entropy_sum(hidden, kernel, targets, weights, shards, chunk):
-  losses, _ = token_statistics(hidden, kernel, targets, weights, shards=shards, chunk=chunk)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _cross_entropy_sum(hidden, kernel, targets, weights, shards, chunk, gather):
+  losses, _ = token_statistics(
+    hidden, kernel, targets, weights, shards=shards, chunk=chunk, gather=gather
+  )
   return jnp.sum(losses * weights)
 
 
-def _forward(hidden, kernel, targets, weights, shards, chunk):
+def _forward(hidden, kernel, targets, weights, shards, chunk, gather):
   with_kernel = kernel.perturbed
   shape, kernel_dtype = hidden.value.shape, kernel.value.dtype
-  kernel = kernel.value.astype(hidden.value.dtype)
+  kernel = gather(kernel.value.astype(hidden.value.dtype))
   hidden, targets, weights, order, chunks = _compact(
     hidden.value, targets.value, weights.value, shards, chunk
   )
@@ -106,7 +116,8 @@ def _forward(hidden, kernel, targets, weights, shards, chunk):
   return total, (hidden_grad, kernel_grad)
 
 
-def _backward(shards, chunk, residuals, cotangent):
+def _backward(shards, chunk, gather, residuals, cotangent):
+  del shards, chunk, gather
   hidden_grad, kernel_grad = residuals
   return (
     hidden_grad * cotangent.astype(hidden_grad.dtype),
@@ -119,18 +130,20 @@ def _backward(shards, chunk, residuals, cotangent):
 _cross_entropy_sum.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def token_statistics(hidden, kernel, targets, weights, *, shards: int = 1, chunk: int = 128):
+def token_statistics(
+  hidden, kernel, targets, weights, *, shards: int = 1, chunk: int = 128, gather=as_it_is
+):
   """Cross-entropy and greedy correctness of each weighted position, without gradient.
 
   Args:
-    hidden, kernel, targets, weights, shards, chunk: as in `cross_entropy_sum`.
+    hidden, kernel, targets, weights, shards, chunk, gather: as in `cross_entropy_sum`.
 
   Returns:
     float32[B, T] cross-entropies and bool[B, T] whether the target is the argmax; 0 and False where
     the weight is 0.
   """
   shape = targets.shape
-  kernel = kernel.astype(hidden.dtype)
+  kernel = gather(kernel.astype(hidden.dtype))
   hidden, targets, weights, order, chunks = _compact(hidden, targets, weights, shards, chunk)
 
   def body(i, carry):

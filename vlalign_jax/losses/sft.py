@@ -6,40 +6,38 @@ import jax.numpy as jnp
 from vlalign_jax.losses import head
 
 
-def loss(hidden, kernel, rows, *, shards: int = 1, chunk: int = 128):
+def loss(hidden, kernel, rows, **chunking):
   """Sum of cross-entropies over learnt tokens, and their number.
 
   Args:
     hidden: float[B, T, D] of the model.
     kernel: float[D, V] of the output head.
     rows: dict with `targets` int32[B, T] and `weights` float32[B, T].
-    shards, chunk: see `head.cross_entropy_sum`.
+    **chunking: shards, chunk and gather of `head.cross_entropy_sum`.
 
   Returns:
     (float32[] sum, float32[] count); the step divides one by the other.
   """
   targets, weights = rows["targets"], rows["weights"]
-  total = head.cross_entropy_sum(hidden, kernel, targets, weights, shards=shards, chunk=chunk)
+  total = head.cross_entropy_sum(hidden, kernel, targets, weights, **chunking)
   return total, jnp.sum(weights)
 
 
-def evaluation(hidden, kernel, rows, *, max_segments: int, shards: int = 1, chunk: int = 128):
+def evaluation(hidden, kernel, rows, *, max_segments: int, **chunking):
   """Sums for token accuracy, exact match and perplexity.
 
   An answer is what greedy decoding would give iff each of its tokens is the argmax given the ones
   before; an example matches exactly iff all of its answers do.
 
   Args:
-    hidden, kernel, rows, shards, chunk: as in `loss`; rows also has `segments` int32[B, T].
+    hidden, kernel, rows, **chunking: as in `loss`; rows also has `segments` int32[B, T].
     max_segments: upper bound of `segments`.
 
   Returns:
     Dict of float32[] sums: `loss`, `tokens`, `correct_tokens`, `examples`, `exact_examples`.
   """
   weights = rows["weights"]
-  losses, correct = head.token_statistics(
-    hidden, kernel, rows["targets"], weights, shards=shards, chunk=chunk
-  )
+  losses, correct = head.token_statistics(hidden, kernel, rows["targets"], weights, **chunking)
   # Counts per example of a row: segment 0 is padding and has no weights.
   per_row = jax.vmap(lambda x, s: jax.ops.segment_sum(x, s, max_segments + 1))
   learnt = per_row((weights != 0).astype(jnp.float32), rows["segments"])

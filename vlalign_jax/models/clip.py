@@ -5,8 +5,10 @@ import functools
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from vlalign_jax.models import activations, attention, stack
+from vlalign_jax.sharding.mesh import constrain_rows, row_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +112,13 @@ class VisionTower(nnx.Module):
         lambda rngs: VisionLayer(config, linear, norm, rngs), config.layers, rngs
       )
 
-  def __call__(self, pixels, *, remat: str = "none", shards: int = 1):
+  def __call__(self, pixels, *, remat: str = "none", mesh: Mesh | None = None):
     """Features of images.
 
     Args:
       pixels: float[N, H, W, 3], normalised, H = W = config.image_size.
       remat: see `stack.REMAT_NAMES`.
-      shards: over how many devices N is split.
+      mesh: over which N is split.
 
     Returns:
       [N, P, F] in the tower's dtype: P = config.tokens_per_image, F = config.feature_width.
@@ -127,18 +129,20 @@ class VisionTower(nnx.Module):
     # A stride-p convolution with p x p kernels leaves out what remains at the right and bottom.
     pixels = pixels[:, : side * patch, : side * patch].astype(self.dtype)
     patches = pixels.reshape(N, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-    x = self.patch_embedding(patches.reshape(N, side * side, patch * patch * 3))
+    patches = constrain_rows(patches.reshape(N, side * side, patch * patch * 3), mesh)
+    x = constrain_rows(self.patch_embedding(patches), mesh)
     first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (N, 1, config.width))
     x = jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(self.dtype)
     x = self.input_norm(x)
 
-    several = len(config.feature_layers) > 1
+    several, shards = len(config.feature_layers) > 1, row_blocks(mesh)
     hidden = [x] if 0 in config.feature_layers else [None]
     if config.layers:
       last, outputs = stack.run_stack(
-        self.layers, x, lambda layer, x: layer(x, shards), remat=remat, collect=several
+        self.layers, x, lambda layer, x: layer(x, shards), remat=remat, mesh=mesh, collect=several
       )
       # Without `several` only the last output exists, and it is the one that is asked for.
       hidden += [None] * (config.layers - 1) + [last] if not several else list(outputs)
     features = jnp.concatenate([hidden[layer] for layer in config.feature_layers], axis=-1)
+    features = constrain_rows(features, mesh)
     return features if config.keep_class_token else features[:, 1:]

@@ -3,9 +3,12 @@
 import dataclasses
 import functools
 
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from vlalign_jax.models import activations, attention, rope, stack
+from vlalign_jax.sharding.mesh import constrain_rows, row_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,23 +90,37 @@ class LanguageModel(nnx.Module):
     if not config.tied_embeddings:
       self.head = linear(config.width, config.vocab_size, use_bias=False, rngs=rngs)
 
-  def __call__(self, x, positions, segments, branches, *, remat: str = "none", shards: int = 1):
+  def __call__(
+    self, x, positions, segments, branches, *, remat: str = "none", mesh: Mesh | None = None
+  ):
     """Hidden states after the final norm.
 
     Args:
       x: float[B, T, D], token embeddings with image features in their places.
       positions, segments, branches: int32[B, T], see ARCHITECTURE.md, "Rows".
       remat: see `stack.REMAT_NAMES`.
-      shards: over how many devices B is split.
+      mesh: over which B is split.
 
     Returns:
       [B, T, D] in the model's dtype.
     """
+    shards = row_blocks(mesh)
     rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
-    x, _ = stack.run_stack(
-      self.layers, x, lambda layer, x: layer(x, rotation, segments, branches, shards), remat=remat
-    )
-    return self.norm(x)
+
+    def call(layer, x):
+      return layer(x, rotation, segments, branches, shards)
+
+    x, _ = stack.run_stack(self.layers, x, call, remat=remat, mesh=mesh)
+    return self.norm(constrain_rows(x, mesh))
+
+  def embed(self, tokens):
+    """int32[B, T] to [B, T, D] in the model's dtype.
+
+    The gather comes before the cast, so that the gradient of a token that occurs often is summed in
+    the parameters' dtype.
+    """
+    table = self.embedding.embedding[...]
+    return jnp.take(table, tokens, axis=0, mode="clip").astype(self.embedding.dtype)
 
   def head_kernel(self):
     """[D, V], the matrix that turns hidden states into logits, in its stored dtype."""

@@ -3,8 +3,10 @@
 import dataclasses
 
 from flax import nnx
+from jax.sharding import Mesh
 
 from vlalign_jax.models import activations
+from vlalign_jax.sharding.mesh import constrain_rows
 
 PROJECTORS = ("linear", "mlp")
 
@@ -30,8 +32,8 @@ class LinearProjector(nnx.Module):
       config.out_width, epsilon=1e-12, use_fast_variance=False, rngs=rngs, **types
     )
 
-  def __call__(self, features):
-    return self.norm(self.linear(features))
+  def __call__(self, features, mesh: Mesh | None = None):
+    return self.norm(constrain_rows(self.linear(features), mesh))
 
 
 class MlpProjector(nnx.Module):
@@ -43,11 +45,12 @@ class MlpProjector(nnx.Module):
     self.first = nnx.Linear(config.in_width, config.out_width, rngs=rngs, **types)
     self.second = nnx.Linear(config.out_width, config.out_width, rngs=rngs, **types)
 
-  def __call__(self, features):
-    return self.second(activations.ACTIVATIONS[self.activation](self.first(features)))
+  def __call__(self, features, mesh: Mesh | None = None):
+    hidden = constrain_rows(self.first(features), mesh)
+    return constrain_rows(self.second(activations.ACTIVATIONS[self.activation](hidden)), mesh)
 
 
 def build_projector(config: ProjectorConfig, *, dtype, param_dtype, rngs: nnx.Rngs) -> nnx.Module:
-  """A module that maps [..., in_width] to [..., out_width]."""
+  """A module that maps [N, P, in_width] to [N, P, out_width]; N is split over `mesh`, if given."""
   kinds = {"linear": LinearProjector, "mlp": MlpProjector}
   return kinds[config.kind](config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)

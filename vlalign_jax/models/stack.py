@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
+from vlalign_jax.sharding.mesh import constrain_rows
+
 REMAT_POLICIES = {
   # Name in `model.remat` -> what the backward pass finds saved instead of computing it again.
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -19,7 +21,15 @@ def build_stack(make_layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs:
   return nnx.vmap(make_layer, in_axes=(0,), out_axes=0)(rngs.split(layers))
 
 
-def run_stack(layers: nnx.Module, x, call, *, remat: str, collect: bool = False):
+def run_stack(
+  layers: nnx.Module,
+  x,
+  call,
+  *,
+  remat: str,
+  mesh: jax.sharding.Mesh | None = None,
+  collect: bool = False,
+):
   """Applies stacked layers one after the other.
 
   Args:
@@ -27,6 +37,7 @@ def run_stack(layers: nnx.Module, x, call, *, remat: str, collect: bool = False)
     x: the array that enters the first layer; every layer keeps its shape.
     call: `(layer, x) -> x`.
     remat: one of REMAT_NAMES.
+    mesh: over which the first axis of x is split.
     collect: also return each layer's output.
 
   Returns:
@@ -35,6 +46,7 @@ def run_stack(layers: nnx.Module, x, call, *, remat: str, collect: bool = False)
   graphdef, params = nnx.split(layers)
 
   def body(x, layer_params):
+    x = constrain_rows(x, mesh)
     x = call(nnx.merge(graphdef, layer_params), x)
     return x, (x if collect else None)
 

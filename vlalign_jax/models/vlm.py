@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from vlalign_jax.models.clip import VisionConfig, VisionTower
 from vlalign_jax.models.llama import LanguageConfig, LanguageModel
@@ -35,7 +36,7 @@ class VisionLanguageModel(nnx.Module):
     dtype=jnp.float32,
     param_dtype=jnp.float32,
     remat: str = "none",
-    shards: int = 1,
+    mesh: Mesh | None = None,
     rngs: nnx.Rngs,
   ):
     """Builds the modules.
@@ -45,11 +46,11 @@ class VisionLanguageModel(nnx.Module):
       dtype: of activations and matrix products; norms and softmax keep float32 statistics.
       param_dtype: of the parameters.
       remat: what the backward pass computes again, see `stack.REMAT_NAMES`.
-      shards: over how many devices rows are split.
+      mesh: over which rows are split.
       rngs: for the initial parameters.
     """
     self.config = config
-    self.options = {"remat": remat, "shards": shards}
+    self.options = {"remat": remat, "mesh": mesh}
     types = {"dtype": dtype, "param_dtype": param_dtype}
     self.vision = VisionTower(config.vision, rngs=rngs, **types)
     self.projector = build_projector(config.projector, rngs=rngs, **types)
@@ -69,7 +70,7 @@ class VisionLanguageModel(nnx.Module):
     if pixels.dtype == jnp.uint8:
       mean, std = jnp.array(self.config.image_mean), jnp.array(self.config.image_std)
       pixels = (pixels.astype(jnp.float32) * self.config.rescale_factor - mean) / std
-    features = self.projector(self.vision(pixels, **self.options))
+    features = self.projector(self.vision(pixels, **self.options), self.options["mesh"])
     return features.reshape(B, -1, features.shape[-1])
 
   def __call__(self, rows):
@@ -81,7 +82,7 @@ class VisionLanguageModel(nnx.Module):
     Returns:
       [B, T, D] after the final norm.
     """
-    x = self.language.embedding(rows["tokens"])
+    x = self.language.embed(rows["tokens"])
     if rows["images"].shape[1]:
       features = self.image_features(rows["images"]).astype(x.dtype)
       slots = rows["image_slots"][:, :, None]
@@ -98,7 +99,7 @@ def abstract_params(config: ModelConfig, **options):
 
   Args:
     config: the architecture.
-    **options: dtype, param_dtype, remat and shards of VisionLanguageModel.
+    **options: dtype, param_dtype, remat and mesh of VisionLanguageModel.
 
   Returns:
     (graphdef, nested dict of jax.ShapeDtypeStruct); `nnx.merge(graphdef, params)` is the model.

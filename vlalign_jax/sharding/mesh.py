@@ -1,5 +1,7 @@
 """The device mesh: `data` and `fsdp` split the batch, `fsdp` also splits states (ZeRO)."""
 
+import math
+
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -45,6 +47,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The sharding of arrays whose first axis is rows."""
   return NamedSharding(mesh, BATCH)
+
+
+def row_blocks(mesh: Mesh | None) -> int:
+  """Over how many devices rows are split; 1 without a mesh."""
+  return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in AXES)
+
+
+def constrain_rows(x, mesh: Mesh | None):
+  """Keeps activations split by rows.
+
+  Without it the compiler may split them like the parameters they meet and move activations of the
+  global batch instead of one layer's parameters.
+  """
+  return x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
+def constrain_replicated(x, mesh: Mesh | None):
+  """Gathers a parameter once, before a loop that uses it."""
+  return x if mesh is None else jax.lax.with_sharding_constraint(x, replicated(mesh))
 
 
 def to_device(mesh: Mesh, batch: dict):

@@ -1,21 +1,31 @@
 """One optimizer update of supervised fine-tuning, and the sums of its evaluation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from vlalign_jax import trees
 from vlalign_jax.losses import sft
+from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import accumulate
 from vlalign_jax.training import state as training_state
 
 
-def make_loss(graphdef, frozen, *, shards: int, chunk: int):
+def chunking(mesh: Mesh | None, chunk: int) -> dict:
+  """How the output head goes through rows that are split over a mesh."""
+  gather = functools.partial(meshes.constrain_replicated, mesh=mesh)
+  return {"shards": meshes.row_blocks(mesh), "chunk": chunk, "gather": gather}
+
+
+def make_loss(graphdef, frozen, *, mesh: Mesh | None = None, chunk: int = 128):
   """`(trained params, rows) -> (sum of cross-entropies, {"tokens": number of learnt tokens})`."""
 
   def loss(params, rows):
     model = nnx.merge(graphdef, trees.merge(params, frozen))
-    total, tokens = sft.loss(model(rows), model.head_kernel(), rows, shards=shards, chunk=chunk)
+    total, tokens = sft.loss(model(rows), model.head_kernel(), rows, **chunking(mesh, chunk))
     return total, {"tokens": tokens}
 
   return loss
@@ -30,8 +40,8 @@ def train_step(
   optimizer,
   learning_rate,
   accumulation: int,
-  shards: int,
   chunk: int,
+  mesh: Mesh | None = None,
   constrain_gradients=lambda gradients: gradients,
 ):
   """One update.
@@ -44,13 +54,14 @@ def train_step(
     optimizer: optax transformation for state.params.
     learning_rate: its base schedule, for the log.
     accumulation: micro-batches, a divisor of the number of rows of each shard.
-    shards, chunk: see `losses.head.cross_entropy_sum`.
+    chunk: see `losses.head.cross_entropy_sum`.
+    mesh: over which rows are split.
     constrain_gradients: tree -> tree, places gradients over devices.
 
   Returns:
     (next state, dict of float32[] metrics).
   """
-  loss = make_loss(graphdef, frozen, shards=shards, chunk=chunk)
+  loss = make_loss(graphdef, frozen, mesh=mesh, chunk=chunk)
   total, sums, grads = accumulate.sum_gradients(loss, state.params, rows, accumulation)
   grads = constrain_gradients(grads)
   count = jnp.maximum(sums["tokens"], 1.0)
@@ -60,7 +71,9 @@ def train_step(
   return state, metrics | {"learning_rate": rate, "learnt_tokens": sums["tokens"]}
 
 
-def eval_step(params, frozen, rows, *, graphdef, max_segments: int, shards: int, chunk: int):
+def eval_step(
+  params, frozen, rows, *, graphdef, max_segments: int, chunk: int, mesh: Mesh | None = None
+):
   """Sums over a batch, see `losses.sft.evaluation`."""
   model = nnx.merge(graphdef, trees.merge(params, frozen))
   return sft.evaluation(
@@ -68,6 +81,5 @@ def eval_step(params, frozen, rows, *, graphdef, max_segments: int, shards: int,
     model.head_kernel(),
     rows,
     max_segments=max_segments,
-    shards=shards,
-    chunk=chunk,
+    **chunking(mesh, chunk),
   )
