@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 
+from vlalign_jax.data import measure as measuring
 from vlalign_jax.data.measure import measure
 from vlalign_jax.data.workers import SharedList
 from vlalign_jax.errors import InputError
@@ -61,9 +62,26 @@ def test_a_bad_record_is_one_clear_line(workers):
 
 
 def test_a_killed_worker_is_one_clear_line():
-  texts = ["good", "killer", "good"]
+  texts = ["good"] * 600 + ["killer", "good"]
   with pytest.raises(InputError, match="worker process ended abruptly"):
-    measure(LoadEncoded(SharedList(texts)), 3, workers=2, pool_from=1)
+    measure(LoadEncoded(SharedList(texts)), len(texts), workers=2, pool_from=1)
+
+
+@pytest.mark.parametrize(
+  ("available", "chunks", "started"), [(200, 40, 32), (200, 5, 5), (3, 40, 3), (2, 1, None)]
+)
+def test_no_more_processes_than_they_get_work(monkeypatch, available, chunks, started):
+  asked = []
+  start_pool = measuring.start_pool
+
+  def start_one(function, workers):
+    asked.append(workers)
+    return start_pool(function, 1)
+
+  monkeypatch.setattr(measuring, "start_pool", start_one)
+  texts = SharedList(["word"] * (500 * (chunks - 1) + 1))
+  measure(LoadEncoded(texts), len(texts), workers=available, pool_from=1)
+  assert asked == ([started] if started else [])
 
 
 def test_no_records():

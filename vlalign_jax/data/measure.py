@@ -17,6 +17,8 @@ from vlalign_jax.errors import InputError
 
 # Below this many records, worker processes take longer to start than they save.
 POOL_FROM = 20_000
+# Each worker process takes seconds to start, and its own copy of the tokenizer.
+MAX_WORKERS = 32
 _CHUNK = 500
 
 # What `measure` is given: record number -> (tokens, turns dropped for length, image paths).
@@ -47,7 +49,8 @@ def measure(
     load_encoded: record number -> (tokens, dropped turns, image paths); can be pickled. Hold the
       records in a `workers.SharedList`, else each process gets a copy of them all.
     n: N, the number of records.
-    workers: processes to use; fewer than 2 measure in this one.
+    workers: the most processes to use; fewer than 2 measure in this one. There are never more than
+      MAX_WORKERS = 32, nor than they get work.
     pool_from: the number of records from which worker processes are started.
 
   Raises:
@@ -61,6 +64,7 @@ def map_records(
 ) -> list[Any]:
   """[function(0), ..., function(n - 1)]; arguments and errors as in `measure`."""
   chunks = [range(start, min(start + _CHUNK, n)) for start in range(0, n, _CHUNK)]
+  workers = min(workers, MAX_WORKERS, len(chunks))
   if workers < 2 or n < pool_from:
     return [result for chunk in chunks for result in _map_chunk(function, chunk)]
   pool = start_pool(functools.partial(_map_chunk, function), workers)
