@@ -17,7 +17,7 @@ from vlalign_jax.weights.source import Source
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class MeasuredRecord:
   """What a record comes to: its tokens (0: skipped) and the learnt ones, or why it is bad."""
 
   tokens: int = 0
@@ -29,19 +29,19 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class MeasureRecord:
-  """Record number -> Measured; can be pickled."""
+  """Record number -> MeasuredRecord; can be pickled."""
 
   load: sft.LoadExample
 
-  def __call__(self, number: int) -> Measured:
+  def __call__(self, number: int) -> MeasuredRecord:
     try:
       found = self.load.encoded(number)
     except InputError as error:
-      return Measured(problem=str(error))
+      return MeasuredRecord(problem=str(error))
     if found.example is None:
-      return Measured(dropped_turns=found.dropped_turns)
+      return MeasuredRecord(dropped_turns=found.dropped_turns)
     tokens, learnt = len(found.example.tokens), int(found.example.weights.sum())
-    return Measured(tokens, learnt, found.dropped_turns, found.example.images)
+    return MeasuredRecord(tokens, learnt, found.dropped_turns, found.example.images)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class Report:
   name: str
   files: dict[str, tuple[int, int]]
   records: tuple[Record, ...]
-  measured: tuple[Measured, ...]
+  measured: tuple[MeasuredRecord, ...]
   load: sft.LoadExample
   images: int
   problems: tuple[str, ...]
