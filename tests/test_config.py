@@ -61,6 +61,7 @@ BAD_VALUES = {
   "model.dtype": ("float16", "config.model.dtype is 'float16'; choose from float32, bfloat16"),
   "model.remat": ("some", "choose from none, full"),
   "data.max_length": (1, "at least 2"),
+  "data.eval_samples": ("5", "config.data.eval is empty; name files"),
   "data.on_bad_record": ("ignore", "choose from error, skip"),
   "data.workers": (-1, "at least 0"),
   "optim.schedule": ("cosin", "choose from linear, cosine"),

@@ -54,7 +54,8 @@ def shared() -> ConfigDict:
   c.data.train = ""  # LLaVA JSON or JSONL; several: comma-separated
   c.data.samples = ""  # records taken from each file (one number, or one per file); empty: all
   c.data.weights = ""  # times an epoch shows each file; empty: once
-  c.data.eval = ""
+  c.data.eval = ""  # LLaVA files again
+  c.data.eval_samples = ""  # as data.samples
   c.data.eval_fraction = 0.0  # held out from data.train when data.eval is empty
   c.data.images = ""  # image root; empty: the JSON file's directory
   c.data.template = "vicuna"
@@ -198,6 +199,8 @@ def check_shared(config: ConfigDict) -> None:
     raise InputError("config.epochs must be above 0, or config.steps given")
   if not config.data.train:
     raise InputError("config.data.train is empty; name a LLaVA-format JSON file")
+  if config.data.eval_samples and not config.data.eval:
+    raise InputError("config.data.eval_samples is given, and config.data.eval is empty; name files")
   if not any(config.train[part] for part in ("vision", "projector", "language", "embeddings")):
     raise InputError("nothing to train: set one of config.train.vision, .projector, .language")
 

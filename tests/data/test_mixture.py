@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from vlalign_jax.data.mixture import epoch_order, load_mixture, split_eval
+from vlalign_jax.config import defaults
+from vlalign_jax.data import sft
+from vlalign_jax.data.mixture import epoch_order, load_mixture, load_samples, split_eval
 from vlalign_jax.errors import InputError
 
 
@@ -54,6 +56,26 @@ def test_samples_are_a_seeded_choice_in_file_order(files):
   assert len(others) > 4
   assert len(load_mixture(files, "", "3", "", 1).records) == 6
   assert ids(load_mixture(files, "", "10,5", "", 1).records) == A + B
+
+
+def test_evaluation_files_are_sampled_alike(files):
+  first, second = load_samples(files, "", "4,0", 1, "eval")
+  assert ids(first + second) == ids(load_mixture(files, "", "4,0", "", 1).records)
+  assert [ids(records) for records in load_samples(files, "", "", 1, "eval")] == [A, B]
+  with pytest.raises(InputError, match="fewer than the 11 of data.eval_samples; lower it"):
+    load_samples(files, "", "11,0", 1, "eval")
+  with pytest.raises(InputError, match="data.eval_samples has 3 numbers for 2 files"):
+    load_samples(files, "", "1,2,3", 1, "eval")
+  with pytest.raises(InputError, match='data.eval ".*," has an empty path'):
+    load_samples(files + ",", "", "", 1, "eval")
+
+
+def test_a_config_samples_both_kinds_of_files(files):
+  config = defaults("sft")
+  config.data.update(train=files, samples="1,2", eval=files, eval_samples="3,0")
+  train, evaluation = sft.load_records_of(config)
+  assert [name[0] for name in ids(train.records)] == ["a", "b", "b"]
+  assert [name[0] for name in ids(evaluation)] == ["a"] * 3 + ["b"] * 5
 
 
 def test_every_record_is_sampled_equally_often(files):

@@ -1,5 +1,6 @@
 """Which records a run sees: files, how many records of each, and how often an epoch shows them."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -54,29 +55,45 @@ def load_mixture(
   Raises:
     InputError: for a file, a record or one of these arguments.
   """
+  shares = _numbers(weights, len(files.split(",")), 1.0, float, "data.weights")
+  if not any(shares):
+    raise InputError("data.weights is 0 for every file; give at least one a positive weight")
+  found = load_samples(files, image_root, samples, seed, "train", require_answer)
+  file_of = np.repeat(np.arange(len(found), dtype=np.int32), [len(records) for records in found])
+  return Mixture(tuple(itertools.chain(*found)), file_of, tuple(shares), seed)
+
+
+def load_samples(
+  files: str, image_root: str, samples: str, seed: int, split: str, require_answer: bool = True
+) -> list[list[Record]]:
+  """The records of each file of data.train or data.eval, those that were not chosen left out.
+
+  Args:
+    files, image_root, samples, seed, require_answer: as for `load_mixture`.
+    split: "train" or "eval"; says which keys errors name.
+
+  Raises:
+    InputError: for a file, a record, `samples` or `seed`.
+  """
+  key = "data.samples" if split == "train" else f"data.{split}_samples"
   if seed < 0:
     raise InputError(f"seed is {seed}; give 0 or more")
   paths = [path.strip() for path in files.split(",")]
   if not all(paths):
-    raise InputError(f'data.train "{files}" has an empty path; give comma-separated files')
-  counts = _numbers(samples, len(paths), 0, int, "data.samples")
-  shares = _numbers(weights, len(paths), 1.0, float, "data.weights")
-  if not any(shares):
-    raise InputError("data.weights is 0 for every file; give at least one a positive weight")
-
-  kept, file_of = [], []
+    raise InputError(f'data.{split} "{files}" has an empty path; give comma-separated files')
+  counts = _numbers(samples, len(paths), 0, int, key)
+  found = []
   for position, (path, count) in enumerate(zip(paths, counts, strict=True)):
     records = load_records(path, image_root, require_answer)
     if count > len(records):
       raise InputError(
-        f"{path} has {len(records)} records, fewer than the {count} of data.samples; lower it"
+        f"{path} has {len(records)} records, fewer than the {count} of {key}; lower it"
       )
     if count:
       chosen = _generator(seed, _SAMPLE, position).choice(len(records), count, replace=False)
       records = [records[index] for index in np.sort(chosen)]
-    kept += records
-    file_of += [position] * len(records)
-  return Mixture(tuple(kept), np.array(file_of, np.int32), tuple(shares), seed)
+    found.append(records)
+  return found
 
 
 def epoch_order(mixture: Mixture, epoch: int, shuffle: bool) -> np.ndarray:

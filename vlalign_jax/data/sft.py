@@ -1,13 +1,14 @@
 """The data of supervised fine-tuning: from a config's `data` group to planned batches."""
 
 import dataclasses
+import itertools
 import os
 
 import numpy as np
 from absl import logging
 
 from vlalign_jax.data import encode, images, measure, mixture, pipeline, plan, templates
-from vlalign_jax.data.records import Record, load_records
+from vlalign_jax.data.records import Record
 from vlalign_jax.data.workers import SharedList
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights.source import Source
@@ -104,8 +105,8 @@ def load_records_of(config) -> tuple[mixture.Mixture, tuple[Record, ...]]:
   data = config.data
   train = mixture.load_mixture(data.train, data.images, data.samples, data.weights, config.seed)
   if data.eval:
-    paths = [path.strip() for path in data.eval.split(",")]
-    return train, tuple(record for path in paths for record in load_records(path, data.images))
+    found = mixture.load_samples(data.eval, data.images, data.eval_samples, config.seed, "eval")
+    return train, tuple(itertools.chain(*found))
   if data.eval_fraction:
     return mixture.split_eval(train, data.eval_fraction)
   return train, ()
