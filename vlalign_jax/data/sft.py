@@ -77,7 +77,7 @@ class Prepared:
   """Planned data, ready to be iterated from any step."""
 
   plan: plan.Plan
-  records: int  # that have something to learn
+  records: int  # different ones that it shows
   pipeline: dict  # arguments of `pipeline.batches`
 
   def batches(self, **options) -> pipeline.Batches:
@@ -113,13 +113,15 @@ def load_records_of(config) -> tuple[mixture.Mixture, tuple[Record, ...]]:
 
 
 def prepare_train(config, source: Source, train: mixture.Mixture, row_multiple: int) -> Prepared:
-  """Plans the whole run: every step of `config.steps`, or of `config.epochs`."""
+  """Plans the whole run: every step of `config.steps`, or of `config.epochs`.
+
+  Raises:
+    InputError: there is nothing to learn.
+  """
   load, measured = _measure(config, source, train.records, "data.train")
   usable = measured.lengths > 0
-  if not usable.any():
-    raise InputError(
-      f"data.train: no record has an answer that fits data.max_length={config.data.max_length}"
-    )
+  if not np.any(usable & (np.asarray(train.weights)[train.file_of] > 0)):
+    raise _nothing_fits(config, "data.train")
   epochs, examples, stream = config.epochs, 0, []
   wanted = config.steps * config.batch_size if config.steps else None
   while examples < wanted if config.steps else len(stream) < epochs:
@@ -131,6 +133,8 @@ def prepare_train(config, source: Source, train: mixture.Mixture, row_multiple: 
     # A broken epoch at the end shows that share of its records.
     wanted = round(examples - len(stream[-1]) * (len(stream) - epochs))
   order = np.concatenate(stream)[: max(1, wanted)]
+  if not len(order):  # a weight below 1 has shown none of the few that fit
+    raise _nothing_fits(config, "data.train")
   return _prepare(config, source, load, measured, order, row_multiple, "data.train")
 
 
@@ -143,10 +147,15 @@ def prepare_eval(
   load, measured = _measure(config, source, records, "data.eval")
   order = np.flatnonzero(measured.lengths > 0)
   if not len(order):
-    raise InputError(
-      f"data.eval: no record has an answer that fits data.max_length={config.data.max_length}"
-    )
+    raise _nothing_fits(config, "data.eval")
   return _prepare(config, source, load, measured, order, row_multiple, "data.eval")
+
+
+def _nothing_fits(config, name: str) -> InputError:
+  return InputError(
+    f"{name}: no record that is shown has an answer that fits "
+    f"data.max_length={config.data.max_length}; raise it"
+  )
 
 
 def example_loader(config, source: Source, records) -> LoadExample:
@@ -214,4 +223,4 @@ def _prepare(config, source: Source, load, measured, order, row_multiple, name: 
     "on_bad_record": data.on_bad_record,
     "workers": data.workers,
   }
-  return Prepared(planned, int(np.sum(measured.lengths > 0)), arguments)
+  return Prepared(planned, len(np.unique(order)), arguments)
