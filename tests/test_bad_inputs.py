@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 
-from scripts import train_sft
+from scripts import export_hf, train_sft
 from tests import checkpoints, sft_run
 from vlalign_jax.data import sft as data
 from vlalign_jax.errors import InputError
@@ -534,7 +534,16 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(
 def test_no_checkpoint_can_be_read(resume, tmp_path):
   for step in (2, 4, 6):
     _truncate_largest(tmp_path / "run" / "checkpoints" / str(step) / "optimizer")
-  _fails(["none of the checkpoints [6, 4, 2] can be read", "Remove the directory"], resume)
+  _fails(["none of the checkpoints [6, 4, 2] can be read", "in a new --workdir"], resume)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("leftovers")
+def test_export_of_a_damaged_checkpoint(finished, tmp_path):
+  run = shutil.copytree(finished / "run", tmp_path / "run")
+  _truncate_largest(run / "checkpoints" / "6" / "params")
+  expected = [f"{run}/checkpoints/6 cannot be read", "move it away to use the checkpoint before"]
+  _fails(expected, export_hf.export_run, str(run), str(tmp_path / "exported"), None)
 
 
 # --- The whole way ---

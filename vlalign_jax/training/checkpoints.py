@@ -6,6 +6,7 @@ frozen ones are read from where the run took them), `optimizer` (everything else
 `progress` (JSON: step, data position, counters).
 """
 
+import contextlib
 import os
 
 import jax
@@ -60,38 +61,91 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
   manager.reload()
 
 
+class _Damaged(InputError):
+  """A checkpoint that cannot be read, however often it is tried."""
+
+
+# TensorStore's errors are ValueErrors that begin with a status; these may pass by themselves.
+_STORAGE_STATUS = (
+  "ABORTED",
+  "CANCELLED",
+  "DEADLINE_EXCEEDED",
+  "RESOURCE_EXHAUSTED",
+  "UNAUTHENTICATED",
+  "UNAVAILABLE",
+  "UNKNOWN",
+)
+
+
+@contextlib.contextmanager
+def _reading(place: str, mend: str = ""):
+  """Turns what reading the checkpoint at `place` raises into an InputError that names it.
+
+  It is `_Damaged`, with `mend`, only if neither rights, nor memory, nor the storage is the cause.
+  """
+  try:
+    with os.scandir(place) as items:  # Orbax takes what it may not list for missing
+      for item in items:
+        if item.is_dir():
+          os.listdir(item)
+    yield
+  except Exception as error:  # Orbax, TensorStore, epath, json and JAX all have their own
+    cause = error
+    while cause.__cause__:  # Orbax wraps TensorStore's errors
+      cause = cause.__cause__
+    reason = " ".join(str(cause).split())[:300]
+    device = isinstance(cause, jax.errors.JaxRuntimeError)
+    missing = isinstance(cause, FileNotFoundError | NotADirectoryError)
+    if isinstance(cause, MemoryError) or (device and "RESOURCE_EXHAUSTED" in reason):
+      raise InputError(
+        f"{place} does not fit into memory: {reason}; use more devices, and split what each of "
+        "them holds with mesh.zero_stage and mesh.fsdp"
+      ) from error
+    if device:
+      raise
+    if isinstance(cause, PermissionError) or reason.startswith("PERMISSION_DENIED"):
+      raise InputError(f"{place} may not be read: {reason}; give this user the right") from error
+    if (isinstance(cause, OSError) and not missing) or reason.startswith(_STORAGE_STATUS):
+      raise InputError(
+        f"{place} cannot be read now: {reason}; repeat the command when the storage is well, or "
+        "move this checkpoint away to use the one before"
+      ) from error
+    raise _Damaged(f"{place} cannot be read: {reason}{mend}") from error
+
+
 def restore_newest(
   manager: ocp.CheckpointManager, state: TrainState
 ) -> tuple[TrainState, dict] | None:
-  """The newest state that can be read, and its progress; None if nothing was ever saved.
+  """The newest state that is not damaged, and its progress; None if nothing was ever saved.
 
   Args:
     manager: from `open_checkpoints`.
     state: TrainState of jax.ShapeDtypeStruct with shardings: what is wanted, and where.
 
   Raises:
-    InputError: there are checkpoints, but none can be read.
+    InputError: all checkpoints are damaged; or the newest that is not cannot be read for want of
+      rights or memory, or because the storage fails.
   """
   steps = sorted(manager.all_steps(), reverse=True)
   for step in steps:
     try:
-      found = manager.restore(
-        step,
-        args=ocp.args.Composite(
-          params=ocp.args.StandardRestore(state.params),
-          optimizer=ocp.args.StandardRestore(_without_params(state)),
-          progress=ocp.args.JsonRestore(),
-        ),
-      )
-    except Exception as error:  # whatever a damaged file makes Orbax or tensorstore raise
-      reason = " ".join(str(error).split())[:300]
-      logging.error("checkpoint %s/%d cannot be read: %s", manager.directory, step, reason)
+      with _reading(os.path.join(manager.directory, str(step))):
+        found = manager.restore(
+          step,
+          args=ocp.args.Composite(
+            params=ocp.args.StandardRestore(state.params),
+            optimizer=ocp.args.StandardRestore(_without_params(state)),
+            progress=ocp.args.JsonRestore(),
+          ),
+        )
+    except _Damaged as error:
+      logging.error("checkpoint %s", error)
       continue
     return TrainState(**{**found.optimizer, "params": found.params}), found.progress
   if steps:
     raise InputError(
       f"{manager.directory}: none of the checkpoints {steps} can be read; the log above says why. "
-      "Remove the directory to start over, or resume with the config that wrote them"
+      "Restore one of them, or start in a new --workdir"
     )
   return None
 
@@ -122,11 +176,14 @@ def restore_params(workdir: str, step: int, leaves: dict, placement: dict) -> di
     path -> array, for the wanted parameters that the checkpoint has.
 
   Raises:
-    InputError: the checkpoint has one of another shape.
+    InputError: the checkpoint cannot be read, or has one of another shape.
   """
-  place = epath.Path(os.path.abspath(workdir)) / "checkpoints" / str(step) / "params"
+  checkpoint = os.path.join(os.path.abspath(workdir), "checkpoints", str(step))
+  place = epath.Path(checkpoint) / "params"
   handler = ocp.PyTreeCheckpointHandler()
-  stored = trees.flatten(handler.metadata(place).tree)
+  mend = "; restore it, or move it away to use the checkpoint before"
+  with _reading(checkpoint, mend):
+    stored = trees.flatten(handler.metadata(place).tree)
   item = {}
   for path, meta in stored.items():
     if path not in leaves:
@@ -140,4 +197,5 @@ def restore_params(workdir: str, step: int, leaves: dict, placement: dict) -> di
   item = trees.unflatten(item)
   restore_args = ocp.checkpoint_utils.construct_restore_args(item)
   args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-  return trees.flatten(handler.restore(place, args=args))
+  with _reading(checkpoint, mend):
+    return trees.flatten(handler.restore(place, args=args))
