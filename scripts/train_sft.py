@@ -80,9 +80,10 @@ def train_and_evaluate(c, workdir: str) -> None:
     pin.write(model_source, workdir)
     params = load_params(wanted=is_trained)
     state = jax.jit(init_state, out_shardings=placement, donate_argnums=0)(params)
-    progress = {"bad_records": 0}
+    progress = {"bad_records": 0, "plan": train.identity}
   else:
     state, progress = restored
+    run_directory.check_plan(progress["plan"], train.identity, workdir)
     logging.info("going on from step %d of %d", progress["step"], total_steps)
     if progress["step"] >= total_steps:
       logging.info("%s is finished: all %d steps are done", workdir, total_steps)

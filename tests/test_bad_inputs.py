@@ -461,15 +461,40 @@ def test_another_config_is_fine_before_anything_is_saved(resume, tmp_path):
   assert len(sft_run.read_metrics(tmp_path / "run")) == 6
 
 
-def test_other_data_is_refused(resume, finished, tmp_path):
-  shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+OTHER_DATA = {
+  "longer question": (
+    lambda text: text.replace("Is it a cat?", "Is it a cat, or is it not?"),
+    ["as many records, but others"],
+  ),
+  "fewer records": (
+    lambda text: json.dumps(json.loads(text)[:16]),
+    ["6 steps then, 4 now", "24 records then, 16 now"],
+  ),
+  "more records": (
+    lambda text: json.dumps(json.loads(text) + json.loads(text)[:1]),
+    ["6 steps then, 7 now", "24 records then, 25 now"],
+  ),
+}
+
+
+@pytest.mark.parametrize("done", [4, 6])
+@pytest.mark.parametrize("name", OTHER_DATA)
+def test_other_data_is_refused(resume, finished, tmp_path, name, done):
+  """...however far the run is: 16 records would make four steps."""
+  steps = tmp_path / "run" / "checkpoints"
+  if done == 4:
+    shutil.rmtree(steps / "6")
   path = finished / "data" / "train.json"
   before = path.read_text()
+  change, expected = OTHER_DATA[name]
   try:
-    path.write_text(before.replace("Is it a cat?", "Is it a cat, or is it not?"))
-    _fails(["first 4 steps had other examples", "restore data.*", "new --workdir"], resume)
+    path.write_text(change(before))
+    expected = [*expected, f"{tmp_path}/run", "restore the files of data.train", "new --workdir"]
+    _fails(expected, resume)
   finally:
     path.write_text(before)
+  assert _steps(tmp_path) == [2, 4, 6][: done // 2]
+  assert len(sft_run.read_metrics(tmp_path / "run")) == 6
 
 
 def test_half_written_checkpoint_is_ignored(resume, finished, tmp_path):

@@ -91,6 +91,15 @@ class Prepared:
         pass
 
   @property
+  def identity(self) -> dict[str, int]:
+    """What tells that a resumed run has the same plan; goes through JSON."""
+    return {
+      "steps": self.plan.steps,
+      "records": self.records,
+      "examples": int(self.plan.fingerprints[-1]),
+    }
+
+  @property
   def max_segments(self) -> int:
     """Most examples in a row."""
     return int(np.diff(self.plan.offsets).max())

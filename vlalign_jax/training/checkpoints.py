@@ -3,7 +3,7 @@
 A checkpoint is written beside its place and renamed when whole, so that what stands under
 `checkpoints/STEP` is complete. It holds three items: `params` (the trained parameters only; the
 frozen ones are read from where the run took them), `optimizer` (everything else of the state) and
-`progress` (JSON: step, data position, counters).
+`progress` (JSON: step, data position, counters, what the whole run was planned for).
 """
 
 import contextlib

@@ -71,7 +71,8 @@ def run(
     workdir: the run directory.
     stage: see `Stage`.
     state: where to begin.
-    progress: of the checkpoint that `state` is from; {"bad_records": 0} at the start.
+    progress: of the checkpoint that `state` is from; at the start {"bad_records": 0}, and what
+      every checkpoint of the run shall hold.
     batches: iterator with `get_state`, standing at the state's step.
     manager: takes the checkpoints.
     total_steps: where to end.
@@ -115,7 +116,7 @@ def run(
   def save(step: int) -> None:
     settle(0)
     here = {"step": step, "bad_records": bad_records, "data": batches.get_state()}
-    checkpoints.save(manager, step, state, here)
+    checkpoints.save(manager, step, state, progress | here)
 
   saved = first
   try:

@@ -98,6 +98,32 @@ def _check_same(stored: dict, now: dict, workdir: str) -> None:
     )
 
 
+def check_plan(stored: dict, now: dict, workdir: str) -> None:
+  """Refuses to go on with other data: schedules and the order of records span the whole run.
+
+  Args:
+    stored: the plan of the newest checkpoint: its `steps` and `records`, and `examples`, a
+      checksum of which records come when and how long they are.
+    now: the same of this command.
+    workdir: the run directory.
+
+  Raises:
+    InputError: they differ.
+  """
+  if stored == now:
+    return
+  counts = [
+    f"{stored[key]} {key} then, {now[key]} now"
+    for key in ("steps", "records")
+    if stored[key] != now[key]
+  ]
+  raise InputError(
+    f"{workdir}: the training data is not what the run was planned for "
+    f"({'; '.join(counts) or 'as many records, but others, or of other lengths'}); restore the "
+    "files of data.train, or start in a new --workdir"
+  )
+
+
 def truncate_metrics(path: str, step: int) -> None:
   """Drops lines after `step` (and a half-written last one), which a resumed run writes again."""
   if not os.path.isfile(path):
