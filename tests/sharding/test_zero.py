@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tests import checkpoints
+from tests.sharding import zero_steps
 from vlalign_jax.sharding import zero
 
 # Stage -> trees of which a device holds its part only.
@@ -52,6 +53,16 @@ def test_one_of_four_parts_is_held(stage, runs):
       assert 0.25 <= share < 0.3, tree  # a little stays whole
     else:
       assert share == 1, tree
+
+
+@pytest.mark.parametrize("stage", SPLIT)
+def test_no_activation_of_the_language_model_crosses_devices(stage, runs):
+  moved = runs[stage]["moved"]
+  assert moved
+  assert not [shape for shape in moved if zero_steps.LENGTH in shape]
+  if stage == "stage 3":  # a layer at a time, not the stack
+    gathered = [shape for shape in moved if len(shape) == 3]
+    assert not [shape for shape in gathered if shape[0] == runs["layers"]]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ Writes one JSON object: run -> losses, gradient norms, and what share of the byt
 
 import functools
 import json
+import re
 import sys
 
 import jax
@@ -23,7 +24,7 @@ from vlalign_jax.training import optimizer
 from vlalign_jax.training import state as training_state
 from vlalign_jax.weights import load, source
 
-STEPS, ROWS, LENGTH = 3, 16, 48
+STEPS, ROWS, LENGTH = 3, 16, 52
 # Name -> (data, fsdp, ZeRO stage, micro-batches).
 RUNS = {
   "one device": (1, 1, 0, 1),
@@ -51,6 +52,21 @@ def share_of_one_device(tree) -> float:
   return here / sum(leaf.nbytes for leaf in leaves)
 
 
+def moved(program: str) -> list[list[int]]:
+  """Shapes of what a compiled program gathers or sums over devices.
+
+  The gradient of the embedding is left out: once per micro-batch, its rows may be cheaper to move
+  than the table.
+  """
+  shapes = []
+  for line in program.splitlines():
+    found = re.search(r"= (.*?) (all-gather|all-reduce|all-to-all)(-start)?\(", line)
+    if found and "jit(_take)" not in line:
+      listed = re.findall(r"\w\d+\[([\d,]*)\]", found.group(1))
+      shapes += [[int(n) for n in shape.split(",") if n] for shape in listed]
+  return shapes
+
+
 def run(opened, data: int, fsdp: int, stage: int, accumulation: int) -> dict:
   c = defaults("sft")
   c.mesh.update(data=data, fsdp=fsdp)
@@ -75,6 +91,7 @@ def run(opened, data: int, fsdp: int, stage: int, accumulation: int) -> dict:
   )
   step = jax.jit(step, donate_argnums=0, out_shardings=(placement, meshes.replicated(mesh)))
   rows = meshes.to_device(mesh, make_batch(opened.config))
+  program = step.lower(state, frozen, rows).compile().as_text()
   logged = []
   for _ in range(STEPS):
     state, metrics = step(state, frozen, rows)
@@ -84,6 +101,7 @@ def run(opened, data: int, fsdp: int, stage: int, accumulation: int) -> dict:
     "loss": [float(metrics["loss"]) for metrics in logged],
     "grad_norm": [float(metrics["grad_norm"]) for metrics in logged],
     "param_norms": [float(norm) for norm in norms],
+    "moved": moved(program),
     "share": {
       "trained": share_of_one_device(state.params),
       "frozen": share_of_one_device(frozen),
@@ -95,7 +113,8 @@ def run(opened, data: int, fsdp: int, stage: int, accumulation: int) -> dict:
 def main(directory: str) -> None:
   zero.MIN_SIZE = 32  # a tiny model has nothing as large as the true limit
   opened = source.open_source(reference.model_group(init_from=directory))
-  print(json.dumps({name: run(opened, *options) for name, options in RUNS.items()}))
+  runs = {name: run(opened, *options) for name, options in RUNS.items()}
+  print(json.dumps(runs | {"layers": opened.config.language.layers}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vlalign_jax.sharding.mesh import constrain_rows
 
 
 def split_rows(rows, parts: int):
@@ -13,7 +16,7 @@ def split_rows(rows, parts: int):
   return jax.tree.map(split, rows)
 
 
-def sum_gradients(loss, params, rows, parts: int):
+def sum_gradients(loss, params, rows, parts: int, mesh: Mesh | None = None):
   """Value and gradient of a loss that is a sum, over micro-batches one after the other.
 
   Args:
@@ -21,6 +24,7 @@ def sum_gradients(loss, params, rows, parts: int):
     params: tree to differentiate by.
     rows: dict of arrays whose first axis is a multiple of `parts`.
     parts: number of micro-batches.
+    mesh: over which rows are split.
 
   Returns:
     (sum, dict of sums, gradient tree of the sum in float32 if parts > 1).
@@ -31,6 +35,7 @@ def sum_gradients(loss, params, rows, parts: int):
     return total, sums, grads
 
   def body(carry, rows):
+    rows = jax.tree.map(lambda x: constrain_rows(x, mesh), rows)
     (total, sums), grads = gradient(params, rows)
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (total, sums, grads)), None
 

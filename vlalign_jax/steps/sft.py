@@ -62,7 +62,7 @@ def train_step(
     (next state, dict of float32[] metrics).
   """
   loss = make_loss(graphdef, frozen, mesh=mesh, chunk=chunk)
-  total, sums, grads = accumulate.sum_gradients(loss, state.params, rows, accumulation)
+  total, sums, grads = accumulate.sum_gradients(loss, state.params, rows, accumulation, mesh)
   grads = constrain_gradients(grads)
   count = jnp.maximum(sums["tokens"], 1.0)
   rate = learning_rate(state.step - state.skipped)
