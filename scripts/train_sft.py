@@ -97,8 +97,8 @@ def train_and_evaluate(c, workdir: str) -> None:
     jax.devices()[0].device_kind,
   )
 
-  if evaluation and c.data.on_bad_record == "error":
-    evaluation.read(**hosts)  # now: the first evaluation may be days away
+  if evaluation:  # now: the first evaluation may be days away
+    loop.check_bad_records("data.eval", evaluation.read(**hosts), evaluation.records)
 
   # --- The step ---
   common = {"graphdef": graphdef, "mesh": mesh, "chunk": meshes.head_chunk(mesh)}
@@ -121,17 +121,15 @@ def train_and_evaluate(c, workdir: str) -> None:
   )
 
   def evaluate(state):
+    bad, sums = 0, []
     # Threads: a pool of processes takes longer to start than most evaluations take.
     with evaluation.batches(workers=0, **hosts) as batches:
-      return metrics.evaluation(
-        eval_step(
-          state.params,
-          frozen,
-          meshes.to_device(mesh, batch),
-          max_segments=evaluation.max_segments,
-        )
-        for batch in batches
-      )
+      for batch in batches:
+        bad += int(batch.pop("skipped").sum())
+        rows = meshes.to_device(mesh, batch)
+        sums.append(eval_step(state.params, frozen, rows, max_segments=evaluation.max_segments))
+    loop.check_bad_records("data.eval", bad, evaluation.records)
+    return metrics.evaluation(sums) | {"bad_records": bad}
 
   # --- The loop ---
   with train.batches(start_step=progress.get("step", 0), **hosts) as batches:

@@ -243,18 +243,50 @@ def test_unreadable_picture_of_the_evaluation(train, records, tmp_path):
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_unreadable_picture_of_the_evaluation_is_skipped_and_counted(
+  train, records, tmp_path, compile_cache
+):
+  held_out = sft_run.write_json(tmp_path / "data" / "eval.json", records[15:18])
+  _break(tmp_path / "data" / "016.png", "truncated")
+  settings = {"data.eval": held_out, "data.on_bad_record": "skip", "eval_every": 2}
+  train(records[:12], **settings)
+  lines = [line for line in sft_run.read_metrics(tmp_path / "run") if "eval/loss" in line]
+  assert [(line["eval/bad_records"], line["eval/examples"]) for line in lines] == [(1, 2)] * 2
+  assert [line["bad_records"] for line in lines] == [0, 0]
+
+
+@pytest.mark.parametrize(("first", "last", "bad"), [(15, 20, 2), (16, 17, 1)])
+def test_too_many_unreadable_pictures_of_the_evaluation(
+  train, records, tmp_path, monkeypatch, compile_cache, first, last, bad
+):
+  """...before the first step, and where they become unreadable later."""
+  held_out = sft_run.write_json(tmp_path / "data" / "eval.json", records[first:last])
+  for index in (16, 18):
+    _break(tmp_path / "data" / f"{index:03d}.png", "corrupt")
+  expected = [f"data.eval: {bad} of {last - first} records could not be read, more than 1%"]
+  settings = {"data.eval": held_out, "data.on_bad_record": "skip"}
+  _fails(expected, train, records[:12], **settings)
+  assert not (tmp_path / "run" / "metrics.jsonl").exists()
+  monkeypatch.setattr(data.Prepared, "read", lambda *_, **__: 0)
+  _fails(expected, train, records[:12], **settings)
+  assert _steps(tmp_path) == [2]
+
+
 def test_too_many_unreadable_pictures(train, records, tmp_path, compile_cache):
   for index in (1, 16):  # 2 of 24
     _break(tmp_path / "data" / f"{index:03d}.png", "corrupt")
-  expected = ["2 of 24 records could not be read, more than 1%", "scripts/check_data.py"]
+  expected = [
+    "data.train: 2 of 24 records could not be read, more than 1%",
+    "scripts/check_data.py",
+  ]
   _fails(expected, train, records, **{"data.on_bad_record": "skip"})
 
 
 def test_the_same_unreadable_picture_in_every_epoch_is_not_too_many(compile_cache):
   """The limit is a share of what was shown: 1 of 150 records is 10 of 1500 examples."""
-  loop._check_bad_records(10, 1500)
+  loop.check_bad_records("data.train", 10, 1500)
   with pytest.raises(InputError):
-    loop._check_bad_records(16, 1500)
+    loop.check_bad_records("data.train", 16, 1500)
 
 
 # --- Too long ---

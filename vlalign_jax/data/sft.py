@@ -84,11 +84,14 @@ class Prepared:
     """See `pipeline.batches` for the options: start_step, host_index, host_count."""
     return pipeline.batches(self.plan, **(self.pipeline | options))
 
-  def read(self, **options) -> None:
-    """Makes every batch once, for the InputError that a bad record raises."""
+  def read(self, **options) -> int:
+    """Makes every batch once, for the InputError that a bad record raises.
+
+    Returns:
+      How many records are skipped.
+    """
     with self.batches(**options) as batches:
-      for _ in batches:
-        pass
+      return sum(int(batch["skipped"].sum()) for batch in batches)
 
   @property
   def identity(self) -> dict[str, int]:

@@ -18,7 +18,7 @@ from vlalign_jax.training.state import TrainState
 # Metrics are read this many steps late, so that the devices never wait for the host.
 LAG = 2
 MAX_SKIPPED_IN_A_ROW = 10
-# Share of an epoch's records, and later of the examples so far, that may turn out unreadable under
+# Share of the records, and later of the examples so far, that may turn out unreadable under
 # data.on_bad_record=skip.
 MAX_BAD_RECORDS = 0.01
 
@@ -123,7 +123,7 @@ def run(
     for step in range(first + 1, total_steps + 1):
       batch = next(batches)
       bad_records += int(batch.pop("skipped").sum())
-      _check_bad_records(bad_records, max(stage.records, step * config.batch_size))
+      check_bad_records("data.train", bad_records, max(stage.records, step * config.batch_size))
       counted = stage.count(batch)
       state, metrics = stage.train_step(state, stage.to_device(batch))
       pending.append((step, metrics, counted, bad_records))
@@ -148,9 +148,19 @@ def run(
   return state
 
 
-def _check_bad_records(bad: int, examples: int) -> None:
-  if bad > max(1, MAX_BAD_RECORDS * examples):
+def check_bad_records(name: str, bad: int, examples: int) -> None:
+  """Refuses data of which more than MAX_BAD_RECORDS = 1 % is bad; one bad record alone is fine.
+
+  Args:
+    name: the config key of the data.
+    bad: how many examples were left out.
+    examples: of how many.
+
+  Raises:
+    InputError: there are too many, or there is no good one.
+  """
+  if bad == examples or bad > max(1, MAX_BAD_RECORDS * examples):
     raise InputError(
-      f"{bad} of {examples} records could not be read, more than {MAX_BAD_RECORDS:.0%}; "
+      f"{name}: {bad} of {examples} records could not be read, more than {MAX_BAD_RECORDS:.0%}; "
       "scripts/check_data.py lists them with their reasons"
     )
