@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from vlalign_jax import cli, config, trees
 from vlalign_jax.data import sft as data
+from vlalign_jax.errors import InputError
 from vlalign_jax.models import vlm
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import zero
@@ -25,6 +26,8 @@ def train_and_evaluate(c, workdir: str) -> None:
   """Trains by a config into a run directory, or goes on with the run that is there."""
   # --- What is asked for, checked before anything is computed ---
   config.check(c, "sft")
+  if jax.process_count() > 1:
+    raise InputError("several processes are not supported yet; start one process per run")
   source.absolute_paths(c.model)
   mesh = meshes.make_mesh(c.mesh)
   resumes = run_directory.open_run(workdir, c)

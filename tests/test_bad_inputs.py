@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 
+import jax
 import pytest
 
 from scripts import export_hf, train_sft
@@ -437,6 +438,20 @@ def test_workdir_that_cannot_be_written(model, records, tmp_path):
       str(workdir),
     )
   _fails(["--workdir is missing"], train_sft.train_and_evaluate, config, "")
+
+
+def test_workdir_that_is_a_url(model, records, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  config = sft_run.make_config(model, sft_run.write_json(tmp_path / "data" / "train.json", records))
+  expected = ["--workdir gs://bucket/run is a URL", "mount the storage"]
+  _fails(expected, train_sft.train_and_evaluate, config, "gs://bucket/run")
+  assert os.listdir(tmp_path) == ["data"]  # makedirs would take gs: for a directory
+
+
+def test_several_processes(train, records, tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  _fails(["several processes are not supported yet", "one process per run"], train, records)
+  assert not (tmp_path / "run").exists()
 
 
 def test_workdir_that_holds_something_else(train, records, tmp_path):

@@ -6,6 +6,7 @@ import os
 import jax
 from ml_collections import ConfigDict
 
+from vlalign_jax import trees
 from vlalign_jax.errors import InputError
 
 # What may change between a run and its resumption without changing what it computed so far.
@@ -40,11 +41,16 @@ def open_run(workdir: str, config: ConfigDict) -> bool:
     Whether there is a run to go on with; one that has saved nothing begins anew, with any config.
 
   Raises:
-    InputError: the directory cannot be written to, holds a run with another config, or a
-      config.json that is no run's.
+    InputError: the directory is none or cannot be written to, holds a run with another config, or
+      a config.json that is no run's.
   """
   if not workdir:
     raise InputError("--workdir is missing: the directory that this run is written to")
+  if "://" in workdir:
+    raise InputError(
+      f"--workdir {workdir} is a URL, which is not supported yet; mount the storage and give the "
+      "path there"
+    )
   path = os.path.join(workdir, "config.json")
   try:
     os.makedirs(workdir, exist_ok=True)
@@ -77,15 +83,11 @@ def _read_config(path: str) -> dict:
   return stored
 
 
-def _flatten(config: dict, prefix: str = "") -> dict:
-  flat = {}
-  for key, value in config.items():
-    flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-  return flat
-
-
 def _check_same(stored: dict, now: dict, workdir: str) -> None:
-  stored, now = _flatten(stored), _flatten(now)
+  stored, now = (
+    {path.replace("/", "."): value for path, value in trees.flatten(config).items()}
+    for config in (stored, now)
+  )
   differing = [
     f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now"
     for key in sorted(stored.keys() | now.keys())
