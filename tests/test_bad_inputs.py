@@ -270,7 +270,9 @@ def test_too_many_unreadable_pictures_of_the_evaluation(
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
   monkeypatch.setattr(data.Prepared, "read", lambda *_, **__: 0)
   _fails(expected, train, records[:12], **settings)
-  assert _steps(tmp_path) == [2]
+  assert _steps(tmp_path) == [2, 3]  # nothing is lost but the evaluation
+  lines = sft_run.read_metrics(tmp_path / "run")
+  assert [(line["step"], "loss" in line) for line in lines] == [(1, True), (2, True), (3, True)]
 
 
 def test_too_many_unreadable_pictures(train, records, tmp_path, compile_cache):

@@ -110,7 +110,12 @@ def run(
 
   def evaluate(step: int) -> None:
     settle(0)
-    log.write(step, {f"eval/{key}": value for key, value in stage.evaluate(state).items()})
+    try:
+      found = stage.evaluate(state)
+    except InputError:  # bad evaluation data shall not cost what was trained
+      save(step)
+      raise
+    log.write(step, {f"eval/{key}": value for key, value in found.items()})
     throughput.rates()  # the time of evaluation is nobody's throughput
 
   def save(step: int) -> None:

@@ -24,6 +24,7 @@ class MetricLog:
     path = os.path.join(workdir, "metrics.jsonl")
     run_directory.truncate_metrics(path, step)
     self._held: dict[str, float] = {}
+    self._held_step = 0
     self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
     self._board = SummaryWriter(workdir, purge_step=step + 1 if step else None)
     # A log file wants a line now and then, not ten a second.
@@ -46,7 +47,7 @@ class MetricLog:
       return
     metrics, self._held = self._held | metrics, {}
     if more_follow:
-      self._held = metrics
+      self._held, self._held_step = metrics, step
       return
     finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
     self._file.write(json.dumps({"step": step} | finite) + "\n")
@@ -64,6 +65,8 @@ class MetricLog:
   def close(self) -> None:
     """Flushes and closes everything."""
     if self._writes:
+      if self._held:  # what was to follow never came
+        self.write(self._held_step, {})
       self._bar.close()
       self._board.close()
       self._file.close()
