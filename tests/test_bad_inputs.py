@@ -10,6 +10,8 @@ import sys
 import warnings
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from scripts import export_hf, train_sft
@@ -464,6 +466,28 @@ def test_workdir_that_holds_something_else(train, records, tmp_path):
   assert (tmp_path / "run" / "config.json").read_text() == '{"model_type": "llava"}'
   (tmp_path / "run" / "config.json").write_text('{"stage": "sft"')
   _fails(["run/config.json", "not JSON", "another --workdir"], train, records)
+
+
+# --- Updates that are not finite ---
+
+
+def test_ten_updates_in_a_row_that_are_not_finite(train, records, tmp_path, compile_cache):
+  """...end the run, whenever it is resumed; what was saved stays, and is finite."""
+  absurd = {"optim.learning_rate": 1e30, "optim.warmup": 0.0, "optim.schedule": "constant"}
+  expected = ["step 11: loss or gradient was not finite for 10 updates", "lower optim.learning"]
+  for _ in range(2):
+    _fails(expected, train, records, **absurd, epochs=4.0, save_every=4)
+    assert _steps(tmp_path) == [4, 8]
+    lines = sft_run.read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert lines[0]["loss"] > 0
+    assert [(line["loss"], line["skipped_steps"]) for line in lines[1:]] == [
+      (None, skipped) for skipped in range(1, 10)
+    ]
+  with ocp.StandardCheckpointer() as reader:
+    saved = [reader.restore(tmp_path / "run" / "checkpoints" / s / "params") for s in "48"]
+  jax.tree.map(np.testing.assert_array_equal, *saved)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved))
 
 
 # --- Runs that are resumed ---
