@@ -113,9 +113,9 @@ class _Process:
     return any((self.workdir / "checkpoints").glob("*tmp*/*"))
 
   def end(self, number: int | None = None) -> tuple[int, str]:
-    """Sends a signal if given; waits; returns (exit code, output)."""
+    """Sends a signal if given, to the workers too; waits; returns (exit code, output)."""
     if number is not None:
-      self.process.send_signal(number)
+      os.killpg(self.process.pid, number)
     code = self.process.wait(timeout=120)
     self.output.seek(0)
     return code, self.output.read()
@@ -133,6 +133,7 @@ def test_killed_and_terminated_run_ends_like_an_uninterrupted_one(
   assert code == -signal.SIGKILL, output
   assert not run.logged(STEPS)
 
+  config.data.workers = 2  # how rows are made, and when is evaluated, may change in between
   run = _Process(config, workdir, compile_cache)
   run.wait_for(lambda: run.logged(31))
   code, output = run.end(signal.SIGTERM)
@@ -141,8 +142,7 @@ def test_killed_and_terminated_run_ends_like_an_uninterrupted_one(
   assert "SIGTERM: saved at step" in output
   assert not run.logged(STEPS)
 
-  config.data.workers = 2  # how rows are made, and when is evaluated, may change in between
-  config.eval_every = 0
+  config.data.workers = config.eval_every = 0
   code, output = _Process(config, workdir, compile_cache).end()
   assert code == 0, output
   assert "Traceback" not in output
