@@ -1,5 +1,6 @@
 """Gradients and optimizer steps of our SFT step against torch's, on the same weights and data."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -28,15 +29,32 @@ STEPS = 20
 CHUNK = 16
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-  """The torch model, ours, and six examples with their pictures."""
-  directory = tmp_path_factory.mktemp("llava")
-  torch_model = checkpoints.make_llava(
-    directory, text={"attention_bias": True, "mlp_bias": True}, vision_feature_layer=[-2, -1]
-  )
+class LinearProjector(torch.nn.Module):
+  """Our `linear` projector, which transformers does not have."""
+
+  def __init__(self, in_width: int, out_width: int):
+    super().__init__()
+    self.linear = torch.nn.Linear(in_width, out_width)
+    self.norm = torch.nn.LayerNorm(out_width, eps=1e-12)
+
+  def forward(self, features):
+    return self.norm(self.linear(features))
+
+
+def make_model(directory, projector: str = "mlp", **overrides):
+  """The torch model, ours with its weights, and six examples with their pictures."""
+  torch_model = checkpoints.make_llava(directory, **overrides)
   source, graphdef, params = reference.open_model(directory)
   config = source.config
+  if projector == "linear":
+    config = dataclasses.replace(
+      config, projector=dataclasses.replace(config.projector, kind="linear")
+    )
+    ours = LinearProjector(config.projector.in_width, config.projector.out_width)
+    checkpoints.randomise(ours, seed=4)
+    torch_model.model.multi_modal_projector = ours
+    graphdef, _ = vlm.abstract_params(config)
+    params = trees.unflatten(reference.as_params(config, torch_model.state_dict()))
   pictures = reference.make_pictures(4, config.vision.image_size)
   shown = [(), ("0.png",), ("1.png", "2.png", "0.png"), ("3.png",), (), ("2.png", "2.png")]
   lengths = [33, 14, 21, 5, 9, 17]
@@ -55,16 +73,32 @@ def model(tmp_path_factory):
   )
 
 
-@pytest.fixture(scope="module")
-def torch_gradients(model):
+def gradients_in_torch(model):
   """(loss, path -> gradient) of the mean over the learnt tokens of all examples."""
   model.torch.zero_grad()
   loss, _ = reference.torch_loss(model.torch, model.config, model.examples, model.pictures)
   loss.backward()
   tensors = {name: param.grad for name, param in model.torch.named_parameters()}
+  # Features may come from a layer before the last, and LLaVA never applies the norm behind it.
+  layers = model.torch.config.vision_config.num_hidden_layers
+  behind = [f"layers.{layer}." for layer in range(model.config.vision.layers, layers)]
   unused = [name for name, grad in tensors.items() if grad is None]
-  assert all("post_layernorm" in name for name in unused)
+  assert all(any(part in name for part in ("post_layernorm", *behind)) for name in unused)
   return float(loss.detach()), reference.as_params(model.config, tensors)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  return make_model(
+    tmp_path_factory.mktemp("llava"),
+    text={"attention_bias": True, "mlp_bias": True},
+    vision_feature_layer=[-2, -1],
+  )
+
+
+@pytest.fixture(scope="module")
+def torch_gradients(model):
+  return gradients_in_torch(model)
 
 
 def planned_rows(model, *, pack: bool, row_multiple: int = 1):
@@ -129,6 +163,24 @@ def test_every_gradient_equals_torch(model, packed, packed_gradients, torch_grad
   assert packed["segments"].max() > 1
   assert packed_gradients[1].keys() == {name.path for name in names.names_of(model.config)}
   check(packed_gradients, torch_gradients, 1e-5)
+
+
+ARCHITECTURES = {
+  "tied_embeddings": {
+    "text": {"tie_word_embeddings": True, "num_key_value_heads": 1},
+    "vision_feature_select_strategy": "full",
+  },
+  "linear_projector": {"projector": "linear", "vision": {"hidden_act": "gelu"}},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradients_of_other_architectures_equal_torch(name, tmp_path):
+  model = make_model(tmp_path, **ARCHITECTURES[name])
+  found = gradients(model, planned_rows(model, pack=True))
+  assert ("language/head/kernel" in found[1]) == (name != "tied_embeddings")
+  assert ("projector/norm/scale" in found[1]) == (name == "linear_projector")
+  check(found, gradients_in_torch(model), 1e-5)
 
 
 def test_a_frozen_tower_changes_no_other_gradient(model, packed, packed_gradients):
