@@ -78,7 +78,7 @@ def load_checkpoint(gigabytes: float, directory: str) -> None:
   mesh = meshes.make_mesh(argparse.Namespace(data=-1, fsdp=1))
   place = jax.tree.map(lambda _: meshes.replicated(mesh), abstract)
   before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-  params = jax.block_until_ready(load.load_params(opened, abstract, place))
+  params = jax.block_until_ready(load.load_params(opened, meshes.place(abstract, place)))
   seconds = time.perf_counter() - start
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   assert trees.size(params) * 4 == sum(leaf.nbytes for leaf in trees.flatten(params).values())

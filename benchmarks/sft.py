@@ -172,7 +172,7 @@ def our_steps(directory: str, load: str, batch: int):
   graphdef, abstract = vlm.abstract_params(config, dtype="float32", remat="none")
   mesh = meshes.make_mesh(c.mesh)
   place = jax.tree.map(lambda _: meshes.replicated(mesh), abstract)
-  params = loading.load_params(opened, abstract, place)
+  params = loading.load_params(opened, meshes.place(abstract, place))
   params, frozen = trees.split(params, functools.partial(optimizer.is_trained, train=c.train))
   tx = optimizer.make_optimizer(c.optim, params, 1000)
   state = jax.jit(functools.partial(training_state.init_state, optimizer=tx))(params)

@@ -33,7 +33,8 @@ def export_run(run: str, output: str, dtype: str | None) -> None:
   param_dtype = source.run_config(run)["model"]["param_dtype"]
   _, abstract = vlm.abstract_params(opened.config, param_dtype=param_dtype)
   mesh = meshes.make_mesh(ConfigDict({"data": 1, "fsdp": -1}))
-  params = load.load_params(opened, abstract, zero.shardings(mesh, abstract, split=True))
+  abstract = meshes.place(abstract, zero.shardings(mesh, abstract, split=True))
+  params = load.load_params(opened, abstract)
   export.export_model(opened, params, output, dtype=np.dtype(dtype) if dtype else None)
   step = opened.runs[-1][1]
   logging.info("exported step %d of %s to %s", step, run, output)

@@ -13,12 +13,9 @@ from ml_collections import config_flags
 from vlalign_jax import cli, config, trees
 from vlalign_jax.data import sft as data
 from vlalign_jax.errors import InputError
-from vlalign_jax.models import vlm
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.sharding import zero
 from vlalign_jax.steps import sft as steps
 from vlalign_jax.training import checkpoints, loop, metrics, optimizer, run_directory
-from vlalign_jax.training import state as training_state
 from vlalign_jax.weights import export, load, pin, source
 
 
@@ -34,55 +31,28 @@ def train_and_evaluate(c, workdir: str) -> None:
   model_source = source.open_source(c.model, c.data.image_aspect)
   if resumes:
     model_source = pin.check(model_source, workdir)
-  graphdef, abstract = vlm.abstract_params(
-    model_source.config,
-    dtype=c.model.dtype,
-    param_dtype=c.model.param_dtype,
-    remat=c.model.remat,
-    mesh=mesh,
-  )
-  load.resolve(model_source, {path: leaf.shape for path, leaf in trees.flatten(abstract).items()})
+  load.check_weights(model_source)
   records, eval_records = data.load_records_of(c)
 
   # --- Data: which record is in which row at which step is decided here, for the whole run ---
-  shards, stage = mesh.size, c.mesh.zero_stage
+  shards = meshes.row_blocks(mesh)
   train = data.prepare_train(c, model_source, records, shards * c.grad_accumulation)
   evaluation = data.prepare_eval(c, model_source, eval_records, shards)
   hosts = {"host_index": jax.process_index(), "host_count": jax.process_count()}
   total_steps = train.plan.steps
 
-  # --- Optimizer and the shape of the state; nothing is allocated yet ---
-  is_trained = functools.partial(optimizer.is_trained, train=c.train)
-  # What stays is kept in the dtype it is used in.
-  abstract = trees.map_paths(
-    lambda path, leaf: leaf if is_trained(path) else leaf.update(dtype=c.model.dtype), abstract
-  )
-  trained, _ = trees.split(abstract, is_trained)
-  tx = optimizer.make_optimizer(c.optim, trained, total_steps)
-  init_state = functools.partial(training_state.init_state, optimizer=tx)
-  abstract_state = jax.eval_shape(init_state, trained)
-  placement = zero.state_shardings(mesh, abstract_state, stage)
-  abstract_state = jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-    abstract_state,
-    placement,
-  )
+  # --- The compiled functions and the shapes of what they take; nothing is allocated yet ---
+  program = steps.make_program(c, model_source.config, mesh, total_steps)
 
   # --- The newest checkpoint, or the weights to start from ---
   manager = checkpoints.open_checkpoints(workdir, c.keep)
-  restored = checkpoints.restore_newest(manager, abstract_state)
-  load_params = functools.partial(
-    load.load_params,
-    model_source,
-    abstract,
-    zero.shardings(mesh, abstract, split=stage >= 3),
-    c.seed,
-  )
+  restored = checkpoints.restore_newest(manager, program.state)
+  is_trained = functools.partial(optimizer.is_trained, train=c.train)
+  load_params = functools.partial(load.load_params, model_source, program.params, c.seed)
   if restored is None:
     export.save_model_files(model_source, f"{workdir}/model", c.model.param_dtype, c.data.template)
     pin.write(model_source, workdir)
-    params = load_params(wanted=is_trained)
-    state = jax.jit(init_state, out_shardings=placement, donate_argnums=0)(params)
+    state = program.init_state(load_params(wanted=is_trained))
     progress = {"bad_records": 0, "plan": train.identity}
   else:
     state, progress = restored
@@ -103,26 +73,6 @@ def train_and_evaluate(c, workdir: str) -> None:
   if evaluation:  # now: the first evaluation may be days away
     loop.check_bad_records("data.eval", evaluation.read(**hosts), evaluation.records)
 
-  # --- The step ---
-  common = {"graphdef": graphdef, "mesh": mesh, "chunk": meshes.head_chunk(mesh)}
-  train_step = functools.partial(
-    steps.train_step,
-    optimizer=tx,
-    learning_rate=optimizer.learning_rates(c.optim, total_steps)["base"],
-    accumulation=c.grad_accumulation,
-    constrain_gradients=lambda tree: zero.constrain_gradients(mesh, tree, stage),
-    **common,
-  )
-  train_step = jax.jit(
-    train_step, donate_argnums=0, out_shardings=(placement, meshes.replicated(mesh))
-  )
-
-  eval_step = jax.jit(
-    functools.partial(steps.eval_step, **common),
-    static_argnames="max_segments",
-    out_shardings=meshes.replicated(mesh),
-  )
-
   def evaluate(state):
     bad, sums = 0, []
     # Threads: a pool of processes takes longer to start than most evaluations take.
@@ -130,7 +80,9 @@ def train_and_evaluate(c, workdir: str) -> None:
       for batch in batches:
         bad += int(batch.pop("skipped").sum())
         rows = meshes.to_device(mesh, batch)
-        sums.append(eval_step(state.params, frozen, rows, max_segments=evaluation.max_segments))
+        sums.append(
+          program.eval_step(state.params, frozen, rows, max_segments=evaluation.max_segments)
+        )
     loop.check_bad_records("data.eval", bad, evaluation.records)
     return metrics.evaluation(sums) | {"bad_records": bad}
 
@@ -142,7 +94,7 @@ def train_and_evaluate(c, workdir: str) -> None:
       c,
       workdir,
       loop.Stage(
-        train_step=lambda state, rows: train_step(state, frozen, rows),
+        train_step=lambda state, rows: program.train_step(state, frozen, rows),
         to_device=functools.partial(meshes.to_device, mesh),
         count=lambda batch: (np.count_nonzero(batch["segments"]), batch["segments"].max(1).sum()),
         evaluate=evaluate if evaluation else None,

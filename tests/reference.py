@@ -39,8 +39,8 @@ def load_all(opened: source.Source, seed: int = 0, **options):
   """(graphdef, params on one device) of a source; options as for `vlm.abstract_params`."""
   graphdef, abstract = vlm.abstract_params(opened.config, **options)
   place = meshes.replicated(meshes.make_mesh(defaults("sft").mesh, jax.devices()[:1]))
-  shardings = jax.tree.map(lambda _: place, abstract)
-  return graphdef, load.load_params(opened, abstract, shardings, seed)
+  abstract = meshes.place(abstract, jax.tree.map(lambda _: place, abstract))
+  return graphdef, load.load_params(opened, abstract, seed)
 
 
 def open_model(directory: str, **options):

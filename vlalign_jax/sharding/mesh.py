@@ -49,6 +49,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
 
+def place(tree, shardings):
+  """A tree of shapes with the shardings of another tree."""
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    tree,
+    shardings,
+  )
+
+
 def row_blocks(mesh: Mesh | None) -> int:
   """Over how many devices rows are split; 1 without a mesh."""
   return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in AXES)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from vlalign_jax import trees
 from vlalign_jax.losses import sft
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.steps import accumulate
+from vlalign_jax.steps import accumulate, program
 from vlalign_jax.training import state as training_state
 
 
@@ -83,3 +83,8 @@ def eval_step(
     max_segments=max_segments,
     **chunking(mesh, chunk),
   )
+
+
+def make_program(config, model, mesh: Mesh, total_steps: int) -> program.Program:
+  """See `program.make_program`."""
+  return program.make_program(config, model, mesh, total_steps, train_step, eval_step)

@@ -84,10 +84,15 @@ def resolve(source: Source, shapes: dict[str, tuple[int, ...]]) -> dict[str, Ent
   return entries
 
 
+def check_weights(source: Source) -> None:
+  """Raises the InputErrors of `resolve` before anything is read."""
+  _, abstract = vlm.abstract_params(source.config)
+  resolve(source, {path: leaf.shape for path, leaf in trees.flatten(abstract).items()})
+
+
 def load_params(
   source: Source,
   abstract,
-  shardings,
   seed: int = 0,
   wanted: Callable[[str], bool] = lambda path: True,
 ):
@@ -97,15 +102,15 @@ def load_params(
 
   Args:
     source: from `open_source`.
-    abstract: nested dict of jax.ShapeDtypeStruct, from `vlm.abstract_params`.
-    shardings: nested dict of NamedSharding, same structure.
+    abstract: nested dict of jax.ShapeDtypeStruct with shardings, of `vlm.abstract_params`.
     seed: for fresh parameters.
     wanted: path -> whether to load this parameter.
 
   Returns:
     Nested dict of jax.Array.
   """
-  leaves, placement = trees.flatten(abstract), trees.flatten(shardings)
+  leaves = trees.flatten(abstract)
+  placement = {path: leaf.sharding for path, leaf in leaves.items()}
   entries = resolve(source, {path: leaf.shape for path, leaf in leaves.items()})
   _check_tied(source)
   leaves = {path: leaf for path, leaf in leaves.items() if wanted(path)}

@@ -1,0 +1,117 @@
+"""A stage's compiled functions together with the shapes and places of all that they take.
+
+Training runs a program; planning compiles the same one without ever allocating its arrays.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlalign_jax import trees
+from vlalign_jax.models.vlm import ModelConfig, abstract_params
+from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.sharding import zero
+from vlalign_jax.training import optimizer
+from vlalign_jax.training import state as training_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """Nothing here is allocated; shapes are trees of jax.ShapeDtypeStruct with shardings.
+
+  Attributes:
+    graphdef: of the whole model.
+    params: shapes of all parameters, trained ones in model.param_dtype, frozen ones in model.dtype.
+    state: shapes of the TrainState.
+    frozen: shapes of the parameters that stay.
+    init_state: trained parameters (given up) -> TrainState.
+    train_step: `(state, frozen, rows) -> (state, metrics)`; the state is given up.
+    eval_step: `(trained parameters, frozen, rows, max_segments=) -> sums`.
+  """
+
+  graphdef: Any
+  params: dict
+  state: training_state.TrainState
+  frozen: dict
+  init_state: Callable
+  train_step: Callable
+  eval_step: Callable
+
+
+def make_program(
+  config, model: ModelConfig, mesh: jax.sharding.Mesh, total_steps: int, train_step, eval_step
+) -> Program:
+  """The program of a run.
+
+  Args:
+    config: of the run.
+    model: the architecture.
+    mesh: over which it runs.
+    total_steps: updates of the whole run.
+    train_step, eval_step: of the stage, with the arguments of those in `steps.sft`.
+  """
+  stage = config.mesh.zero_stage
+  graphdef, abstract = abstract_params(
+    model,
+    dtype=config.model.dtype,
+    param_dtype=config.model.param_dtype,
+    remat=config.model.remat,
+    mesh=mesh,
+  )
+  is_trained = functools.partial(optimizer.is_trained, train=config.train)
+  # What stays is kept in the dtype it is used in.
+  abstract = trees.map_paths(
+    lambda path, leaf: leaf if is_trained(path) else leaf.update(dtype=config.model.dtype), abstract
+  )
+  params = meshes.place(abstract, zero.shardings(mesh, abstract, split=stage >= 3))
+  trained, frozen = trees.split(params, is_trained)
+  tx = optimizer.make_optimizer(config.optim, trained, total_steps)
+  init_state = functools.partial(training_state.init_state, optimizer=tx)
+  state = jax.eval_shape(init_state, trained)
+  placement = zero.state_shardings(mesh, state, stage)
+  common = {"graphdef": graphdef, "mesh": mesh, "chunk": meshes.head_chunk(mesh)}
+  train_step = functools.partial(
+    train_step,
+    optimizer=tx,
+    learning_rate=optimizer.learning_rates(config.optim, total_steps)["base"],
+    accumulation=config.grad_accumulation,
+    constrain_gradients=lambda tree: zero.constrain_gradients(mesh, tree, stage),
+    **common,
+  )
+  return Program(
+    graphdef=graphdef,
+    params=params,
+    state=meshes.place(state, placement),
+    frozen=frozen,
+    init_state=jax.jit(init_state, out_shardings=placement, donate_argnums=0),
+    train_step=jax.jit(
+      train_step, donate_argnums=0, out_shardings=(placement, meshes.replicated(mesh))
+    ),
+    eval_step=jax.jit(
+      functools.partial(eval_step, **common),
+      static_argnames="max_segments",
+      out_shardings=meshes.replicated(mesh),
+    ),
+  )
+
+
+def abstract_rows(
+  model: ModelConfig, mesh: jax.sharding.Mesh, rows: int, length: int, images: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of a batch as `data.pipeline` makes it, see ARCHITECTURE.md, "Rows"."""
+  names = ("tokens", "positions", "segments", "branches", "targets", "image_slots")
+  size = model.vision.image_size
+  shapes = {
+    **dict.fromkeys(names, ((rows, length), jnp.int32)),
+    "weights": ((rows, length), jnp.float32),
+    "images": ((rows, images, size, size, 3), jnp.uint8),
+  }
+  sharding = meshes.batch_sharding(mesh)
+  return {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    for name, (shape, dtype) in shapes.items()
+  }
