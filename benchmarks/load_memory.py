@@ -75,7 +75,7 @@ def load_checkpoint(gigabytes: float, directory: str) -> None:
   config = model_config(gigabytes)
   opened = source.Source(config, None, None, None, None, tensors.find_tensors(directory))
   _, abstract = vlm.abstract_params(config)
-  mesh = meshes.make_mesh(argparse.Namespace(data=-1, fsdp=1))
+  mesh = meshes.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
   place = jax.tree.map(lambda _: meshes.replicated(mesh), abstract)
   before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
   params = jax.block_until_ready(load.load_params(opened, meshes.place(abstract, place)))

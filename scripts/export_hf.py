@@ -32,7 +32,7 @@ def export_run(run: str, output: str, dtype: str | None) -> None:
   opened = source.open_source(ConfigDict({**shared().model, "init_from": run}))
   param_dtype = source.run_config(run)["model"]["param_dtype"]
   _, abstract = vlm.abstract_params(opened.config, param_dtype=param_dtype)
-  mesh = meshes.make_mesh(ConfigDict({"data": 1, "fsdp": -1}))
+  mesh = meshes.make_mesh(ConfigDict({"data": 1, "fsdp": -1, "tensor": 1}))
   abstract = meshes.place(abstract, zero.shardings(mesh, abstract, split=True))
   params = load.load_params(opened, abstract)
   export.export_model(opened, params, output, dtype=np.dtype(dtype) if dtype else None)

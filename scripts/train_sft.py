@@ -27,6 +27,7 @@ def train_and_evaluate(c, workdir: str) -> None:
     raise InputError("several processes are not supported yet; start one process per run")
   source.absolute_paths(c.model)
   mesh = meshes.make_mesh(c.mesh)
+  meshes.check_batch(c.batch_size, c.grad_accumulation, c.data.pack, mesh)
   resumes = run_directory.open_run(workdir, c)
   model_source = source.open_source(c.model, c.data.image_aspect)
   if resumes:

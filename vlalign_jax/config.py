@@ -86,6 +86,7 @@ def shared() -> ConfigDict:
   c.mesh.zero_stage = 0
   c.mesh.data = -1  # -1: what the other axes leave
   c.mesh.fsdp = 1
+  c.mesh.tensor = 1
   return c
 
 

@@ -11,27 +11,29 @@ import re
 import sys
 
 import jax
-import numpy as np
 
 from tests import reference
 from vlalign_jax import trees
 from vlalign_jax.config import defaults
-from vlalign_jax.models import vlm
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.sharding import zero
+from vlalign_jax.sharding import rules
 from vlalign_jax.steps import sft
 from vlalign_jax.training import optimizer
-from vlalign_jax.training import state as training_state
 from vlalign_jax.weights import load, source
 
-STEPS, ROWS, LENGTH = 3, 16, 52
-# Name -> (data, fsdp, ZeRO stage, micro-batches).
+STEPS, ROWS, LENGTH = 10, 16, 52
+# Name -> (data, fsdp, tensor, ZeRO stage, micro-batches, whether the language model is trained).
 RUNS = {
-  "one device": (1, 1, 0, 1),
-  "stage 0": (2, 4, 0, 1),
-  "stage 1": (2, 4, 1, 1),
-  "stage 2": (2, 4, 2, 2),
-  "stage 3": (2, 4, 3, 2),
+  "one device": (1, 1, 1, 0, 1, True),
+  "stage 0": (2, 4, 1, 0, 1, True),
+  "stage 1": (2, 4, 1, 1, 1, True),
+  "stage 2": (2, 4, 1, 2, 2, True),
+  "stage 3": (2, 4, 1, 3, 2, True),
+  "stage 3, tensor": (1, 4, 2, 3, 2, True),
+  "stage 1, tensor": (2, 2, 2, 1, 1, True),
+  "one device, frozen": (1, 1, 1, 0, 1, False),
+  "stage 3, frozen": (2, 4, 1, 3, 2, False),
+  "stage 3, tensor, frozen": (1, 4, 2, 3, 1, False),
 }
 
 
@@ -67,42 +69,32 @@ def moved(program: str) -> list[list[int]]:
   return shapes
 
 
-def run(opened, data: int, fsdp: int, stage: int, accumulation: int) -> dict:
+def run(
+  opened, data: int, fsdp: int, tensor: int, stage: int, accumulation: int, language: bool
+) -> dict:
   c = defaults("sft")
-  c.mesh.update(data=data, fsdp=fsdp)
+  c.mesh.update(data=data, fsdp=fsdp, tensor=tensor, zero_stage=stage)
+  c.train.language = language
+  c.grad_accumulation = accumulation
+  c.model.update(dtype="float32", remat="none")
   c.optim.update(learning_rate=3e-3, warmup=0.0, weight_decay=0.1)
-  mesh = meshes.make_mesh(c.mesh, jax.devices()[: data * fsdp])
-  graphdef, abstract = vlm.abstract_params(opened.config, mesh=mesh)
-  abstract = meshes.place(abstract, zero.shardings(mesh, abstract, split=stage >= 3))
-  params = load.load_params(opened, abstract)
+  mesh = meshes.make_mesh(c.mesh, jax.devices()[: data * fsdp * tensor])
+  program = sft.make_program(c, opened.config, mesh, STEPS)
+  params = load.load_params(opened, program.params)
   trained, frozen = trees.split(params, functools.partial(optimizer.is_trained, train=c.train))
-  tx = optimizer.make_optimizer(c.optim, trained, STEPS)
-  init_state = functools.partial(training_state.init_state, optimizer=tx)
-  placement = zero.state_shardings(mesh, jax.eval_shape(init_state, trained), stage)
-  state = jax.jit(init_state, out_shardings=placement)(trained)
-  step = functools.partial(
-    sft.train_step,
-    graphdef=graphdef,
-    optimizer=tx,
-    learning_rate=optimizer.learning_rates(c.optim, STEPS)["base"],
-    accumulation=accumulation,
-    mesh=mesh,
-    chunk=16,
-    constrain_gradients=lambda tree: zero.constrain_gradients(mesh, tree, stage),
-  )
-  step = jax.jit(step, donate_argnums=0, out_shardings=(placement, meshes.replicated(mesh)))
+  state = program.init_state(trained)
   rows = meshes.to_device(mesh, make_batch(opened.config))
-  program = step.lower(state, frozen, rows).compile().as_text()
+  step = program.train_step.lower(state, frozen, rows).compile()
   logged = []
   for _ in range(STEPS):
     state, metrics = step(state, frozen, rows)
     logged.append(jax.device_get(metrics))
-  norms = [np.linalg.norm(leaf) for leaf in jax.tree.leaves(jax.device_get(state.params))]
+  trained = trees.flatten(jax.device_get(state.params))
   return {
     "loss": [float(metrics["loss"]) for metrics in logged],
     "grad_norm": [float(metrics["grad_norm"]) for metrics in logged],
-    "param_norms": [float(norm) for norm in norms],
-    "moved": moved(program),
+    "params": {path: leaf.tolist() for path, leaf in trained.items()},
+    "moved": moved(step.as_text()),
     "share": {
       "trained": share_of_one_device(state.params),
       "frozen": share_of_one_device(frozen),
@@ -112,7 +104,7 @@ def run(opened, data: int, fsdp: int, stage: int, accumulation: int) -> dict:
 
 
 def main(directory: str) -> None:
-  zero.MIN_SIZE = 32  # a tiny model has nothing as large as the true limit
+  rules.MIN_SIZE = 32  # a tiny model has nothing as large as the true limit
   opened = source.open_source(reference.model_group(init_from=directory))
   runs = {name: run(opened, *options) for name, options in RUNS.items()}
   print(json.dumps(runs | {"layers": opened.config.language.layers}))

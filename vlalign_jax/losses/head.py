@@ -49,13 +49,13 @@ def _is_target(logits, targets):
   return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[:, :, None]
 
 
-def as_it_is(kernel):
-  """Leaves the kernel where it is."""
-  return kernel
+def as_it_is(x):
+  """Leaves an array where it is."""
+  return x
 
 
 def cross_entropy_sum(
-  hidden, kernel, targets, weights, *, shards: int = 1, chunk: int = 128, gather=as_it_is
+  hidden, kernel, targets, weights, *, shards: int = 1, chunk: int = 128, place=as_it_is
 ):
   """Weighted sum of next-token cross-entropies, differentiable in `hidden` and `kernel`.
 
@@ -66,26 +66,27 @@ def cross_entropy_sum(
     weights: float32[B, T]; positions with weight 0 cost nothing.
     shards: over how many devices B is split; B rows fall into this many contiguous blocks.
     chunk: positions per shard whose logits exist at a time.
-    gather: kernel -> kernel, brings a split kernel together before the loop over chunks.
+    place: array -> array, puts the kernel [D, V] and what comes of it [shards, .., V] where they
+      shall be over devices; a kernel that ZeRO splits is brought together before the loop.
 
   Returns:
     float32[], sum over positions of -weight * log softmax(hidden @ kernel)[target].
   """
-  return _cross_entropy_sum(hidden, kernel, targets, weights, shards, chunk, gather)
+  return _cross_entropy_sum(hidden, kernel, targets, weights, shards, chunk, place)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _cross_entropy_sum(hidden, kernel, targets, weights, shards, chunk, gather):
+def _cross_entropy_sum(hidden, kernel, targets, weights, shards, chunk, place):
   losses, _ = token_statistics(
-    hidden, kernel, targets, weights, shards=shards, chunk=chunk, gather=gather
+    hidden, kernel, targets, weights, shards=shards, chunk=chunk, place=place
   )
   return jnp.sum(losses * weights)
 
 
-def _forward(hidden, kernel, targets, weights, shards, chunk, gather):
+def _forward(hidden, kernel, targets, weights, shards, chunk, place):
   with_kernel = kernel.perturbed
   shape, kernel_dtype = hidden.value.shape, kernel.value.dtype
-  kernel = gather(kernel.value.astype(hidden.value.dtype))
+  kernel = place(kernel.value.astype(hidden.value.dtype))
   hidden, targets, weights, order, chunks = _compact(
     hidden.value, targets.value, weights.value, shards, chunk
   )
@@ -94,7 +95,7 @@ def _forward(hidden, kernel, targets, weights, shards, chunk, gather):
     total, hidden_grad, kernel_grad = carry
     start = i * chunk
     h, t, w = (_slice(x, start, chunk) for x in (hidden, targets, weights))
-    logits = _logits(h, kernel)
+    logits = place(_logits(h, kernel))
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     is_target = _is_target(logits, t)
     target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
@@ -108,7 +109,9 @@ def _forward(hidden, kernel, targets, weights, shards, chunk, gather):
       kernel_grad += jnp.einsum("SCD,SCV->SDV", h, grad, preferred_element_type=jnp.float32)
     return total, hidden_grad, kernel_grad
 
-  kernel_grad = jnp.zeros((shards, *kernel.shape) if with_kernel else (), jnp.float32)
+  kernel_grad = jnp.zeros((), jnp.float32)
+  if with_kernel:
+    kernel_grad = place(jnp.zeros((shards, *kernel.shape), jnp.float32))
   carry = (jnp.zeros((), jnp.float32), jnp.zeros_like(hidden), kernel_grad)
   total, hidden_grad, kernel_grad = jax.lax.fori_loop(0, chunks, body, carry)
   hidden_grad = _gather(hidden_grad, jnp.argsort(order, axis=1)).reshape(shape)
@@ -116,8 +119,8 @@ def _forward(hidden, kernel, targets, weights, shards, chunk, gather):
   return total, (hidden_grad, kernel_grad)
 
 
-def _backward(shards, chunk, gather, residuals, cotangent):
-  del shards, chunk, gather
+def _backward(shards, chunk, place, residuals, cotangent):
+  del shards, chunk, place
   hidden_grad, kernel_grad = residuals
   return (
     hidden_grad * cotangent.astype(hidden_grad.dtype),
@@ -131,26 +134,26 @@ _cross_entropy_sum.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def token_statistics(
-  hidden, kernel, targets, weights, *, shards: int = 1, chunk: int = 128, gather=as_it_is
+  hidden, kernel, targets, weights, *, shards: int = 1, chunk: int = 128, place=as_it_is
 ):
   """Cross-entropy and greedy correctness of each weighted position, without gradient.
 
   Args:
-    hidden, kernel, targets, weights, shards, chunk, gather: as in `cross_entropy_sum`.
+    hidden, kernel, targets, weights, shards, chunk, place: as in `cross_entropy_sum`.
 
   Returns:
     float32[B, T] cross-entropies and bool[B, T] whether the target is the argmax; 0 and False where
     the weight is 0.
   """
   shape = targets.shape
-  kernel = gather(kernel.astype(hidden.dtype))
+  kernel = place(kernel.astype(hidden.dtype))
   hidden, targets, weights, order, chunks = _compact(hidden, targets, weights, shards, chunk)
 
   def body(i, carry):
     losses, correct = carry
     start = i * chunk
     h, t, w = (_slice(x, start, chunk) for x in (hidden, targets, weights))
-    logits = _logits(h, kernel)
+    logits = place(_logits(h, kernel))
     target_logits = jnp.sum(jnp.where(_is_target(logits, t), logits, 0.0), axis=-1)
     loss = jax.nn.logsumexp(logits, axis=-1) - target_logits
     right = jnp.argmax(logits, axis=-1) == t

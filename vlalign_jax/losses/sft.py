@@ -13,7 +13,7 @@ def loss(hidden, kernel, rows, **chunking):
     hidden: float[B, T, D] of the model.
     kernel: float[D, V] of the output head.
     rows: dict with `targets` int32[B, T] and `weights` float32[B, T].
-    **chunking: shards, chunk and gather of `head.cross_entropy_sum`.
+    **chunking: shards, chunk and place of `head.cross_entropy_sum`.
 
   Returns:
     (float32[] sum, float32[] count); the step divides one by the other.

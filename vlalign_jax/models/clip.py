@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vlalign_jax.models import activations, attention, stack
-from vlalign_jax.sharding.mesh import constrain_rows, row_blocks
+from vlalign_jax.sharding.mesh import constrain_rows, constrain_tensor, row_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +47,13 @@ class VisionAttention(nnx.Module):
     self.value = linear(config.width, config.width, rngs=rngs)
     self.out = linear(config.width, config.width, rngs=rngs)
 
-  def __call__(self, x, shards):
-    heads = (*x.shape[:-1], self.heads, -1)
-    mixed = attention.attend(
-      self.query(x).reshape(heads),
-      self.key(x).reshape(heads),
-      self.value(x).reshape(heads),
-      shards=shards,
-    )
-    return self.out(mixed.reshape(x.shape))
+  def __call__(self, x, mesh):
+    def heads(projected):
+      return constrain_tensor(projected.reshape(*x.shape[:-1], self.heads, -1), mesh, axis=2)
+
+    query, key, value = (heads(part(x)) for part in (self.query, self.key, self.value))
+    mixed = attention.attend(query, key, value, shards=row_blocks(mesh))
+    return self.out(constrain_tensor(mixed, mesh, axis=2).reshape(x.shape))
 
 
 class VisionMlp(nnx.Module):
@@ -64,8 +62,9 @@ class VisionMlp(nnx.Module):
     self.up = linear(config.width, config.mlp_width, rngs=rngs)
     self.down = linear(config.mlp_width, config.width, rngs=rngs)
 
-  def __call__(self, x):
-    return self.down(activations.ACTIVATIONS[self.activation](self.up(x)))
+  def __call__(self, x, mesh):
+    hidden = constrain_tensor(self.up(x), mesh, axis=2)
+    return self.down(activations.ACTIVATIONS[self.activation](hidden))
 
 
 class VisionLayer(nnx.Module):
@@ -75,9 +74,9 @@ class VisionLayer(nnx.Module):
     self.mlp_norm = norm(config.width, rngs=rngs)
     self.mlp = VisionMlp(config, linear, rngs)
 
-  def __call__(self, x, shards):
-    x = x + self.attention(self.attention_norm(x), shards)
-    return x + self.mlp(self.mlp_norm(x))
+  def __call__(self, x, mesh):
+    x = x + self.attention(self.attention_norm(x), mesh)
+    return x + self.mlp(self.mlp_norm(x), mesh)
 
 
 class VisionTower(nnx.Module):
@@ -135,11 +134,11 @@ class VisionTower(nnx.Module):
     x = jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(self.dtype)
     x = self.input_norm(x)
 
-    several, shards = len(config.feature_layers) > 1, row_blocks(mesh)
+    several = len(config.feature_layers) > 1
     hidden = [x] if 0 in config.feature_layers else [None]
     if config.layers:
       last, outputs = stack.run_stack(
-        self.layers, x, lambda layer, x: layer(x, shards), remat=remat, mesh=mesh, collect=several
+        self.layers, x, lambda layer, x: layer(x, mesh), remat=remat, mesh=mesh, collect=several
       )
       # Without `several` only the last output exists, and it is the one that is asked for.
       hidden += [None] * (config.layers - 1) + [last] if not several else list(outputs)

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vlalign_jax.models import activations, attention, rope, stack
-from vlalign_jax.sharding.mesh import constrain_rows, row_blocks
+from vlalign_jax.sharding.mesh import constrain_rows, constrain_tensor, row_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +37,17 @@ class LanguageAttention(nnx.Module):
     self.value = linear(config.width, config.kv_heads * config.head_dim, rngs=rngs)
     self.out = linear(config.heads * config.head_dim, config.width, rngs=rngs)
 
-  def __call__(self, x, rotation, segments, branches, shards):
+  def __call__(self, x, rotation, segments, branches, mesh):
     B, T, _ = x.shape
-    split = (B, T, -1, self.head_dim)
-    query = rope.rotate(self.query(x).reshape(split), *rotation)
-    key = rope.rotate(self.key(x).reshape(split), *rotation)
-    value = self.value(x).reshape(split)
-    mixed = attention.attend(query, key, value, segments, branches, shards=shards)
-    return self.out(mixed.reshape(B, T, -1))
+
+    def heads(projected):
+      return constrain_tensor(projected.reshape(B, T, -1, self.head_dim), mesh, axis=2)
+
+    query = rope.rotate(heads(self.query(x)), *rotation)
+    key = rope.rotate(heads(self.key(x)), *rotation)
+    value = heads(self.value(x))
+    mixed = attention.attend(query, key, value, segments, branches, shards=row_blocks(mesh))
+    return self.out(constrain_tensor(mixed, mesh, axis=2).reshape(B, T, -1))
 
 
 class LanguageMlp(nnx.Module):
@@ -55,8 +58,9 @@ class LanguageMlp(nnx.Module):
     self.up = linear(config.width, config.mlp_width, rngs=rngs)
     self.down = linear(config.mlp_width, config.width, rngs=rngs)
 
-  def __call__(self, x):
-    return self.down(activations.ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+  def __call__(self, x, mesh):
+    gate, up = (constrain_tensor(part(x), mesh, axis=2) for part in (self.gate, self.up))
+    return self.down(activations.ACTIVATIONS[self.activation](gate) * up)
 
 
 class LanguageLayer(nnx.Module):
@@ -66,9 +70,9 @@ class LanguageLayer(nnx.Module):
     self.mlp_norm = norm(config.width, rngs=rngs)
     self.mlp = LanguageMlp(config, linear, rngs)
 
-  def __call__(self, x, rotation, segments, branches, shards):
-    x = x + self.attention(self.attention_norm(x), rotation, segments, branches, shards)
-    return x + self.mlp(self.mlp_norm(x))
+  def __call__(self, x, rotation, segments, branches, mesh):
+    x = x + self.attention(self.attention_norm(x), rotation, segments, branches, mesh)
+    return x + self.mlp(self.mlp_norm(x), mesh)
 
 
 class LanguageModel(nnx.Module):
@@ -104,11 +108,10 @@ class LanguageModel(nnx.Module):
     Returns:
       [B, T, D] in the model's dtype.
     """
-    shards = row_blocks(mesh)
     rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
 
     def call(layer, x):
-      return layer(x, rotation, segments, branches, shards)
+      return layer(x, rotation, segments, branches, mesh)
 
     x, _ = stack.run_stack(self.layers, x, call, remat=remat, mesh=mesh)
     return self.norm(constrain_rows(x, mesh))

@@ -16,7 +16,9 @@ def split_rows(rows, parts: int):
   return jax.tree.map(split, rows)
 
 
-def sum_gradients(loss, params, rows, parts: int, mesh: Mesh | None = None):
+def sum_gradients(
+  loss, params, rows, parts: int, mesh: Mesh | None = None, constrain=lambda gradients: gradients
+):
   """Value and gradient of a loss that is a sum, over micro-batches one after the other.
 
   Args:
@@ -25,11 +27,17 @@ def sum_gradients(loss, params, rows, parts: int, mesh: Mesh | None = None):
     rows: dict of arrays whose first axis is a multiple of `parts`.
     parts: number of micro-batches.
     mesh: over which rows are split.
+    constrain: gradient tree -> tree, places gradients over devices.
 
   Returns:
     (sum, dict of sums, gradient tree of the sum in float32 if parts > 1).
   """
-  gradient = jax.value_and_grad(loss, has_aux=True)
+  value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+  def gradient(params, rows):
+    value, grads = value_and_grad(params, rows)
+    return value, constrain(grads)
+
   if parts == 1:
     (total, sums), grads = gradient(params, rows)
     return total, sums, grads
@@ -43,5 +51,5 @@ def sum_gradients(loss, params, rows, parts: int, mesh: Mesh | None = None):
   shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], rows))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
   (total, sums), grads = zeros
-  carry, _ = jax.lax.scan(body, (total, sums, grads), rows)
+  carry, _ = jax.lax.scan(body, (total, sums, constrain(grads)), rows)
   return carry

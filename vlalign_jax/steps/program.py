@@ -54,6 +54,7 @@ def make_program(
     total_steps: updates of the whole run.
     train_step, eval_step: of the stage, with the arguments of those in `steps.sft`.
   """
+  meshes.check_heads(mesh, model.language.heads, model.language.kv_heads)
   stage = config.mesh.zero_stage
   graphdef, abstract = abstract_params(
     model,

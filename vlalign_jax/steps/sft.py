@@ -16,8 +16,8 @@ from vlalign_jax.training import state as training_state
 
 def chunking(mesh: Mesh | None, chunk: int) -> dict:
   """How the output head goes through rows that are split over a mesh."""
-  gather = functools.partial(meshes.constrain_replicated, mesh=mesh)
-  return {"shards": meshes.row_blocks(mesh), "chunk": chunk, "gather": gather}
+  place = functools.partial(meshes.constrain_vocabulary, mesh=mesh)
+  return {"shards": meshes.row_blocks(mesh), "chunk": chunk, "place": place}
 
 
 def make_loss(graphdef, frozen, *, mesh: Mesh | None = None, chunk: int = 128):
@@ -62,8 +62,9 @@ def train_step(
     (next state, dict of float32[] metrics).
   """
   loss = make_loss(graphdef, frozen, mesh=mesh, chunk=chunk)
-  total, sums, grads = accumulate.sum_gradients(loss, state.params, rows, accumulation, mesh)
-  grads = constrain_gradients(grads)
+  total, sums, grads = accumulate.sum_gradients(
+    loss, state.params, rows, accumulation, mesh, constrain_gradients
+  )
   count = jnp.maximum(sums["tokens"], 1.0)
   rate = learning_rate(state.step - state.skipped)
   grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)

@@ -21,6 +21,7 @@ HARMLESS = (
   "mesh.zero_stage",
   "mesh.data",
   "mesh.fsdp",
+  "mesh.tensor",
 )
 
 
