@@ -423,7 +423,12 @@ def test_bad_choice_of_model(train, records, model):
 
 def test_mesh_that_does_not_fit(train, records):
   settings = {"mesh.data": 3, "mesh.fsdp": 7}
-  _fails(["mesh.data=3 and mesh.fsdp=7 do not make", "sizes that do"], train, records, **settings)
+  _fails(
+    ["mesh.data=3, mesh.fsdp=7, mesh.tensor=1 make 21 devices, and there are", "whose product is"],
+    train,
+    records,
+    **settings,
+  )
 
 
 def test_unknown_template(train, records):
