@@ -10,7 +10,7 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
-from vlalign_jax import cli, config, trees
+from vlalign_jax import cli, config, storage, trees
 from vlalign_jax.data import sft as data
 from vlalign_jax.errors import InputError
 from vlalign_jax.sharding import mesh as meshes
@@ -46,18 +46,20 @@ def train_and_evaluate(c, workdir: str) -> None:
   program = steps.make_program(c, model_source.config, mesh, total_steps)
 
   # --- The newest checkpoint, or the weights to start from ---
-  manager = checkpoints.open_checkpoints(workdir, c.keep)
+  manager = checkpoints.open_checkpoints(workdir, c.keep, c.keep_best, c.best_metric)
   restored = checkpoints.restore_newest(manager, program.state)
   is_trained = functools.partial(optimizer.is_trained, train=c.train)
   load_params = functools.partial(load.load_params, model_source, program.params, c.seed)
   if restored is None:
-    export.save_model_files(model_source, f"{workdir}/model", c.model.param_dtype, c.data.template)
+    if jax.process_index() == 0:
+      with storage.written(f"{workdir}/model") as directory:
+        export.save_model_files(model_source, directory, c.model.param_dtype, c.data.template)
     pin.write(model_source, workdir)
     state = program.init_state(load_params(wanted=is_trained))
     progress = {"bad_records": 0, "plan": train.identity}
   else:
     state, progress = restored
-    run_directory.check_plan(progress["plan"], train.identity, workdir)
+    run_directory.check_progress(progress, c, train.identity, workdir)
     logging.info("going on from step %d of %d", progress["step"], total_steps)
     if progress["step"] >= total_steps:
       logging.info("%s is finished: all %d steps are done", workdir, total_steps)

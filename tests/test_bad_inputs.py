@@ -16,6 +16,7 @@ import pytest
 
 from scripts import export_hf, train_sft
 from tests import checkpoints, sft_run
+from vlalign_jax import storage
 from vlalign_jax.data import sft as data
 from vlalign_jax.errors import InputError
 from vlalign_jax.training import loop
@@ -452,8 +453,11 @@ def test_workdir_that_cannot_be_written(model, records, tmp_path):
 def test_workdir_that_is_a_url(model, records, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   config = sft_run.make_config(model, sft_run.write_json(tmp_path / "data" / "train.json", records))
-  expected = ["--workdir gs://bucket/run is a URL", "mount the storage"]
+  monkeypatch.setattr(storage, "_MODULES", ("gcsfs_that_is_missing",))
+  expected = ["--workdir gs://bucket/run needs libraries", "pip install gcsfs google-cloud-storage"]
   _fails(expected, train_sft.train_and_evaluate, config, "gs://bucket/run")
+  expected = ["--workdir ftp://host/run: only gs:// is supported", "mount other storage"]
+  _fails(expected, train_sft.train_and_evaluate, config, "ftp://host/run")
   assert os.listdir(tmp_path) == ["data"]  # makedirs would take gs: for a directory
 
 

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict, config_dict
 
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.stack import REMAT_NAMES
+from vlalign_jax.training.preservation import HIGHER_IS_BETTER
 
 DTYPES = ("float32", "bfloat16")
 SCHEDULES = (
@@ -31,6 +32,8 @@ def shared() -> ConfigDict:
   c.eval_every = 0  # 0: at the end only
   c.save_every = 500  # 0: at the end only
   c.keep = 2  # newest checkpoints that are kept
+  c.keep_best = 0  # best checkpoints that are kept besides; each evaluation is then saved
+  c.best_metric = "eval/loss"  # what makes the best
 
   c.model = ConfigDict()
   c.model.init_from = ""  # a LLaVA directory or a run directory; or else both of:
@@ -157,6 +160,7 @@ def check_shared(config: ConfigDict) -> None:
     InputError: names the key, its value and what it may be.
   """
   choices = {
+    "best_metric": tuple(HIGHER_IS_BETTER),
     "model.dtype": DTYPES,
     "model.param_dtype": DTYPES,
     "model.remat": REMAT_NAMES,
@@ -169,6 +173,7 @@ def check_shared(config: ConfigDict) -> None:
     "grad_accumulation": 1,
     "log_every": 1,
     "keep": 1,
+    "keep_best": 0,
     "steps": 0,
     "eval_every": 0,
     "save_every": 0,
@@ -202,6 +207,16 @@ def check_shared(config: ConfigDict) -> None:
     raise InputError("config.data.train is empty; name a LLaVA-format JSON file")
   if config.data.eval_samples and not config.data.eval:
     raise InputError("config.data.eval_samples is given, and config.data.eval is empty; name files")
+  if config.keep_best and not (config.data.eval or config.data.eval_fraction):
+    raise InputError(
+      f"config.keep_best is {config.keep_best}, and nothing is evaluated; give config.data.eval or "
+      "config.data.eval_fraction"
+    )
+  if config.keep_best and not config.eval_every:
+    raise InputError(
+      f"config.keep_best is {config.keep_best}, and config.eval_every is 0: only the end is "
+      "evaluated; set it"
+    )
   if not any(config.train[part] for part in ("vision", "projector", "language", "embeddings")):
     raise InputError("nothing to train: set one of config.train.vision, .projector, .language")
 

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from vlalign_jax.errors import InputError
-from vlalign_jax.training import checkpoints
+from vlalign_jax.training import checkpoints, damage
 from vlalign_jax.training.state import TrainState
 
 pytestmark = [
@@ -66,7 +66,7 @@ def _restore_newest(run):
 
 def _restore_params(run):
   leaf = _abstract().params["a"]["kernel"]
-  step = checkpoints.newest_step(str(run))
+  step = checkpoints.find_step(str(run), checkpoints.NEWEST, "eval/loss")
   wanted = {"a/kernel": leaf, "b": leaf}
   placement = dict.fromkeys(wanted, leaf.sharding)
   return checkpoints.restore_params(str(run), step, wanted, placement)
@@ -136,7 +136,7 @@ def test_a_good_one_that_cannot_be_read_stays(run, monkeypatch, name):
   def fail(*_, **__):
     raise failure
 
-  monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+  monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", fail)
   monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
   for restore in (_restore_newest, _restore_params):
     with pytest.raises(InputError) as caught:
@@ -152,7 +152,7 @@ def test_a_failing_device_is_no_damage(run, monkeypatch):
   def fail(*_, **__):
     raise failure
 
-  monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+  monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", fail)
   with pytest.raises(jax.errors.JaxRuntimeError) as caught:
     _restore_newest(run)
   assert caught.value is failure
@@ -167,7 +167,7 @@ def test_what_may_not_be_listed_is_no_damage(run, monkeypatch):
       raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
     return listdir(path)
 
-  monkeypatch.setattr(checkpoints.os, "listdir", refuse)
+  monkeypatch.setattr(damage.os, "listdir", refuse)
   with pytest.raises(InputError, match="checkpoints/2 may not be read: .*params"):
     _restore_newest(run)
 

@@ -1,31 +1,51 @@
 """Orbax checkpoints of a run: what moves, how far the data is, and where to go on.
 
-A checkpoint is written beside its place and renamed when whole, so that what stands under
-`checkpoints/STEP` is complete. It holds three items: `params` (the trained parameters only; the
-frozen ones are read from where the run took them), `optimizer` (everything else of the state) and
-`progress` (JSON: step, data position, counters, what the whole run was planned for).
+A checkpoint is written beside its place and renamed when whole (in a bucket: marked when whole), so
+that what counts as `checkpoints/STEP` is complete. It holds three items: `params` (the trained
+parameters only; the frozen ones are read from where the run took them), `optimizer` (everything
+else of the state) and `progress` (JSON: step, data position, counters, the config, what the whole
+run was planned for, the metrics of an evaluation at this step).
+
+With several processes, all call these functions, each reads and writes its own shards, and all go
+on from the same step: one that no process fails to read.
 """
 
-import contextlib
-import os
-
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
-from vlalign_jax import trees
+from vlalign_jax import storage, trees
 from vlalign_jax.errors import InputError
+from vlalign_jax.training import preservation
+from vlalign_jax.training.damage import Damaged, reading
 from vlalign_jax.training.state import TrainState
 
+DIRECTORY = "checkpoints"
+NEWEST, BEST = "newest", "best"
 
-def open_checkpoints(workdir: str, keep: int) -> ocp.CheckpointManager:
-  """The run's checkpoints, of which the `keep` newest stay; leftovers of a killed save go."""
+
+def open_checkpoints(
+  workdir: str, keep: int, keep_best: int = 0, best_metric: str = "eval/loss"
+) -> ocp.CheckpointManager:
+  """The run's checkpoints; leftovers of a killed save go.
+
+  Args:
+    workdir: the run directory.
+    keep: how many of the newest stay.
+    keep_best: how many of the best stay, besides.
+    best_metric: what makes the best, see `preservation.HIGHER_IS_BETTER`.
+  """
+  directory = epath.Path(storage.absolute(workdir)) / DIRECTORY
   return ocp.CheckpointManager(
-    os.path.join(os.path.abspath(workdir), "checkpoints"),
+    directory,
     item_names=("params", "optimizer", "progress"),
     options=ocp.CheckpointManagerOptions(
-      max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+      preservation_policy=preservation.NewestAndBest(directory, keep, keep_best, best_metric),
+      cleanup_tmp_directories=True,
+      enable_async_checkpointing=True,
     ),
   )
 
@@ -35,7 +55,14 @@ def _without_params(state: TrainState):
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: TrainState, progress: dict) -> None:
-  """Starts writing a checkpoint; it is whole once `manager.wait_until_finished` returns."""
+  """Starts writing a checkpoint; it is whole once `manager.wait_until_finished` returns.
+
+  Args:
+    manager: from `open_checkpoints`.
+    step: of the state.
+    state: what is to be saved.
+    progress: goes through JSON; `metrics`, where it has them, decide whether this is a best one.
+  """
   for later in manager.all_steps():
     if later >= step:  # it could not be read, and Orbax saves nothing before its newest step
       _set_aside(manager, later)
@@ -46,71 +73,21 @@ def save(manager: ocp.CheckpointManager, step: int, state: TrainState, progress:
       optimizer=ocp.args.StandardSave(_without_params(state)),
       progress=ocp.args.JsonSave(progress),
     ),
+    metrics=progress.get("metrics"),
   )
 
 
 def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
   """Makes room where a damaged checkpoint stands, without deleting it."""
-  place = os.path.join(manager.directory, str(step))
-  aside = f"{manager.directory}-damaged-{step}"
-  while os.path.exists(aside):
-    aside += "-again"
   if jax.process_index() == 0:
-    os.rename(place, aside)
-    logging.warning("damaged checkpoint %s moved to %s", place, aside)
+    place = manager.directory / str(step)
+    name = f"{DIRECTORY}-damaged-{step}"
+    while (manager.directory.parent / name).exists():
+      name += "-again"
+    place.rename(manager.directory.parent / name)
+    logging.warning("damaged checkpoint %s moved to %s", place, manager.directory.parent / name)
+  multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
   manager.reload()
-
-
-class _Damaged(InputError):
-  """A checkpoint that cannot be read, however often it is tried."""
-
-
-# TensorStore's errors are ValueErrors that begin with a status; these may pass by themselves.
-_STORAGE_STATUS = (
-  "ABORTED",
-  "CANCELLED",
-  "DEADLINE_EXCEEDED",
-  "RESOURCE_EXHAUSTED",
-  "UNAUTHENTICATED",
-  "UNAVAILABLE",
-  "UNKNOWN",
-)
-
-
-@contextlib.contextmanager
-def _reading(place: str, mend: str = ""):
-  """Turns what reading the checkpoint at `place` raises into an InputError that names it.
-
-  It is `_Damaged`, with `mend`, only if neither rights, nor memory, nor the storage is the cause.
-  """
-  try:
-    with os.scandir(place) as items:  # Orbax takes what it may not list for missing
-      for item in items:
-        if item.is_dir():
-          os.listdir(item)
-    yield
-  except Exception as error:  # Orbax, TensorStore, epath, json and JAX all have their own
-    cause = error
-    while cause.__cause__:  # Orbax wraps TensorStore's errors
-      cause = cause.__cause__
-    reason = " ".join(str(cause).split())[:300]
-    device = isinstance(cause, jax.errors.JaxRuntimeError)
-    missing = isinstance(cause, FileNotFoundError | NotADirectoryError)
-    if isinstance(cause, MemoryError) or (device and "RESOURCE_EXHAUSTED" in reason):
-      raise InputError(
-        f"{place} does not fit into memory: {reason}; use more devices, and split what each of "
-        "them holds with mesh.zero_stage and mesh.fsdp"
-      ) from error
-    if device:
-      raise
-    if isinstance(cause, PermissionError) or reason.startswith("PERMISSION_DENIED"):
-      raise InputError(f"{place} may not be read: {reason}; give this user the right") from error
-    if (isinstance(cause, OSError) and not missing) or reason.startswith(_STORAGE_STATUS):
-      raise InputError(
-        f"{place} cannot be read now: {reason}; repeat the command when the storage is well, or "
-        "move this checkpoint away to use the one before"
-      ) from error
-    raise _Damaged(f"{place} cannot be read: {reason}{mend}") from error
 
 
 def restore_newest(
@@ -126,22 +103,20 @@ def restore_newest(
     InputError: all checkpoints are damaged; or the newest that is not cannot be read for want of
       rights or memory, or because the storage fails.
   """
-  steps = sorted(manager.all_steps(), reverse=True)
+  steps = _of_first_process(sorted(manager.all_steps(), reverse=True))
   for step in steps:
+    place, error = manager.directory / str(step), None
     try:
-      with _reading(os.path.join(manager.directory, str(step))):
-        found = manager.restore(
-          step,
-          args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(state.params),
-            optimizer=ocp.args.StandardRestore(_without_params(state)),
-            progress=ocp.args.JsonRestore(),
-          ),
-        )
-    except _Damaged as error:
-      logging.error("checkpoint %s", error)
-      continue
-    return TrainState(**{**found.optimizer, "params": found.params}), found.progress
+      with reading(str(place)):
+        found = _restore(place, state)
+    except Exception as caught:  # the other processes must hear of it, whatever it is
+      error = caught
+    failed = error is not None and not isinstance(error, Damaged)
+    if _anywhere(failed):
+      raise error if failed else InputError(f"{place}: another process cannot read it; see its log")
+    if not _anywhere(error is not None):
+      return found
+    logging.error("checkpoint %s", error or f"{place} cannot be read by another process")
   if steps:
     raise InputError(
       f"{manager.directory}: none of the checkpoints {steps} can be read; the log above says why. "
@@ -150,17 +125,71 @@ def restore_newest(
   return None
 
 
-def newest_step(workdir: str) -> int:
-  """The newest whole checkpoint of a run directory.
+def _restore(place: epath.Path, state: TrainState) -> tuple[TrainState, dict]:
+  # By the handlers, not the manager: that one waits for all processes, and one may fail alone.
+  progress = ocp.JsonCheckpointHandler().restore(place / "progress")
+  arrays = ocp.StandardCheckpointHandler()
+  params = arrays.restore(place / "params", args=ocp.args.StandardRestore(state.params))
+  rest = arrays.restore(place / "optimizer", args=ocp.args.StandardRestore(_without_params(state)))
+  return TrainState(**{**rest, "params": params}), progress
+
+
+def _of_first_process(steps: list[int]) -> list[int]:
+  """The list as process 0 has it."""
+  count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+  return multihost_utils.broadcast_one_to_all(np.resize(np.array(steps, np.int32), count)).tolist()
+
+
+def _anywhere(condition: bool) -> bool:
+  """Whether it holds in any process."""
+  return bool(multihost_utils.process_allgather(np.int32(condition)).any())
+
+
+def find_run(place: str) -> tuple[str, str] | None:
+  """What a place names: (run directory, "newest", "best" or a step); None if it is no run.
+
+  Args:
+    place: RUN_DIR, RUN_DIR/checkpoints/STEP or RUN_DIR/checkpoints/best.
+  """
+  place = place.rstrip("/")
+  if epath.Path(place, DIRECTORY).is_dir():
+    return place, NEWEST
+  parent, _, which = place.rpartition("/")
+  workdir, _, directory = parent.rpartition("/")
+  if directory == DIRECTORY and epath.Path(parent).is_dir():
+    return workdir or ".", which
+  return None
+
+
+def find_step(workdir: str, which: str, metric: str) -> int:
+  """The step of a whole checkpoint.
+
+  Args:
+    workdir: the run directory.
+    which: "newest", "best" or a step.
+    metric: what makes the best, see `preservation.HIGHER_IS_BETTER`.
 
   Raises:
     InputError: there is none.
   """
-  directory = os.path.join(workdir, "checkpoints")
-  steps = ocp.utils.checkpoint_steps(directory) if os.path.isdir(directory) else []
+  directory = epath.Path(storage.absolute(workdir)) / DIRECTORY
+  steps = sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
   if not steps:
-    raise InputError(f"{workdir}: no finished checkpoint under checkpoints/")
-  return max(steps)
+    raise InputError(f"{workdir}: no finished checkpoint under {DIRECTORY}/")
+  if which == NEWEST:
+    return steps[-1]
+  if which == BEST:
+    metrics = {step: preservation.metrics_of(directory / str(step)) for step in steps}
+    best = preservation.ranked(metrics, metric)
+    if not best:
+      raise InputError(
+        f"{workdir}: none of the checkpoints {steps} was saved with {metric}; name one of them, "
+        f"such as {workdir}/{DIRECTORY}/{steps[-1]} (config.keep_best keeps the best ones)"
+      )
+    return best[0]
+  if not which.isdigit() or int(which) not in steps:
+    raise InputError(f"{workdir}: no finished checkpoint {which!r}; there are {steps}")
+  return int(which)
 
 
 def restore_params(workdir: str, step: int, leaves: dict, placement: dict) -> dict[str, jax.Array]:
@@ -178,11 +207,11 @@ def restore_params(workdir: str, step: int, leaves: dict, placement: dict) -> di
   Raises:
     InputError: the checkpoint cannot be read, or has one of another shape.
   """
-  checkpoint = os.path.join(os.path.abspath(workdir), "checkpoints", str(step))
-  place = epath.Path(checkpoint) / "params"
+  checkpoint = epath.Path(storage.absolute(workdir)) / DIRECTORY / str(step)
+  place = checkpoint / "params"
   handler = ocp.PyTreeCheckpointHandler()
   mend = "; restore it, or move it away to use the checkpoint before"
-  with _reading(checkpoint, mend):
+  with reading(str(checkpoint), mend):
     stored = trees.flatten(handler.metadata(place).tree)
   item = {}
   for path, meta in stored.items():
@@ -197,5 +226,5 @@ def restore_params(workdir: str, step: int, leaves: dict, placement: dict) -> di
   item = trees.unflatten(item)
   restore_args = ocp.checkpoint_utils.construct_restore_args(item)
   args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-  with _reading(checkpoint, mend):
+  with reading(str(checkpoint), mend):
     return trees.flatten(handler.restore(place, args=args))

@@ -67,7 +67,7 @@ def run(
   """Trains from the state's step to `total_steps`.
 
   Args:
-    config: its log_every, eval_every, save_every.
+    config: its log_every, eval_every, save_every, keep_best; all of it goes into checkpoints.
     workdir: the run directory.
     stage: see `Stage`.
     state: where to begin.
@@ -86,6 +86,7 @@ def run(
   stop, first = Stop(), int(state.step)
   log, throughput = MetricLog(workdir, first, total_steps), Throughput()
   pending, bad_records = collections.deque(), progress["bad_records"]
+  measured = {}  # step -> metrics of the evaluation there, of the newest one
 
   def evaluated(step: int) -> bool:
     due = config.eval_every and step % config.eval_every == 0
@@ -115,12 +116,22 @@ def run(
     except InputError:  # bad evaluation data shall not cost what was trained
       save(step)
       raise
-    log.write(step, {f"eval/{key}": value for key, value in found.items()})
+    found = {f"eval/{key}": value for key, value in found.items()}
+    log.write(step, found)
+    measured.clear()
+    measured[step] = found
     throughput.rates()  # the time of evaluation is nobody's throughput
 
   def save(step: int) -> None:
     settle(0)
-    here = {"step": step, "bad_records": bad_records, "data": batches.get_state()}
+    log.flush()  # a checkpoint never knows of steps that the log does not
+    here = {
+      "step": step,
+      "bad_records": bad_records,
+      "data": batches.get_state(),
+      "config": config.to_dict(),
+      "metrics": measured.get(step, {}),
+    }
     checkpoints.save(manager, step, state, progress | here)
 
   saved = first
@@ -135,7 +146,9 @@ def run(
       settle(LAG)
       if evaluated(step):
         evaluate(step)
-      if config.save_every and step % config.save_every == 0 and step < total_steps:
+      due = config.save_every and step % config.save_every == 0
+      # The best checkpoint can only be one that was saved when it was evaluated.
+      if (due or (config.keep_best and step in measured)) and step < total_steps:
         save(step)
         saved = step
       if stop.asked:

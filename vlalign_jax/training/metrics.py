@@ -4,29 +4,42 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 
 import jax
+from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from vlalign_jax import storage
 from vlalign_jax.training import run_directory
+
+# A bucket takes files as a whole: seconds between copies of the log while nothing is saved.
+UPLOAD_EVERY = 60.0
 
 
 class MetricLog:
-  """Writes metrics as they come; what was logged before a crash and after `step` is replaced."""
+  """Writes metrics as they come; what was logged before a crash and after `step` is replaced.
+
+  If `workdir` is a URL, the files grow in a directory of this machine and are copied by `flush`.
+  """
 
   def __init__(self, workdir: str, step: int, total_steps: int):
     self._writes = jax.process_index() == 0
     if not self._writes:
       return
-    path = os.path.join(workdir, "metrics.jsonl")
-    run_directory.truncate_metrics(path, step)
+    self._workdir = workdir
+    self._copied = tempfile.TemporaryDirectory() if storage.is_url(workdir) else None
+    self._directory = self._copied.name if self._copied else workdir
+    path = os.path.join(self._directory, "metrics.jsonl")
+    storage.write(path, run_directory.metrics_until(epath.Path(workdir) / "metrics.jsonl", step))
     self._held: dict[str, float] = {}
     self._held_step = 0
     self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
-    self._board = SummaryWriter(workdir, purge_step=step + 1 if step else None)
+    self._board = SummaryWriter(self._directory, purge_step=step + 1 if step else None)
+    self._uploaded = time.monotonic()
     # A log file wants a line now and then, not ten a second.
     often = 0.1 if sys.stderr.isatty() else 30.0
     self._bar = tqdm(
@@ -61,15 +74,31 @@ class MetricLog:
     }
     if shown:
       self._bar.set_postfix(shown, refresh=False)
+    if self._copied and time.monotonic() > self._uploaded + UPLOAD_EVERY:
+      self.flush()
+
+  def flush(self) -> None:
+    """Brings all that was written to where it lasts."""
+    if not self._writes:
+      return
+    if self._held:  # what was to follow never came
+      self.write(self._held_step, {})
+    if not self._copied:
+      os.fsync(self._file.fileno())
+      return
+    self._board.flush()
+    storage.upload(self._directory, self._workdir)
+    self._uploaded = time.monotonic()
 
   def close(self) -> None:
     """Flushes and closes everything."""
     if self._writes:
-      if self._held:  # what was to follow never came
-        self.write(self._held_step, {})
+      self.flush()
       self._bar.close()
       self._board.close()
       self._file.close()
+      if self._copied:
+        self._copied.cleanup()
 
 
 class Throughput:

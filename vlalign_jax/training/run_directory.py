@@ -1,38 +1,41 @@
 """A run directory: made, checked against the config that is resumed with, and written to."""
 
 import json
-import os
 
 import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vlalign_jax import trees
+from vlalign_jax import config as configs
+from vlalign_jax import storage, trees
 from vlalign_jax.errors import InputError
 
-# What may change between a run and its resumption without changing what it computed so far.
+# What may change between a run and its resumption without changing what it computed so far, nor
+# which examples a step learns from.
 HARMLESS = (
   "log_every",
   "eval_every",
   "save_every",
   "keep",
+  "keep_best",
+  "best_metric",
   "data.workers",
   "data.on_bad_record",
+)
+# These change the order of sums besides, and so the last bits: a run may need them to fit on other
+# devices. Micro-batches are weighted by their tokens, so their number changes no more than that.
+ROUNDING = (
+  "grad_accumulation",
   "model.remat",
   "mesh.zero_stage",
   "mesh.data",
   "mesh.fsdp",
   "mesh.tensor",
+  "mesh.offload_optimizer",
 )
-
-
-def write_atomically(path: str, text: str) -> None:
-  """The file has either its old or its new content, whenever the process dies."""
-  partial = f"{path}.partial"
-  with open(partial, "w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
 
 
 def open_run(workdir: str, config: ConfigDict) -> bool:
@@ -43,38 +46,44 @@ def open_run(workdir: str, config: ConfigDict) -> bool:
 
   Raises:
     InputError: the directory is none or cannot be written to, holds a run with another config, or
-      a config.json that is no run's.
+      a config.json that is no run's; or the processes do not see the same directory.
   """
   if not workdir:
     raise InputError("--workdir is missing: the directory that this run is written to")
-  if "://" in workdir:
-    raise InputError(
-      f"--workdir {workdir} is a URL, which is not supported yet; mount the storage and give the "
-      "path there"
-    )
-  path = os.path.join(workdir, "config.json")
+  storage.check(workdir, "--workdir")
+  directory = epath.Path(workdir)
+  path = directory / "config.json"
   try:
-    os.makedirs(workdir, exist_ok=True)
-    stored = _read_config(path) if os.path.isfile(path) else None
-    resumes = _has_saved(workdir)
+    directory.mkdir(parents=True, exist_ok=True)
+    stored = _read_config(path) if path.exists() else None
+    resumes = _has_saved(directory)
     if stored and resumes:
-      _check_same(stored, config.to_dict(), workdir)
+      _check_config(stored, config, workdir)
+    multihost_utils.sync_global_devices("config.json is checked")
     if jax.process_index() == 0:
-      write_atomically(path, json.dumps(config.to_dict(), indent=2) + "\n")
+      storage.write(str(path), json.dumps(config.to_dict(), indent=2) + "\n")
+    multihost_utils.sync_global_devices("config.json is written")
+    shared = path.exists() and _read_config(path) == json.loads(json.dumps(config.to_dict()))
   except OSError as error:
-    raise InputError(f"--workdir {workdir} cannot be written to: {error.strerror}") from error
+    reason = error.strerror or error
+    raise InputError(f"--workdir {workdir} cannot be written to: {reason}") from error
+  seen = multihost_utils.process_allgather(np.array([shared, resumes])).reshape(-1, 2)
+  if not seen[:, 0].all() or len(set(seen[:, 1])) > 1:
+    raise InputError(
+      f"--workdir {workdir} is not the same directory for all processes; give one that all hosts "
+      "share"
+    )
   return resumes
 
 
-def _has_saved(workdir: str) -> bool:
-  steps = os.path.join(workdir, "checkpoints")
-  return os.path.isdir(steps) and any(name.isdigit() for name in os.listdir(steps))
+def _has_saved(directory: epath.Path) -> bool:
+  steps = directory / "checkpoints"
+  return steps.is_dir() and any(step.name.isdigit() for step in steps.iterdir())
 
 
-def _read_config(path: str) -> dict:
+def _read_config(path: epath.Path) -> dict:
   try:
-    with open(path, encoding="utf-8") as file:
-      stored = json.load(file)
+    stored = json.loads(path.read_text())
   except ValueError as error:
     raise InputError(f"{path} is not JSON ({error}); restore it or choose another --workdir") from (
       error
@@ -84,35 +93,53 @@ def _read_config(path: str) -> dict:
   return stored
 
 
-def _check_same(stored: dict, now: dict, workdir: str) -> None:
+def with_defaults(stored: dict) -> dict:
+  """A stored config with the keys that it lacks, of a version that did not have them yet.
+
+  Their defaults do what was done before there were these keys.
+  """
+  known = trees.flatten(configs.defaults(stored["stage"]).to_dict())
+  return trees.unflatten(known | trees.flatten(stored))
+
+
+def _check_config(stored: dict, config: ConfigDict, workdir: str) -> list[str]:
+  """Refuses keys that differ and are not known to be harmless; gives those that cost rounding."""
   stored, now = (
-    {path.replace("/", "."): value for path, value in trees.flatten(config).items()}
-    for config in (stored, now)
+    {path.replace("/", "."): value for path, value in trees.flatten(values).items()}
+    for values in (with_defaults(stored), config.to_dict())
   )
-  differing = [
-    f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now"
+  differing = {
+    key: f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now"
     for key in sorted(stored.keys() | now.keys())
     if stored.get(key) != now.get(key) and key not in HARMLESS
-  ]
+  }
+  rounding = [differing.pop(key) for key in ROUNDING if key in differing]
   if differing:
     raise InputError(
-      f"{workdir} holds a run with another config ({'; '.join(differing)}); repeat its command to "
-      "resume, or choose another --workdir"
+      f"{workdir} holds a run with another config ({'; '.join(differing.values())}); repeat its "
+      "command to resume, or choose another --workdir"
     )
+  return rounding
 
 
-def check_plan(stored: dict, now: dict, workdir: str) -> None:
-  """Refuses to go on with other data: schedules and the order of records span the whole run.
+def check_progress(progress: dict, config: ConfigDict, plan: dict, workdir: str) -> None:
+  """Refuses to go on from a checkpoint with another config or other data.
 
   Args:
-    stored: the plan of the newest checkpoint: its `steps` and `records`, and `examples`, a
-      checksum of which records come when and how long they are.
-    now: the same of this command.
+    progress: of the checkpoint. Its `plan` has `steps` and `records`, and `examples`, a checksum of
+      which records come when and how long they are: schedules and the order of records span the
+      whole run. Its `config` is what it was computed by, if there is no config.json left, too.
+    config: of this command.
+    plan: of this command.
     workdir: the run directory.
 
   Raises:
     InputError: they differ.
   """
+  rounding = _check_config(progress.get("config", config.to_dict()), config, workdir)
+  if rounding:
+    logging.info("from here on the same up to rounding only (%s)", "; ".join(rounding))
+  stored, now = progress["plan"], plan
   if stored == now:
     return
   counts = [
@@ -127,16 +154,13 @@ def check_plan(stored: dict, now: dict, workdir: str) -> None:
   )
 
 
-def truncate_metrics(path: str, step: int) -> None:
-  """Drops lines after `step` (and a half-written last one), which a resumed run writes again."""
-  if not os.path.isfile(path):
-    return
+def metrics_until(path: epath.Path, step: int) -> str:
+  """The lines of metrics.jsonl up to a step, without a half-written last one."""
   kept = []
-  with open(path, encoding="utf-8") as file:
-    for line in file:
-      try:
-        if json.loads(line)["step"] <= step:
-          kept.append(line)
-      except ValueError:
-        break
-  write_atomically(path, "".join(kept))
+  for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+    try:
+      if json.loads(line)["step"] <= step and line.endswith("\n"):
+        kept.append(line)
+    except ValueError:
+      break
+  return "".join(kept)

@@ -10,12 +10,16 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+import jax
+from etils import epath
+
+from vlalign_jax import storage
 from vlalign_jax.errors import InputError
 
 if TYPE_CHECKING:
   from vlalign_jax.weights.source import Source
 
-FILE = os.path.join("model", "weights.json")
+FILE = "model/weights.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 
 
@@ -36,9 +40,9 @@ def _fingerprints(source: "Source") -> dict[str, str]:
 
 def write(source: "Source", workdir: str) -> None:
   """Writes down what a new run starts from."""
-  content = {"files": _fingerprints(source), "runs": source.runs}
-  with open(os.path.join(workdir, FILE), "w", encoding="utf-8") as file:
-    json.dump(content, file, indent=2)
+  if jax.process_index() == 0:
+    content = {"files": _fingerprints(source), "runs": source.runs}
+    storage.write(f"{workdir}/{FILE}", json.dumps(content, indent=2))
 
 
 def check(source: "Source", workdir: str) -> "Source":
@@ -54,12 +58,11 @@ def check(source: "Source", workdir: str) -> "Source":
   Raises:
     InputError: a file has changed since.
   """
-  path = os.path.join(workdir, FILE)
-  if not os.path.isfile(path):
+  path = epath.Path(workdir) / FILE
+  if not path.exists():
     return source
   try:
-    with open(path, encoding="utf-8") as file:
-      then = json.load(file)
+    then = json.loads(path.read_text())
     files, runs = then["files"], tuple((run, int(step)) for run, step in then["runs"])
   except (ValueError, KeyError, TypeError) as error:
     raise InputError(f"{path}: damaged; restore it, or start in a new --workdir") from error

@@ -8,13 +8,15 @@ import dataclasses
 import json
 import os
 
+from etils import epath
 from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedTokenizerBase
 
+from vlalign_jax import storage
 from vlalign_jax.data.images import ImagePreprocessor
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.projector import PROJECTORS
 from vlalign_jax.models.vlm import ModelConfig
-from vlalign_jax.training import checkpoints
+from vlalign_jax.training import checkpoints, run_directory
 from vlalign_jax.weights import hf_config, pin, tensors
 
 IMAGE_TOKEN = "<image>"
@@ -53,12 +55,7 @@ def absolute_paths(model) -> None:
   """Makes the paths of a `model` group independent of where the run is started from."""
   for key in ("init_from", "vision", "language"):
     if model[key]:
-      model[key] = os.path.abspath(model[key])
-
-
-def is_run_directory(directory: str) -> bool:
-  """Whether a directory is a training run of ours."""
-  return os.path.isdir(os.path.join(directory, "checkpoints"))
+      model[key] = storage.absolute(model[key])
 
 
 def open_source(model, aspect: str = "auto") -> Source:
@@ -79,8 +76,9 @@ def open_source(model, aspect: str = "auto") -> Source:
     )
   if not model.init_from:
     return _assemble(model, aspect)
-  if is_run_directory(model.init_from):
-    return _open_run(model.init_from, aspect)
+  storage.check(model.init_from, "model.init_from")
+  if run := checkpoints.find_run(model.init_from):
+    return _open_run(*run, aspect)
   return _open_llava(model.init_from, aspect)
 
 
@@ -242,29 +240,30 @@ def _assemble(model, aspect: str) -> Source:
   return dataclasses.replace(parts, tensors=towers[0] | towers[1], fresh=("projector/",))
 
 
-def _open_run(directory: str, aspect: str) -> Source:
-  base = open_source(_Group(run_config(directory)["model"]), aspect)
+def _open_run(directory: str, which: str, aspect: str) -> Source:
+  config = run_config(directory)
+  base = open_source(_Group(config["model"]), aspect)
   base = pin.check(base, directory)
-  files = os.path.join(directory, "model")
+  files = storage.local(f"{directory}/model")
+  step = checkpoints.find_step(directory, which, config["best_metric"])
   return dataclasses.replace(
     base,
     tokenizer=_load_tokenizer(files),
     images=ImagePreprocessor.from_directory(files, aspect),
-    runs=(*base.runs, (directory, checkpoints.newest_step(directory))),
+    runs=(*base.runs, (directory, step)),
   )
 
 
 def run_config(directory: str) -> dict:
-  """The config of a run directory.
+  """The config of a run directory; keys that its version did not know have their defaults.
 
   Raises:
     InputError: its config.json is missing or damaged.
   """
-  path = os.path.join(directory, "config.json")
+  path = epath.Path(directory) / "config.json"
   try:
-    with open(path, encoding="utf-8") as file:
-      return json.load(file)
-  except (OSError, ValueError) as error:
+    return run_directory.with_defaults(json.loads(path.read_text()))
+  except (OSError, ValueError, KeyError) as error:
     raise InputError(f"{path}: no readable config of a run: {error}") from error
 
 
