@@ -21,6 +21,8 @@ activations come on top: a few GB a device, less with grad_accumulation.
   llava15_13b       The same recipe, for a 13B init_from: 210 GB: 8 devices of 80 GB.
   llama3_8b         The same with LLaMA-3's chat format, for an 8B init_from: 130 GB: 8 devices of
                     40 GB, or 4 of 80 GB.
+  llama3_70b        The same for a 70B init_from: 1.1 TB: 16 devices of 95 GB, or a pod: one row a
+                    device at 128 of them, such as a TPU v5p:4x4x8.
 
 The LLaVA-1.5 recipe is Table 9 of Liu et al. 2023, "Improved Baselines with Visual Instruction
 Tuning": AdamW, cosine, warm-up 0.03, no decay; 1e-3 and batch 256, then 2e-5 and batch 128.
@@ -31,7 +33,7 @@ from ml_collections import ConfigDict
 from vlalign_jax.config import defaults
 from vlalign_jax.errors import InputError
 
-PRESETS = ("demo", "llava15_pretrain", "llava15_7b", "llava15_13b", "llama3_8b")
+PRESETS = ("demo", "llava15_pretrain", "llava15_7b", "llava15_13b", "llama3_8b", "llama3_70b")
 
 
 def get_config(preset: str = "llava15_7b") -> ConfigDict:
@@ -46,13 +48,14 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
   # LLaVA-1.5 leaves Adam at PyTorch's beta2.
   c.optim.b2 = 0.999
   c.data.image_aspect = "pad"
+  c.model.architecture = "llava15_7b" if preset == "llava15_pretrain" else preset
   if preset == "llava15_pretrain":
     c.batch_size = 256
     c.optim.learning_rate = 1e-3
     c.train.language = False
     c.data.template = "plain"
     c.data.image_aspect = "crop"
-  if preset == "llama3_8b":
+  if preset in ("llama3_8b", "llama3_70b"):
     c.data.template = "llama_3"
   return c
 

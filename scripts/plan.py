@@ -1,0 +1,54 @@
+"""What a run's step takes on devices of some kind, none of which has to be there.
+
+python scripts/plan.py --config=configs/STAGE.py:PRESET --topology=v5e:4x4 [--config.KEY=VALUE ...]
+
+Compiles the very step that training runs for that TPU slice (`pip install -r requirements-tpu.txt`;
+no TPU is needed) and prints bytes a device, FLOPs, collectives and an estimate of the time. GPUs
+(gpu:h100x8) go by formula; CPUs are cpu:8. `--search` looks for the fastest settings that fit.
+"""
+
+import json
+
+from absl import flags
+from ml_collections import config_flags
+
+from vlalign_jax import cli
+from vlalign_jax.errors import InputError
+from vlalign_jax.planning import planner, report, search, topology
+
+
+def main(_):
+  topology.stay_on_host()
+  c, where = flags.FLAGS.config, flags.FLAGS.topology
+  planner.check(c)
+  if not where:
+    raise InputError(f"--topology is missing; there are {topology.KNOWN}")
+  model, devices = planner.model_config(c), topology.open_topology(where)
+  packed = flags.FLAGS.examples_per_row
+  if flags.FLAGS.search:
+    plan = search.search(c, model, devices, packed, show=print)
+  else:
+    plan = planner.plan(c, model, devices, packed)
+    if devices.compiles:
+      plan = planner.compile_plan(plan)
+  print(report.text(plan))
+  if flags.FLAGS.json:
+    _write_json(flags.FLAGS.json, report.as_json(plan))
+
+
+def _write_json(path: str, content: dict) -> None:
+  try:
+    with open(path, "w", encoding="utf-8") as file:
+      json.dump(content, file, indent=2)
+      file.write("\n")
+  except OSError as error:
+    raise InputError(f"--json={path}: cannot be written: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", None, "Such as configs/sft.py:llava15_7b.")
+  flags.DEFINE_string("topology", "", "Such as v5e:4x4, v5p:2x2x4, gpu:h100x8, cpu:8.")
+  flags.DEFINE_integer("examples_per_row", 1, "How many examples packing puts into a row.")
+  flags.DEFINE_bool("search", False, "Try ZeRO stages, tensor sizes, remat and micro-batches.")
+  flags.DEFINE_string("json", "", "A file for the numbers.")
+  cli.run(main)

@@ -1,0 +1,248 @@
+"""The text of a compiled program, as far as counting needs it: what runs, and how often.
+
+The compiler's own totals count the body of a loop once. Here a loop's body counts as often as it
+runs, found from the bounds and the step of its counter.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+_HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
+_NAME = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = ")
+_CALLED = re.compile(
+  r"\b(?:calls|body|condition|true_computation|false_computation|branch_computations|"
+  r"called_computations)=(\{[^}]*\}|%[\w.\-]+)"
+)
+_ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+# What hands on its first operand as it is.
+_COPIES = ("copy", "bitcast", "convert", "reshape", "copy-done", "copy-start", "opt-barrier")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One line of a computation; `shape` is the text of its type, `rest` what follows operands."""
+
+  name: str
+  shape: str
+  opcode: str
+  operands: tuple[str, ...]
+  rest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+  """A named list of instructions, the last of which is marked as its root."""
+
+  name: str
+  instructions: dict[str, Instruction]
+  root: Instruction
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """Computations by name."""
+
+  computations: dict[str, Computation]
+  entry: str
+
+
+def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+  """(dtype, sizes) of all arrays in the text of a type."""
+  return [
+    (dtype, tuple(int(n) for n in sizes.split(",") if n)) for dtype, sizes in _ARRAY.findall(shape)
+  ]
+
+
+def parse(text: str) -> Program:
+  """Reads what `compiled.as_text()` gives.
+
+  Raises:
+    ValueError: it is not the text of a program.
+  """
+  computations, entry, name, instructions, root = {}, None, None, {}, None
+  for line in text.splitlines():
+    if name is None:
+      header = _HEADER.match(line)
+      if header:
+        name, instructions, root = header.group(2), {}, None
+        entry = name if header.group(1) else entry
+    elif line.startswith("}"):
+      computations[name] = Computation(name, instructions, root)
+      name = None
+    else:
+      instruction = _instruction(line)
+      if instruction is not None:
+        instructions[instruction.name] = instruction
+        root = instruction if line.lstrip().startswith("ROOT ") else root
+  if entry is None:
+    raise ValueError("no entry computation: not the text of a compiled program")
+  return Program(computations, entry)
+
+
+def _instruction(line: str) -> Instruction | None:
+  found = _NAME.match(line)
+  if not found:
+    return None
+  rest = line[found.end() :]
+  end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
+  shape, rest = rest[:end], rest[end:].lstrip()
+  opcode, _, rest = rest.partition("(")
+  end = _closing("(" + rest, 0) - 1
+  given = rest[:end]
+  operands = tuple(re.findall(r"%([\w.\-]+)", given)) or (given,)
+  return Instruction(found.group(1), shape, opcode, operands, rest[end + 1 :])
+
+
+def _closing(text: str, start: int) -> int:
+  """The place of the parenthesis that closes the one at `start`."""
+  depth = 0
+  for place in range(start, len(text)):
+    depth += {"(": 1, ")": -1}.get(text[place], 0)
+    if depth == 0:
+      return place
+  return len(text)
+
+
+def executed(
+  program: Program, unknown_trips: int = 1
+) -> Iterator[tuple[Instruction, Computation, int]]:
+  """All instructions that a run of the program comes by, with how often it does.
+
+  Instructions inside fusions and called computations are among them. Of a conditional's branches,
+  each counts.
+
+  Args:
+    program: from `parse`.
+    unknown_trips: how often a loop runs whose count depends on data.
+  """
+  yield from _run(program, program.computations[program.entry], 1, {}, unknown_trips)
+
+
+def _run(program, computation, times, constants, unknown):
+  """`constants`: elements of the parameter tuple that are known numbers."""
+  for instruction in computation.instructions.values():
+    yield instruction, computation, times
+    if instruction.opcode == "while":
+      body = program.computations[_attribute(instruction, "body")]
+      trips, invariant = _loop(program, instruction, computation, constants)
+      trips = unknown if trips is None else trips
+      yield from _run(program, body, times * trips, invariant, unknown)
+    # The start of an asynchronous operation names what it calls, and so do its later parts.
+    elif not instruction.opcode.endswith(("-update", "-done")):
+      for name in _called(instruction):
+        yield from _run(program, program.computations[name], times, {}, unknown)
+
+
+def _called(instruction: Instruction) -> list[str]:
+  return [
+    name
+    for group in _CALLED.findall(instruction.rest)
+    for name in re.findall(r"%([\w.\-]+)", group)
+  ]
+
+
+def _attribute(instruction: Instruction, key: str) -> str:
+  return re.search(rf"\b{key}=%([\w.\-]+)", instruction.rest).group(1)
+
+
+def _loop(program, loop: Instruction, where: Computation, constants):
+  """(times that a while loop runs or None, its elements that stay what they are, and are known)."""
+  body = program.computations[_attribute(loop, "body")]
+  condition = program.computations[_attribute(loop, "condition")]
+  starts = _elements(program, where, loop.operands[0], constants)
+  steps = _elements(program, body, body.root.name, None)
+  invariant = {
+    index: start
+    for index, start in starts.items()
+    if isinstance(start, int) and steps.get(index) == (index, 0)
+  }
+  known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+  if known:
+    return int(known.group(1)), invariant
+  compared = _comparison(program, condition, invariant)
+  if compared is None:
+    return None, invariant
+  (index, offset), direction, limit = compared
+  start, step = starts.get(index), steps.get(index)
+  if not isinstance(start, int) or not isinstance(step, tuple) or step[0] != index or not step[1]:
+    return None, invariant
+  distance = limit - (start + offset) + {"LE": 1, "GE": -1}.get(direction, 0)
+  return max(0, -(-distance // step[1])), invariant
+
+
+def _comparison(program, condition: Computation, constants):
+  """((element, offset), direction, limit) of a condition that compares a counter with a number."""
+  root, bound = condition.root, None
+  if root.opcode == "fusion":
+    values = [_value(program, condition, name, constants) for name in root.operands]
+    condition, bound = program.computations[_attribute(root, "calls")], values
+    root = condition.root
+  if root.opcode != "compare":
+    return None
+  first, second = (_value(program, condition, name, constants, bound) for name in root.operands)
+  direction = re.search(r"direction=(\w\w)", root.rest).group(1)
+  if isinstance(first, int):
+    first, second = second, first
+    direction = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE"}.get(direction, direction)
+  if isinstance(first, tuple) and isinstance(second, int) and direction != "EQ":
+    return first, direction, second
+  return None
+
+
+def _elements(program, computation: Computation, name: str, constants) -> dict:
+  """Index -> value of a tuple's elements, where known."""
+  made = computation.instructions[name]
+  while made.opcode in _COPIES:
+    made = computation.instructions[made.operands[0]]
+  if made.opcode != "tuple":
+    return {}
+  values = (_value(program, computation, operand, constants) for operand in made.operands)
+  return {index: value for index, value in enumerate(values) if value is not None}
+
+
+def _value(program, computation: Computation, name: str, constants, bound=None):
+  """What is known of a number: an int, (element of the parameter tuple, offset from it), or None.
+
+  Args:
+    program: the program.
+    computation: where the name is.
+    name: of an instruction.
+    constants: elements of the parameter tuple that are known, by index.
+    bound: values of a fusion's parameters.
+  """
+  made = computation.instructions.get(name)
+  if made is None:
+    return None
+  if made.opcode in _COPIES:
+    return _value(program, computation, made.operands[0], constants, bound)
+  if made.opcode == "constant":
+    return int(made.operands[0]) if re.fullmatch(r"-?\d+", made.operands[0]) else None
+  if made.opcode == "parameter" and bound is not None:
+    return bound[int(made.operands[0])]
+  if made.opcode == "get-tuple-element":
+    source = computation.instructions[made.operands[0]]
+    index = int(re.search(r"index=(\d+)", made.rest).group(1))
+    if source.opcode == "parameter":
+      return (constants or {}).get(index, (index, 0))
+    if source.opcode == "tuple":
+      return _value(program, computation, source.operands[index], constants, bound)
+    return None
+  if made.opcode == "fusion" and "calls=" in made.rest:
+    values = [_value(program, computation, operand, constants, bound) for operand in made.operands]
+    called = program.computations[_attribute(made, "calls")]
+    return _value(program, called, called.root.name, None, values)
+  if made.opcode in ("add", "subtract"):
+    first, second = (
+      _value(program, computation, operand, constants, bound) for operand in made.operands
+    )
+    return _sum(first, second, -1 if made.opcode == "subtract" else 1)
+  return None
+
+
+def _sum(first, second, sign: int):
+  if isinstance(second, tuple) and sign == 1:
+    first, second = second, first
+  if not isinstance(second, int) or first is None:
+    return None
+  return (first[0], first[1] + sign * second) if isinstance(first, tuple) else first + sign * second

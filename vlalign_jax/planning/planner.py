@@ -1,0 +1,151 @@
+"""A plan: a run's step, built as training builds it, with what it takes on devices of some kind."""
+
+import copy
+import dataclasses
+import importlib
+import importlib.util
+
+from vlalign_jax import config as configs
+from vlalign_jax.errors import InputError
+from vlalign_jax.models.vlm import ModelConfig
+from vlalign_jax.planning import architectures, compiled, flops, memory, roofline, workload
+from vlalign_jax.planning.topology import Topology
+from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.steps import program as programs
+from vlalign_jax.weights import source
+
+# Of a learning-rate schedule that has no part in what is planned.
+_STEPS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is known of a step.
+
+  Attributes:
+    config: of the run.
+    model: the architecture.
+    topology: the devices.
+    mesh: over all of them.
+    program: `steps.program.Program`.
+    work: rows of a step.
+    memory: bytes on a device, by formula.
+    operations: by part, over all devices, by formula.
+    compiled: the compiler's word; None where it was not asked.
+    time: of a step; None where the chip's speed is not known.
+  """
+
+  config: object
+  model: ModelConfig
+  topology: Topology
+  mesh: object
+  program: object
+  work: workload.Workload
+  memory: memory.Memory
+  operations: dict[str, flops.Work]
+  compiled: compiled.Compiled | None
+  time: roofline.Time | None
+
+  @property
+  def total(self) -> float:
+    """Bytes that the step takes on a device: by the compiler's word, or else by formula."""
+    return self.compiled.total if self.compiled else self.memory.estimate
+
+  @property
+  def fits(self) -> bool:
+    """Whether the step fits on a device."""
+    return self.total <= self.topology.chip.memory
+
+  @property
+  def device_flops(self) -> float:
+    """Operations on one device, by formula."""
+    return sum(part.total for part in self.operations.values()) / self.mesh.size
+
+
+def model_config(config) -> ModelConfig:
+  """The architecture of a run: of the weights that it names, or else of published size.
+
+  Raises:
+    InputError: the config names neither.
+  """
+  if config.model.init_from or config.model.vision or config.model.language:
+    return source.open_source(config.model, config.data.image_aspect).config
+  if not config.model.architecture:
+    raise InputError(
+      "the config names no model: give config.model.init_from, or config.model.architecture="
+      f"{' | '.join(architectures.LANGUAGE)} to plan before the weights are there"
+    )
+  return architectures.published(config.model.architecture)
+
+
+def check(config) -> None:
+  """Refuses what no run can have; data is not needed for a plan.
+
+  Raises:
+    InputError: names the first such key.
+  """
+  if config is None:
+    raise InputError("--config is missing: such as --config=configs/sft.py:llava15_7b")
+  planned = copy.deepcopy(config)
+  planned.data.train = planned.data.train or "unknown yet"
+  configs.check(planned, config.stage)
+
+
+def build(config, model: ModelConfig, mesh):
+  """The step's program, as training builds it.
+
+  Raises:
+    InputError: there is no such stage.
+  """
+  name = f"vlalign_jax.steps.{config.stage}"
+  if importlib.util.find_spec(name) is None:
+    raise InputError(f"config.stage is {config.stage!r}, which has no step to plan")
+  return importlib.import_module(name).make_program(config, model, mesh, _STEPS)
+
+
+def plan(
+  config, model: ModelConfig, topology: Topology, examples_per_row: int = 1, program=None
+) -> Plan:
+  """A plan by formula.
+
+  Args:
+    config: of the run.
+    model: the architecture.
+    topology: the devices.
+    examples_per_row: how many examples packing puts into a row.
+    program: of the same mesh and ZeRO stage, if there is one already.
+
+  Raises:
+    InputError: mesh, batch or model do not fit together.
+  """
+  mesh = meshes.make_mesh(config.mesh, topology.devices)
+  meshes.check_heads(mesh, model.language.heads, model.language.kv_heads)
+  work = workload.make_workload(config, model, mesh, examples_per_row, topology.kind)
+  program = program or build(config, model, mesh)
+  needed = memory.count(program, config, model, mesh, work)
+  operations = flops.count(model, work, config.train, config.model.remat)
+  time = roofline.estimate(
+    topology.chip,
+    sum(part.total for part in operations.values()) / mesh.size,
+    roofline.moved(program, config, needed, work, model.language),
+    roofline.sent(program, config, mesh, work, model.language),
+  )
+  return Plan(
+    config, model, topology, mesh, program, work, needed, operations, compiled=None, time=time
+  )
+
+
+def compile_plan(planned: Plan) -> Plan:
+  """The plan with the compiler's word on it; the links' time is of the collectives it chose."""
+  work, mesh = planned.work, planned.mesh
+  program = build(planned.config, planned.model, mesh)
+  rows = programs.abstract_rows(planned.model, mesh, work.rows, work.length, work.images)
+  head_trips = -(-work.device_rows * work.length // meshes.head_chunk(mesh))
+  done = compiled.compile_step(program, rows, mesh.size, head_trips)
+  time = planned.time
+  if time is not None and not done.refused:
+    sent = sum(kind.bytes for kind in done.traffic.values())
+    time = dataclasses.replace(
+      time, interconnect=roofline.seconds_to_send(planned.topology.chip, sent)
+    )
+  return dataclasses.replace(planned, program=program, compiled=done, time=time)

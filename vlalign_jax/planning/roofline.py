@@ -1,0 +1,107 @@
+"""The time of a step from what a chip can do at best, and how much of that to expect."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from vlalign_jax import trees
+from vlalign_jax.planning.chips import Chip
+
+# Of the maker's numbers, what large products and transfers reach.
+UTILISATION = {"compute": 0.6, "memory": 0.8, "interconnect": 0.5}
+ASSUMPTION = (
+  "time: the longest of the three, as if they overlapped, at {compute:.0%} of the chip's FLOP/s, "
+  "{memory:.0%} of its memory's and {interconnect:.0%} of its links' bandwidth"
+).format(**UTILISATION)
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+  """Seconds of a step by what would bound it."""
+
+  compute: float
+  memory: float
+  interconnect: float
+
+  @property
+  def step(self) -> float:
+    return max(self.compute, self.memory, self.interconnect)
+
+  @property
+  def bound(self) -> str:
+    """What takes the longest."""
+    times = dataclasses.asdict(self)
+    return max(times, key=times.get)
+
+
+def estimate(chip: Chip, flops: float, moved: float, sent: float) -> Time | None:
+  """Seconds of a step on one device; None where the chip's speed is not known.
+
+  Args:
+    chip: the device.
+    flops: operations on one device.
+    moved: bytes between HBM and cores.
+    sent: bytes to other devices.
+  """
+  if chip.flops is None:
+    return None
+  return Time(
+    compute=flops / (chip.flops * UTILISATION["compute"]),
+    memory=moved / (chip.bandwidth * UTILISATION["memory"]),
+    interconnect=seconds_to_send(chip, sent),
+  )
+
+
+def seconds_to_send(chip: Chip, sent: float) -> float:
+  """Seconds that a device's links take."""
+  return sent / (chip.interconnect * UTILISATION["interconnect"])
+
+
+def moved(program, config, memory, workload, language) -> float:
+  """Bytes between HBM and cores in a step on one device, by formula.
+
+  Weights are read for the forward pass, for what is computed again and for both products of the
+  backward pass; every layer's activations are written and read about as often as `remat: none`
+  would save them; the optimizer reads and writes all that it holds.
+  """
+  size = jnp.dtype(config.model.dtype).itemsize
+  weights = trees.size(program.params) * size
+  passes = 3 + (config.model.remat == "full")
+  tokens = workload.device_rows * workload.length
+  widths = 12 * language.width + 8 * language.mlp_width
+  activations = passes * tokens * widths * size * language.layers
+  update = 2 * (memory.params + memory.optimizer + memory.gradients)
+  sums = 2 * memory.gradients * workload.accumulation
+  return workload.accumulation * (weights * passes + activations) + update + sums
+
+
+def sent(program, config, mesh, workload, language) -> float:
+  """Bytes that one device sends in a step, by formula, each collective in a ring.
+
+  ZeRO 3 gathers every layer for each pass and scatters its gradients, per micro-batch; stages below
+  sum gradients, and 1 and 2 gather what was updated. `tensor` sums activations four times a layer.
+  """
+  size = jnp.dtype(config.model.dtype).itemsize
+  data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+  stage, micro = config.mesh.zero_stage, workload.accumulation
+  trained = trees.size(program.state.params) / tensor
+  everything = trees.size(program.params) / tensor
+  ring = lambda parts: (parts - 1) / parts  # noqa: E731
+
+  total = 0.0
+  if stage >= 3:
+    passes = 2 if config.model.remat == "none" else 3
+    passes = 2 if not jax.tree.leaves(program.state.params) else passes
+    total += micro * ring(fsdp) * size * (passes * everything + trained)
+    total += 2 * ring(data) * 4 * trained / fsdp
+  else:
+    reductions = 1 if stage == 2 else 2
+    total += reductions * ring(fsdp) * 4 * trained
+    total += 2 * ring(data) * 4 * trained / (fsdp if stage else 1)
+    if stage:
+      total += ring(fsdp) * jnp.dtype(config.model.param_dtype).itemsize * trained
+  tokens = workload.device_rows * workload.length
+  sums = 4 + 2 * (config.model.remat == "full")
+  activations = sums * 2 * ring(tensor) * tokens * language.width * size * language.layers
+  return total + micro * activations

@@ -1,0 +1,140 @@
+"""What `--topology` names: devices to plan for, none of which has to be there."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from vlalign_jax.errors import InputError
+from vlalign_jax.planning import chips
+
+KNOWN = (
+  f"TPU slices ({', '.join(chips.TPUS)}) such as v5e:4x4 or v5p:2x2x4, "
+  f"GPUs ({', '.join(chips.GPUS)}) such as gpu:h100x8, CPUs such as cpu:8"
+)
+INSTALL_LIBTPU = "pip install -r requirements-tpu.txt"
+# At this many chips along an axis a pod ends; libtpu's compiler aborts the process beyond it.
+LONGEST_AXIS = {2: 16, 3: 24}
+# Instead of asking a TPU VM's metadata server, which is not there.
+_NO_TPU_ATTACHED = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_ID": "0",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_MIN_LOG_LEVEL": "3",
+  "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """Devices to plan for.
+
+  Attributes:
+    name: as given.
+    chip: what each device can do.
+    devices: to build a mesh of; stand-ins where `compiles` is false.
+    compiles: whether programs can be compiled for them here.
+    note: why not, or what differs from a run on such devices; empty: nothing.
+  """
+
+  name: str
+  chip: chips.Chip
+  devices: tuple
+  compiles: bool
+  note: str = ""
+
+  @property
+  def kind(self) -> str:
+    """tpu, gpu or cpu."""
+    kind = self.name.partition(":")[0]
+    return "tpu" if kind in chips.TPUS else kind
+
+
+def stay_on_host() -> None:
+  """Keeps JAX away from accelerators that may be attached; before anything else of JAX is used."""
+  jax.config.update("jax_platforms", "cpu")
+
+
+def open_topology(name: str) -> Topology:
+  """The devices that a name stands for.
+
+  Raises:
+    InputError: there are no such devices; names those that are known.
+  """
+  kind, _, shape = name.partition(":")
+  if kind in chips.TPUS:
+    return _tpu(name, kind, shape)
+  if kind == "gpu":
+    return _gpu(name, shape)
+  if kind == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
+    count = int(shape)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
+    return Topology(name, chips.Chip("CPU", memory), _host_devices(count), compiles=True)
+  raise _unknown(name)
+
+
+def _unknown(name: str) -> InputError:
+  return InputError(f"--topology={name}: no devices known by that name; there are {KNOWN}")
+
+
+def _tpu(name: str, kind: str, shape: str) -> Topology:
+  rank = chips.TORUS[kind]
+  if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    raise _unknown(name)
+  sizes = [int(size) for size in shape.split("x")]
+  if len(sizes) != rank or max(sizes) > LONGEST_AXIS[rank]:
+    example = "x".join(["4"] * rank)
+    raise InputError(
+      f"--topology={name}: {kind} slices have {rank} dimensions of at most {LONGEST_AXIS[rank]} "
+      f"chips, such as {kind}:{example}"
+    )
+  chip = chips.TPUS[kind]
+  if importlib.util.find_spec("libtpu") is None:
+    note = f"libtpu is not installed: by formula only. To compile: {INSTALL_LIBTPU}"
+    return Topology(name, chip, _host_devices(math.prod(sizes)), compiles=False, note=note)
+  for key, value in _NO_TPU_ATTACHED.items():
+    os.environ.setdefault(key, value)
+  options = {}
+  if any(size % 2 for size in sizes[:2]):  # fewer chips than a host's usual 2 x 2
+    options["chips_per_host_bounds"] = [1, 1, 1]
+  if kind == "v4":  # two cores that JAX shows as one device
+    options["chip_config_name"] = "megacore"
+  try:
+    description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+  except jax.errors.JaxRuntimeError as error:
+    reason = " ".join(str(error).split())
+    raise InputError(f"--topology={name}: libtpu knows no such slice ({reason})") from error
+  return Topology(name, chip, tuple(description.devices), compiles=True)
+
+
+def _gpu(name: str, shape: str) -> Topology:
+  found = re.fullmatch(r"([a-z0-9-]+?)x([1-9]\d*)", shape)
+  if not found or found.group(1) not in chips.GPUS:
+    raise _unknown(name)
+  chip, count = chips.GPUS[found.group(1)], int(found.group(2))
+  note = "XLA compiles for GPUs only where one is attached: by formula only"
+  if count > chips.NVLINK_GPUS:
+    chip = dataclasses.replace(chip, interconnect=chips.NETWORK)
+    note += f"\nbetween nodes of {chips.NVLINK_GPUS} GPUs: {chips.NETWORK / 1e9:.0f} GB/s a GPU"
+  return Topology(name, chip, _host_devices(count), compiles=False, note=note)
+
+
+def _host_devices(count: int) -> tuple:
+  """Virtual CPU devices.
+
+  Raises:
+    InputError: JAX has started with fewer of them.
+  """
+  if count > 1:
+    with contextlib.suppress(RuntimeError):  # too late to ask for more; there may be enough
+      jax.config.update("jax_num_cpu_devices", count)
+  devices = jax.devices("cpu")
+  if len(devices) < count:
+    raise InputError(f"{count} CPU devices are wanted; JAX has started with {len(devices)}")
+  return tuple(devices[:count])
