@@ -58,6 +58,8 @@ BAD_VALUES = {
   "epochs": (0.0, "config.epochs must be above 0, or config.steps given"),
   "steps": (-1, "at least 0"),
   "keep": (0, "at least 1"),
+  "keep_best": (-1, "at least 0"),
+  "best_metric": ("eval/losses", "choose from eval/loss, eval/perplexity"),
   "model.dtype": ("float16", "config.model.dtype is 'float16'; choose from float32, bfloat16"),
   "model.remat": ("some", "choose from none, full"),
   "data.max_length": (1, "at least 2"),
@@ -128,6 +130,14 @@ def test_config_of_another_stage_or_none():
     config.check(None, "sft")
   with pytest.raises(InputError, match="a config of the stage 'dpo', not 'sft'"):
     config.check(_usable(stage="dpo"), "sft")
+
+
+def test_the_best_of_nothing():
+  with pytest.raises(InputError, match="config.keep_best is 1, and nothing is evaluated; give"):
+    config.check(_usable(keep_best=1, eval_every=5), "sft")
+  with pytest.raises(InputError, match="config.keep_best is 1, and config.eval_every is 0"):
+    config.check(_usable(keep_best=1, **{"data.eval_fraction": 0.1}), "sft")
+  config.check(_usable(keep_best=1, eval_every=5, **{"data.eval": "eval.json"}), "sft")
 
 
 def test_nothing_to_train():

@@ -186,3 +186,30 @@ def test_none_is_there(tmp_path):
   assert _restore_newest(tmp_path) is None
   with pytest.raises(InputError, match="no finished checkpoint under checkpoints/"):
     _restore_params(tmp_path)
+
+
+def test_parameters_alone_are_read_without_the_optimizer(run):
+  """...and without the progress, whatever became of them."""
+  place = run / "checkpoints" / "2"
+  for path in [*(place / "optimizer").rglob("*"), *(place / "progress").rglob("*")]:
+    if path.is_file():
+      path.unlink()
+  np.testing.assert_array_equal(_restore_params(run)["a/kernel"], np.arange(5000) + 2)
+  shutil.rmtree(place / "optimizer")
+  shutil.rmtree(place / "progress")
+  np.testing.assert_array_equal(_restore_params(run)["a/kernel"], np.arange(5000) + 2)
+
+
+def test_what_another_process_cannot_read_is_passed_over_here_too(run, monkeypatch, caplog):
+  """The other process, which is simulated, says of checkpoint 2 that it is damaged."""
+  answers = iter([False, True, False, False])  # failed?, damaged? of checkpoint 2, then of 1
+  monkeypatch.setattr(checkpoints, "_anywhere", lambda here: next(answers) or here)
+  _, progress = _restore_newest(run)
+  assert progress == {"step": 1}
+  assert "checkpoints/2 cannot be read by another process" in caplog.text
+
+
+def test_what_another_process_may_not_read_ends_this_one_too(run, monkeypatch):
+  monkeypatch.setattr(checkpoints, "_anywhere", lambda here: True)
+  with pytest.raises(InputError, match="checkpoints/2: another process cannot read it; see its"):
+    _restore_newest(run)

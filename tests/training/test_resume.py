@@ -16,6 +16,7 @@ import pytest
 
 from scripts import train_sft
 from tests import checkpoints, sft_run
+from vlalign_jax.training import checkpoints as checkpoints_of_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 60
@@ -152,7 +153,7 @@ def test_killed_and_terminated_run_ends_like_an_uninterrupted_one(
 @pytest.fixture(scope="module")
 def saved_often(make_config, tmp_path_factory, compile_cache):
   """(config, directory) of the same run with checkpoints and evaluations in between."""
-  config = make_config(save_every=7, eval_every=5, keep=3)
+  config = make_config(save_every=7, eval_every=5, keep=3, keep_best=2)
   workdir = tmp_path_factory.mktemp("saved_often")
   train_sft.train_and_evaluate(config, str(workdir))
   return config, workdir
@@ -163,7 +164,18 @@ def test_saving_and_evaluating_do_not_change_training(saved_often, uninterrupted
   _assert_same_run(workdir, uninterrupted)
   evaluated = [line["step"] for line in sft_run.read_metrics(workdir) if "eval/loss" in line]
   assert evaluated == list(range(5, STEPS + 1, 5))
-  assert set(os.listdir(workdir / "checkpoints")) == {"49", "56", str(STEPS)}
+
+
+def test_the_newest_and_the_best_are_kept(saved_often, tmp_path):
+  """...an evaluated step is saved though it is none of save_every, and can be exported."""
+  _, workdir = saved_often
+  losses = {
+    line["step"]: line["eval/loss"] for line in sft_run.read_metrics(workdir) if "eval/loss" in line
+  }
+  best = sorted(losses, key=lambda step: (losses[step], -step))[:2]
+  assert set(os.listdir(workdir / "checkpoints")) == {str(s) for s in (55, 56, STEPS, *best)}
+  found = checkpoints_of_run.find_run(f"{workdir}/checkpoints/best")
+  assert checkpoints_of_run.find_step(*found, "eval/loss") == best[0]
 
 
 def test_what_was_logged_after_the_checkpoint_is_logged_again(saved_often, uninterrupted, tmp_path):

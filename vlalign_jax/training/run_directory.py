@@ -34,7 +34,6 @@ ROUNDING = (
   "mesh.data",
   "mesh.fsdp",
   "mesh.tensor",
-  "mesh.offload_optimizer",
 )
 
 
