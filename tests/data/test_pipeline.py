@@ -143,13 +143,23 @@ def test_two_hosts_make_the_batches_of_one(pack):
     whole = list(one)
   assert len(whole) == plan.steps
   with (
-    run(plan, load, host_index=0, host_count=2) as first,
-    run(plan, load, host_index=1, host_count=2) as second,
+    run(plan, load, blocks=(0,), block_count=2) as first,
+    run(plan, load, blocks=(1,), block_count=2) as second,
   ):
     halves = list(zip(first, second, strict=True))
   for step, (batch, both) in enumerate(zip(whole, halves, strict=True)):
     check(batch, expected(plan, load, step))
     check({name: np.concatenate([half[name] for half in both]) for name in batch}, batch)
+
+
+def test_blocks_that_are_not_neighbours():
+  plan, load = random_run(epochs=2, batch_size=16, row_multiple=4)
+  assert len(np.unique(plan.row_counts)) > 1
+  with run(plan, load, blocks=(3, 0), block_count=4) as pipeline:
+    for step, batch in enumerate(pipeline):
+      whole = expected(plan, load, step)
+      blocks = {name: np.split(value, 4) for name, value in whole.items()}
+      check(batch, {name: np.concatenate([value[3], value[0]]) for name, value in blocks.items()})
 
 
 def test_worker_processes_resume_and_hand_an_input_error_over_at_its_step():
@@ -223,7 +233,7 @@ def test_resume_on_other_data_is_an_error():
 
 def test_a_host_with_rows_that_only_pad():
   plan, load = make([30], [["5"]], batch_size=3, row_multiple=4)
-  hosts = [run(plan, load, host_index=i, host_count=4, pad_id=3) for i in range(4)]
+  hosts = [run(plan, load, blocks=(i,), block_count=4, pad_id=3) for i in range(4)]
   parts = []
   for host in hosts:
     with host:
@@ -280,7 +290,13 @@ def test_error_policy_in_threads():
 
 
 @pytest.mark.parametrize(
-  "change", [{"host_count": 3}, {"host_index": 2, "host_count": 2}, {"on_bad_record": "ignore"}]
+  "change",
+  [
+    {"block_count": 3},
+    {"blocks": (2,), "block_count": 2},
+    {"blocks": ()},
+    {"on_bad_record": "ignore"},
+  ],
 )
 def test_bad_arguments(change):
   plan, load = random_run()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -29,8 +29,8 @@ def batches(
   tokens_per_image: int,
   image_size: tuple[int, int],
   pad_id: int = 0,
-  host_index: int = 0,
-  host_count: int = 1,
+  blocks: Sequence[int] = (0,),
+  block_count: int = 1,
   start_step: int = 0,
   on_bad_record: str = "error",
   workers: int = 0,
@@ -39,10 +39,11 @@ def batches(
 ) -> Batches:
   """One batch of this host's rows a step, made ahead of time; use it in a `with`, or close it.
 
-  A batch holds the rows host_index * B to (host_index + 1) * B of the step's B * host_count rows:
-  the arrays of `rows.empty_row` with a leading B; images uint8[B, I, H, W, 3], zeros where a row
-  has fewer; skipped int32[B], examples left out of each row. I is `plan.images`; B and T may change
-  from step to step (`plan.row_counts`, `plan.lengths`).
+  The rows of a step are cut into block_count equal blocks of consecutive rows. A batch holds those
+  of `blocks`, in this order, B rows together: the arrays of `rows.empty_row` with a leading B;
+  images uint8[B, I, H, W, 3], zeros where a row has fewer; skipped int32[B], examples left out of
+  each row. I is `plan.images`; B and T may change from step to step (`plan.row_counts`,
+  `plan.lengths`).
 
   Args:
     plan: what to learn at which step.
@@ -53,7 +54,7 @@ def batches(
     tokens_per_image: P, image tokens of one image.
     image_size: (H, W) in pixels.
     pad_id: the token id of padding.
-    host_index, host_count: which share of the rows is this host's.
+    blocks, block_count: which share of the rows is this host's.
     start_step: the first step to give, counted from 0.
     on_bad_record: "error": an InputError of `load_example` or `load_image` reaches the caller at
       its step; "skip": the example is left out, its tokens become padding, a warning names it.
@@ -62,11 +63,12 @@ def batches(
     prefetch: steps to be ahead.
 
   Raises:
-    ValueError: a step's rows are no multiple of host_count, or an argument is out of range.
+    ValueError: a step's rows are no multiple of block_count, or an argument is out of range.
   """
-  if np.any(plan.row_counts % host_count) or not 0 <= host_index < host_count:
+  known = blocks and set(blocks) <= set(range(block_count))
+  if not known or np.any(plan.row_counts % block_count):
     counts = np.unique(plan.row_counts).tolist()
-    raise ValueError(f"no share {host_index} of {host_count} of {counts} rows")
+    raise ValueError(f"no share {tuple(blocks)} of {block_count} of {counts} rows")
   if on_bad_record not in ("error", "skip"):
     raise ValueError(f'on_bad_record "{on_bad_record}" is neither "error" nor "skip"')
   load_row = _LoadRow(
@@ -78,8 +80,8 @@ def batches(
     image_size=image_size,
     pad_id=pad_id,
     skip=on_bad_record == "skip",
-    host_index=host_index,
-    host_count=host_count,
+    blocks=tuple(blocks),
+    block_count=block_count,
   )
   return Batches(load_row, start_step, workers, threads, max(prefetch, 1))
 
@@ -211,20 +213,21 @@ class _LoadRow:
   image_size: tuple[int, int]
   pad_id: int
   skip: bool
-  host_index: int
-  host_count: int
+  blocks: tuple[int, ...]
+  block_count: int
 
   @property
   def rows(self) -> int:
     """The most rows of this host in a step."""
-    return self.plan.rows // self.host_count
+    return self.plan.rows // self.block_count * len(self.blocks)
 
   def __call__(self, element: int) -> _Row:
     step, row = divmod(int(element), self.rows)
-    share = int(self.plan.row_counts[step]) // self.host_count
-    if row >= share:
+    per_block = int(self.plan.row_counts[step]) // self.block_count
+    if row >= per_block * len(self.blocks):
       return _Row({}, np.zeros(0), ())
-    numbers = self.plan.rows_of(step, self.host_index * share + row)
+    block, row = divmod(row, per_block)
+    numbers = self.plan.rows_of(step, self.blocks[block] * per_block + row)
     try:
       return self._load(numbers, int(self.plan.lengths[step]))
     except Exception as error:

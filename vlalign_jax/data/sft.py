@@ -81,17 +81,8 @@ class Prepared:
   pipeline: dict  # arguments of `pipeline.batches`
 
   def batches(self, **options) -> pipeline.Batches:
-    """See `pipeline.batches` for the options: start_step, host_index, host_count."""
+    """See `pipeline.batches` for the options: start_step, blocks, block_count, on_bad_record."""
     return pipeline.batches(self.plan, **(self.pipeline | options))
-
-  def read(self, **options) -> int:
-    """Makes every batch once, for the InputError that a bad record raises.
-
-    Returns:
-      How many records are skipped.
-    """
-    with self.batches(**options) as batches:
-      return sum(int(batch["skipped"].sum()) for batch in batches)
 
   @property
   def identity(self) -> dict[str, int]:
