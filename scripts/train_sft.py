@@ -6,13 +6,12 @@ python scripts/train_sft.py --config=configs/sft.py:PRESET --workdir=DIR [--conf
 import functools
 
 import jax
-import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
 from vlalign_jax import cli, config, storage, trees
 from vlalign_jax.data import sft as data
-from vlalign_jax.errors import InputError
+from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import sft as steps
 from vlalign_jax.training import checkpoints, loop, metrics, optimizer, run_directory
@@ -23,8 +22,6 @@ def train_and_evaluate(c, workdir: str) -> None:
   """Trains by a config into a run directory, or goes on with the run that is there."""
   # --- What is asked for, checked before anything is computed ---
   config.check(c, "sft")
-  if jax.process_count() > 1:
-    raise InputError("several processes are not supported yet; start one process per run")
   source.absolute_paths(c.model)
   mesh = meshes.make_mesh(c.mesh)
   meshes.check_batch(c.batch_size, c.grad_accumulation, c.data.pack, mesh)
@@ -39,8 +36,16 @@ def train_and_evaluate(c, workdir: str) -> None:
   shards = meshes.row_blocks(mesh)
   train = data.prepare_train(c, model_source, records, shards * c.grad_accumulation)
   evaluation = data.prepare_eval(c, model_source, eval_records, shards)
-  hosts = {"host_index": jax.process_index(), "host_count": jax.process_count()}
   total_steps = train.plan.steps
+  share = hosts.row_share(mesh)
+  mine = {"blocks": share.blocks, "block_count": share.count}
+  if jax.process_count() > 1:  # what one host cannot read is every host's to end at, or to skip
+    mine["on_bad_record"] = "skip"
+  hosts.check_same(
+    "what they train on",
+    f"{c.to_json()} {train.identity} {evaluation and evaluation.identity} {resumes}",
+    "give all hosts the same command and data files, and a --workdir that all share",
+  )
 
   # --- The compiled functions and the shapes of what they take; nothing is allocated yet ---
   program = steps.make_program(c, model_source.config, mesh, total_steps)
@@ -73,24 +78,32 @@ def train_and_evaluate(c, workdir: str) -> None:
     jax.devices()[0].device_kind,
   )
 
+  to_device, count = functools.partial(hosts.to_device, mesh), hosts.make_counter(mesh)
+
+  def check_evaluation(counts) -> int:
+    bad = sum(int(found["bad_records"]) for found in jax.device_get(counts))
+    loop.check_bad_records("data.eval", bad, evaluation.records, c.data.on_bad_record)
+    return bad
+
   if evaluation:  # now: the first evaluation may be days away
-    loop.check_bad_records("data.eval", evaluation.read(**hosts), evaluation.records)
+    with evaluation.batches(**mine) as batches:
+      few = ({name: batch[name] for name in ("segments", "skipped")} for batch in batches)
+      check_evaluation([count(rows, rows["skipped"]) for rows in map(to_device, few)])
 
   def evaluate(state):
-    bad, sums = 0, []
+    counts, sums = [], []
     # Threads: a pool of processes takes longer to start than most evaluations take.
-    with evaluation.batches(workers=0, **hosts) as batches:
-      for batch in batches:
-        bad += int(batch.pop("skipped").sum())
-        rows = meshes.to_device(mesh, batch)
+    with evaluation.batches(workers=0, **mine) as batches:
+      for rows in map(to_device, batches):
+        counts.append(count(rows, rows.pop("skipped")))
         sums.append(
           program.eval_step(state.params, frozen, rows, max_segments=evaluation.max_segments)
         )
-    loop.check_bad_records("data.eval", bad, evaluation.records)
+    bad = check_evaluation(counts)
     return metrics.evaluation(sums) | {"bad_records": bad}
 
   # --- The loop ---
-  with train.batches(start_step=progress.get("step", 0), **hosts) as batches:
+  with train.batches(start_step=progress.get("step", 0), **mine) as batches:
     if "data" in progress:
       batches.set_state(progress["data"])
     loop.run(
@@ -98,8 +111,8 @@ def train_and_evaluate(c, workdir: str) -> None:
       workdir,
       loop.Stage(
         train_step=lambda state, rows: program.train_step(state, frozen, rows),
-        to_device=functools.partial(meshes.to_device, mesh),
-        count=lambda batch: (np.count_nonzero(batch["segments"]), batch["segments"].max(1).sum()),
+        to_device=to_device,
+        count=count,
         evaluate=evaluate if evaluation else None,
         records=train.records,
       ),
@@ -118,4 +131,4 @@ def main(_):
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "Such as configs/sft.py:llava15_7b.")
   flags.DEFINE_string("workdir", "", "The run directory.")
-  cli.run(main)
+  cli.run(main, several_hosts=True)

@@ -12,12 +12,21 @@ from ml_collections import ConfigDict
 import vlalign_jax
 from vlalign_jax.config import unknown_key
 from vlalign_jax.errors import InputError
+from vlalign_jax.sharding import processes
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def run(main) -> None:
-  """Runs `main(argv)` with flags parsed; an InputError ends it with one line and exit code 1."""
+def run(main, several_hosts: bool = False) -> None:
+  """Runs `main(argv)` with flags parsed; an InputError ends it with one line and exit code 1.
+
+  Args:
+    main: what the script does; returns the exit code, None for 0.
+    several_hosts: whether it may be one process of several, see `sharding.processes`; an error of
+      one then ends all.
+  """
+  if several_hosts:
+    processes.define_flags()
 
   def parse(argv):
     try:
@@ -30,10 +39,18 @@ def run(main) -> None:
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_worth_a_line)
     try:
+      if several_hosts:
+        processes.start(**{name: flags.FLAGS[name].value for name in processes.FLAGS})
       return main(argv)
     except InputError as error:
-      print(f"error: {error}", file=sys.stderr)
+      print(f"error: {error}", file=sys.stderr, flush=True)
+      processes.fail(str(error))
       return 1
+    except BaseException as error:
+      if processes.are_several():
+        traceback.print_exc()
+        processes.fail("".join(traceback.format_exception_only(error)).strip())
+      raise
 
   app.run(guarded, flags_parser=parse)
 

@@ -25,6 +25,8 @@ _FAILURE, _READ = "vlalign_jax/failure", "vlalign_jax/read"
 # Seconds between looks for a message; how long process 0, whose end is everybody's, waits for all.
 _POLL, _GOODBYE = 2.0, 10.0
 _ending = threading.Lock()
+# The flags, which are also the arguments of `start`.
+FLAGS = ("coordinator", "processes", "process", "start_timeout", "heartbeat_timeout")
 
 
 def define_flags() -> None:
@@ -216,14 +218,19 @@ def _watch() -> None:
       _leave(state)
 
 
+def are_several() -> bool:
+  """Whether this process has joined others."""
+  return jax.distributed.is_initialized()
+
+
 def fail(message: str) -> None:
   """Ends all processes of the run with exit code 1, this one first; returns only if it is alone.
 
   An exit in order would wait for processes that wait for this one.
   """
-  state = distributed.global_state
-  if state.client is None:
+  if not are_several():
     return
+  state = distributed.global_state
   with _ending:
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was faster
       state.client.key_value_set(_FAILURE, f"process {state.process_id} ended: {message}")

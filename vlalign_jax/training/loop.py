@@ -30,7 +30,7 @@ class Stage:
   Attributes:
     train_step: `(state, rows) -> (state, metrics)`, jitted.
     to_device: host batch (dict of arrays of this process's rows) -> rows on the devices.
-    count: host batch -> (tokens, examples) in it.
+    count: `(rows, skipped, stop) -> counts` over all hosts, see `hosts.make_counter`.
     evaluate: `(state) -> dict of floats`, or None.
     records: number of training records.
   """
@@ -43,7 +43,7 @@ class Stage:
 
 
 class Stop:
-  """Set by SIGTERM (preemption): the loop then saves and ends in order."""
+  """Set by SIGTERM (preemption) of this host: the loops of all then save and end in order."""
 
   def __init__(self):
     self.asked = False
@@ -84,6 +84,7 @@ def run(
     InputError: ten updates in a row were not finite, or too many records are unreadable.
   """
   stop, first = Stop(), int(state.step)
+  alone, told = jax.process_count() == 1, False
   log, throughput = MetricLog(workdir, first, total_steps), Throughput()
   pending, bad_records = collections.deque(), progress["bad_records"]
   measured = {}  # step -> metrics of the evaluation there, of the newest one
@@ -94,20 +95,35 @@ def run(
 
   def settle(keep: int) -> None:
     """Reads the metrics of all but the newest `keep` steps."""
+    nonlocal bad_records, told
     while len(pending) > keep:
-      step, metrics, counted, bad = pending.popleft()
-      metrics = jax.device_get(metrics)
+      step, metrics, counts = pending.popleft()
+      metrics, counts = jax.device_get((metrics, counts))
+      bad_records += int(counts["bad_records"])
+      examples = max(stage.records, step * config.batch_size)
+      check_bad_records("data.train", bad_records, examples, config.data.on_bad_record)
+      told = told or counts["stop"] > 0
       if metrics.pop("skipped_in_a_row") >= MAX_SKIPPED_IN_A_ROW:
         raise InputError(
           f"step {step}: loss or gradient was not finite for {MAX_SKIPPED_IN_A_ROW} updates in a "
           "row; lower optim.learning_rate, or look at the data of these steps"
         )
-      throughput.add(*counted)
+      throughput.add(int(counts["tokens"]), int(counts["examples"]))
       log.advance(step)
       if step % config.log_every == 0 or step in (1, total_steps):
         values = {key: float(value) for key, value in metrics.items()}
-        values |= {"bad_records": bad} | throughput.rates()
+        values |= {"bad_records": bad_records} | throughput.rates()
         log.write(step, values, more_follow=evaluated(step))
+
+  def stops() -> bool:
+    """Whether a host was asked to stop: all hosts are told at the same step, and none waits for it.
+
+    A step is counted before its update, so the oldest count here is known as soon as the metrics
+    that `settle` has just read.
+    """
+    if alone:
+      return stop.asked
+    return told or bool(pending and jax.device_get(pending[0][2]["stop"]) > 0)
 
   def evaluate(step: int) -> None:
     settle(0)
@@ -137,12 +153,11 @@ def run(
   saved = first
   try:
     for step in range(first + 1, total_steps + 1):
-      batch = next(batches)
-      bad_records += int(batch.pop("skipped").sum())
-      check_bad_records("data.train", bad_records, max(stage.records, step * config.batch_size))
-      counted = stage.count(batch)
-      state, metrics = stage.train_step(state, stage.to_device(batch))
-      pending.append((step, metrics, counted, bad_records))
+      rows = stage.to_device(next(batches))
+      skipped = rows.pop("skipped")
+      counts = stage.count(rows, skipped, stop.asked)
+      state, metrics = stage.train_step(state, rows)
+      pending.append((step, metrics, counts))
       settle(LAG)
       if evaluated(step):
         evaluate(step)
@@ -151,7 +166,7 @@ def run(
       if (due or (config.keep_best and step in measured)) and step < total_steps:
         save(step)
         saved = step
-      if stop.asked:
+      if stops():
         break
     settle(0)
     last = int(state.step)
@@ -166,17 +181,25 @@ def run(
   return state
 
 
-def check_bad_records(name: str, bad: int, examples: int) -> None:
+def check_bad_records(name: str, bad: int, examples: int, on_bad_record: str = "skip") -> None:
   """Refuses data of which more than MAX_BAD_RECORDS = 1 % is bad; one bad record alone is fine.
+
+  With several hosts every bad record comes here, so that all hosts end at the same step.
 
   Args:
     name: the config key of the data.
     bad: how many examples were left out.
     examples: of how many.
+    on_bad_record: the config's; with "error" no record may be bad.
 
   Raises:
     InputError: there are too many, or there is no good one.
   """
+  if bad and on_bad_record == "error":
+    raise InputError(
+      f"{name}: a record could not be read; the host that has it names it in its log: mend it, or "
+      "set data.on_bad_record=skip"
+    )
   if bad == examples or bad > max(1, MAX_BAD_RECORDS * examples):
     raise InputError(
       f"{name}: {bad} of {examples} records could not be read, more than {MAX_BAD_RECORDS:.0%}; "
