@@ -86,9 +86,8 @@ def train_and_evaluate(c, workdir: str) -> None:
     return bad
 
   if evaluation:  # now: the first evaluation may be days away
-    with evaluation.batches(**mine) as batches:
-      few = ({name: batch[name] for name in ("segments", "skipped")} for batch in batches)
-      check_evaluation([count(rows, rows["skipped"]) for rows in map(to_device, few)])
+    read = map(to_device, evaluation.read(**mine))
+    check_evaluation([count(rows, rows["skipped"]) for rows in read])
 
   def evaluate(state):
     counts, sums = [], []

@@ -271,7 +271,7 @@ def test_too_many_unreadable_pictures_of_the_evaluation(
   settings = {"data.eval": held_out, "data.on_bad_record": "skip"}
   _fails(expected, train, records[:12], **settings)
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
-  monkeypatch.setattr(data.Prepared, "read", lambda *_, **__: 0)
+  monkeypatch.setattr(data.Prepared, "read", lambda *_, **__: [])
   _fails(expected, train, records[:12], **settings)
   assert _steps(tmp_path) == [2, 3]  # nothing is lost but the evaluation
   lines = sft_run.read_metrics(tmp_path / "run")
@@ -459,12 +459,6 @@ def test_workdir_that_is_a_url(model, records, tmp_path, monkeypatch):
   expected = ["--workdir ftp://host/run: only gs:// is supported", "mount other storage"]
   _fails(expected, train_sft.train_and_evaluate, config, "ftp://host/run")
   assert os.listdir(tmp_path) == ["data"]  # makedirs would take gs: for a directory
-
-
-def test_several_processes(train, records, tmp_path, monkeypatch):
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
-  _fails(["several processes are not supported yet", "one process per run"], train, records)
-  assert not (tmp_path / "run").exists()
 
 
 def test_workdir_that_holds_something_else(train, records, tmp_path):

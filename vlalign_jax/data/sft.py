@@ -84,6 +84,15 @@ class Prepared:
     """See `pipeline.batches` for the options: start_step, blocks, block_count, on_bad_record."""
     return pipeline.batches(self.plan, **(self.pipeline | options))
 
+  def read(self, **options) -> list[dict[str, np.ndarray]]:
+    """Makes every batch once, for the InputError that a bad record raises.
+
+    Returns:
+      `segments` and `skipped` of each batch, see `pipeline.batches`.
+    """
+    with self.batches(**options) as batches:
+      return [{name: batch[name] for name in ("segments", "skipped")} for batch in batches]
+
   @property
   def identity(self) -> dict[str, int]:
     """What tells that a resumed run has the same plan; goes through JSON."""
