@@ -1,5 +1,7 @@
 """Attention in blocks against torch's, in float64, with a mask made by reading the rule aloud."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from tests.reference import relative_error
-from vlalign_jax.models import attention
+from vlalign_jax.models import attention, splash, tiles
 
 B, T, H, K, D = 4, 23, 6, 2, 10
 
@@ -50,24 +52,23 @@ def expected(query, key, value, cotangent, mask):
   return out.detach().numpy(), *(tensor.grad.numpy() for tensor in tensors)
 
 
-def ours(inputs, layout, block, shards, monkeypatch):
-  """As `expected`; shards 0 is what accelerators run: all rows at once."""
-  query, key, value, cotangent = inputs
-  if shards == 0:
-    monkeypatch.setattr(
-      jax.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays)
-    )
-  monkeypatch.setattr(attention, "CPU_TILE", block)
-  monkeypatch.setattr(attention, "TILE", block)
+def with_gradients(attend, query, key, value, cotangent):
+  """Output of `attend` and gradients by query, key and value."""
 
   @jax.jit
   def compute(query, key, value, cotangent):
-    out, pull = jax.vjp(
-      lambda q, k, v: attention.attend(q, k, v, *layout, shards=max(shards, 1)), query, key, value
-    )
+    out, pull = jax.vjp(attend, query, key, value)
     return out, *pull(cotangent)
 
   return compute(query, key, value, cotangent)
+
+
+def ours(inputs, layout, block, shards, monkeypatch):
+  """As `expected`; shards 0 is what accelerators run: all rows at once."""
+  monkeypatch.setattr(tiles, "CPU_TILE", block)
+  monkeypatch.setattr(tiles, "TILE", block)
+  monkeypatch.setattr(attention, "row_blocks", lambda mesh: shards)
+  return with_gradients(lambda *qkv: attention.attend(*qkv, *layout), *inputs)
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -82,9 +83,9 @@ def test_output_and_gradients_equal_torch(block, shards, masked, monkeypatch):
         for s, b in zip(*layout, strict=True)
       ]
     )
-    whole = attention.Layout(*layout)
+    whole = tiles.Layout(*layout)
     index = np.arange(T)
-    np.testing.assert_array_equal(attention.visible(whole, whole, index, index), mask)
+    np.testing.assert_array_equal(tiles.visible(whole, whole, index, index), mask)
   found = ours(inputs, layout, block, shards, monkeypatch)
   for ours_, theirs in zip(found, expected(*inputs, mask), strict=True):
     assert relative_error(ours_, theirs) < 1e-6
@@ -99,3 +100,15 @@ def test_bfloat16_is_as_near_as_its_rounding(monkeypatch):
   assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
   for ours_, theirs in zip(found, exact, strict=True):
     assert relative_error(ours_, theirs) < 7e-3
+
+
+def test_the_kernel_of_tpus_equals_torch():
+  inputs, (segments, _) = make_inputs(), make_layout()
+  no_branches = np.zeros(T, np.int32)
+  mask = np.array(
+    [[[sees(s, no_branches, q, k) for k in range(T)] for q in range(T)] for s in segments]
+  )
+  attend = functools.partial(splash.attend, segments=segments, mesh=None, interpret=True)
+  found = with_gradients(attend, *inputs)
+  for ours_, theirs in zip(found, expected(*inputs, mask), strict=True):
+    assert relative_error(ours_, theirs) < 1e-6

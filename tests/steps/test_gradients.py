@@ -17,7 +17,7 @@ from tests import checkpoints, reference
 from vlalign_jax import trees
 from vlalign_jax.config import defaults
 from vlalign_jax.data import plan
-from vlalign_jax.models import attention, vlm
+from vlalign_jax.models import tiles, vlm
 from vlalign_jax.steps import accumulate, sft
 from vlalign_jax.training import optimizer
 from vlalign_jax.training import state as training_state
@@ -196,7 +196,7 @@ def test_remat_changes_no_gradient(remat, model, packed, packed_gradients):
 
 
 def test_small_blocks_of_queries_change_no_gradient(model, packed, packed_gradients, monkeypatch):
-  monkeypatch.setattr(attention, "CPU_TILE", 20)
+  monkeypatch.setattr(tiles, "CPU_TILE", 20)
   check(gradients(model, packed), packed_gradients, 1e-5)
 
 

@@ -55,7 +55,15 @@ def as_it_is(x):
 
 
 def cross_entropy_sum(
-  hidden, kernel, targets, weights, *, shards: int = 1, chunk: int = 128, place=as_it_is
+  hidden,
+  kernel,
+  targets,
+  weights,
+  *,
+  shards: int = 1,
+  chunk: int = 128,
+  place=as_it_is,
+  scatter=as_it_is,
 ):
   """Weighted sum of next-token cross-entropies, differentiable in `hidden` and `kernel`.
 
@@ -68,22 +76,24 @@ def cross_entropy_sum(
     chunk: positions per shard whose logits exist at a time.
     place: array -> array, puts the kernel [D, V] and what comes of it [shards, .., V] where they
       shall be over devices; a kernel that ZeRO splits is brought together before the loop.
+    scatter: array -> array, puts the kernel's gradient [D, V] where it shall be.
 
   Returns:
     float32[], sum over positions of -weight * log softmax(hidden @ kernel)[target].
   """
-  return _cross_entropy_sum(hidden, kernel, targets, weights, shards, chunk, place)
+  return _cross_entropy_sum(hidden, kernel, targets, weights, shards, chunk, place, scatter)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _cross_entropy_sum(hidden, kernel, targets, weights, shards, chunk, place):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _cross_entropy_sum(hidden, kernel, targets, weights, shards, chunk, place, scatter):
+  del scatter
   losses, _ = token_statistics(
     hidden, kernel, targets, weights, shards=shards, chunk=chunk, place=place
   )
   return jnp.sum(losses * weights)
 
 
-def _forward(hidden, kernel, targets, weights, shards, chunk, place):
+def _forward(hidden, kernel, targets, weights, shards, chunk, place, scatter):
   with_kernel = kernel.perturbed
   shape, kernel_dtype = hidden.value.shape, kernel.value.dtype
   kernel = place(kernel.value.astype(hidden.value.dtype))
@@ -115,12 +125,15 @@ def _forward(hidden, kernel, targets, weights, shards, chunk, place):
   carry = (jnp.zeros((), jnp.float32), jnp.zeros_like(hidden), kernel_grad)
   total, hidden_grad, kernel_grad = jax.lax.fori_loop(0, chunks, body, carry)
   hidden_grad = _gather(hidden_grad, jnp.argsort(order, axis=1)).reshape(shape)
-  kernel_grad = jnp.sum(kernel_grad, axis=0).astype(kernel_dtype) if with_kernel else None
-  return total, (hidden_grad, kernel_grad)
+  if with_kernel:
+    kernel_grad = scatter(jnp.sum(kernel_grad, axis=0)).astype(kernel_dtype)
+    # Else the sum may wait, and its operand be held whole, until all layers' gradients are made.
+    hidden_grad, kernel_grad = jax.lax.optimization_barrier((hidden_grad, kernel_grad))
+  return total, (hidden_grad, kernel_grad if with_kernel else None)
 
 
-def _backward(shards, chunk, place, residuals, cotangent):
-  del shards, chunk, place
+def _backward(shards, chunk, place, scatter, residuals, cotangent):
+  del shards, chunk, place, scatter
   hidden_grad, kernel_grad = residuals
   return (
     hidden_grad * cotangent.astype(hidden_grad.dtype),

@@ -13,7 +13,7 @@ def loss(hidden, kernel, rows, **chunking):
     hidden: float[B, T, D] of the model.
     kernel: float[D, V] of the output head.
     rows: dict with `targets` int32[B, T] and `weights` float32[B, T].
-    **chunking: shards, chunk and place of `head.cross_entropy_sum`.
+    **chunking: shards, chunk, place and scatter of `head.cross_entropy_sum`.
 
   Returns:
     (float32[] sum, float32[] count); the step divides one by the other.
@@ -30,7 +30,8 @@ def evaluation(hidden, kernel, rows, *, max_segments: int, **chunking):
   before; an example matches exactly iff all of its answers do.
 
   Args:
-    hidden, kernel, rows, **chunking: as in `loss`; rows also has `segments` int32[B, T].
+    hidden, kernel, rows, **chunking: as in `loss`, without scatter; rows also has `segments`
+      int32[B, T].
     max_segments: upper bound of `segments`.
 
   Returns:

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vlalign_jax.models import activations, attention, stack
-from vlalign_jax.sharding.mesh import constrain_rows, constrain_tensor, row_blocks
+from vlalign_jax.sharding.mesh import constrain_rows, constrain_tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class VisionAttention(nnx.Module):
       return constrain_tensor(projected.reshape(*x.shape[:-1], self.heads, -1), mesh, axis=2)
 
     query, key, value = (heads(part(x)) for part in (self.query, self.key, self.value))
-    mixed = attention.attend(query, key, value, shards=row_blocks(mesh))
+    mixed = attention.attend(query, key, value, mesh=mesh)
     return self.out(constrain_tensor(mixed, mesh, axis=2).reshape(x.shape))
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vlalign_jax.models import activations, attention, rope, stack
-from vlalign_jax.sharding.mesh import constrain_rows, constrain_tensor, row_blocks
+from vlalign_jax.sharding.mesh import constrain_rows, constrain_tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LanguageAttention(nnx.Module):
     query = rope.rotate(heads(self.query(x)), *rotation)
     key = rope.rotate(heads(self.key(x)), *rotation)
     value = heads(self.value(x))
-    mixed = attention.attend(query, key, value, segments, branches, shards=row_blocks(mesh))
+    mixed = attention.attend(query, key, value, segments, branches, mesh=mesh)
     return self.out(constrain_tensor(mixed, mesh, axis=2).reshape(B, T, -1))
 
 
@@ -101,7 +101,7 @@ class LanguageModel(nnx.Module):
 
     Args:
       x: float[B, T, D], token embeddings with image features in their places.
-      positions, segments, branches: int32[B, T], see ARCHITECTURE.md, "Rows".
+      positions, segments, branches: int32[B, T], see ARCHITECTURE.md, "Rows"; branches None: all 0.
       remat: see `stack.REMAT_NAMES`.
       mesh: over which B is split.
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from vlalign_jax.sharding.mesh import constrain_rows
@@ -19,6 +20,23 @@ REMAT_NAMES = ("none", *REMAT_POLICIES)
 def build_stack(make_layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs):
   """Builds `layers` independent copies of a module, stacked along a new first parameter axis."""
   return nnx.vmap(make_layer, in_axes=(0,), out_axes=0)(rngs.split(layers))
+
+
+@jax.custom_vjp
+def _cast_in_loop(param):
+  """The parameter itself.
+
+  XLA for TPUs turns float32 values that are only ever read as bfloat16 into bfloat16 ones, through
+  loops: it would cast the parameters of all layers before the first and keep them twice. It does
+  not look through bits.
+  """
+  if param.dtype != jnp.float32:
+    return param
+  bits = jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(param, jnp.uint32))
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+_cast_in_loop.defvjp(lambda param: (_cast_in_loop(param), None), lambda _, cotangent: (cotangent,))
 
 
 def run_stack(
@@ -47,6 +65,8 @@ def run_stack(
 
   def body(x, layer_params):
     x = constrain_rows(x, mesh)
+    if mesh is not None and mesh.size > 1:
+      layer_params = jax.tree.map(_cast_in_loop, layer_params)
     x = call(nnx.merge(graphdef, layer_params), x)
     return x, (x if collect else None)
 

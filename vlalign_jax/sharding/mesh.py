@@ -177,6 +177,20 @@ def constrain_vocabulary(x, mesh: Mesh | None):
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def scatter_head_gradient(x, mesh: Mesh | None):
+  """Sums the head's gradient [D, V] over rows straight into parts over `fsdp` and `tensor`.
+
+  A sum that every device holds whole before it is cut would be the largest array of a step.
+  """
+  if mesh is None:
+    return x
+  axes = ("fsdp", "tensor")
+  spec = [
+    axis if n % mesh.shape[axis] == 0 else None for n, axis in zip(x.shape, axes, strict=True)
+  ]
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
 def to_device(mesh: Mesh, batch: dict):
   """This process's rows of a batch (dict of arrays) as global arrays over the mesh."""
   sharding = batch_sharding(mesh)

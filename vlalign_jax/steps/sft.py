@@ -13,6 +13,9 @@ from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import accumulate, program
 from vlalign_jax.training import state as training_state
 
+# Told before the step is compiled, so that attention need not look at branches.
+ONE_ANSWER = {"branches": None}
+
 
 def chunking(mesh: Mesh | None, chunk: int) -> dict:
   """How the output head goes through rows that are split over a mesh."""
@@ -25,7 +28,13 @@ def make_loss(graphdef, frozen, *, mesh: Mesh | None = None, chunk: int = 128):
 
   def loss(params, rows):
     model = nnx.merge(graphdef, trees.merge(params, frozen))
-    total, tokens = sft.loss(model(rows), model.head_kernel(), rows, **chunking(mesh, chunk))
+    total, tokens = sft.loss(
+      model(rows | ONE_ANSWER),
+      model.head_kernel(),
+      rows,
+      scatter=functools.partial(meshes.scatter_head_gradient, mesh=mesh),
+      **chunking(mesh, chunk),
+    )
     return total, {"tokens": tokens}
 
   return loss
@@ -78,7 +87,7 @@ def eval_step(
   """Sums over a batch, see `losses.sft.evaluation`."""
   model = nnx.merge(graphdef, trees.merge(params, frozen))
   return sft.evaluation(
-    model(rows),
+    model(rows | ONE_ANSWER),
     model.head_kernel(),
     rows,
     max_segments=max_segments,
