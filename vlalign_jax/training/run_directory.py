@@ -1,6 +1,7 @@
 """A run directory: made, checked against the config that is resumed with, and written to."""
 
 import json
+import time
 
 import jax
 import numpy as np
@@ -58,21 +59,37 @@ def open_run(workdir: str, config: ConfigDict) -> bool:
     resumes = _has_saved(directory)
     if stored and resumes:
       _check_config(stored, config, workdir)
-    multihost_utils.sync_global_devices("config.json is checked")
+    _check_shared(directory)
     if jax.process_index() == 0:
       storage.write(str(path), json.dumps(config.to_dict(), indent=2) + "\n")
-    multihost_utils.sync_global_devices("config.json is written")
-    shared = path.exists() and _read_config(path) == json.loads(json.dumps(config.to_dict()))
-  except OSError as error:
-    reason = error.strerror or error
+  except InputError:
+    raise
+  except Exception as error:
+    if not isinstance(error, OSError) and not storage.is_url(workdir):
+      raise
+    reason = getattr(error, "strerror", None) or error  # libraries of buckets have their own errors
     raise InputError(f"--workdir {workdir} cannot be written to: {reason}") from error
-  seen = multihost_utils.process_allgather(np.array([shared, resumes])).reshape(-1, 2)
-  if not seen[:, 0].all() or len(set(seen[:, 1])) > 1:
-    raise InputError(
-      f"--workdir {workdir} is not the same directory for all processes; give one that all hosts "
-      "share"
-    )
   return resumes
+
+
+def _check_shared(directory: epath.Path) -> None:
+  """Refuses a directory that is not the same one for all processes, and waits for all of them."""
+  if jax.process_count() == 1:
+    return
+  # A name that no process has ever looked for, so that no file system remembers its absence.
+  number = int(multihost_utils.broadcast_one_to_all(np.uint32(time.time_ns() % 2**32)))
+  probe = directory / f"shared-{number}"
+  if jax.process_index() == 0:
+    storage.write(str(probe), "")
+  multihost_utils.sync_global_devices("the probe is written")
+  seen = multihost_utils.process_allgather(np.int32(probe.exists()))
+  if jax.process_index() == 0:
+    probe.unlink()
+  if not seen.all():
+    raise InputError(
+      f"--workdir {directory} is not the same directory for all processes; give one that all "
+      "hosts share"
+    )
 
 
 def _has_saved(directory: epath.Path) -> bool:
