@@ -40,7 +40,10 @@ GPUS = {
   "h100": Chip("H100 80 GB", 0.75 * 80 * GIB, 989e12, 3350e9, 450e9),
   "h200": Chip("H200 141 GB", 0.75 * 141e9, 989e12, 4800e9, 450e9),
 }
-# NVLink ends at a node; the network beyond it, bytes a second and GPU (DGX: one 400 Gbit/s port each).
+# NVLink ends at a node; beyond it a GPU has a 400 Gbit/s port (DGX H100), in bytes a second.
 NVLINK_GPUS, NETWORK = 8, 50e9
-# Dimensions of the network in which the chips of a TPU slice sit.
+# Slices that Google offers: listed for the chips in a plane; in space, hosts of 2 x 2 x 1 chips.
+PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 TORUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
+# At this many chips along an axis a pod ends.
+LONGEST_AXIS = 24

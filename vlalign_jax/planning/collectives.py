@@ -25,7 +25,9 @@ class Traffic:
   bytes: float = 0.0
 
 
-def traffic(program: hlo.Program, devices: int, unknown_trips: int = 1) -> dict[str, Traffic]:
+def traffic(
+  program: hlo.Program, devices: int, unknown: hlo.Trips = hlo.ONCE
+) -> dict[str, Traffic]:
   """Collectives by kind.
 
   A TPU program may gather in the steps of a product that uses what has arrived: its `collective-
@@ -34,7 +36,7 @@ def traffic(program: hlo.Program, devices: int, unknown_trips: int = 1) -> dict[
   Args:
     program: from `hlo.parse`.
     devices: of the mesh.
-    unknown_trips: see `hlo.executed`.
+    unknown: see `hlo.executed`.
 
   Returns:
     Kind -> Traffic, only of kinds that occur.
@@ -42,7 +44,7 @@ def traffic(program: hlo.Program, devices: int, unknown_trips: int = 1) -> dict[
   # A collective that runs beside others is cut over several fusions, all with its channel. It runs
   # as often as the one of them that runs least.
   channels: dict[str, tuple[int, str, float]] = {}
-  for number, (instruction, computation, times) in enumerate(hlo.executed(program, unknown_trips)):
+  for number, (instruction, computation, times) in enumerate(hlo.executed(program, unknown)):
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS or not times:
       continue
@@ -100,14 +102,25 @@ def _group_size(instruction: hlo.Instruction, devices: int) -> int:
   return len(listed.group(1).split(",")) if listed else devices
 
 
-def flops(program: hlo.Program, unknown_trips: int = 1) -> float:
+def flops(program: hlo.Program, unknown: hlo.Trips = hlo.ONCE) -> float:
   """Operations of all matrix products and convolutions that one device runs."""
   total = 0.0
-  for instruction, computation, times in hlo.executed(program, unknown_trips):
+  for instruction, computation, times in hlo.executed(program, unknown):
     if instruction.opcode in ("dot", "convolution"):
       count = _dot if instruction.opcode == "dot" else _convolution
       total += times * count(instruction, computation)
   return total
+
+
+def kernels(program: hlo.Program, unknown: hlo.Trips = hlo.ONCE) -> int:
+  """How often a device calls hand-written kernels (Pallas), whose operations `flops` cannot see."""
+  targets = ("tpu_custom_call", "__gpu$xla.gpu.triton")
+  return sum(
+    times
+    for instruction, _, times in hlo.executed(program, unknown)
+    if instruction.opcode == "custom-call"
+    and any(f'custom_call_target="{target}"' in instruction.rest for target in targets)
+  )
 
 
 def _sizes(name: str, where: hlo.Computation) -> tuple[int, ...]:

@@ -18,11 +18,12 @@ class Compiled:
 
   Attributes:
     seconds: that compiling took.
-    total: bytes that the program takes: arguments, results and temporaries.
+    total: bytes that the program takes at its peak: arguments, temporaries and results.
     arguments: bytes of what the step is given and gives back in the same place.
     temporaries: bytes of everything else. 0 where the program is refused: not told then.
     traffic: collectives by kind; empty where the program is refused.
     flops: operations that the device runs; 0 where the program is refused.
+    kernels: calls of hand-written kernels, whose operations are not among `flops`.
     counted_once: operations by the compiler's own count, in which a loop's body counts once.
     refused: the compiler's words where the program is larger than the device; else empty.
   """
@@ -33,18 +34,19 @@ class Compiled:
   temporaries: float = 0.0
   traffic: dict[str, collectives.Traffic] = dataclasses.field(default_factory=dict)
   flops: float = 0.0
+  kernels: int = 0
   counted_once: float = 0.0
   refused: str = ""
 
 
-def compile_step(program, rows, devices: int, head_trips: int) -> Compiled:
+def compile_step(program, rows, devices: int, unknown: hlo.Trips) -> Compiled:
   """Compiles a program's train step.
 
   Args:
     program: `steps.program.Program`.
     rows: shapes of the batch.
     devices: of the mesh.
-    head_trips: how often the loop of the output head runs at most; its count depends on data.
+    unknown: how often loops run whose count depends on data.
   """
   start = time.monotonic()
   lowered = program.train_step.lower(program.state, program.frozen, rows)
@@ -58,15 +60,19 @@ def compile_step(program, rows, devices: int, head_trips: int) -> Compiled:
     return Compiled(time.monotonic() - start, needed, refused=str(error).splitlines()[0])
   seconds = time.monotonic() - start
   memory = done.memory_analysis()
-  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + results
+  # The sum of all temporaries is more than what is there at a time: TPU programs are refused by
+  # their peak, arguments included, and run up to it.
+  total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+  total += memory.output_size_in_bytes - memory.alias_size_in_bytes
+  total = memory.peak_memory_in_bytes or total
   text = hlo.parse(done.as_text())
   return Compiled(
     seconds=seconds,
-    total=memory.argument_size_in_bytes + temporaries,
+    total=total,
     arguments=memory.argument_size_in_bytes,
-    temporaries=temporaries,
-    traffic=collectives.traffic(text, devices, head_trips),
-    flops=collectives.flops(text, head_trips),
+    temporaries=total - memory.argument_size_in_bytes,
+    traffic=collectives.traffic(text, devices, unknown),
+    flops=collectives.flops(text, unknown),
+    kernels=collectives.kernels(text, unknown),
     counted_once=(done.cost_analysis() or {}).get("flops", 0.0),
   )

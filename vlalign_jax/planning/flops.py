@@ -8,8 +8,9 @@ from vlalign_jax.planning.workload import Workload, tile_pairs
 # Products of an attention tile: scores and mix; and in the backward pass the scores again, then
 # gradients of weights, values, queries and keys.
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
-# Where remat does not save attention's result; saving weights' products does not.
-ATTENTION_AGAIN = ("full", "save_weight_matmuls")
+# A TPU's kernel makes gradients of keys and values in one pass and those of queries in another,
+# and computes scores and gradients of weights in both.
+KERNEL_BACKWARD_PRODUCTS = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ def count(model: ModelConfig, workload: Workload, train, remat: str) -> dict[str
   down = 2 * tokens * language.layers * language.width * language.mlp_width
   pairs = workload.rows * tile_pairs(workload.length, workload.tile, causal=True)
   tiles = 2 * pairs * language.layers * language.heads * language.head_dim
+  backward = KERNEL_BACKWARD_PRODUCTS if workload.platform == "tpu" else BACKWARD_PRODUCTS
   head = 2 * tokens * language.width * language.vocab_size
   return {
     "vision": _vision(model, workload, train, remat),
@@ -64,11 +66,16 @@ def count(model: ModelConfig, workload: Workload, train, remat: str) -> dict[str
     ),
     "attention": Work(
       FORWARD_PRODUCTS * tiles,
-      BACKWARD_PRODUCTS * tiles * learns,
-      FORWARD_PRODUCTS * tiles * (learns and remat in ATTENTION_AGAIN),
+      backward * tiles * learns,
+      FORWARD_PRODUCTS * tiles * (learns and _attends_again(workload, remat, "language")),
     ),
     "head": Work(head, head * (learns + head_trains)),
   }
+
+
+def _attends_again(workload: Workload, remat: str, part: str) -> bool:
+  """Whether the backward pass computes attention's result again."""
+  return remat != "none" and not (remat == "save_matmuls" and workload.saves_scores(part))
 
 
 def _vision(model: ModelConfig, workload: Workload, train, remat: str) -> Work:
@@ -80,7 +87,7 @@ def _vision(model: ModelConfig, workload: Workload, train, remat: str) -> Work:
   tiles = 2 * pairs * vision.layers * vision.width
   patches = 2 * images * vision.patches * vision.patch_size**2 * 3 * vision.width
   again = (layers - down) * (remat == "full")
-  again += FORWARD_PRODUCTS * tiles * (remat in ATTENTION_AGAIN)
+  again += FORWARD_PRODUCTS * tiles * _attends_again(workload, remat, "vision")
   return Work(
     layers + patches + FORWARD_PRODUCTS * tiles,
     (2 * layers + patches + BACKWARD_PRODUCTS * tiles) * train.vision,

@@ -40,6 +40,17 @@ class Computation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Trips:
+  """How often loops run whose count depends on data: with a known start, and with none."""
+
+  to_unknown: int = 1
+  from_unknown: int = 1
+
+
+ONCE = Trips()
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
   """Computations by name."""
 
@@ -67,7 +78,7 @@ def parse(text: str) -> Program:
       if header:
         name, instructions, root = header.group(2), {}, None
         entry = name if header.group(1) else entry
-    elif line.startswith("}"):
+    elif line.rstrip() == "}":
       computations[name] = Computation(name, instructions, root)
       name = None
     else:
@@ -105,7 +116,8 @@ def _closing(text: str, start: int) -> int:
 
 
 def executed(
-  program: Program, unknown_trips: int = 1
+  program: Program,
+  unknown: Trips = ONCE,  # noqa: B008
 ) -> Iterator[tuple[Instruction, Computation, int]]:
   """All instructions that a run of the program comes by, with how often it does.
 
@@ -114,9 +126,9 @@ def executed(
 
   Args:
     program: from `parse`.
-    unknown_trips: how often a loop runs whose count depends on data.
+    unknown: how often loops run whose count depends on data.
   """
-  yield from _run(program, program.computations[program.entry], 1, {}, unknown_trips)
+  yield from _run(program, program.computations[program.entry], 1, {}, unknown)
 
 
 def _run(program, computation, times, constants, unknown):
@@ -125,8 +137,7 @@ def _run(program, computation, times, constants, unknown):
     yield instruction, computation, times
     if instruction.opcode == "while":
       body = program.computations[_attribute(instruction, "body")]
-      trips, invariant = _loop(program, instruction, computation, constants)
-      trips = unknown if trips is None else trips
+      trips, invariant = loop(program, instruction, computation, constants, unknown)
       yield from _run(program, body, times * trips, invariant, unknown)
     # The start of an asynchronous operation names what it calls, and so do its later parts.
     elif not instruction.opcode.endswith(("-update", "-done")):
@@ -146,48 +157,58 @@ def _attribute(instruction: Instruction, key: str) -> str:
   return re.search(rf"\b{key}=%([\w.\-]+)", instruction.rest).group(1)
 
 
-def _loop(program, loop: Instruction, where: Computation, constants):
-  """(times that a while loop runs or None, its elements that stay what they are, and are known)."""
-  body = program.computations[_attribute(loop, "body")]
-  condition = program.computations[_attribute(loop, "condition")]
-  starts = _elements(program, where, loop.operands[0], constants)
+def loop(program, instruction: Instruction, where: Computation, constants, unknown: Trips):
+  """How often a while loop runs, and its elements that stay what they are, and are known.
+
+  Args:
+    program: the program.
+    instruction: the loop.
+    where: the computation that it is in.
+    constants: elements of that computation's parameter that are known, by index.
+    unknown: what to say of counts that depend on data.
+  """
+  body = program.computations[_attribute(instruction, "body")]
+  condition = program.computations[_attribute(instruction, "condition")]
+  starts = _elements(program, where, instruction.operands[0], constants)
   steps = _elements(program, body, body.root.name, None)
   invariant = {
     index: start
     for index, start in starts.items()
     if isinstance(start, int) and steps.get(index) == (index, 0)
   }
-  known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+  known = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
   if known:
     return int(known.group(1)), invariant
   compared = _comparison(program, condition, invariant)
   if compared is None:
-    return None, invariant
+    return unknown.to_unknown, invariant
   (index, offset), direction, limit = compared
   start, step = starts.get(index), steps.get(index)
-  if not isinstance(start, int) or not isinstance(step, tuple) or step[0] != index or not step[1]:
-    return None, invariant
+  if not isinstance(step, tuple) or step[0] != index or not step[1]:
+    return unknown.to_unknown, invariant
+  if not isinstance(start, int) or not isinstance(limit, int):
+    return unknown.to_unknown if isinstance(start, int) else unknown.from_unknown, invariant
   distance = limit - (start + offset) + {"LE": 1, "GE": -1}.get(direction, 0)
   return max(0, -(-distance // step[1])), invariant
 
 
 def _comparison(program, condition: Computation, constants):
-  """((element, offset), direction, limit) of a condition that compares a counter with a number."""
+  """((element, offset), direction, limit or None) of a condition that compares a counter."""
   root, bound = condition.root, None
   if root.opcode == "fusion":
-    values = [_value(program, condition, name, constants) for name in root.operands]
-    condition, bound = program.computations[_attribute(root, "calls")], values
+    bound = [_value(program, condition, name, constants) for name in root.operands]
+    condition = program.computations[_attribute(root, "calls")]
     root = condition.root
   if root.opcode != "compare":
     return None
   first, second = (_value(program, condition, name, constants, bound) for name in root.operands)
   direction = re.search(r"direction=(\w\w)", root.rest).group(1)
-  if isinstance(first, int):
+  if not isinstance(first, tuple):
     first, second = second, first
     direction = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE"}.get(direction, direction)
-  if isinstance(first, tuple) and isinstance(second, int) and direction != "EQ":
-    return first, direction, second
-  return None
+  if not isinstance(first, tuple) or direction == "EQ":
+    return None
+  return first, direction, second
 
 
 def _elements(program, computation: Computation, name: str, constants) -> dict:

@@ -8,7 +8,7 @@ import importlib.util
 from vlalign_jax import config as configs
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.vlm import ModelConfig
-from vlalign_jax.planning import architectures, compiled, flops, memory, roofline, workload
+from vlalign_jax.planning import architectures, compiled, flops, hlo, memory, roofline, workload
 from vlalign_jax.planning.topology import Topology
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import program as programs
@@ -140,8 +140,13 @@ def compile_plan(planned: Plan) -> Plan:
   work, mesh = planned.work, planned.mesh
   program = build(planned.config, planned.model, mesh)
   rows = programs.abstract_rows(planned.model, mesh, work.rows, work.length, work.images)
-  head_trips = -(-work.device_rows * work.length // meshes.head_chunk(mesh))
-  done = compiled.compile_step(program, rows, mesh.size, head_trips)
+  trips = hlo.Trips(
+    # The output head stops where no tokens are left to learn: at most all are.
+    to_unknown=-(-work.device_rows * work.length // meshes.head_chunk(mesh)),
+    # Attention on CPUs starts at the first tile with keys of the example: at most at the row's.
+    from_unknown=(-(-work.length // work.tile) + 1) // 2,
+  )
+  done = compiled.compile_step(program, rows, mesh.size, trips)
   time = planned.time
   if time is not None and not done.refused:
     sent = sum(kind.bytes for kind in done.traffic.values())

@@ -54,7 +54,9 @@ def as_json(plan: Plan) -> dict:
 def assumptions(plan: Plan) -> list[str]:
   """What the numbers rest on, in sentences."""
   said = [*plan.work.assumptions]
-  said.append("FLOPs: the head over all tokens (it runs over the learnt ones), attention over rows")
+  said.append(
+    "FLOPs: attention over whole rows, the head over all tokens (it runs over learnt ones)"
+  )
   if plan.time:
     said.append(roofline.ASSUMPTION)
   return said
@@ -149,12 +151,18 @@ def _flops(plan: Plan) -> str:
   lines = [_table(rows, "")]
   done = plan.compiled
   if done and not done.refused:
-    ratio = done.flops / plan.device_flops
+    counted, without = plan.device_flops, ""
+    if done.kernels:
+      counted -= plan.operations["attention"].total / plan.mesh.size
+      without = f" without attention ({done.kernels:,} kernel calls)"
     lines.append(
-      f"  one device: {tera(plan.device_flops)} by formula, {tera(done.flops)} in the compiled "
-      f"program ({ratio:.2f} x; products, loops as often as they run)"
+      f"  one device{without}: {tera(counted)} by formula, {tera(done.flops)} compiled "
+      f"({done.flops / counted:.2f} x)"
     )
-    lines.append(f"  the compiler's own count, every loop's body once: {tera(done.counted_once)}")
+    lines.append(
+      "  compiled: products, each as often as its loops run; the compiler's own count, in which\n"
+      f"  a loop's body counts once, is {tera(done.counted_once)}"
+    )
   return "\n".join(lines)
 
 

@@ -11,8 +11,8 @@ from vlalign_jax.planning.chips import Chip
 # Of the maker's numbers, what large products and transfers reach.
 UTILISATION = {"compute": 0.6, "memory": 0.8, "interconnect": 0.5}
 ASSUMPTION = (
-  "time: the longest of the three, as if they overlapped, at {compute:.0%} of the chip's FLOP/s, "
-  "{memory:.0%} of its memory's and {interconnect:.0%} of its links' bandwidth"
+  "time: the longest of the three (they overlap), at {compute:.0%} of the chip's FLOP/s and\n"
+  "    {memory:.0%} of its memory's, {interconnect:.0%} of its links' bandwidth"
 ).format(**UTILISATION)
 
 

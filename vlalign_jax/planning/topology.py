@@ -18,8 +18,6 @@ KNOWN = (
   f"GPUs ({', '.join(chips.GPUS)}) such as gpu:h100x8, CPUs such as cpu:8"
 )
 INSTALL_LIBTPU = "pip install -r requirements-tpu.txt"
-# At this many chips along an axis a pod ends; libtpu's compiler aborts the process beyond it.
-LONGEST_AXIS = {2: 16, 3: 24}
 # Instead of asking a TPU VM's metadata server, which is not there.
 _NO_TPU_ATTACHED = {
   "TPU_SKIP_MDS_QUERY": "1",
@@ -84,16 +82,8 @@ def _unknown(name: str) -> InputError:
 
 
 def _tpu(name: str, kind: str, shape: str) -> Topology:
-  rank = chips.TORUS[kind]
-  if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-    raise _unknown(name)
+  _check_slice(name, kind, shape)
   sizes = [int(size) for size in shape.split("x")]
-  if len(sizes) != rank or max(sizes) > LONGEST_AXIS[rank]:
-    example = "x".join(["4"] * rank)
-    raise InputError(
-      f"--topology={name}: {kind} slices have {rank} dimensions of at most {LONGEST_AXIS[rank]} "
-      f"chips, such as {kind}:{example}"
-    )
   chip = chips.TPUS[kind]
   if importlib.util.find_spec("libtpu") is None:
     note = f"libtpu is not installed: by formula only. To compile: {INSTALL_LIBTPU}"
@@ -101,7 +91,7 @@ def _tpu(name: str, kind: str, shape: str) -> Topology:
   for key, value in _NO_TPU_ATTACHED.items():
     os.environ.setdefault(key, value)
   options = {}
-  if any(size % 2 for size in sizes[:2]):  # fewer chips than a host's usual 2 x 2
+  if math.prod(sizes) == 1:  # of a host that is shared
     options["chips_per_host_bounds"] = [1, 1, 1]
   if kind == "v4":  # two cores that JAX shows as one device
     options["chip_config_name"] = "megacore"
@@ -111,6 +101,23 @@ def _tpu(name: str, kind: str, shape: str) -> Topology:
     reason = " ".join(str(error).split())
     raise InputError(f"--topology={name}: libtpu knows no such slice ({reason})") from error
   return Topology(name, chip, tuple(description.devices), compiles=True)
+
+
+def _check_slice(name: str, kind: str, shape: str) -> None:
+  """Refuses what is no slice; libtpu's compiler would abort the process."""
+  if chips.TORUS[kind] == 2:
+    if shape not in chips.PLANES:
+      raise InputError(
+        f"--topology={name}: no slice of {kind}; choose from {', '.join(chips.PLANES)}"
+      )
+    return
+  sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"[\dx]*\d", shape) else []
+  whole_hosts = len(sizes) == 3 and not sizes[0] % 2 and not sizes[1] % 2
+  if not whole_hosts or not 1 <= min(sizes) <= max(sizes) <= chips.LONGEST_AXIS:
+    raise InputError(
+      f"--topology={name}: no slice of {kind}; hosts have 2x2x1 chips, so it is such as "
+      f"{kind}:2x2x1 or {kind}:4x4x8, at most {chips.LONGEST_AXIS} along an axis"
+    )
 
 
 def _gpu(name: str, shape: str) -> Topology:

@@ -19,7 +19,7 @@ class Workload:
     images: of a row.
     blocks: over how many devices rows are split.
     accumulation: micro-batches.
-    tile: queries and keys that attention works on at a time.
+    platform: tpu, gpu or cpu; `models.attention` differs.
     assumptions: sentences for the reader.
   """
 
@@ -28,8 +28,21 @@ class Workload:
   images: int
   blocks: int
   accumulation: int
-  tile: int
+  platform: str
   assumptions: tuple[str, ...] = ()
+
+  @property
+  def tile(self) -> int:
+    """Queries and keys that attention works on at a time."""
+    return tiles.CPU_TILE if self.platform == "cpu" else tiles.TILE
+
+  def saves_scores(self, part: str) -> bool:
+    """Whether remat `save_matmuls` keeps attention's products.
+
+    It does not see those of a TPU's kernel and of the loops that skip tiles on CPUs; both are for
+    the language model's causal attention.
+    """
+    return self.platform == "gpu" or part == "vision"
 
   @property
   def device_rows(self) -> int:
@@ -79,7 +92,7 @@ def make_workload(
     images=images,
     blocks=blocks,
     accumulation=config.grad_accumulation,
-    tile=tiles.CPU_TILE if platform == "cpu" else tiles.TILE,
+    platform=platform,
     assumptions=(
       f"{config.batch_size} examples, {examples_per_row} a row of {length} tokens with {images} "
       f"image{'s' * (images > 1)}: {rows} rows",

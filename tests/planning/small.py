@@ -1,0 +1,36 @@
+"""A small model to plan, with sizes that all differ, and a config for it."""
+
+from vlalign_jax.config import defaults
+from vlalign_jax.models.clip import VisionConfig
+from vlalign_jax.models.llama import LanguageConfig
+from vlalign_jax.models.projector import ProjectorConfig
+from vlalign_jax.models.rope import RopeConfig
+from vlalign_jax.models.vlm import ModelConfig
+
+LENGTH = 64
+
+
+def model(layers: int = 3, kind: str = "mlp", tied: bool = False) -> ModelConfig:
+  """Grouped heads; heads do not add up to the width; one image is 16 of a row's 64 tokens."""
+  return ModelConfig(
+    vision=VisionConfig(48, 112, layers - 1, 3, 16, 4, "quick_gelu", 1e-5, (layers - 1,), False),
+    projector=ProjectorConfig(kind, 48, 64),
+    language=LanguageConfig(320, 64, 176, layers, 8, 4, 24, 1e-5, RopeConfig(), tied),
+    image_token_id=319,
+    image_mean=(0.5, 0.5, 0.5),
+    image_std=(0.2, 0.2, 0.2),
+  )
+
+
+def config(**keys):
+  """A config of the stage sft, with dotted keys set (dots as double underscores)."""
+  c = defaults("sft")
+  c.batch_size = 8
+  c.data.max_length = LENGTH
+  for key, value in keys.items():
+    *groups, name = key.split("__")
+    holder = c
+    for group in groups:
+      holder = holder[group]
+    holder[name] = value
+  return c

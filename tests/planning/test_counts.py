@@ -1,0 +1,117 @@
+"""Formulas against what they stand for: real parameter trees, JAX's residuals, XLA's products."""
+
+import collections
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from tests.planning import small
+from vlalign_jax.models import tiles, vlm
+from vlalign_jax.models.stack import REMAT_NAMES
+from vlalign_jax.planning import planner, residuals, topology
+
+TRAIN = {
+  "all": {"train__vision": True},
+  "projector and language": {},
+  "projector": {"train__language": False},
+  "language": {"train__projector": False, "train__embeddings": False},
+}
+
+
+@pytest.fixture(scope="module")
+def cpu():
+  return topology.open_topology("cpu:1")
+
+
+@pytest.mark.parametrize(
+  ("train", "remat", "micro", "kind", "tied"),
+  [
+    ("all", "none", 1, "mlp", False),
+    ("all", "save_weight_matmuls", 1, "linear", True),
+    ("projector and language", "full", 4, "mlp", False),
+    ("projector", "full", 2, "linear", False),
+    ("projector", "save_matmuls", 1, "mlp", True),
+    ("language", "save_matmuls", 2, "mlp", False),
+  ],
+)
+def test_flops_are_those_of_the_compiled_step(cpu, train, remat, micro, kind, tied):
+  """Every product of the step, loops over layers and micro-batches included."""
+  config = small.config(model__remat=remat, grad_accumulation=micro, **TRAIN[train])
+  plan = planner.compile_plan(planner.plan(config, small.model(kind=kind, tied=tied), cpu))
+  assert plan.compiled.flops == pytest.approx(plan.device_flops, rel=0.02)
+  assert plan.compiled.kernels == 0
+  assert not plan.compiled.traffic
+
+
+def test_flops_grow_with_layers_where_the_compilers_count_does_not(cpu):
+  plans = [
+    planner.compile_plan(planner.plan(small.config(), small.model(layers), cpu))
+    for layers in (2, 4)
+  ]
+  shallow, deep = (plan.compiled for plan in plans)
+  assert deep.flops / shallow.flops == pytest.approx(
+    plans[1].device_flops / plans[0].device_flops, rel=0.01
+  )
+  assert deep.flops > 1.7 * shallow.flops
+  assert deep.counted_once < 1.1 * shallow.counted_once
+
+
+def test_arguments_are_those_of_the_compiled_step(cpu):
+  plan = planner.compile_plan(planner.plan(small.config(), small.model(), cpu))
+  held = plan.memory.params + plan.memory.optimizer
+  rows = small.LENGTH * 7 * 4 + 16 * 16 * 3
+  assert plan.compiled.arguments == pytest.approx(held + 8 * rows, rel=0.02)
+  assert plan.compiled.total > plan.memory.minimum - plan.memory.gradients
+  assert plan.total == plan.compiled.total
+
+
+def _saved(function, *arguments) -> float:
+  """Bytes of what `jax.vjp` saves, less what it is given."""
+  shapes = jax.eval_shape(lambda *given: jax.vjp(function, *given)[1], *arguments)
+  found = collections.Counter((x.shape, str(x.dtype)) for x in jax.tree.leaves(shapes))
+  found.subtract((x.shape, str(x.dtype)) for x in jax.tree.leaves(arguments))
+  return sum(
+    max(count, 0) * math.prod(shape) * jnp.dtype(dtype).itemsize
+    for (shape, dtype), count in found.items()
+  )
+
+
+@pytest.mark.parametrize("remat", REMAT_NAMES)
+@pytest.mark.parametrize("part", ["language", "vision"])
+def test_residuals_of_a_layer_are_those_that_jax_saves(cpu, monkeypatch, part, remat):
+  """The difference of two depths: what is saved once for all layers is not of a layer."""
+  monkeypatch.setattr(tiles, "CPU_TILE", 16)
+  rows, length = 2, small.LENGTH
+
+  def both(layers):
+    config = small.config(model__remat=remat, train__vision=True, batch_size=rows)
+    model = small.model(layers)
+    plan = planner.plan(config, model, cpu)
+    # Parameters of the dtype they are used in: a copy of each would be saved, too.
+    types = dict.fromkeys(("dtype", "param_dtype"), "bfloat16")
+    graphdef, params = vlm.abstract_params(model, **types, remat=remat, mesh=plan.mesh)
+    layout = jnp.zeros((rows, length), jnp.int32)
+    options = {"remat": remat, "mesh": plan.mesh}
+    if part == "vision":
+      x = jnp.zeros((rows, 16, 16, 3), jnp.float32)
+      saved = _saved(lambda params: nnx.merge(graphdef, params).vision(x, **options), params)
+    else:
+      x = jax.ShapeDtypeStruct((rows, length, model.language.width), jnp.bfloat16)
+
+      def call(params, x):
+        return nnx.merge(graphdef, params).language(x, layout, layout, None, **options)
+
+      saved = _saved(call, params, x)
+    layers_of = {
+      "language": residuals.language_layer(model, plan.work, 1),
+      "vision": residuals.vision_layer(model, plan.work),
+    }
+    tokens = rows * (length if part == "language" else model.vision.patches + 1)
+    count = model.language.layers if part == "language" else model.vision.layers
+    return saved, layers_of[part].saved(remat, 2) * tokens * count
+
+  shallow, deep = both(3), both(5)
+  assert deep[1] - shallow[1] == pytest.approx(deep[0] - shallow[0], rel=0.02)
