@@ -92,6 +92,7 @@ def shared() -> ConfigDict:
   c.mesh.data = -1  # -1: what the other axes leave
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
+  c.mesh.offload_optimizer = False  # keep the optimizer's state in the hosts' memory
   return c
 
 

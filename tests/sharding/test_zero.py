@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tests import checkpoints, reference
 from tests.sharding import zero_steps
 from vlalign_jax.errors import InputError
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.sharding import rules
+from vlalign_jax.sharding import rules, zero
 
 # Run -> (tree -> devices that it is split over).
 SPLIT = {
@@ -76,6 +77,19 @@ def test_no_activation_of_the_language_model_crosses_devices(name, runs):
   if "stage 3" in name:  # a layer at a time, not the stack
     gathered = [shape for shape in moved if len(shape) == 3]
     assert not [shape for shape in gathered if shape[0] == runs["layers"]]
+
+
+def test_an_optimizer_in_the_memory_of_the_host(runs):
+  assert runs["stage 3"]["memory"] == ["pinned_host"]
+  assert runs["stage 2"]["memory"] == ["device"]
+
+
+def test_devices_that_do_not_reach_the_memory_of_their_host():
+  memory = types.SimpleNamespace(kind="device")
+  device = types.SimpleNamespace(device_kind="abacus", addressable_memories=lambda: [memory])
+  mesh = types.SimpleNamespace(devices=np.array([device]))
+  with pytest.raises(InputError, match="abacus reach device memory and not pinned_host"):
+    zero.offload(mesh, {})
 
 
 MESHES = {"fsdp": (1, 8, 1), "both": (1, 4, 2), "tensor": (1, 1, 8)}

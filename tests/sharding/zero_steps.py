@@ -22,18 +22,19 @@ from vlalign_jax.training import optimizer
 from vlalign_jax.weights import load, source
 
 STEPS, ROWS, LENGTH = 10, 16, 52
-# Name -> (data, fsdp, tensor, ZeRO stage, micro-batches, whether the language model is trained).
+# Name -> (data, fsdp, tensor, ZeRO stage, micro-batches, whether the language model is trained,
+# whether the optimizer's state is kept by the host).
 RUNS = {
-  "one device": (1, 1, 1, 0, 1, True),
-  "stage 0": (2, 4, 1, 0, 1, True),
-  "stage 1": (2, 4, 1, 1, 1, True),
-  "stage 2": (2, 4, 1, 2, 2, True),
-  "stage 3": (2, 4, 1, 3, 2, True),
-  "stage 3, tensor": (1, 4, 2, 3, 2, True),
-  "stage 1, tensor": (2, 2, 2, 1, 1, True),
-  "one device, frozen": (1, 1, 1, 0, 1, False),
-  "stage 3, frozen": (2, 4, 1, 3, 2, False),
-  "stage 3, tensor, frozen": (1, 4, 2, 3, 1, False),
+  "one device": (1, 1, 1, 0, 1, True, False),
+  "stage 0": (2, 4, 1, 0, 1, True, False),
+  "stage 1": (2, 4, 1, 1, 1, True, False),
+  "stage 2": (2, 4, 1, 2, 2, True, False),
+  "stage 3": (2, 4, 1, 3, 2, True, True),
+  "stage 3, tensor": (1, 4, 2, 3, 2, True, False),
+  "stage 1, tensor": (2, 2, 2, 1, 1, True, False),
+  "one device, frozen": (1, 1, 1, 0, 1, False, False),
+  "stage 3, frozen": (2, 4, 1, 3, 2, False, False),
+  "stage 3, tensor, frozen": (1, 4, 2, 3, 1, False, False),
 }
 
 
@@ -70,10 +71,17 @@ def moved(program: str) -> list[list[int]]:
 
 
 def run(
-  opened, data: int, fsdp: int, tensor: int, stage: int, accumulation: int, language: bool
+  opened,
+  data: int,
+  fsdp: int,
+  tensor: int,
+  stage: int,
+  accumulation: int,
+  language: bool,
+  offload: bool,
 ) -> dict:
   c = defaults("sft")
-  c.mesh.update(data=data, fsdp=fsdp, tensor=tensor, zero_stage=stage)
+  c.mesh.update(data=data, fsdp=fsdp, tensor=tensor, zero_stage=stage, offload_optimizer=offload)
   c.train.language = language
   c.grad_accumulation = accumulation
   c.model.update(dtype="float32", remat="none")
@@ -95,6 +103,9 @@ def run(
     "grad_norm": [float(metrics["grad_norm"]) for metrics in logged],
     "params": {path: leaf.tolist() for path, leaf in trained.items()},
     "moved": moved(step.as_text()),
+    "memory": sorted(
+      {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim}
+    ),
     "share": {
       "trained": share_of_one_device(state.params),
       "frozen": share_of_one_device(frozen),

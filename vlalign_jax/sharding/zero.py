@@ -8,7 +8,10 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import DictKey, tree_map_with_path
 
+from vlalign_jax.errors import InputError
 from vlalign_jax.sharding import rules
+
+HOST_MEMORY = "pinned_host"
 
 
 def _path(keys) -> str:
@@ -35,6 +38,29 @@ def state_shardings(mesh: Mesh, state, zero_stage: int):
   """Shardings of a TrainState (of arrays or shapes): parameters from stage 3, the rest from 1."""
   params = shardings(mesh, state.params, split=zero_stage >= 3)
   return shardings(mesh, state, split=zero_stage >= 1)._replace(params=params)
+
+
+def offload(mesh: Mesh, optimizer):
+  """Shardings of an optimizer's state in the memory of the hosts; its counters stay where they are.
+
+  Args:
+    mesh: the mesh.
+    optimizer: tree of shapes with shardings.
+
+  Raises:
+    InputError: the devices cannot reach their hosts' memory.
+  """
+  device = mesh.devices.flat[0]
+  kinds = {memory.kind for memory in device.addressable_memories()}
+  if HOST_MEMORY not in kinds:
+    raise InputError(
+      f"mesh.offload_optimizer: devices of type {device.device_kind} reach "
+      f"{', '.join(sorted(kinds))} memory and not {HOST_MEMORY}; set it to false"
+    )
+  return jax.tree.map(
+    lambda leaf: leaf.sharding.with_memory_kind(HOST_MEMORY) if leaf.ndim else leaf.sharding,
+    optimizer,
+  )
 
 
 def constrain_gradients(mesh: Mesh, gradients, zero_stage: int):

@@ -83,6 +83,11 @@ def make_program(
     constrain_gradients=lambda tree: zero.constrain_gradients(mesh, tree, stage),
     **common,
   )
+  if config.mesh.offload_optimizer:
+    train_step = _fetching(train_step, placement.optimizer)
+    placement = placement._replace(
+      optimizer=zero.offload(mesh, meshes.place(state.optimizer, placement.optimizer))
+    )
   return Program(
     graphdef=graphdef,
     params=params,
@@ -98,6 +103,16 @@ def make_program(
       out_shardings=meshes.replicated(mesh),
     ),
   )
+
+
+def _fetching(train_step, placement):
+  """The step with the optimizer's state brought from the hosts to where it is used."""
+
+  def step(state, frozen, rows):
+    state = state._replace(optimizer=jax.device_put(state.optimizer, placement))
+    return train_step(state, frozen, rows)
+
+  return step
 
 
 def abstract_rows(

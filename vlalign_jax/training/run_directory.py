@@ -35,6 +35,7 @@ ROUNDING = (
   "mesh.data",
   "mesh.fsdp",
   "mesh.tensor",
+  "mesh.offload_optimizer",
 )
 
 
