@@ -41,9 +41,9 @@ def traffic(
   Returns:
     Kind -> Traffic, only of kinds that occur.
   """
-  # A collective that runs beside others is cut over several fusions, all with its channel. It runs
-  # as often as the one of them that runs least.
-  channels: dict[str, tuple[int, str, float]] = {}
+  # A TPU's collective that runs beside products is cut over their fusions, all of one chain, and
+  # runs as often as the one of them that runs least.
+  chains: dict[str, tuple[int, str, float]] = {}
   for number, (instruction, computation, times) in enumerate(hlo.executed(program, unknown)):
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS or not times:
@@ -51,12 +51,12 @@ def traffic(
     sent = _sent(kind, instruction, computation, devices)
     if kind == "all-reduce" and "all-reduce-scatter" in computation.name:
       kind, sent = "reduce-scatter", sent / 2
-    channel = re.search(r"channel_id=(\d+)", instruction.rest)
+    channel = re.search(r"channel_id=(\d+).*chain_id=", instruction.rest)
     key = f"{kind} {channel.group(1)}" if channel else f"{number}"
-    if key not in channels or times < channels[key][0]:
-      channels[key] = (times, kind, sent)
+    if key not in chains or times < chains[key][0]:
+      chains[key] = (times, kind, sent)
   found: dict[str, Traffic] = {}
-  for times, kind, sent in channels.values():
+  for times, kind, sent in chains.values():
     if sent:
       total = found.setdefault(kind, Traffic())
       total.count += times

@@ -39,13 +39,14 @@ class Compiled:
   refused: str = ""
 
 
-def compile_step(program, rows, devices: int, unknown: hlo.Trips) -> Compiled:
+def compile_step(program, rows, devices: int, platform: str, unknown: hlo.Trips) -> Compiled:
   """Compiles a program's train step.
 
   Args:
     program: `steps.program.Program`.
     rows: shapes of the batch.
     devices: of the mesh.
+    platform: tpu or cpu.
     unknown: how often loops run whose count depends on data.
   """
   start = time.monotonic()
@@ -60,11 +61,12 @@ def compile_step(program, rows, devices: int, unknown: hlo.Trips) -> Compiled:
     return Compiled(time.monotonic() - start, needed, refused=str(error).splitlines()[0])
   seconds = time.monotonic() - start
   memory = done.memory_analysis()
-  # The sum of all temporaries is more than what is there at a time: TPU programs are refused by
-  # their peak, arguments included, and run up to it.
-  total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  total += memory.output_size_in_bytes - memory.alias_size_in_bytes
-  total = memory.peak_memory_in_bytes or total
+  if platform == "tpu":
+    # By this a program is refused. The sum of its temporaries is more: not all are there at a time.
+    total = memory.peak_memory_in_bytes
+  else:
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    total += memory.output_size_in_bytes - memory.alias_size_in_bytes
   text = hlo.parse(done.as_text())
   return Compiled(
     seconds=seconds,

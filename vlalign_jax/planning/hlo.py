@@ -176,6 +176,8 @@ def loop(program, instruction: Instruction, where: Computation, constants, unkno
     for index, start in starts.items()
     if isinstance(start, int) and steps.get(index) == (index, 0)
   }
+  # The step of a counter may itself be handed through the loop.
+  steps = _elements(program, body, body.root.name, invariant)
   known = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
   if known:
     return int(known.group(1)), invariant

@@ -146,7 +146,7 @@ def compile_plan(planned: Plan) -> Plan:
     # Attention on CPUs starts at the first tile with keys of the example: at most at the row's.
     from_unknown=(-(-work.length // work.tile) + 1) // 2,
   )
-  done = compiled.compile_step(program, rows, mesh.size, trips)
+  done = compiled.compile_step(program, rows, mesh.size, planned.topology.kind, trips)
   time = planned.time
   if time is not None and not done.refused:
     sent = sum(kind.bytes for kind in done.traffic.values())
