@@ -25,6 +25,7 @@ def train_and_evaluate(c, workdir: str) -> None:
   source.absolute_paths(c.model)
   mesh = meshes.make_mesh(c.mesh)
   meshes.check_batch(c.batch_size, c.grad_accumulation, c.data.pack, mesh)
+  hosts.check_same("the config", f"{workdir} {c.to_json()}", "give all hosts the same command")
   resumes = run_directory.open_run(workdir, c)
   model_source = source.open_source(c.model, c.data.image_aspect)
   if resumes:
@@ -41,11 +42,8 @@ def train_and_evaluate(c, workdir: str) -> None:
   mine = {"blocks": share.blocks, "block_count": share.count}
   if jax.process_count() > 1:  # what one host cannot read is every host's to end at, or to skip
     mine["on_bad_record"] = "skip"
-  hosts.check_same(
-    "what they train on",
-    f"{c.to_json()} {train.identity} {evaluation and evaluation.identity} {resumes}",
-    "give all hosts the same command and data files, and a --workdir that all share",
-  )
+  planned = f"{train.identity} {evaluation and evaluation.identity}"
+  hosts.check_same("the records they read", planned, "give all hosts the same data files")
 
   # --- The compiled functions and the shapes of what they take; nothing is allocated yet ---
   program = steps.make_program(c, model_source.config, mesh, total_steps)

@@ -43,13 +43,12 @@ def run(main, several_hosts: bool = False) -> None:
         processes.start(**{name: flags.FLAGS[name].value for name in processes.FLAGS})
       return main(argv)
     except InputError as error:
-      print(f"error: {error}", file=sys.stderr, flush=True)
-      processes.fail(str(error))
+      processes.fail(f"error: {error}", str(error))
       return 1
     except BaseException as error:
       if processes.are_several():
-        traceback.print_exc()
-        processes.fail("".join(traceback.format_exception_only(error)).strip())
+        told = "".join(traceback.format_exception_only(error)).strip()
+        processes.fail(traceback.format_exc(), told)
       raise
 
   app.run(guarded, flags_parser=parse)

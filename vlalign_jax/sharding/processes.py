@@ -20,9 +20,9 @@ from jax._src import distributed  # the key-value store, for which there is no p
 
 from vlalign_jax.errors import InputError
 
-# Where a failed process leaves its message, and where the others say that they have read it.
-_FAILURE, _READ = "vlalign_jax/failure", "vlalign_jax/read"
-# Seconds between looks for a message; how long process 0, whose end is everybody's, waits for all.
+# Where a failed process leaves its message.
+_FAILURE = "vlalign_jax/failure"
+# Seconds between looks for a message; how long those that have read it wait for the others.
 _POLL, _GOODBYE = 2.0, 10.0
 _ending = threading.Lock()
 # The flags, which are also the arguments of `start`.
@@ -71,6 +71,8 @@ def start(
       return
     if process > 0:
       _wait_for(host, port, start_timeout)
+    else:
+      _check_free(port, coordinator)
     arguments = {
       "coordinator_address": coordinator,
       "num_processes": processes,
@@ -85,19 +87,12 @@ def start(
     f"{where}: not all processes came within {start_timeout} s; give every host the same command, "
     "with --process=0, 1, ... where it has one, or raise --start_timeout"
   )
-  try:
-    with _ends_after(start_timeout, late):
-      jax.distributed.initialize(
-        **arguments,
-        initialization_timeout=start_timeout + 60,
-        heartbeat_timeout_seconds=heartbeat_timeout,
-      )
-  except jax.errors.JaxRuntimeError as error:
-    reason = str(error).splitlines()[0]
-    raise InputError(
-      f"{where}: process {distributed.global_state.process_id} cannot join the run: {reason}; "
-      "process 0 must run on that host, on a port that is free"
-    ) from error
+  with _ends_after(start_timeout, late):
+    jax.distributed.initialize(
+      **arguments,
+      initialization_timeout=start_timeout + 60,
+      heartbeat_timeout_seconds=heartbeat_timeout,
+    )
   if distributed.global_state.process_id:
     logging.set_verbosity(logging.WARNING)  # process 0 tells what all do
   threading.Thread(target=_watch, daemon=True).start()
@@ -140,6 +135,19 @@ def _wait_for(host: str, port: int, timeout: float) -> None:
       logging.info("waiting for process 0 at %s:%d", host, port)
       told = True
     time.sleep(0.5)
+
+
+def _check_free(port: int, coordinator: str) -> None:
+  """JAX may crash where it cannot listen."""
+  dual = socket.has_dualstack_ipv6()
+  family = socket.AF_INET6 if dual else socket.AF_INET
+  try:
+    socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+  except OSError as error:
+    raise InputError(
+      f"--coordinator={coordinator}: process 0 cannot listen on port {port} of this machine "
+      f"({error.strerror}); choose another port"
+    ) from error
 
 
 @contextlib.contextmanager
@@ -223,28 +231,31 @@ def are_several() -> bool:
   return jax.distributed.is_initialized()
 
 
-def fail(message: str) -> None:
-  """Ends all processes of the run with exit code 1, this one first; returns only if it is alone.
+def fail(shown: str, told: str) -> None:
+  """Prints an error, and ends all processes of the run with exit code 1; returns if this is alone.
 
   An exit in order would wait for processes that wait for this one.
+
+  Args:
+    shown: what this process prints.
+    told: what the others print.
   """
-  if not are_several():
-    return
-  state = distributed.global_state
-  with _ending:
+  with _ending:  # where another has failed before, what fails now is the consequence
+    print(shown, file=sys.stderr, flush=True)
+    if not are_several():
+      return
+    state = distributed.global_state
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was faster
-      state.client.key_value_set(_FAILURE, f"process {state.process_id} ended: {message}")
+      state.client.key_value_set(_FAILURE, f"process {state.process_id} ended: {told}")
     _leave(state)
 
 
 def _leave(state) -> None:
-  with contextlib.suppress(jax.errors.JaxRuntimeError):
-    state.client.key_value_set(f"{_READ}/{state.process_id}", "")
-    deadline = time.monotonic() + _GOODBYE
-    others = range(1, state.num_processes) if state.process_id == 0 else ()
-    for process in others:
-      left = max(1, round(1000 * (deadline - time.monotonic())))
-      state.client.blocking_key_value_get(f"{_READ}/{process}", left)
+  """Exits when all know why: a collective whose other end is gone fails with a trace of its own."""
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # one of them is dead
+    state.client.wait_at_barrier(_FAILURE, round(1000 * _GOODBYE))
+  if state.process_id == 0:
+    time.sleep(1)  # without the coordinator, JAX aborts the others
   logging.flush()
   sys.stdout.flush()
   sys.stderr.flush()

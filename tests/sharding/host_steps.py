@@ -1,0 +1,80 @@
+"""What hosts share, on two processes of four CPU devices each; run as processes by test_hosts.
+
+python -m tests.sharding.host_steps --coordinator=HOST:PORT --processes=2 --process=I
+
+Process 0 writes one JSON object. Then process 1 ends with an error, while process 0 waits for it.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from vlalign_jax import cli
+from vlalign_jax.errors import InputError
+from vlalign_jax.sharding import hosts
+from vlalign_jax.sharding import mesh as meshes
+
+# Name -> (data, fsdp, tensor), order of the eight devices; the first four are process 0's.
+MESHES = {
+  "rows": ((2, 4, 1), range(8)),
+  "alternating": ((8, 1, 1), (0, 4, 1, 5, 2, 6, 3, 7)),
+  "tensor within a host": ((2, 1, 4), range(8)),
+  "tensor over both hosts": ((2, 2, 2), (0, 4, 1, 5, 2, 6, 3, 7)),
+  "tensor over all": ((1, 1, 8), range(8)),
+}
+
+
+def share(shape, order) -> dict:
+  """One batch of 16 rows over a mesh."""
+  devices = np.array(jax.devices())[list(order)].reshape(shape)
+  mesh = jax.sharding.Mesh(devices, meshes.AXES)
+  mine = hosts.row_share(mesh)
+  rng = np.random.default_rng(0)
+  whole = {
+    "segments": rng.integers(0, 4, (16, 5)).astype(np.int32),
+    "images": rng.integers(0, 255, (16, 2, 3, 3, 3)).astype(np.uint8),
+    "skipped": rng.integers(0, 2, 16).astype(np.int32),
+  }
+  blocks = {name: np.split(array, mine.count) for name, array in whole.items()}
+  local = {
+    name: np.concatenate([parts[block] for block in mine.blocks]) for name, parts in blocks.items()
+  }
+  rows = hosts.to_device(mesh, local)
+  same = {
+    name: bool(np.array_equal(multihost_utils.process_allgather(rows[name], tiled=True), array))
+    for name, array in whole.items()
+  }
+  asked = hosts.make_counter(mesh)(rows, rows["skipped"], jax.process_index() == 1)
+  counts = {name: int(value) for name, value in jax.device_get(asked).items()}
+  expected = {
+    "tokens": int(np.count_nonzero(whole["segments"])),
+    "examples": int(whole["segments"].max(1).sum()),
+    "bad_records": int(whole["skipped"].sum()),
+    "stop": 4,  # the devices of process 1
+  }
+  return {"blocks": mine.blocks, "same": all(same.values()), "counts": counts == expected}
+
+
+def main(_):
+  found = {name: share(*mesh) for name, mesh in MESHES.items()}
+  hosts.check_same("what is the same", "x", "")
+  try:
+    hosts.check_same("the seed", str(jax.process_index()), "give both the same")
+  except InputError as error:
+    found["differ"] = str(error)
+  if jax.process_index() == 1:
+    raise InputError("the disk of this host is full")
+  found["make_mesh"] = dict(
+    meshes.make_mesh(ConfigDict({"data": -1, "fsdp": 4, "tensor": 1})).shape
+  )
+  print(json.dumps(found), flush=True)
+  multihost_utils.sync_global_devices("never")
+
+
+if __name__ == "__main__":
+  sys.argv[0] = __file__
+  cli.run(main, several_hosts=True)
