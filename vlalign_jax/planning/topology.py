@@ -21,6 +21,7 @@ INSTALL_LIBTPU = "pip install -r requirements-tpu.txt"
 # Instead of asking a TPU VM's metadata server, which is not there.
 _NO_TPU_ATTACHED = {
   "TPU_SKIP_MDS_QUERY": "1",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # beside another plan, or training
   "TPU_WORKER_ID": "0",
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -99,7 +100,7 @@ def _tpu(name: str, kind: str, shape: str) -> Topology:
     description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
   except jax.errors.JaxRuntimeError as error:
     reason = " ".join(str(error).split())
-    raise InputError(f"--topology={name}: libtpu knows no such slice ({reason})") from error
+    raise InputError(f"--topology={name}: libtpu does not describe it: {reason}") from error
   return Topology(name, chip, tuple(description.devices), compiles=True)
 
 

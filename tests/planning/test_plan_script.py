@@ -1,0 +1,209 @@
+"""scripts/plan.py as users start it, on a tiny model; and its report."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from configs import sft
+from tests import checkpoints
+from tests.planning import small
+from vlalign_jax.errors import InputError
+from vlalign_jax.planning import planner, report, search, topology
+from vlalign_jax.planning.chips import GIB
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+  directory = str(tmp_path_factory.mktemp("llava"))
+  checkpoints.make_llava(directory)
+  return directory
+
+
+def _plan(*arguments, preset="demo"):
+  """What `python scripts/plan.py` prints; with the demo's preset in a fraction of its time."""
+  # As users have it: nothing that tests set.
+  kept = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
+  command = [sys.executable, "scripts/plan.py", f"--config=configs/sft.py:{preset}", *arguments]
+  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=kept)
+
+
+def test_eight_cpus(directory, tmp_path):
+  path = tmp_path / "plan.json"
+  done = _plan(
+    f"--config.model.init_from={directory}",
+    "--topology=cpu:8",
+    "--config.mesh.data=2",
+    "--config.mesh.fsdp=-1",
+    "--config.mesh.zero_stage=1",
+    "--config.train.vision=false",
+    f"--json={path}",
+  )
+  assert done.returncode == 0, done.stderr
+  assert "cpu:8: 8 x CPU, mesh data=2 x fsdp=4 x tensor=1" in done.stdout
+  assert "stage sft: ZeRO 1, remat none, 1 micro-batch of 8 rows a device" in done.stdout
+  assert "all-reduce" in done.stdout
+  assert "fits: the chip has" in done.stdout
+  assert "not estimated" in done.stdout
+  assert max(map(len, done.stdout.splitlines())) <= 100
+  numbers = json.loads(path.read_text())
+  assert numbers["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+  assert numbers["rows"] == 64
+  assert numbers["parameters"]["vision"]["trained"] == 0
+  assert numbers["parameters"]["language"]["trained"] == numbers["parameters"]["language"]["all"]
+  assert numbers["fits"]
+  assert numbers["seconds"] is None
+  device, compiled = numbers["device_bytes"], numbers["compiled"]
+  assert compiled["total"] == numbers["total_device_bytes"] > device["minimum"]
+  assert device["params"] > device["gradients"] > device["params"] / 2  # the vision tower has none
+  assert compiled["traffic"]["all-reduce"]["bytes"] > 0
+
+
+def test_a_tpu_slice(directory):
+  """The compiler for TPUs, on whatever machine this is."""
+  done = _plan(
+    f"--config.model.init_from={directory}",
+    "--topology=v5e:2x2",
+    "--config.mesh.data=1",
+    "--config.mesh.fsdp=-1",
+    "--config.mesh.zero_stage=3",
+  )
+  assert done.returncode == 0, done.stderr
+  assert "v5e:2x2: 4 x TPU v5e, mesh data=1 x fsdp=4 x tensor=1" in done.stdout
+  assert "kernel calls" in done.stdout  # attention's
+  assert "the chip has 15.75" in done.stdout
+  assert "a step takes about" in done.stdout
+  assert not done.stderr.strip(), done.stderr
+  assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_search(directory):
+  done = _plan(
+    f"--config.model.init_from={directory}",
+    "--topology=cpu:2",
+    "--search",
+    "--config.batch_size=4",
+    "--config.data.pack=false",
+  )
+  assert done.returncode == 0, done.stderr
+  flags = next(line for line in done.stdout.splitlines() if "--config." in line).split()
+  again = _plan(
+    f"--config.model.init_from={directory}",
+    "--topology=cpu:2",
+    "--config.batch_size=4",
+    "--config.data.pack=false",
+    *flags,
+  )
+  assert again.returncode == 0, again.stderr
+  assert again.stdout.strip() in done.stdout
+
+
+@pytest.mark.parametrize(
+  ("arguments", "expected"),
+  [
+    (["--topology=cpu:8"], "names no model: give config.model.init_from, or config.model.arch"),
+    ([], "--topology is missing; there are TPU slices (v4, v5e, v5p, v6e) such as v5e:4x4"),
+    (["--topology=v5e:4x5"], "--topology=v5e:4x5: no slice of v5e; choose from 1x1, 2x2"),
+    (["--topology=cpu:8", "--config.stage=spt"], "config.stage is 'spt', which has no step"),
+    (
+      ["--topology=cpu:8", "--config.model.architecture=llama"],
+      "config.model.architecture is 'llama'; choose from llava15_7b",
+    ),
+  ],
+)
+def test_mistakes_end_in_one_line(arguments, expected):
+  done = _plan(*arguments)
+  assert done.returncode == 1
+  assert expected in done.stderr
+  assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def gpu():
+  return topology.open_topology("gpu:h100x1")
+
+
+def test_presets_have_published_sizes(gpu):
+  for preset in sft.PRESETS:
+    config = sft.get_config(preset)
+    planner.check(config)
+    if preset != "demo":
+      plan = planner.plan(config, planner.model_config(config), gpu)
+      assert not plan.fits  # whole on one GPU
+      assert "DOES NOT FIT" in report.text(plan)
+
+
+def test_bytes_of_a_large_model_by_formula(gpu):
+  """16 bytes a trained parameter, 2 a frozen one, on one device."""
+  config = sft.get_config("llava15_7b")
+  config.grad_accumulation = 2
+  plan = planner.plan(config, planner.model_config(config), gpu)
+  counts = report.parameters(plan)
+  trained = sum(part["trained"] for part in counts.values())
+  frozen = sum(part["all"] for part in counts.values()) - trained
+  held = plan.memory.params + plan.memory.optimizer + plan.memory.gradients
+  assert held == pytest.approx(16 * trained + 2 * frozen, rel=1e-6)
+  # A hidden state per layer and token, and what the projector saves.
+  hidden = 32 * 64 * 2048 * 4096 * 2
+  assert hidden < plan.memory.residuals < 1.1 * hidden
+  assert plan.memory.gathered == 0  # one device: nothing is split
+
+
+def test_rows_of_a_step(gpu):
+  config = small.config(batch_size=10, grad_accumulation=2)
+  plan = planner.plan(config, small.model(), gpu, examples_per_row=3)
+  assert (plan.work.rows, plan.work.images, plan.work.device_rows) == (4, 3, 2)
+  text = report.text(plan)
+  assert "10 examples, 3 a row of 64 tokens with 3 images: 4 rows" in text
+  one = planner.plan(config, small.model(), gpu)
+  assert one.work.rows == 10
+  config.data.pack = False
+  with pytest.raises(InputError, match="more only with config.data.pack"):
+    planner.plan(config, small.model(), gpu, examples_per_row=3)
+  config.data.pack, config.data.max_images = True, 9
+  with pytest.raises(InputError, match="9 images of 16 tokens do not fit into rows of"):
+    planner.plan(config, small.model(), gpu)
+
+
+def test_search_takes_the_fastest_that_fits_by_formula(gpu):
+  config = small.config()
+  shown = []
+  best = search.search(config, small.model(), gpu, 1, shown.append)
+  plans = search.candidates(config, small.model(), gpu, 1)
+  assert best.time.step == min(plan.time.step for plan in plans)
+  assert {plan.config.model.remat for plan in plans} == set(search.REMAT_NAMES)
+  assert {plan.config.grad_accumulation for plan in plans} == {1, 2, 4, 8}
+  assert config.mesh.zero_stage == 0  # it is left as it was
+
+
+def test_search_where_nothing_fits(gpu):
+  config = sft.get_config("llama3_70b")
+  with pytest.raises(InputError, match=r"nothing was found that fits gpu:h100x1 \(60.00 GiB"):
+    search.search(config, planner.model_config(config), gpu, 1, lambda line: None)
+
+
+def test_search_believes_the_compiler(monkeypatch):
+  """A plan that the compiler refuses makes the search choose a smaller one."""
+  cpu = topology.open_topology("cpu:1")
+  config = small.config(batch_size=32)
+  plans = search.candidates(config, small.model(), cpu, 1)
+  asked = []
+
+  def refuse_large(plan):
+    asked.append(plan)
+    done = planner.compiled.Compiled(seconds=1.0, total=3 * plan.memory.estimate)
+    return planner.dataclasses.replace(plan, compiled=done)
+
+  monkeypatch.setattr(planner, "compile_plan", refuse_large)
+  sizes = sorted(plan.memory.estimate for plan in plans)
+  chip = topology.chips.Chip("small", memory=3.5 * sizes[0])
+  tight = planner.dataclasses.replace(cpu, chip=chip)
+  best = search.search(config, small.model(), tight, 1, lambda line: None)
+  assert len(asked) == 2
+  assert best.total <= chip.memory < asked[0].memory.estimate * 3
+  assert chip.memory < GIB

@@ -1,0 +1,83 @@
+"""Names of devices, and what is said of those that nobody makes."""
+
+import importlib.util
+import math
+
+import jax
+import pytest
+
+from vlalign_jax.errors import InputError
+from vlalign_jax.planning import chips, topology
+
+
+def test_a_tpu_slice_that_is_not_there():
+  slice_ = topology.open_topology("v5e:2x4")
+  assert slice_.compiles
+  assert len(slice_.devices) == 8
+  assert {device.platform for device in slice_.devices} == {"tpu"}
+  assert jax.default_backend() == "cpu"
+
+
+@pytest.mark.parametrize(
+  ("name", "count"),
+  [("v5e:1x1", 1), ("v4:2x2x2", 8), ("v5p:2x2x4", 16), ("v5p:4x4x8", 128), ("v6e:16x16", 256)],
+)
+def test_slices_have_a_device_for_each_chip(name, count):
+  assert len(topology.open_topology(name).devices) == count
+
+
+@pytest.mark.parametrize("kind", chips.TPUS)
+def test_hbm_is_what_the_compiler_lets_a_program_have(kind):
+  """A program that is far too large is refused at once, with the memory that there is."""
+  slice_ = topology.open_topology(f"{kind}:2x2" + "x1" * (chips.TORUS[kind] - 2))
+  sharding = jax.sharding.SingleDeviceSharding(slice_.devices[0])
+  huge = jax.ShapeDtypeStruct((2**40,), "int8", sharding=sharding)
+  with pytest.raises(jax.errors.JaxRuntimeError) as refused:
+    jax.jit(lambda x: (x[::-1] * x).sum()).lower(huge).compile()
+  available = float(str(refused.value).split("available HBM (")[1].split("G)")[0])
+  assert math.isclose(available * chips.GIB, slice_.chip.memory)
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  [
+    ("", "no devices known by that name; there are TPU slices (v4, v5e, v5p, v6e) such as v5e:4x4"),
+    ("v7:2x2", "no devices known by that name"),
+    ("cpu:0", "no devices known by that name"),
+    ("gpu:h100", "no devices known by that name"),
+    ("gpu:b7x8", "GPUs (a100, a100-40gb, h100, h200) such as gpu:h100x8"),
+    ("v5e", "no slice of v5e; choose from 1x1, 2x2, 2x4, 4x4"),
+    ("v5e:3x3", "no slice of v5e; choose from 1x1, 2x2, 2x4, 4x4"),
+    ("v5e:4x4x4", "choose from"),
+    ("v5p:4x4", "no slice of v5p; hosts have 2x2x1 chips, so it is such as v5p:2x2x1"),
+    ("v5p:2x3x4", "no slice of v5p"),
+    ("v5p:2x2x99", "at most 24 along an axis"),
+    ("v5p:0x2x2", "no slice of v5p"),
+  ],
+)
+def test_what_is_no_topology(name, expected):
+  with pytest.raises(InputError) as caught:
+    topology.open_topology(name)
+  assert str(caught.value).startswith(f"--topology={name}: ")
+  assert expected in str(caught.value)
+
+
+def test_more_cpus_than_jax_has_started_with():
+  jax.devices()
+  with pytest.raises(InputError, match="64 CPU devices are wanted; JAX has started with"):
+    topology.open_topology("cpu:64")
+
+
+def test_gpus_go_by_formula():
+  one = topology.open_topology("gpu:h100x1")
+  assert not one.compiles
+  assert "by formula only" in one.note
+  assert one.chip == chips.GPUS["h100"]
+
+
+def test_without_libtpu_the_line_that_installs_it(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  slice_ = topology.open_topology("v5e:1x1")
+  assert not slice_.compiles
+  assert "pip install -r requirements-tpu.txt" in slice_.note
+  assert slice_.chip == chips.TPUS["v5e"]
