@@ -21,7 +21,7 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.sharding import processes
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS = 10
+STEPS = 12
 
 
 def _free_port() -> int:
@@ -227,7 +227,8 @@ def test_tpu_vm(joined, monkeypatch, values, several):
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
   directory = tmp_path_factory.mktemp("sft")
-  checkpoints.make_llava(str(directory / "model"))
+  one_layer = {"num_hidden_layers": 1}
+  checkpoints.make_llava(str(directory / "model"), text=one_layer)
   records = sft_run.make_records(str(directory / "data"), 28)
   train = sft_run.write_json(directory / "data" / "train.json", records[:24])
   evaluation = sft_run.write_json(directory / "data" / "eval.json", records[24:])
@@ -239,6 +240,7 @@ def config(tmp_path_factory):
       "steps": STEPS,
       "batch_size": 8,
       "save_every": 2,
+      "eval_every": 4,
       "mesh.fsdp": 4,
       "mesh.zero_stage": 3,
     },
@@ -250,10 +252,10 @@ def _saved(workdir) -> list[int]:
   return sorted(int(place.name) for place in places if place.name.isdigit())
 
 
-def _metrics(workdir) -> dict[str, np.ndarray]:
-  """All of metrics.jsonl by name, without what depends on time."""
-  lines = sft_run.read_metrics(workdir)
-  assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+def _metrics(workdir, steps) -> dict[str, np.ndarray]:
+  """The first lines of metrics.jsonl by name, without what depends on time."""
+  lines = sft_run.read_metrics(workdir)[:steps]
+  assert [line["step"] for line in lines] == list(range(1, steps + 1))
   names = sorted({name for line in lines for name in line if "_per_second" not in name})
   return {name: np.array([line[name] for line in lines if name in line]) for name in names}
 
@@ -264,13 +266,13 @@ def test_run_of_two_processes(config, compile_cache, tmp_path):
   whole = _Processes(sft_run.command_line(config, str(one)), compile_cache, count=1)
   assert whole.end() == [0], whole.text(0)
   workdir = tmp_path / "two"
+  log = workdir / "metrics.jsonl"
 
   def start():
     command = sft_run.command_line(config, str(workdir))
     return _Processes(command, compile_cache, heartbeat_timeout=10)
 
   def reach(run, step):
-    log = workdir / "metrics.jsonl"
     run.wait_for(lambda: log.exists() and f'{{"step": {step}, ' in log.read_text())
 
   for killed, step in ((1, 3), (0, 5)):
@@ -287,14 +289,12 @@ def test_run_of_two_processes(config, compile_cache, tmp_path):
   assert run.end() == [0, 0], run.text(0) + run.text(1)
   stopped = _saved(workdir)[-1]
   assert 7 <= stopped < STEPS, run.text(0)
+  assert "going on from step" in run.text(0)
   assert f"SIGTERM: saved at step {stopped}" in run.text(0)
   assert "SIGTERM" not in run.text(1)  # process 0 tells it
 
-  run = start()
-  assert run.end() == [0, 0], run.text(0) + run.text(1)
-  assert f"going on from step {stopped} of {STEPS}" in run.text(0)
-  found, expected = _metrics(workdir), _metrics(one)
-  assert found.keys() == expected.keys()
+  found, expected = _metrics(workdir, stopped), _metrics(one, stopped)
+  assert found.keys() == expected.keys() >= {"loss", "grad_norm", "eval/loss"}
   for name, values in expected.items():
     np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)
   for name in ("learnt_tokens", "bad_records", "eval/examples"):
