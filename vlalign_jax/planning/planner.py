@@ -86,21 +86,20 @@ def check(config) -> None:
   """
   if config is None:
     raise InputError("--config is missing: such as --config=configs/sft.py:llava15_7b")
+  if importlib.util.find_spec(_step_of(config)) is None:
+    raise InputError(f"config.stage is {config.stage!r}, which has no step to plan")
   planned = copy.deepcopy(config)
   planned.data.train = planned.data.train or "unknown yet"
   configs.check(planned, config.stage)
 
 
-def build(config, model: ModelConfig, mesh):
-  """The step's program, as training builds it.
+def _step_of(config) -> str:
+  return f"vlalign_jax.steps.{config.stage}"
 
-  Raises:
-    InputError: there is no such stage.
-  """
-  name = f"vlalign_jax.steps.{config.stage}"
-  if importlib.util.find_spec(name) is None:
-    raise InputError(f"config.stage is {config.stage!r}, which has no step to plan")
-  return importlib.import_module(name).make_program(config, model, mesh, _STEPS)
+
+def build(config, model: ModelConfig, mesh):
+  """The step's program, as training builds it."""
+  return importlib.import_module(_step_of(config)).make_program(config, model, mesh, _STEPS)
 
 
 def plan(
