@@ -139,8 +139,6 @@ def our_steps(directory: str, load: str, batch: int):
   """Yields the loss of step after step: planned rows, the step of scripts/train_sft.py."""
   import functools
 
-  import jax
-
   from configs import sft as preset
   from vlalign_jax import trees
   from vlalign_jax.data.encode import Example
@@ -148,10 +146,10 @@ def our_steps(directory: str, load: str, batch: int):
   from vlalign_jax.data.plan import statistics as statistics_of
   from vlalign_jax.data.rows import build_row
   from vlalign_jax.models import vlm
+  from vlalign_jax.sharding import hosts
   from vlalign_jax.sharding import mesh as meshes
   from vlalign_jax.steps import sft as steps
   from vlalign_jax.training import optimizer
-  from vlalign_jax.training import state as training_state
   from vlalign_jax.weights import hf_config, source, tensors
   from vlalign_jax.weights import load as loading
 
@@ -169,24 +167,11 @@ def our_steps(directory: str, load: str, batch: int):
     images=None,
     tensors=tensors.find_tensors(directory),
   )
-  graphdef, abstract = vlm.abstract_params(config, dtype="float32", remat="none")
   mesh = meshes.make_mesh(c.mesh)
-  place = jax.tree.map(lambda _: meshes.replicated(mesh), abstract)
-  params = loading.load_params(opened, meshes.place(abstract, place))
+  program = steps.make_program(c, config, mesh, 1000)
+  params = loading.load_params(opened, program.params)
   params, frozen = trees.split(params, functools.partial(optimizer.is_trained, train=c.train))
-  tx = optimizer.make_optimizer(c.optim, params, 1000)
-  state = jax.jit(functools.partial(training_state.init_state, optimizer=tx))(params)
-  step = jax.jit(
-    functools.partial(
-      steps.train_step,
-      graphdef=graphdef,
-      optimizer=tx,
-      learning_rate=optimizer.learning_rates(c.optim, 1000)["base"],
-      accumulation=1,
-      chunk=meshes.head_chunk(mesh),
-    ),
-    donate_argnums=0,
-  )
+  state = program.init_state(params)
 
   examples = []
   for number, (tokens, learnt) in enumerate(make_examples(load, 0)):
@@ -236,7 +221,7 @@ def our_steps(directory: str, load: str, batch: int):
 
   while True:
     for number in range(plan.steps):
-      state, metrics = step(state, frozen, meshes.to_device(mesh, rows_of(number)))
+      state, metrics = program.train_step(state, frozen, hosts.to_device(mesh, rows_of(number)))
       yield float(metrics["loss"])
 
 

@@ -15,8 +15,8 @@ import jax
 from tests import reference
 from vlalign_jax import trees
 from vlalign_jax.config import defaults
+from vlalign_jax.sharding import hosts, rules
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.sharding import rules
 from vlalign_jax.steps import sft
 from vlalign_jax.training import optimizer
 from vlalign_jax.weights import load, source
@@ -91,7 +91,7 @@ def run(
   params = load.load_params(opened, program.params)
   trained, frozen = trees.split(params, functools.partial(optimizer.is_trained, train=c.train))
   state = program.init_state(trained)
-  rows = meshes.to_device(mesh, make_batch(opened.config))
+  rows = hosts.to_device(mesh, make_batch(opened.config))
   step = program.train_step.lower(state, frozen, rows).compile()
   logged = []
   for _ in range(STEPS):

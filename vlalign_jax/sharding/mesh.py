@@ -191,14 +191,6 @@ def scatter_head_gradient(x, mesh: Mesh | None):
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-def to_device(mesh: Mesh, batch: dict):
-  """This process's rows of a batch (dict of arrays) as global arrays over the mesh."""
-  sharding = batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
-  }
-
-
 def head_chunk(mesh: Mesh) -> int:
   """Positions whose logits are computed at a time: enough for the matrix units, and no more."""
   return 128 if mesh.devices.flat[0].platform == "cpu" else 1024
