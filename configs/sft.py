@@ -21,8 +21,8 @@ activations come on top: a few GB a device, less with grad_accumulation.
   llava15_13b       The same recipe, for a 13B init_from: 210 GB: 8 devices of 80 GB.
   llama3_8b         The same with LLaMA-3's chat format, for an 8B init_from: 130 GB: 8 devices of
                     40 GB, or 4 of 80 GB.
-  llama3_70b        The same for a 70B init_from: 1.1 TB: 16 devices of 95 GB, or a pod: one row a
-                    device at 128 of them, such as a TPU v5p:4x4x8.
+  llama3_70b        The same for a 70B init_from, layers split over groups of 4 devices: 1.1 TB; on
+                    a TPU v5p:4x4x8 it takes 20 of 95 GB a device.
 
 The LLaVA-1.5 recipe is Table 9 of Liu et al. 2023, "Improved Baselines with Visual Instruction
 Tuning": AdamW, cosine, warm-up 0.03, no decay; 1e-3 and batch 256, then 2e-5 and batch 128.
@@ -57,6 +57,9 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
     c.data.image_aspect = "crop"
   if preset in ("llama3_8b", "llama3_70b"):
     c.data.template = "llama_3"
+  if preset == "llama3_70b":
+    # Over 128 devices, ZeRO alone would leave pieces that are too narrow for a TPU to gather well.
+    c.mesh.tensor = 4
   return c
 
 

@@ -23,6 +23,9 @@ def parse(monkeypatch):
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", flag_values=values)
     flags.DEFINE_string("workdir", "", "", flag_values=values)
+    for name in ("topology", "json"):  # of plan.py
+      flags.DEFINE_string(name, "", "", flag_values=values)
+    flags.DEFINE_bool("search", False, "", flag_values=values)
     argv = ["train_sft.py", *arguments]
     monkeypatch.setattr(flags, "FLAGS", values)
     monkeypatch.setattr(sys, "argv", argv)

@@ -22,7 +22,8 @@ class Memory:
     params, optimizer, gradients: what the shardings say, trained and frozen parameters alike.
     residuals: what the forward pass of a micro-batch saves for the backward pass.
     gathered: one layer's parameters, brought together where they are split.
-    working: the largest of what comes and goes: the output head, or one layer's backward pass.
+    working: what comes and goes: the output head or one layer's backward pass, and with several
+      micro-batches the gradients of one beside their sum.
     host: bytes of the optimizer that are kept in host memory instead.
   """
 
@@ -62,13 +63,15 @@ def count(program, config, model: ModelConfig, mesh, workload: Workload) -> Memo
     program.params["vision"].get("layers", {}),
   )
   gathered = max(_gathered(stack, config, mesh) for stack in (language, vision))
+  gradients = _gradients(program, config, mesh)
+  working = residuals.working(config, model, workload, meshes.tensor_size(mesh))
   return Memory(
     params=_bytes(program.state.params) + _bytes(program.frozen),
     optimizer=moments,
-    gradients=_gradients(program, config, mesh),
+    gradients=gradients,
     residuals=residuals.saved(config, model, workload, meshes.tensor_size(mesh)),
     gathered=gathered,
-    working=residuals.working(config, model, workload, meshes.tensor_size(mesh)),
+    working=working + gradients * (workload.accumulation > 1),
     host=host,
   )
 

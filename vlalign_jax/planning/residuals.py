@@ -103,7 +103,8 @@ def working(config, model: ModelConfig, workload: Workload, tensor: int) -> floa
   head += 3 * tokens * language.width * size  # hidden states, in order, and their gradient
 
   layer = language_layer(model, workload, tensor)
-  backward = tokens * layer.saved("none", size)
+  # About half of what a layer would save is there at a time, as compiled programs show.
+  backward = tokens * layer.saved("none", size) / 2
   backward += 4 * tokens * (layer.heads + 2 * layer.kv_heads) * layer.head_dim  # of q, k and v
   parameters = language.width * (
     2 * (layer.heads + layer.kv_heads) * layer.head_dim + 3 * layer.mlp_width
