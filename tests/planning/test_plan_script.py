@@ -130,6 +130,7 @@ def test_presets_have_published_sizes(gpu):
     config = sft.get_config(preset)
     planner.check(config)
     if preset != "demo":
+      config.mesh.tensor = 1
       plan = planner.plan(config, planner.model_config(config), gpu)
       assert not plan.fits  # whole on one GPU
       assert "DOES NOT FIT" in report.text(plan)

@@ -63,7 +63,18 @@ def candidates(config, model, topology, examples_per_row: int) -> list[Plan]:
       f"config.batch_size={config.batch_size} fills {len(topology.devices)} devices in no way; "
       "raise it"
     )
-  return sorted(plans, key=lambda plan: (_seconds(plan), plan.memory.estimate))
+  plans.sort(key=lambda plan: (_seconds(plan), plan.memory.estimate))
+  return _without_doubles(plans)
+
+
+def _without_doubles(plans: list[Plan]) -> list[Plan]:
+  """Less those that differ in remat alone, and in nothing that counts."""
+  kept = {}
+  for plan in plans:
+    mesh = plan.config.mesh
+    settings = (mesh.zero_stage, mesh.tensor, plan.work.accumulation)
+    kept.setdefault((*settings, _seconds(plan), plan.memory.estimate), plan)
+  return list(kept.values())
 
 
 def _seconds(plan: Plan) -> float:
