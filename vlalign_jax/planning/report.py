@@ -1,6 +1,7 @@
 """A plan as text, and as what JSON can hold."""
 
 import dataclasses
+import textwrap
 
 from vlalign_jax import trees
 from vlalign_jax.planning import roofline
@@ -133,7 +134,11 @@ def _bytes(plan: Plan) -> str:
     + f" ({abs(left) / available:.0%})"
   )
   if done and done.refused:
-    lines.append(f"  the compiler: {done.refused}")
+    lines.append(
+      textwrap.fill(
+        f"the compiler: {done.refused}", 98, initial_indent="  ", subsequent_indent="    "
+      )
+    )
   return "\n".join(lines)
 
 
