@@ -81,3 +81,23 @@ def test_without_libtpu_the_line_that_installs_it(monkeypatch):
   assert not slice_.compiles
   assert "pip install -r requirements-tpu.txt" in slice_.note
   assert slice_.chip == chips.TPUS["v5e"]
+
+
+def test_a_program_is_refused_by_its_peak():
+  """Twice the sizes are twice the peak, in the words with which the compiler refuses them."""
+  slice_ = topology.open_topology("v5e:2x2")
+  sharding = jax.sharding.SingleDeviceSharding(slice_.devices[0])
+
+  def lower(gib):
+    state, x = (
+      jax.ShapeDtypeStruct((int(size * chips.GIB) // 4,), "float32", sharding=sharding)
+      for size in (2 * gib, gib)
+    )
+    step = jax.jit(lambda state, x: (state + 1, (x.cumsum()[::-1] * x).sum()), donate_argnums=0)
+    return step.lower(state, x)
+
+  memory = lower(2).compile().memory_analysis()
+  peak = memory.peak_memory_in_bytes / chips.GIB
+  assert math.isclose(peak, 10, abs_tol=0.01)  # arguments 6, temporaries 4, the result in place
+  with pytest.raises(jax.errors.JaxRuntimeError, match=r"HLO temporaries \(20.00G\) exceeds"):
+    lower(4).compile()
