@@ -36,6 +36,7 @@ ROUNDING = (
   "mesh.fsdp",
   "mesh.tensor",
   "mesh.offload_optimizer",
+  "model.architecture",
 )
 
 
