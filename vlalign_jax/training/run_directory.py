@@ -25,6 +25,7 @@ HARMLESS = (
   "best_metric",
   "data.workers",
   "data.on_bad_record",
+  "model.architecture",
 )
 # These change the order of sums besides, and so the last bits: a run may need them to fit on other
 # devices. Micro-batches are weighted by their tokens, so their number changes no more than that.
@@ -36,7 +37,6 @@ ROUNDING = (
   "mesh.fsdp",
   "mesh.tensor",
   "mesh.offload_optimizer",
-  "model.architecture",
 )
 
 
