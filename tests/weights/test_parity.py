@@ -11,7 +11,7 @@ import transformers
 
 from tests import checkpoints, reference
 from vlalign_jax import trees
-from vlalign_jax.models import attention, rope
+from vlalign_jax.models import rope, tiles
 from vlalign_jax.weights import hf_config, names
 
 LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}
@@ -117,7 +117,7 @@ def test_blocks_of_queries_and_bfloat16(tmp_path, monkeypatch):
   model = checkpoints.make_llava(tmp_path)
   source, graphdef, params = reference.open_model(tmp_path)
   rows, layout, pictures = packed_batch(source.config)
-  monkeypatch.setattr(attention, "CPU_TILE", 20)  # four tiles, the last one padded
+  monkeypatch.setattr(tiles, "CPU_TILE", 20)  # four tiles, the last one padded
   found = reference.logits(graphdef, params, rows)
   assert max(errors(found, model, source.config, layout, pictures)) < 1e-5
   graphdef, _ = reference.load_all(source, dtype="bfloat16")
