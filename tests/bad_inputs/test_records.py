@@ -1,0 +1,140 @@
+"""Record files with mistakes end before anything is computed."""
+
+import json
+
+import pytest
+
+from tests import sft_run
+from tests.bad_inputs.failing import fails
+
+
+def _edit(index, *path, value):
+  def edit(records):
+    holder = records[index]
+    for key in path[:-1]:
+      holder = holder[key]
+    holder[path[-1]] = value
+    return records
+
+  return edit
+
+
+BAD_FILES = {
+  "image missing": (
+    _edit(3, "image", value=["none.png"]),
+    ['record 3 ("id": "r3")', 'image "none.png" not found under', "set data.images"],
+  ),
+  "image outside": (
+    _edit(3, "image", value=["../../etc/passwd"]),
+    ["record 3", 'image "../../etc/passwd" leaves the image root', "move it there"],
+  ),
+  "image absolute": (
+    _edit(3, "image", value=["/etc/passwd"]),
+    ["record 3", "absolute path", "relative to data.images"],
+  ),
+  "more placeholders than images": (
+    _edit(3, "conversations", 2, "value", value="<image> And this?"),
+    ["record 3", "hold 2 <image> but it has 1 image", "agree"],
+  ),
+  "fewer placeholders than images": (
+    _edit(6, "conversations", 0, "value", value="<image> What?"),
+    ["record 6", "hold 1 <image> but it has 2 images", "agree"],
+  ),
+  "image placeholder in an answer": (
+    _edit(3, "conversations", 1, "value", value="<image>"),
+    ["record 3", "conversations[1]", "the answer holds <image>"],
+  ),
+  "wrong role": (
+    _edit(3, "conversations", 1, "from", value="human"),
+    ["record 3", 'conversations[1]: "from" is "human" where "gpt" is expected', "take turns"],
+  ),
+  "unknown role": (
+    _edit(3, "conversations", 0, "from", value="system"),
+    ["record 3", 'conversations[0]: "from" is "system" where "human" is expected'],
+  ),
+  "empty answer": (
+    _edit(3, "conversations", 1, "value", value="  "),
+    ["record 3", "conversations[1]: the answer is empty", "drop the record"],
+  ),
+  "empty question": (
+    _edit(4, "conversations", 0, "value", value=""),
+    ["record 4", "the question is empty"],
+  ),
+  "answer missing": (
+    lambda records: [records[0] | {"conversations": records[0]["conversations"][:1]}],
+    ["record 0", "the last question has no answer", "add it"],
+  ),
+  "value of another type": (
+    _edit(3, "conversations", 1, "value", value=7),
+    ["record 3", 'conversations[1]: "value" is a number', "give text"],
+  ),
+  "no conversations": (
+    _edit(3, "conversations", value=[]),
+    ["record 3", '"conversations" is empty', "give a list"],
+  ),
+  "record is no object": (lambda records: [*records, "text"], ["record 24", "text, not an object"]),
+  "empty file": (lambda records: "", ["train.json", "the file is empty", "give a list"]),
+  "empty list": (lambda records: [], ["train.json", "list of records is empty", "at least one"]),
+  "malformed JSON": (
+    lambda records: json.dumps(records, indent=1)[:-30],
+    ["train.json", "malformed JSON at line", "mend it"],
+  ),
+  "JSON lines named .json": (
+    lambda records: "\n".join(map(json.dumps, records)),
+    ["train.json", "line 2, column 1", "name it .jsonl"],
+  ),
+  "no list": (
+    lambda records: records[0],
+    ["train.json", "an object, not a list of records", "[ ]"],
+  ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_record_file(train, records, tmp_path, name):
+  change, expected = BAD_FILES[name]
+  fails(["data/train.json", *expected], train, change(records))
+  assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_first_bad_record_tells_of_the_others(train, records):
+  for index in (2, 5, 9):
+    records[index]["conversations"][1]["value"] = ""
+  fails(["record 2", "2 more records are bad", "scripts/check_data.py"], train, records)
+
+
+def test_missing_files(train, records, tmp_path):
+  fails(["none.json: no such file"], train, records, **{"data.eval": "none.json"})
+  nowhere = str(tmp_path / "nowhere")
+  fails([nowhere, "no such directory", "data.images"], train, records, **{"data.images": nowhere})
+
+
+def test_nothing_to_learn(train, records):
+  expected = ["data.train", "no record that is shown has an answer that fits data.max_length=16"]
+  fails(expected, train, records, **{"data.max_length": 16})
+
+
+def _too_long(records):
+  turns = sft_run.conversation("why " * 300, "so")
+  return [{"id": record["id"], "conversations": turns} for record in records]
+
+
+@pytest.mark.parametrize("length", [{"steps": 2}, {"epochs": 0.5}, {"epochs": 2.0}])
+@pytest.mark.parametrize("weights", ["1,0", "0.1,0"])
+def test_nothing_to_learn_where_the_weights_are(train, records, tmp_path, length, weights):
+  """...are long records only; the others are never shown."""
+  long = _too_long(records)
+  good = sft_run.write_json(tmp_path / "data" / "good.json", records)
+  settings = {"data.train": f"{tmp_path}/data/train.json,{good}", "data.weights": weights}
+  fails(["data.train: no record that is shown", "raise it"], train, long, **settings, **length)
+
+
+def test_the_only_record_that_fits_is_not_drawn(train, records):
+  """...in the hundredth of an epoch that is shown."""
+  long = _too_long(records)
+  settings = {"data.weights": "0.01"}
+  fails(["data.train: no record that is shown"], train, [records[0], *long], **settings)
+
+
+def test_more_samples_than_records(train, records):
+  fails(["has 24 records", "25 of data.samples"], train, records, **{"data.samples": "25"})
