@@ -280,6 +280,7 @@ def main() -> None:
   parser.add_argument("--worker", choices=("ours", "transformers"), help=argparse.SUPPRESS)
   parser.add_argument("--directory", help=argparse.SUPPRESS)
   arguments = parser.parse_args()
+  os.environ["JAX_PLATFORMS"] = "cpu"
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   sys.path.insert(0, root)  # for configs/
   if arguments.worker:
