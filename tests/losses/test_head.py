@@ -109,3 +109,69 @@ def test_huge_logits_stay_finite():
   (found, grads), _ = both(hidden * 1000, kernel, targets, weights, shards=1, chunk=16)
   close(found, 3 * total, 1e-5)
   close(grads[0], 3 * hidden_grad, 1e-3)
+
+
+def expected_by_token(hidden, kernel, targets, weights, cotangent):
+  """Log-probabilities [B, T], gradients of their sum weighted by `cotangent`; 0 without weight."""
+  hidden = torch.tensor(np.asarray(hidden, np.float64), requires_grad=True)
+  kernel = torch.tensor(np.asarray(kernel, np.float64), requires_grad=True)
+  every = torch.log_softmax(hidden @ kernel, dim=-1)
+  chosen = every.gather(-1, torch.tensor(targets).long()[:, :, None])[:, :, 0]
+  chosen = chosen * torch.tensor(weights != 0)
+  (chosen * torch.tensor(np.asarray(cotangent, np.float64))).sum().backward()
+  return chosen.detach().numpy(), hidden.grad.numpy(), kernel.grad.numpy()
+
+
+@functools.partial(jax.jit, static_argnames=("shards", "chunk"))
+def log_probabilities_and_gradients(hidden, kernel, targets, weights, cotangent, shards, chunk):
+  def compute(h, k):
+    return head.token_log_probabilities(h, k, targets, weights, shards=shards, chunk=chunk)
+
+  found, pull_back = jax.vjp(compute, hidden, kernel)
+  return found, *pull_back(cotangent)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("shards", "chunk"), [(1, 5), (2, 7), (4, 3), (2, 128), (1, 48)])
+def test_log_probabilities_and_their_gradients_equal_torch(shards, chunk, density):
+  inputs = make_inputs(density)
+  # Of both signs, without regard to the weights, and 0 for some tokens that have one.
+  rng = np.random.default_rng(1)
+  cotangent = (rng.normal(size=(B, T)) * (rng.random((B, T)) < 0.8)).astype(np.float32)
+  found = log_probabilities_and_gradients(*inputs, cotangent, shards=shards, chunk=chunk)
+  for ours, wanted in zip(found, expected_by_token(*inputs, cotangent), strict=True):
+    close(ours, wanted, 1e-6)
+
+
+def test_log_probabilities_of_bfloat16_hidden_states():
+  hidden, kernel, targets, weights = make_inputs(0.5)
+  hidden = jnp.asarray(hidden, jnp.bfloat16)
+  cotangent = np.random.default_rng(1).normal(size=(B, T)).astype(np.float32)
+  rounded = np.asarray(jnp.asarray(kernel, jnp.bfloat16), np.float32)
+  wanted = expected_by_token(hidden, rounded, targets, weights, cotangent)
+  found = log_probabilities_and_gradients(
+    hidden, kernel, targets, weights, cotangent, shards=2, chunk=7
+  )
+  assert [x.dtype for x in found] == [jnp.float32, jnp.bfloat16, jnp.float32]
+  for ours, theirs, tolerance in zip(found, wanted, (1e-5, 1e-2, 1e-2), strict=True):
+    close(ours, theirs, tolerance)
+
+
+def test_log_probabilities_of_a_frozen_head_cost_no_gradient_of_it():
+  hidden, kernel, targets, weights = make_inputs(0.5)
+
+  def squares(h, k):
+    found = head.token_log_probabilities(h, k, targets, weights, shards=2, chunk=7)
+    return jnp.sum(found**2)
+
+  logps, _, _ = expected_by_token(hidden, kernel, targets, weights, np.ones((B, T)))
+  _, hidden_grad, kernel_grad = expected_by_token(hidden, kernel, targets, weights, 2 * logps)
+  frozen = jax.jit(jax.grad(lambda h: squares(h, kernel)))
+  close(frozen(hidden), hidden_grad, 1e-6)
+  trained = jax.jit(jax.grad(lambda k: squares(hidden, k)))
+  close(trained(kernel), kernel_grad, 1e-6)
+  shape = f"f32[2,{D},{V}]"  # the kernel's gradient, one per shard
+  assert shape not in frozen.lower(hidden).compile().as_text()
+  assert shape in trained.lower(kernel).compile().as_text()
+  # Nothing holds logits of all positions at once, forward or backward.
+  assert f"[{B},{T},{V}]" not in trained.lower(kernel).compile().as_text()

@@ -94,12 +94,27 @@ def _cross_entropy_sum(hidden, kernel, targets, weights, shards, chunk, place, s
 
 
 def _forward(hidden, kernel, targets, weights, shards, chunk, place, scatter):
-  with_kernel = kernel.perturbed
-  shape, kernel_dtype = hidden.value.shape, kernel.value.dtype
-  kernel = place(kernel.value.astype(hidden.value.dtype))
-  hidden, targets, weights, order, chunks = _compact(
-    hidden.value, targets.value, weights.value, shards, chunk
+  total, *gradients = _sum_and_gradients(
+    hidden.value,
+    kernel.value,
+    targets.value,
+    weights.value,
+    with_kernel=kernel.perturbed,
+    shards=shards,
+    chunk=chunk,
+    place=place,
+    scatter=scatter,
   )
+  return total, gradients
+
+
+def _sum_and_gradients(
+  hidden, kernel, targets, weights, *, with_kernel: bool, shards, chunk, place, scatter
+):
+  """`cross_entropy_sum`, its gradients by `hidden` and, if asked for, by `kernel` (else None)."""
+  shape, kernel_dtype = hidden.shape, kernel.dtype
+  kernel = place(kernel.astype(hidden.dtype))
+  hidden, targets, weights, order, chunks = _compact(hidden, targets, weights, shards, chunk)
 
   def body(i, carry):
     total, hidden_grad, kernel_grad = carry
@@ -129,7 +144,7 @@ def _forward(hidden, kernel, targets, weights, shards, chunk, place, scatter):
     kernel_grad = scatter(jnp.sum(kernel_grad, axis=0)).astype(kernel_dtype)
     # Else the sum may wait, and its operand be held whole, until all layers' gradients are made.
     hidden_grad, kernel_grad = jax.lax.optimization_barrier((hidden_grad, kernel_grad))
-  return total, (hidden_grad, kernel_grad if with_kernel else None)
+  return total, hidden_grad, kernel_grad if with_kernel else None
 
 
 def _backward(shards, chunk, place, scatter, residuals, cotangent):
@@ -144,6 +159,69 @@ def _backward(shards, chunk, place, scatter, residuals, cotangent):
 
 
 _cross_entropy_sum.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def token_log_probabilities(
+  hidden,
+  kernel,
+  targets,
+  weights,
+  *,
+  shards: int = 1,
+  chunk: int = 128,
+  place=as_it_is,
+  scatter=as_it_is,
+):
+  """Log-probability of each weighted target, differentiable in `hidden` and `kernel`.
+
+  The backward pass computes logits again, for positions with a non-zero cotangent only: what a loss
+  makes of the log-probabilities is not known in the forward pass.
+
+  Args:
+    hidden, kernel, targets, weights, shards, chunk, place, scatter: as in `cross_entropy_sum`; of
+      the weights only whether they are 0 counts.
+
+  Returns:
+    float32[B, T], log softmax(hidden @ kernel)[target] where the weight is not 0, else 0.
+  """
+  return _token_log_probabilities(hidden, kernel, targets, weights, shards, chunk, place, scatter)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _token_log_probabilities(hidden, kernel, targets, weights, shards, chunk, place, scatter):
+  del scatter
+  losses, _ = token_statistics(
+    hidden, kernel, targets, weights, shards=shards, chunk=chunk, place=place
+  )
+  return -losses
+
+
+def _log_probabilities_forward(hidden, kernel, targets, weights, *settings):
+  inputs = (hidden.value, kernel.value, targets.value, weights.value)
+  # What is known when tracing goes to the backward pass as structure: residuals are arrays.
+  with_kernel = () if kernel.perturbed else None
+  return _token_log_probabilities(*inputs, *settings), (inputs, with_kernel)
+
+
+def _log_probabilities_backward(shards, chunk, place, scatter, residuals, cotangent):
+  (hidden, kernel, targets, weights), with_kernel = residuals
+  _, hidden_grad, kernel_grad = _sum_and_gradients(
+    hidden,
+    kernel,
+    targets,
+    jnp.where(weights != 0, -cotangent, 0.0),  # sum of -(-cotangent) * log-probability
+    with_kernel=with_kernel is not None,
+    shards=shards,
+    chunk=chunk,
+    place=place,
+    scatter=scatter,
+  )
+  return hidden_grad, kernel_grad, None, None
+
+
+_token_log_probabilities.defvjp(
+  _log_probabilities_forward, _log_probabilities_backward, symbolic_zeros=True
+)
 
 
 def token_statistics(
