@@ -170,7 +170,7 @@ def our_steps(directory: str, load: str, batch: int):
   mesh = meshes.make_mesh(c.mesh)
   program = steps.make_program(c, config, mesh, 1000)
   params = loading.load_params(opened, program.params)
-  params, frozen = trees.split(params, functools.partial(optimizer.is_trained, train=c.train))
+  params, frozen = trees.split(params, functools.partial(optimizer.is_trained, config=c))
   state = program.init_state(params)
 
   examples = []

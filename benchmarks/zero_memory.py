@@ -77,7 +77,7 @@ def measure(stage: str, mesh_keys: dict) -> tuple[dict[str, int], dict[str, int]
   params = jax.jit(lambda key: vlm.init_params(MODEL, key)[1], out_shardings=shardings)(
     jax.random.key(0)
   )
-  is_trained = functools.partial(optimizer.is_trained, train=c.train)
+  is_trained = functools.partial(optimizer.is_trained, config=c)
   trained, frozen = trees.split(params, is_trained)
   state = program.init_state(trained)
   shapes = programs.abstract_rows(MODEL, mesh, DEVICES, 64, 1)

@@ -51,7 +51,7 @@ def train_and_evaluate(c, workdir: str) -> None:
   # --- The newest checkpoint, or the weights to start from ---
   manager = checkpoints.open_checkpoints(workdir, c.keep, c.keep_best, c.best_metric)
   restored = checkpoints.restore_newest(manager, program.state)
-  is_trained = functools.partial(optimizer.is_trained, train=c.train)
+  is_trained = functools.partial(optimizer.is_trained, config=c)
   load_params = functools.partial(load.load_params, model_source, program.params, c.seed)
   if restored is None:
     if jax.process_index() == 0:

@@ -55,6 +55,16 @@ def shared() -> ConfigDict:
   c.train.language = True
   c.train.embeddings = config_dict.placeholder(bool)  # token embedding; None: as language
 
+  # Adapters in place of the weights of the parts that are updated; see models/lora.py.
+  c.lora = ConfigDict()
+  c.lora.rank = 0  # of the language model's and the projector's adapters; 0: none
+  c.lora.alpha = 16.0  # adapters count alpha / rank
+  c.lora.dropout = 0.0
+  c.lora.rank_stabilised = False  # alpha / sqrt(rank) instead
+  c.lora.targets = "language/layers/"  # regular expression that is searched in paths of linear maps
+  c.lora.vision_rank = 0  # of the vision tower's adapters, on all its linear maps; 0: none
+  c.lora.init_from = ""  # a PEFT directory or a LoRA run that the adapters start from
+
   c.data = ConfigDict()
   c.data.train = ""  # LLaVA JSON or JSONL; several: comma-separated
   c.data.samples = ""  # records taken from each file (one number, or one per file); empty: all

@@ -89,7 +89,7 @@ def run(
   mesh = meshes.make_mesh(c.mesh, jax.devices()[: data * fsdp * tensor])
   program = sft.make_program(c, opened.config, mesh, STEPS)
   params = load.load_params(opened, program.params)
-  trained, frozen = trees.split(params, functools.partial(optimizer.is_trained, train=c.train))
+  trained, frozen = trees.split(params, functools.partial(optimizer.is_trained, config=c))
   state = program.init_state(trained)
   rows = hosts.to_device(mesh, make_batch(opened.config))
   step = program.train_step.lower(state, frozen, rows).compile()

@@ -114,11 +114,11 @@ def test_gradients_are_clipped_by_their_norm_over_all_groups():
   ],
 )
 def test_what_the_train_flags_move(keys, moved, shapes):
-  train = defaults("sft").train
-  train.update(keys)
+  config = defaults("sft")
+  config.train.update(keys)
   for path in shapes:
     part = "embeddings" if path == EMBEDDING else path.split("/")[0]
-    assert optimizer.is_trained(path, train) == (part in moved), path
+    assert optimizer.is_trained(path, config) == (part in moved), path
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing_though_the_loss_is():

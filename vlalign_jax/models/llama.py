@@ -78,7 +78,9 @@ class LanguageLayer(nnx.Module):
 class LanguageModel(nnx.Module):
   """Token embedding, decoder layers, final norm and the output head."""
 
-  def __init__(self, config: LanguageConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+  def __init__(
+    self, config: LanguageConfig, *, dtype, param_dtype, rngs: nnx.Rngs, with_head: bool = True
+  ):
     self.config = config
     types = {"dtype": dtype, "param_dtype": param_dtype}
     normal = nnx.initializers.normal(config.width**-0.5)
@@ -91,7 +93,7 @@ class LanguageModel(nnx.Module):
       lambda rngs: LanguageLayer(config, linear, norm, rngs), config.layers, rngs
     )
     self.norm = norm(config.width, rngs=rngs)
-    if not config.tied_embeddings:
+    if with_head and not config.tied_embeddings:
       self.head = linear(config.width, config.vocab_size, use_bias=False, rngs=rngs)
 
   def __call__(

@@ -12,6 +12,10 @@ from vlalign_jax.models.llama import LanguageConfig, LanguageModel
 from vlalign_jax.models.projector import ProjectorConfig, build_projector
 
 
+# What a model says at a position: the next token, or, of reward models and critics, one number.
+LANGUAGE, SCORE = "language", "score"
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   vision: VisionConfig
@@ -22,6 +26,7 @@ class ModelConfig:
   image_mean: tuple[float, float, float]
   image_std: tuple[float, float, float]
   rescale_factor: float = 1 / 255
+  head: str = LANGUAGE
 
   @property
   def tokens_per_image(self) -> int:
@@ -54,7 +59,18 @@ class VisionLanguageModel(nnx.Module):
     types = {"dtype": dtype, "param_dtype": param_dtype}
     self.vision = VisionTower(config.vision, rngs=rngs, **types)
     self.projector = build_projector(config.projector, rngs=rngs, **types)
-    self.language = LanguageModel(config.language, rngs=rngs, **types)
+    self.language = LanguageModel(
+      config.language, with_head=config.head == LANGUAGE, rngs=rngs, **types
+    )
+    if config.head == SCORE:
+      self.score = nnx.Linear(
+        config.language.width,
+        1,
+        use_bias=False,
+        kernel_init=nnx.initializers.normal(config.language.width**-0.5),
+        rngs=rngs,
+        **types,
+      )
 
   def image_features(self, images):
     """Image embeddings of each row, in slot order.
@@ -92,6 +108,23 @@ class VisionLanguageModel(nnx.Module):
   def head_kernel(self):
     """[D, V], see LanguageModel.head_kernel."""
     return self.language.head_kernel()
+
+  def scores(self, hidden, places):
+    """The score of each answer, read at its last token, as transformers' sequence classifiers do.
+
+    Args:
+      hidden: float[B, T, D] of `__call__`.
+      places: int32[B, S, K] positions in each row; those below 0 give a score that means nothing.
+
+    Returns:
+      float32[B, S, K].
+    """
+    B, S, K = places.shape
+    flat = jnp.maximum(places, 0).reshape(B, S * K, 1)
+    found = jnp.take_along_axis(hidden, flat, axis=1)
+    kernel = self.score.kernel[...][:, 0].astype(found.dtype)
+    scores = jnp.einsum("BND,D->BN", found, kernel, preferred_element_type=jnp.float32)
+    return scores.reshape(B, S, K)
 
 
 def abstract_params(config: ModelConfig, **options):

@@ -63,7 +63,7 @@ def make_program(
     remat=config.model.remat,
     mesh=mesh,
   )
-  is_trained = functools.partial(optimizer.is_trained, train=config.train)
+  is_trained = functools.partial(optimizer.is_trained, config=config)
   # What stays is kept in the dtype it is used in.
   abstract = trees.map_paths(
     lambda path, leaf: leaf if is_trained(path) else leaf.update(dtype=config.model.dtype), abstract

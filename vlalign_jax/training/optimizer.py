@@ -15,11 +15,26 @@ def group_of(path: str) -> str:
   return "projector" if path.startswith("projector/") else "base"
 
 
-def is_trained(path: str, train) -> bool:
-  """Whether the `train` group of a config moves a parameter."""
-  if group_of(path) == "embeddings":
-    return train.language if train.embeddings is None else train.embeddings
-  return train[path.split("/", 1)[0]]
+def is_trained(path: str, config) -> bool:
+  """Whether a run moves a parameter.
+
+  `train.*` says which parts are updated. Where a part has adapters (`lora.*`), they are what is
+  updated, and its own weights stay; the score head is always learnt.
+
+  Args:
+    path: of the parameter.
+    config: of the run.
+  """
+  part, train = path.split("/", 1)[0], config.train
+  if part == "score" or path.endswith(("/lora_a", "/lora_b")):
+    return True
+  if part == "projector":
+    return train.projector
+  if part == "vision":
+    return train.vision and not config.lora.vision_rank
+  if group_of(path) == "embeddings" and train.embeddings is not None:
+    return train.embeddings
+  return train.language and not config.lora.rank
 
 
 def decays(path: str, param) -> bool:
