@@ -111,13 +111,14 @@ class VisionTower(nnx.Module):
         lambda rngs: VisionLayer(config, linear, norm, rngs), config.layers, rngs
       )
 
-  def __call__(self, pixels, *, remat: str = "none", mesh: Mesh | None = None):
+  def __call__(self, pixels, *, remat: str = "none", mesh: Mesh | None = None, dropout_key=None):
     """Features of images.
 
     Args:
       pixels: float[N, H, W, 3], normalised, H = W = config.image_size.
       remat: see `stack.REMAT_NAMES`.
       mesh: over which N is split.
+      dropout_key: for the dropout of adapters; None: without.
 
     Returns:
       [N, P, F] in the tower's dtype: P = config.tokens_per_image, F = config.feature_width.
@@ -138,7 +139,13 @@ class VisionTower(nnx.Module):
     hidden = [x] if 0 in config.feature_layers else [None]
     if config.layers:
       last, outputs = stack.run_stack(
-        self.layers, x, lambda layer, x: layer(x, mesh), remat=remat, mesh=mesh, collect=several
+        self.layers,
+        x,
+        lambda layer, x: layer(x, mesh),
+        remat=remat,
+        mesh=mesh,
+        collect=several,
+        dropout_key=dropout_key,
       )
       # Without `several` only the last output exists, and it is the one that is asked for.
       hidden += [None] * (config.layers - 1) + [last] if not several else list(outputs)

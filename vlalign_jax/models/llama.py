@@ -37,7 +37,8 @@ class LanguageAttention(nnx.Module):
     self.value = linear(config.width, config.kv_heads * config.head_dim, rngs=rngs)
     self.out = linear(config.heads * config.head_dim, config.width, rngs=rngs)
 
-  def __call__(self, x, rotation, segments, branches, mesh):
+  def __call__(self, x, rotation, mix, mesh):
+    """[B, T, D] and what `mix`, `(query, key, value) -> (mixed, kept)`, keeps of this layer."""
     B, T, _ = x.shape
 
     def heads(projected):
@@ -46,8 +47,8 @@ class LanguageAttention(nnx.Module):
     query = rope.rotate(heads(self.query(x)), *rotation)
     key = rope.rotate(heads(self.key(x)), *rotation)
     value = heads(self.value(x))
-    mixed = attention.attend(query, key, value, segments, branches, mesh=mesh)
-    return self.out(constrain_tensor(mixed, mesh, axis=2).reshape(B, T, -1))
+    mixed, kept = mix(query, key, value)
+    return self.out(constrain_tensor(mixed, mesh, axis=2).reshape(B, T, -1)), kept
 
 
 class LanguageMlp(nnx.Module):
@@ -70,9 +71,10 @@ class LanguageLayer(nnx.Module):
     self.mlp_norm = norm(config.width, rngs=rngs)
     self.mlp = LanguageMlp(config, linear, rngs)
 
-  def __call__(self, x, rotation, segments, branches, mesh):
-    x = x + self.attention(self.attention_norm(x), rotation, segments, branches, mesh)
-    return x + self.mlp(self.mlp_norm(x), mesh)
+  def __call__(self, x, rotation, mix, mesh):
+    mixed, kept = self.attention(self.attention_norm(x), rotation, mix, mesh)
+    x = x + mixed
+    return x + self.mlp(self.mlp_norm(x), mesh), kept
 
 
 class LanguageModel(nnx.Module):
@@ -97,7 +99,15 @@ class LanguageModel(nnx.Module):
       self.head = linear(config.width, config.vocab_size, use_bias=False, rngs=rngs)
 
   def __call__(
-    self, x, positions, segments, branches, *, remat: str = "none", mesh: Mesh | None = None
+    self,
+    x,
+    positions,
+    segments,
+    branches,
+    *,
+    remat: str = "none",
+    mesh: Mesh | None = None,
+    dropout_key=None,
   ):
     """Hidden states after the final norm.
 
@@ -106,16 +116,20 @@ class LanguageModel(nnx.Module):
       positions, segments, branches: int32[B, T], see ARCHITECTURE.md, "Rows"; branches None: all 0.
       remat: see `stack.REMAT_NAMES`.
       mesh: over which B is split.
+      dropout_key: for the dropout of adapters; None: without.
 
     Returns:
       [B, T, D] in the model's dtype.
     """
     rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
 
-    def call(layer, x):
-      return layer(x, rotation, segments, branches, mesh)
+    def mix(query, key, value):
+      return attention.attend(query, key, value, segments, branches, mesh=mesh), None
 
-    x, _ = stack.run_stack(self.layers, x, call, remat=remat, mesh=mesh)
+    def call(layer, x):
+      return layer(x, rotation, mix, mesh)[0]
+
+    x, _ = stack.run_stack(self.layers, x, call, remat=remat, mesh=mesh, dropout_key=dropout_key)
     return self.norm(constrain_rows(x, mesh))
 
   def embed(self, tokens):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vlalign_jax.models import lora
 from vlalign_jax.sharding.mesh import constrain_rows
 
 REMAT_POLICIES = {
@@ -47,6 +48,7 @@ def run_stack(
   remat: str,
   mesh: jax.sharding.Mesh | None = None,
   collect: bool = False,
+  dropout_key: jax.Array | None = None,
 ):
   """Applies stacked layers one after the other.
 
@@ -57,19 +59,24 @@ def run_stack(
     remat: one of REMAT_NAMES.
     mesh: over which the first axis of x is split.
     collect: also return each layer's output.
+    dropout_key: for the dropout of adapters, each layer's its own; None: without.
 
   Returns:
     The last layer's output, and the outputs of all layers [L, ...] (None unless `collect`).
   """
   graphdef, params = nnx.split(layers)
+  keys = None
+  if dropout_key is not None:
+    keys = jax.random.split(dropout_key, len(jax.tree.leaves(params)[0]))
 
-  def body(x, layer_params):
+  def body(x, scanned):
+    layer_params, key = scanned
     x = constrain_rows(x, mesh)
     if mesh is not None and mesh.size > 1:
       layer_params = jax.tree.map(_cast_in_loop, layer_params)
-    x = call(nnx.merge(graphdef, layer_params), x)
+    x = call(lora.with_dropout(nnx.merge(graphdef, layer_params), key), x)
     return x, (x if collect else None)
 
   if remat != "none":
     body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-  return jax.lax.scan(body, x, params)
+  return jax.lax.scan(body, x, (params, keys))

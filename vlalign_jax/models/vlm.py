@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from vlalign_jax.models import lora as adapters
 from vlalign_jax.models.clip import VisionConfig, VisionTower
 from vlalign_jax.models.llama import LanguageConfig, LanguageModel
 from vlalign_jax.models.projector import ProjectorConfig, build_projector
-
 
 # What a model says at a position: the next token, or, of reward models and critics, one number.
 LANGUAGE, SCORE = "language", "score"
@@ -27,6 +27,7 @@ class ModelConfig:
   image_std: tuple[float, float, float]
   rescale_factor: float = 1 / 255
   head: str = LANGUAGE
+  lora: adapters.LoraConfig | None = None
 
   @property
   def tokens_per_image(self) -> int:
@@ -71,12 +72,15 @@ class VisionLanguageModel(nnx.Module):
         rngs=rngs,
         **types,
       )
+    if config.lora:
+      adapters.attach(self, config.lora, rngs)
 
-  def image_features(self, images):
+  def image_features(self, images, dropout_key=None):
     """Image embeddings of each row, in slot order.
 
     Args:
       images: [B, I, H, W, 3]; uint8 as decoded and resized, or float already normalised.
+      dropout_key: see `__call__`.
 
     Returns:
       [B, I * P, D] with P = config.tokens_per_image.
@@ -86,24 +90,33 @@ class VisionLanguageModel(nnx.Module):
     if pixels.dtype == jnp.uint8:
       mean, std = jnp.array(self.config.image_mean), jnp.array(self.config.image_std)
       pixels = (pixels.astype(jnp.float32) * self.config.rescale_factor - mean) / std
-    features = self.projector(self.vision(pixels, **self.options), self.options["mesh"])
+    vision_key, projector_key = (
+      (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    )
+    features = self.vision(pixels, dropout_key=vision_key, **self.options)
+    projector = adapters.with_dropout(self.projector, projector_key)
+    features = projector(features, self.options["mesh"])
     return features.reshape(B, -1, features.shape[-1])
 
-  def __call__(self, rows):
+  def __call__(self, rows, dropout_key=None):
     """Hidden states of rows, from which `head_kernel` makes logits.
 
     Args:
       rows: the dict of ARCHITECTURE.md, "Rows"; `images` may have I = 0.
+      dropout_key: jax.random key for the dropout of adapters, another one for each batch; None:
+        without, as in evaluation.
 
     Returns:
       [B, T, D] after the final norm.
     """
+    image_key, key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     x = self.language.embed(rows["tokens"])
     if rows["images"].shape[1]:
-      features = self.image_features(rows["images"]).astype(x.dtype)
+      features = self.image_features(rows["images"], image_key).astype(x.dtype)
       slots = rows["image_slots"][:, :, None]
       x = jnp.where(slots >= 0, jnp.take_along_axis(features, jnp.maximum(slots, 0), axis=1), x)
-    return self.language(x, rows["positions"], rows["segments"], rows["branches"], **self.options)
+    places = (rows[name] for name in ("positions", "segments", "branches"))
+    return self.language(x, *places, dropout_key=key, **self.options)
 
   def head_kernel(self):
     """[D, V], see LanguageModel.head_kernel."""

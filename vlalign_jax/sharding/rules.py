@@ -19,6 +19,11 @@ RULES = (
   (r".*/layers/.*/(query|key|value|gate|up)/kernel", ("fsdp", "tensor")),
   (r".*/layers/.*/(query|key|value|gate|up)/bias", ("tensor",)),
   (r".*/layers/.*/(out|down)/kernel", ("tensor", "fsdp")),
+  # Adapters split where their map does; the rank never does.
+  (r".*/layers/.*/(query|key|value|gate|up)/lora_b", (None, "tensor")),
+  (r".*/layers/.*/(out|down)/lora_a", ("tensor", None)),
+  (r".*/lora_a", ("fsdp", None)),
+  (r".*/lora_b", (None, "fsdp")),
   (r".*/kernel", (None, "fsdp")),
   (r".*", ("fsdp",)),
 )

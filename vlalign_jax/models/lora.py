@@ -1,0 +1,154 @@
+"""Low-rank adapters on linear maps (Hu et al. 2022, "LoRA").
+
+A model is built first and adapters are attached to it, so that it is the same with and without:
+`base_params` of a model with adapters are the parameters of the one that was built without.
+"""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlalign_jax import trees
+from vlalign_jax.errors import InputError
+
+NAMES = ("lora_a", "lora_b")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Which linear maps have adapters, and what these add; the config's `lora` group says the same.
+
+  Attributes:
+    rank: of adapters on the language model and the projector; 0: they have none.
+    alpha: adapters count alpha / rank.
+    dropout: share of an adapter's inputs that are dropped in training.
+    rank_stabilised: adapters count alpha / sqrt(rank) instead (Kalajdzievski 2023).
+    targets: regular expression that is searched in the paths of linear maps, such as
+      "language/layers/attention/query" or "projector/first"; the vision tower does not go by it.
+    vision_rank: of adapters on all linear maps of the vision tower's layers; 0: they have none.
+  """
+
+  rank: int
+  alpha: float = 16.0
+  dropout: float = 0.0
+  rank_stabilised: bool = False
+  targets: str = "language/layers/"
+  vision_rank: int = 0
+
+  def rank_of(self, path: str) -> int:
+    """The rank of the adapter on a linear map, 0 if it has none; `path` as in `targets`."""
+    if path.startswith("vision/"):
+      return self.vision_rank
+    return self.rank if re.search(self.targets, path) else 0
+
+  def scale(self, rank: int) -> float:
+    """What an adapter's product is multiplied by."""
+    return self.alpha / (rank**0.5 if self.rank_stabilised else rank)
+
+
+def from_group(group) -> LoraConfig | None:
+  """From the `lora` group of a run's config; None: the run has no adapters."""
+  if not group["rank"] and not group["vision_rank"]:
+    return None
+  return LoraConfig(**{field.name: group[field.name] for field in dataclasses.fields(LoraConfig)})
+
+
+def is_adapter(path: str) -> bool:
+  """Whether a parameter is an adapter's."""
+  return path.endswith(tuple(f"/{name}" for name in NAMES))
+
+
+def base_params(params):
+  """Nested dict of parameters without the adapters'."""
+  return trees.split(params, is_adapter)[1]
+
+
+def linear_maps(shapes) -> list[str]:
+  """Paths of the linear maps on which adapters may sit, of a model's parameters by path.
+
+  These are the maps of stacked layers and the projector's: the heads are no modules that are
+  called, and the patch embedding is a convolution elsewhere.
+  """
+  kernels = [path.removesuffix("/kernel") for path in shapes if path.endswith("/kernel")]
+  return [path for path in kernels if "/layers/" in path or path.startswith("projector/")]
+
+
+def check_targets(config: LoraConfig, shapes) -> None:
+  """Refuses adapters that would sit nowhere.
+
+  Args:
+    config: of the adapters.
+    shapes: whose keys are the paths of the model's parameters.
+
+  Raises:
+    InputError: with the paths that there are.
+  """
+  paths = linear_maps(shapes)
+  rest = [path for path in paths if not path.startswith("vision/")]
+  if config.rank and not any(config.rank_of(path) for path in rest):
+    raise InputError(
+      f"config.lora.targets is {config.targets!r}, which is found in none of the paths of linear "
+      f"maps: {', '.join(rest)}"
+    )
+  if config.vision_rank and len(rest) == len(paths):
+    raise InputError(
+      f"config.lora.vision_rank is {config.vision_rank}, and no layer of the vision tower is used: "
+      "its features are the input of the first; set it to 0"
+    )
+
+
+class AdaptedLinear(nnx.Module):
+  """A linear map with an adapter beside it: x W + b + scale * (dropout(x) A) B.
+
+  `lora_a` [..., in, rank] starts uniform as Kaiming's with a = sqrt(5), `lora_b` [..., rank, out]
+  as zero; a stack's have its layers first. Both have the map's param_dtype and are used in its
+  dtype.
+  """
+
+  def __init__(self, linear: nnx.Linear, rank: int, scale: float, dropout: float, rngs: nnx.Rngs):
+    self.kernel, self.bias = linear.kernel, linear.bias
+    self.dtype, self.scale, self.dropout = linear.dtype, scale, dropout
+    self.dropout_key = nnx.data(None)
+    *stack, width, out = linear.kernel.shape
+    dtype, bound = linear.param_dtype, width**-0.5
+    uniform = jax.random.uniform(rngs.params(), (*stack, width, rank), dtype, -bound, bound)
+    self.lora_a = nnx.Param(uniform)
+    self.lora_b = nnx.Param(jnp.zeros((*stack, rank, out), dtype))
+
+  def __call__(self, x):
+    x, kernel, a, b = nnx.nn.dtypes.promote_dtype(
+      (x, self.kernel[...], self.lora_a[...], self.lora_b[...]), dtype=self.dtype
+    )
+    y = x @ kernel
+    if self.bias is not None:
+      y += self.bias[...].astype(y.dtype)
+    if self.dropout_key is not None:
+      kept = jax.random.bernoulli(self.dropout_key, 1 - self.dropout, x.shape)
+      x = jnp.where(kept, x / (1 - self.dropout), 0)
+    return y + (x @ a * self.scale) @ b
+
+
+def attach(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
+  """Puts adapters on a model's linear maps, in place; stacked layers get stacked adapters."""
+  modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+  for path in linear_maps([f"{path}/kernel" for path in modules]):
+    linear, rank = modules[path], config.rank_of(path)
+    if rank and isinstance(linear, nnx.Linear):
+      parent, name = path.rsplit("/", 1)
+      adapted = AdaptedLinear(linear, rank, config.scale(rank), config.dropout, rngs)
+      setattr(modules[parent], name, adapted)
+
+
+def with_dropout(module: nnx.Module, key: jax.Array | None) -> nnx.Module:
+  """The module with the dropout of its adapters on, each with a key of its own; None: as it is."""
+  if key is None:
+    return module
+  module = nnx.clone(module)
+  adapters = [part for _, part in nnx.iter_modules(module) if isinstance(part, AdaptedLinear)]
+  for number, adapter in enumerate(adapters):
+    if adapter.dropout:
+      adapter.dropout_key = jax.random.fold_in(key, number)
+  return module
