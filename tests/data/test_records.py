@@ -79,7 +79,7 @@ def test_images_without_placeholder_come_first(write):
 
 def test_last_answer_may_be_absent_only_where_allowed(write):
   path = write([record(conversations=[human("a"), gpt("b"), human("c")])])
-  assert load_records(path, "", require_answer=False)[0].turns == (Turn("a", "b"), Turn("c", None))
+  assert load_records(path, "", "optional")[0].turns == (Turn("a", "b"), Turn("c", None))
   with pytest.raises(InputError, match=r"conversations\[2\]: the last question has no answer"):
     load_records(path, "")
 
@@ -159,7 +159,7 @@ BAD = [
   ),
   (record(image=["a.png", 3]), '"image" holds a number'),
   (record(image={"path": "a.png"}), '"image" holds an object'),
-  (record(images=["a.png"]), 'rename it to "image"'),
+  (record(image="a.png", images=["a.png"]), 'has "image" and "images"; keep one'),
   (record(image=""), "empty path"),
   (record(image="/a.png"), 'image "/a.png" is an absolute path'),
   (record(image="../a.png"), 'image "../a.png" leaves the image root'),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from vlalign_jax.data.conversations import Answers
 from vlalign_jax.data.records import Record, load_records
 from vlalign_jax.errors import InputError
 
@@ -38,7 +39,8 @@ def load_mixture(
   samples: str,
   weights: str,
   seed: int,
-  require_answer: bool = True,
+  answers: Answers = "one",
+  max_candidates: int | None = None,
 ) -> Mixture:
   """Reads the files of data.train.
 
@@ -50,7 +52,7 @@ def load_mixture(
     weights: how many times an epoch shows each file; empty: once. 2.5 is twice and half of it
       again, another half in each epoch. One number for each file or one for all.
     seed: of the choice of samples, and of the epochs.
-    require_answer: as for `load_records`.
+    answers, max_candidates: as for `load_records`.
 
   Raises:
     InputError: for a file, a record or one of these arguments.
@@ -58,18 +60,24 @@ def load_mixture(
   shares = _numbers(weights, len(files.split(",")), 1.0, float, "data.weights")
   if not any(shares):
     raise InputError("data.weights is 0 for every file; give at least one a positive weight")
-  found = load_samples(files, image_root, samples, seed, "train", require_answer)
+  found = load_samples(files, image_root, samples, seed, "train", answers, max_candidates)
   file_of = np.repeat(np.arange(len(found), dtype=np.int32), [len(records) for records in found])
   return Mixture(tuple(itertools.chain(*found)), file_of, tuple(shares), seed)
 
 
 def load_samples(
-  files: str, image_root: str, samples: str, seed: int, split: str, require_answer: bool = True
+  files: str,
+  image_root: str,
+  samples: str,
+  seed: int,
+  split: str,
+  answers: Answers = "one",
+  max_candidates: int | None = None,
 ) -> list[list[Record]]:
   """The records of each file of data.train or data.eval, those that were not chosen left out.
 
   Args:
-    files, image_root, samples, seed, require_answer: as for `load_mixture`.
+    files, image_root, samples, seed, answers, max_candidates: as for `load_mixture`.
     split: "train" or "eval"; says which keys errors name.
 
   Raises:
@@ -84,7 +92,7 @@ def load_samples(
   counts = _numbers(samples, len(paths), 0, int, key)
   found = []
   for position, (path, count) in enumerate(zip(paths, counts, strict=True)):
-    records = load_records(path, image_root, require_answer)
+    records = load_records(path, image_root, answers, max_candidates)
     if count > len(records):
       raise InputError(
         f"{path} has {len(records)} records, fewer than the {count} of {key}; lower it"
