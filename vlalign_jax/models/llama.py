@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from vlalign_jax.models import activations, attention, rope, stack
+from vlalign_jax.models import activations, attention, cache, rope, stack
 from vlalign_jax.sharding.mesh import constrain_rows, constrain_tensor
 
 
@@ -131,6 +131,48 @@ class LanguageModel(nnx.Module):
 
     x, _ = stack.run_stack(self.layers, x, call, remat=remat, mesh=mesh, dropout_key=dropout_key)
     return self.norm(constrain_rows(x, mesh))
+
+  def prefill(self, x, positions, segments, *, mesh: Mesh | None = None):
+    """As `__call__` with one branch; also the keys and values, [L, B, K, T, head_dim] each."""
+    rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
+
+    def mix(query, key, value):
+      kept = [constrain_tensor(part.swapaxes(1, 2), mesh, axis=1) for part in (key, value)]
+      return attention.attend(query, key, value, segments, mesh=mesh), kept
+
+    def call(layer, x, _):
+      return layer(x, rotation, mix, mesh)
+
+    x, kept = cache.run_layers(self.layers, x, call, None, mesh)
+    return self.norm(constrain_rows(x, mesh)), kept
+
+  def decode(
+    self, x, positions, held: cache.Cache, prompt_lengths, step, *, mesh: Mesh | None = None
+  ):
+    """Hidden states of the samples' newest tokens.
+
+    Args:
+      x: float[B, N, D], their embeddings.
+      positions: int32[B, N].
+      held: keys and values of prompts and earlier tokens.
+      prompt_lengths: int32[B].
+      step: int32[], how many earlier tokens the samples have.
+      mesh: over which B is split.
+
+    Returns:
+      [B, N, D] after the final norm, and the tokens' own keys and values, [L, B, N, K, head_dim].
+    """
+    rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
+
+    def call(layer, x, of_layer):
+      def mix(query, key, value):
+        mixed = cache.attend(query, key, value, of_layer, prompt_lengths, step, mesh)
+        return mixed, (key, value)
+
+      return layer(x, rotation, mix, mesh)
+
+    x, kept = cache.run_layers(self.layers, x, call, held, mesh)
+    return self.norm(constrain_rows(x, mesh)), kept
 
   def embed(self, tokens):
     """int32[B, T] to [B, T, D] in the model's dtype.

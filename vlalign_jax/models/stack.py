@@ -24,7 +24,7 @@ def build_stack(make_layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs:
 
 
 @jax.custom_vjp
-def _cast_in_loop(param):
+def cast_in_loop(param):
   """The parameter itself.
 
   XLA for TPUs turns float32 values that are only ever read as bfloat16 into bfloat16 ones, through
@@ -37,7 +37,7 @@ def _cast_in_loop(param):
   return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-_cast_in_loop.defvjp(lambda param: (_cast_in_loop(param), None), lambda _, cotangent: (cotangent,))
+cast_in_loop.defvjp(lambda param: (cast_in_loop(param), None), lambda _, cotangent: (cotangent,))
 
 
 def run_stack(
@@ -73,7 +73,7 @@ def run_stack(
     layer_params, key = scanned
     x = constrain_rows(x, mesh)
     if mesh is not None and mesh.size > 1:
-      layer_params = jax.tree.map(_cast_in_loop, layer_params)
+      layer_params = jax.tree.map(cast_in_loop, layer_params)
     x = call(lora.with_dropout(nnx.merge(graphdef, layer_params), key), x)
     return x, (x if collect else None)
 

@@ -98,6 +98,23 @@ class VisionLanguageModel(nnx.Module):
     features = projector(features, self.options["mesh"])
     return features.reshape(B, -1, features.shape[-1])
 
+  def embed(self, rows, dropout_key=None):
+    """Token embeddings [B, T, D] of rows, image embeddings in their places.
+
+    Args:
+      rows: as of `__call__`; `image_features` [B, I * P, D], if there, are taken for `images`.
+      dropout_key: for the dropout of adapters before the language model.
+    """
+    x = self.language.embed(rows["tokens"])
+    features = rows.get("image_features")
+    if features is None and rows["images"].shape[1]:
+      features = self.image_features(rows["images"], dropout_key)
+    if features is None or not features.shape[1]:
+      return x
+    slots = rows["image_slots"][:, :, None]
+    found = jnp.take_along_axis(features.astype(x.dtype), jnp.maximum(slots, 0), axis=1)
+    return jnp.where(slots >= 0, found, x)
+
   def __call__(self, rows, dropout_key=None):
     """Hidden states of rows, from which `head_kernel` makes logits.
 
@@ -110,11 +127,7 @@ class VisionLanguageModel(nnx.Module):
       [B, T, D] after the final norm.
     """
     image_key, key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    x = self.language.embed(rows["tokens"])
-    if rows["images"].shape[1]:
-      features = self.image_features(rows["images"], image_key).astype(x.dtype)
-      slots = rows["image_slots"][:, :, None]
-      x = jnp.where(slots >= 0, jnp.take_along_axis(features, jnp.maximum(slots, 0), axis=1), x)
+    x = self.embed(rows, image_key)
     places = (rows[name] for name in ("positions", "segments", "branches"))
     return self.language(x, *places, dropout_key=key, **self.options)
 
