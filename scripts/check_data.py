@@ -1,6 +1,6 @@
 """Checks a run's data without training: reads and tokenises every record, decodes every picture.
 
-python scripts/check_data.py --config=configs/sft.py:PRESET [--show=N] [--config.KEY=VALUE ...]
+python scripts/check_data.py --config=configs/STAGE.py:PRESET [--show=N] [--config.KEY=VALUE ...]
 
 Takes the config of the run, so that template, tokenizer, length and image processor are the run's.
 Prints what data.train and data.eval hold, then every bad record with its reason; ends with exit
@@ -17,7 +17,7 @@ from vlalign_jax.weights import source
 
 def check_data(c, show: int = 0) -> list[check.Report]:
   """Checks what a config names; prints the findings."""
-  config.check(c, "sft")
+  config.check(c, "sft" if c is None else c.stage)
   model_source = source.open_source(c.model, c.data.image_aspect)
   reports = []
   for name in ("data.train", "data.eval") if c.data.eval else ("data.train",):

@@ -75,6 +75,7 @@ def shared() -> ConfigDict:
   c.data.images = ""  # image root; empty: the JSON file's directory
   c.data.template = "vicuna"
   c.data.max_length = 2048  # tokens of a row
+  c.data.max_candidates = 8  # ranked answers of a record, at most
   c.data.max_images = 0  # images of a row; 0: as many as the rows need
   c.data.image_aspect = "auto"  # crop, pad (to a square), auto: as the image processor says
   c.data.blank_images = False  # grey pictures: the baseline of a model that cannot see
@@ -191,6 +192,7 @@ def check_shared(config: ConfigDict) -> None:
     "eval_every": 0,
     "save_every": 0,
     "data.max_length": 2,
+    "data.max_candidates": 2,
     "data.max_images": 0,
     "data.workers": 0,
     "data.eval_fraction": 0,

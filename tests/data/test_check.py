@@ -36,7 +36,8 @@ def test_counts_of_good_data(model, tmp_path, data, capsys):
   assert found.images == 10  # of 12 drawn, 4 and 9 are not shown
   printed = capsys.readouterr().out
   assert "15 turns, 10 pictures, 2 records without one" in printed
-  assert "0 records skipped, 0 turns dropped from the ends of 0 others" in printed
+  assert "12 records; 0 skipped, their first answer does not fit data.max_length=192" in printed
+  assert "; 0 turns dropped from the ends of 0 others" in printed
   assert printed.rstrip().endswith("no bad record")
 
   tokenizer = checkpoints.make_tokenizer()
@@ -65,7 +66,9 @@ def test_too_long_records_are_counted_and_not_bad(model, tmp_path, data, capsys)
   data[3]["conversations"][2]["value"] += "very long " * 50
   (found,) = _check(model, tmp_path, data)
   assert not found.problems
-  assert "1 records skipped, 1 turns dropped from the ends of 1 others" in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert "12 records; 1 skipped, their first answer does not fit" in printed
+  assert "; 1 turns dropped from the ends of 1 others" in printed
   assert found.measured[0].tokens == 0
   assert found.images == 9
 

@@ -15,7 +15,7 @@ from vlalign_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class LoadEncoded:
-  """Record r: as many tokens as its text has letters, r % 3 dropped turns, the images it names."""
+  """Record r: as many tokens as its text has letters, r % 3 and 7 counted, the images it names."""
 
   texts: SharedList
 
@@ -25,13 +25,13 @@ class LoadEncoded:
       os.kill(os.getpid(), signal.SIGKILL)
     if text == "bad":
       raise InputError(f"train.json, record {index}: no answer")
-    return len(text), index % 3, tuple(word for word in text.split() if word.endswith(".jpg"))
+    return len(text), (index % 3, 7), tuple(word for word in text.split() if word.endswith(".jpg"))
 
 
 def check(measured):
-  assert measured.lengths.dtype == measured.dropped_turns.dtype == np.int32
+  assert measured.lengths.dtype == measured.counts.dtype == np.int32
   np.testing.assert_array_equal(measured.lengths, [17, 4, 23])
-  np.testing.assert_array_equal(measured.dropped_turns, [0, 1, 2])
+  np.testing.assert_array_equal(measured.counts, [[0, 7], [1, 7], [2, 7]])
   np.testing.assert_array_equal(measured.images.offsets, [0, 2, 2, 4])
   np.testing.assert_array_equal(measured.images.ids, [0, 1, 2, 0])  # the same path, the same id
 
@@ -47,7 +47,7 @@ def test_in_worker_processes():
   texts = [f"{i}.jpg" for i in range(1203)]
   measured = measure(LoadEncoded(SharedList(texts)), 1203, workers=2, pool_from=1000)
   np.testing.assert_array_equal(measured.lengths, [len(text) for text in texts])
-  np.testing.assert_array_equal(measured.dropped_turns, np.arange(1203) % 3)
+  np.testing.assert_array_equal(measured.counts[:, 0], np.arange(1203) % 3)
   np.testing.assert_array_equal(measured.images.ids, np.arange(1203))
   np.testing.assert_array_equal(measured.images.counts, np.ones(1203))
 

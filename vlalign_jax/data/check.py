@@ -10,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from vlalign_jax.data import measure, plan, sft
+from vlalign_jax.data import measure, plan, preferences, prepare, sft
 from vlalign_jax.data.records import Record, scan_records
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights.source import Source
+
+KINDS = {"sft": sft.KIND, "reward": preferences.KIND, "dpo": preferences.KIND}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,7 @@ class MeasuredRecord:
 
   tokens: int = 0
   learnt: int = 0
-  dropped_turns: int = 0
+  counts: tuple[int, ...] = ()  # as of `prepare.Kind`
   images: tuple[str, ...] = ()  # full paths
   problem: str | None = None
 
@@ -31,7 +33,7 @@ class MeasuredRecord:
 class MeasureRecord:
   """Record number -> MeasuredRecord; can be pickled."""
 
-  load: sft.LoadExample
+  load: prepare.LoadExample
 
   def __call__(self, number: int) -> MeasuredRecord:
     try:
@@ -39,9 +41,9 @@ class MeasureRecord:
     except InputError as error:
       return MeasuredRecord(problem=str(error))
     if found.example is None:
-      return MeasuredRecord(dropped_turns=found.dropped_turns)
+      return MeasuredRecord(counts=found.counts)
     tokens, learnt = len(found.example.tokens), int(found.example.weights.sum())
-    return MeasuredRecord(tokens, learnt, found.dropped_turns, found.example.images)
+    return MeasuredRecord(tokens, learnt, found.counts, found.example.images)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +64,7 @@ class Report:
   files: dict[str, tuple[int, int]]
   records: tuple[Record, ...]
   measured: tuple[MeasuredRecord, ...]
-  load: sft.LoadExample
+  load: prepare.LoadExample
   images: int
   problems: tuple[str, ...]
 
@@ -76,7 +78,7 @@ def check(config, source: Source, name: str) -> Report:
   """Reads, tokenises and decodes everything that a config's `name` (such as data.eval) names.
 
   Args:
-    config: of an SFT run.
+    config: of a run of any stage in KINDS.
     source: the model of the run.
     name: "data.train" or "data.eval".
 
@@ -84,10 +86,13 @@ def check(config, source: Source, name: str) -> Report:
     InputError: template and tokenizer do not go together; bad data is no error here.
   """
   paths = list(dict.fromkeys(p.strip() for p in config.data[name.removeprefix("data.")].split(",")))
+  kind = KINDS[config.stage]
   files, records, problems = {}, [], []
   for path in paths:
     try:
-      good, errors = scan_records(path, config.data.images)
+      good, errors = scan_records(
+        path, config.data.images, kind.answers, config.data.max_candidates
+      )
     except InputError as error:  # the file as a whole
       files[path] = 0, 0
       problems.append(str(error))
@@ -96,7 +101,7 @@ def check(config, source: Source, name: str) -> Report:
     records += good
     problems += map(str, errors)
 
-  load = sft.example_loader(config, source, records)
+  load = prepare.example_loader(kind, config, source, records)
   measured = measure.map_records(MeasureRecord(load), len(records), os.cpu_count() or 1)
   broken = undecodable({path for one in measured for path in one.images}, source)
   for record, one in zip(records, measured, strict=True):
@@ -120,7 +125,7 @@ def check(config, source: Source, name: str) -> Report:
 
 def undecodable(paths: set[str], source: Source) -> dict[str, str]:
   """Which pictures the run could not read: path -> reason."""
-  load = sft.LoadImage(source.images, blank=False)
+  load = prepare.LoadImage(source.images, blank=False)
 
   def reason(path: str) -> str | None:
     try:

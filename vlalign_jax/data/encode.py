@@ -1,7 +1,8 @@
 """One record to one training example: token ids, image positions, targets and what is learnt."""
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,11 +18,12 @@ class Example:
 
   tokens: int32[N] ids; an image stands as its tokens_per_image image token ids.
   positions: int32[N] RoPE positions.
-  branches: int32[N] 0 for what all answers share; k > 0 for the k-th answer.
+  branches: int32[N] 0 for what all answers share; k > 0 for the k-th ranked answer.
   targets: int32[N] id of the next token where weights is 1, else 0.
   weights: float32[N] 1 where the next token belongs to an answer or its end, else 0.
   images: paths in the order in which their tokens appear.
   where: names the record in error messages.
+  answers: int32[K] where the last token of each ranked answer is, best first; none in SFT.
   """
 
   tokens: np.ndarray
@@ -31,6 +33,7 @@ class Example:
   weights: np.ndarray
   images: tuple[str, ...]
   where: str
+  answers: np.ndarray = field(default_factory=functools.partial(np.zeros, 0, np.int32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +42,11 @@ class Encoded:
 
   example: Example | None
   dropped_turns: int
+
+  @property
+  def counts(self) -> tuple[int]:
+    """Turns dropped, as `prepare.Kind` has them."""
+    return (self.dropped_turns,)
 
 
 def encode(
@@ -74,15 +82,8 @@ def encode(
   *ids, final = tokenize_pieces([*texts, closing(template, tokenizer)], tokenizer)
 
   image_counts = [turn.human.count(IMAGE_PLACEHOLDER) for turn in turns]
-  placed = [np.count_nonzero(piece == image_token_id) for piece in ids]
-  if placed[0::2] != image_counts or any(placed[1::2]):
-    raise InputError(
-      f"{where}: {sum(placed)} image tokens were written for {sum(image_counts)} images;"
-      " choose another data.template"
-    )
-  sizes = [
-    len(piece) + count * (tokens_per_image - 1) for piece, count in zip(ids, placed, strict=True)
-  ]
+  check_placed(ids, image_counts, image_token_id, where)
+  sizes = [len(expand(piece, image_token_id, tokens_per_image)) for piece in ids]
   ends = np.cumsum(sizes)[1::2]  # where each turn's answer ends
   kept = int(np.searchsorted(ends, max_length - len(final), side="right"))
   if kept == 0:
@@ -90,10 +91,9 @@ def encode(
 
   parts = [*ids[: 2 * kept], final]
   learnt = [*(piece.learn for piece in pieces[: 2 * kept]), True]
+  parts = [expand(part, image_token_id, tokens_per_image) for part in parts]
   tokens = np.concatenate(parts)
   learn = np.repeat(learnt, [len(part) for part in parts])
-  repeats = np.where(tokens == image_token_id, tokens_per_image, 1)
-  tokens, learn = np.repeat(tokens, repeats), np.repeat(learn, repeats)
   weights = np.append(learn[1:], False)
   example = Example(
     tokens=tokens,
@@ -105,6 +105,30 @@ def encode(
     where=where,
   )
   return Encoded(example, len(turns) - kept)
+
+
+def check_placed(
+  pieces: Sequence[np.ndarray], images: Sequence[int], image_token_id: int, where: str
+) -> None:
+  """Raises an InputError unless the template has written every image where its question is.
+
+  Args:
+    pieces: ids of the prompts and answers in turn, an image as one token.
+    images: of each question.
+    image_token_id: id of `<image>`.
+    where: names the record.
+  """
+  placed = [int(np.count_nonzero(piece == image_token_id)) for piece in pieces]
+  if placed[0::2] != list(images) or any(placed[1::2]):
+    raise InputError(
+      f"{where}: {sum(placed)} image tokens were written for {sum(images)} images;"
+      " choose another data.template"
+    )
+
+
+def expand(ids: np.ndarray, image_token_id: int, tokens_per_image: int) -> np.ndarray:
+  """int32[N], every image token repeated for each of the image's positions."""
+  return np.repeat(ids, np.where(ids == image_token_id, tokens_per_image, 1))
 
 
 @functools.lru_cache(maxsize=16)

@@ -21,8 +21,8 @@ POOL_FROM = 20_000
 MAX_WORKERS = 32
 _CHUNK = 500
 
-# What `measure` is given: record number -> (tokens, turns dropped for length, image paths).
-LoadEncoded = Callable[[int], tuple[int, int, Sequence[str]]]
+# What `measure` is given: record number -> (tokens, C numbers of its own, image paths).
+LoadEncoded = Callable[[int], tuple[int, Sequence[int], Sequence[str]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,12 +31,12 @@ class Measured:
 
   Attributes:
     lengths: int32[N], tokens.
-    dropped_turns: int32[N], turns left out because the record was too long.
+    counts: int32[N, C], what else is counted of each, such as what was left out.
     images: distinct images of each record.
   """
 
   lengths: np.ndarray
-  dropped_turns: np.ndarray
+  counts: np.ndarray
   images: ImageSets
 
 
@@ -46,8 +46,8 @@ def measure(
   """Calls `load_encoded` for the records 0 to n - 1, in worker processes if there are many.
 
   Args:
-    load_encoded: record number -> (tokens, dropped turns, image paths); can be pickled. Hold the
-      records in a `workers.SharedList`, else each process gets a copy of them all.
+    load_encoded: record number -> (tokens, as many counts for each, image paths); can be pickled.
+      Hold the records in a `workers.SharedList`, else each process gets a copy of them all.
     n: N, the number of records.
     workers: the most processes to use; fewer than 2 measure in this one. There are never more than
       MAX_WORKERS = 32, nor than they get work.
@@ -86,9 +86,9 @@ def _map_chunk(function: Callable[[int], Any], chunk: range) -> list[Any]:
   return [function(index) for index in chunk]
 
 
-def _join(records: list[tuple[int, int, Sequence[str]]]) -> Measured:
+def _join(records: list[tuple[int, Sequence[int], Sequence[str]]]) -> Measured:
   return Measured(
     lengths=np.array([length for length, _, _ in records], np.int32),
-    dropped_turns=np.array([dropped for _, dropped, _ in records], np.int32),
+    counts=np.array([counts for _, counts, _ in records], np.int32),
     images=ImageSets.from_paths(images for _, _, images in records),
   )

@@ -15,7 +15,7 @@ from absl import logging
 
 from vlalign_jax.data.encode import Example
 from vlalign_jax.data.plan import Plan
-from vlalign_jax.data.rows import build_row
+from vlalign_jax.data.rows import answer_places, build_row
 from vlalign_jax.data.workers import call, lost_worker, start_pool
 from vlalign_jax.errors import InputError
 
@@ -29,6 +29,8 @@ def batches(
   tokens_per_image: int,
   image_size: tuple[int, int],
   pad_id: int = 0,
+  max_segments: int = 0,
+  max_answers: int = 0,
   blocks: Sequence[int] = (0,),
   block_count: int = 1,
   start_step: int = 0,
@@ -42,8 +44,8 @@ def batches(
   The rows of a step are cut into block_count equal blocks of consecutive rows. A batch holds those
   of `blocks`, in this order, B rows together: the arrays of `rows.empty_row` with a leading B;
   images uint8[B, I, H, W, 3], zeros where a row has fewer; skipped int32[B], examples left out of
-  each row. I is `plan.images`; B and T may change from step to step (`plan.row_counts`,
-  `plan.lengths`).
+  each row; with max_answers those of `rows.answer_places`, too. I is `plan.images`; B and T may
+  change from step to step (`plan.row_counts`, `plan.lengths`).
 
   Args:
     plan: what to learn at which step.
@@ -54,6 +56,8 @@ def batches(
     tokens_per_image: P, image tokens of one image.
     image_size: (H, W) in pixels.
     pad_id: the token id of padding.
+    max_segments, max_answers: the most examples of a row and the most ranked answers of an example,
+      where examples have ranked answers; else 0.
     blocks, block_count: which share of the rows is this host's.
     start_step: the first step to give, counted from 0.
     on_bad_record: "error": an InputError of `load_example` or `load_image` reaches the caller at
@@ -79,6 +83,8 @@ def batches(
     tokens_per_image=tokens_per_image,
     image_size=image_size,
     pad_id=pad_id,
+    max_segments=max_segments,
+    max_answers=max_answers,
     skip=on_bad_record == "skip",
     blocks=tuple(blocks),
     block_count=block_count,
@@ -212,6 +218,8 @@ class _LoadRow:
   tokens_per_image: int
   image_size: tuple[int, int]
   pad_id: int
+  max_segments: int
+  max_answers: int
   skip: bool
   blocks: tuple[int, ...]
   block_count: int
@@ -237,7 +245,7 @@ class _LoadRow:
       raise failure from None
 
   def _load(self, numbers: np.ndarray, length: int) -> _Row:
-    examples, problems, pixels = [], [], {}
+    examples, held, problems, pixels = [], [], [], {}
     for number in numbers:
       try:
         example = self.load_example(int(number))
@@ -252,9 +260,12 @@ class _LoadRow:
         problems.append(f"{example.where}: {error}")
         continue
       examples.append(example)
+      held.append(int(number))
     arrays, paths = build_row(
       examples, length, self.plan.images, self.image_token_id, self.tokens_per_image, self.pad_id
     )
+    if self.max_answers:
+      arrays |= answer_places(examples, held, self.max_segments, self.max_answers)
     images = np.zeros((len(paths), *self.image_size, 3), np.uint8)
     for slot, path in enumerate(paths):
       images[slot] = pixels[path]

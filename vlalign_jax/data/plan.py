@@ -87,6 +87,11 @@ class Plan:
   def steps(self) -> int:
     return len(self.lengths)
 
+  @property
+  def max_segments(self) -> int:
+    """Most examples in a row."""
+    return int(np.diff(self.offsets).max())
+
   def rows_of(self, step: int, row: int) -> np.ndarray:
     """int64[n], the examples of a row (both count from 0 here); empty for a row that pads."""
     at = step * self.rows + row

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlalign_jax.data import check
-from vlalign_jax.data.sft import LoadExample
+from vlalign_jax.data import check, plan
+from vlalign_jax.data.measure import Measured
+from vlalign_jax.data.prepare import LoadExample
 
 
 def describe(config, report: check.Report) -> list[str]:
@@ -18,13 +19,14 @@ def describe(config, report: check.Report) -> list[str]:
   turns = sum(len(record.turns) for record in report.records)
   text_only = sum(not record.images for record in report.records)
   lines.append(f"  {turns:,} turns, {report.images:,} pictures, {text_only:,} records without one")
-  skipped = [one for one in measured if not one.tokens and not one.problem]
-  shortened = [one for one in measured if one.tokens and one.dropped_turns]
-  dropped = sum(one.dropped_turns for one in shortened)
-  lines.append(
-    f"  too long for data.max_length={config.data.max_length}: {len(skipped):,} records skipped,"
-    f" {dropped:,} turns dropped from the ends of {len(shortened):,} others"
-  )
+  sound = [one for one in measured if not one.problem]
+  if sound:
+    found = Measured(
+      np.array([one.tokens for one in sound]),
+      np.array([one.counts for one in sound]),
+      plan.ImageSets.from_paths(one.images for one in sound),
+    )
+    lines.append(f"  {report.load.kind.describe(found, config.data.max_length)}")
   if not lengths.any():
     return lines
   total, learnt = int(lengths.sum()), sum(one.learnt for one in measured)
@@ -64,16 +66,29 @@ def histogram(lengths: np.ndarray, bins: int = 12, width: int = 40) -> list[str]
 
 
 def render(load: LoadExample, number: int) -> str:
-  """An example as the model reads it: learnt parts as «...», an image as <image x N>."""
+  """An example as the model reads it: learnt parts as «...», an image as <image x N>.
+
+  Ranked answers follow their prompt, a line each.
+  """
   example = load(number)
   if example is None:
-    return "(skipped: its first answer does not fit)"
+    return f"(skipped: it lacks {load.kind.needs})"
   learnt = np.concatenate([[False], example.weights[:-1] > 0])
-  is_image = example.tokens == load.image_token_id
-  kinds = np.where(is_image, 2, learnt)
+  if not len(example.answers):
+    return _text(load, example.tokens, learnt)
+  shared = example.tokens[: np.argmax(example.branches == 1) + 1]  # with the copy of its last
+  lines = [_text(load, shared, np.zeros(len(shared), bool))]
+  for rank in range(1, len(example.answers) + 1):
+    answer = example.tokens[(example.branches == rank) & learnt]
+    lines.append(f"{rank}: {_text(load, answer, np.ones(len(answer), bool))}")
+  return "\n".join(lines)
+
+
+def _text(load: LoadExample, tokens: np.ndarray, learnt: np.ndarray) -> str:
+  kinds = np.where(tokens == load.image_token_id, 2, learnt)
   starts = np.flatnonzero(np.diff(kinds, prepend=-1))
   parts = []
-  for start, part in zip(starts, np.split(example.tokens, starts[1:]), strict=True):
+  for start, part in zip(starts, np.split(tokens, starts[1:]), strict=True):
     if kinds[start] == 2:
       parts.append(f"<image x {len(part)}>")
     else:

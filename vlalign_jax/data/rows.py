@@ -41,7 +41,8 @@ def build_row(
   """Concatenates examples into one row; an image that several of them show is kept once.
 
   The n-th image token of an example belongs to its image n // P, where P is `tokens_per_image`,
-  and points at slot j * P + n % P, where j is the place of that image in the returned paths.
+  and points at slot j * P + n % P, where j is the place of that image in the returned paths. The
+  last token of a prompt that ends with an image begins every answer's branch, and counts once.
 
   Args:
     examples: what the row holds, in order; may be empty.
@@ -77,16 +78,50 @@ def build_row(
   row["segments"][:used] = np.repeat(np.arange(1, len(examples) + 1), lengths)
 
   is_image = row["tokens"][:used] == image_token_id
-  found = np.bincount(row["segments"][:used] - 1, weights=is_image, minlength=len(examples))
-  for example, count in zip(examples, found.astype(int), strict=True):
-    if count != len(example.images) * tokens_per_image:
-      raise ValueError(
-        f"{example.where}: {count} image tokens for {len(example.images)} images "
-        f"of {tokens_per_image} tokens"
-      )
-  if slot_of:
-    # Every example has exactly its images' tokens, so one count over the row finds them all.
-    slots = np.array([slot_of[path] for example in examples for path in example.images])
-    image, patch = np.divmod(np.arange(int(is_image.sum())), tokens_per_image)
-    row["image_slots"][:used][is_image] = slots[image] * tokens_per_image + patch
+  start = 0
+  for example in examples:
+    here = is_image[start : start + len(example.tokens)]
+    slots = _slots(example, here, [slot_of[path] for path in example.images], tokens_per_image)
+    row["image_slots"][start : start + len(here)][here] = slots
+    start += len(here)
   return row, tuple(slot_of)
+
+
+def _slots(
+  example: Example, is_image: np.ndarray, images: list[int], tokens_per_image: int
+) -> np.ndarray:
+  """int[n], the slot of each image token of an example, given the place of each of its images."""
+  shared = example.branches[is_image] == 0
+  copies = example.branches[is_image][~shared]
+  count = int(np.sum(shared)) + bool(len(copies))
+  if count != len(images) * tokens_per_image or len(set(copies.tolist())) < len(copies):
+    raise ValueError(
+      f"{example.where}: {count} image tokens for {len(images)} images of {tokens_per_image} tokens"
+    )
+  image, patch = np.divmod(np.minimum(np.cumsum(shared) - shared, count - 1), tokens_per_image)
+  return np.array(images, np.int32)[image] * tokens_per_image + patch
+
+
+def answer_places(
+  examples: Sequence[Example], numbers: Sequence[int], max_segments: int, max_answers: int
+) -> dict[str, np.ndarray]:
+  """What a row of preference examples has besides: where its answers end.
+
+  Args:
+    examples: what the row holds, in order, as given to `build_row`.
+    numbers: the number of each example.
+    max_segments: S, the most examples of a row.
+    max_answers: K, the most answers of an example.
+
+  Returns:
+    answers: int32[S, K], the place in the row of the last token of the answer of rank k (0 is the
+    best) to segment s + 1; examples: int32[S], its number. -1 where there is none.
+  """
+  places = np.full((max_segments, max_answers), -1, np.int32)
+  which = np.full(max_segments, -1, np.int32)
+  which[: len(examples)] = numbers
+  start = 0
+  for segment, example in enumerate(examples):
+    places[segment, : len(example.answers)] = start + example.answers
+    start += len(example.tokens)
+  return {"answers": places, "examples": which}

@@ -108,8 +108,31 @@ def tokenize_pieces(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
   Returns:
     One int32[N] array of ids per piece; concatenated they are the running text's ids.
   """
+  return _tokenize(texts, None, vocabulary(tokenizer))[0]
+
+
+def tokenize_branches(
+  trunk: Sequence[str], branches: Sequence[Sequence[str]], tokenizer
+) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+  """As `tokenize_pieces`, of several texts that begin alike: what they share is tokenised once.
+
+  Args:
+    trunk: the pieces that all texts begin with.
+    branches: the pieces that each text goes on with.
+    tokenizer: a fast Hugging Face tokenizer.
+
+  Returns:
+    (ids of the trunk's pieces, ids of each branch's pieces).
+  """
   words = vocabulary(tokenizer)
-  before = None
+  ids, before = _tokenize(trunk, None, words)
+  return ids, [_tokenize(branch, before, words)[0] for branch in branches]
+
+
+def _tokenize(
+  texts: Sequence[str], before: str | None, words: Vocabulary
+) -> tuple[list[np.ndarray], str | None]:
+  """(ids of each piece, the text that the next one continues), given what precedes them."""
   arrays = []
   for text in texts:
     ids = []
@@ -118,7 +141,7 @@ def tokenize_pieces(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
         ids += _first(part, words) if before is None else _continuation(part, before, words)
         before = part
     arrays.append(np.array(ids, np.int32))
-  return arrays
+  return arrays, before
 
 
 def _first(text: str, words: Vocabulary) -> list[int]:
