@@ -1,0 +1,172 @@
+"""How the next token is chosen from logits: one jitted function, every choice fixed beforehand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from vlalign_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """What is asked for, in the order in which it is applied (transformers' order).
+
+  Attributes:
+    max_new_tokens: the most tokens of an answer, its stop token included.
+    num_samples: answers for each prompt.
+    stop_tokens: ids that end an answer.
+    repetition_penalty: above 1, logits of tokens seen in prompt or answer are divided by it where
+      positive and multiplied where negative (Keskar et al. 2019, CTRL, 4.1).
+    min_new_tokens: tokens before which no stop token is chosen.
+    suppress: ids that are never chosen.
+    temperature: logits are divided by it; 0 is greedy decoding.
+    top_k: only the k likeliest tokens are candidates (of equal ones, the lowest ids); 0: all.
+    top_p: only the fewest likeliest candidates whose probabilities sum to it or more (Holtzman et
+      al. 2020, "nucleus"); 1: all.
+  """
+
+  max_new_tokens: int
+  num_samples: int = 1
+  stop_tokens: tuple[int, ...] = ()
+  repetition_penalty: float = 1.0
+  min_new_tokens: int = 0
+  suppress: tuple[int, ...] = ()
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+
+def check(sampling: Sampling, vocab_size: int) -> None:
+  """Refuses what cannot be meant.
+
+  Raises:
+    InputError: names the key of the config's `generation` group.
+  """
+  positive = ("max_new_tokens", "num_samples", "repetition_penalty")
+  for name in positive:
+    if not getattr(sampling, name) > 0:
+      raise InputError(f"generation.{name} is {getattr(sampling, name)}; give more than 0")
+  for name in ("min_new_tokens", "temperature", "top_k"):
+    if not getattr(sampling, name) >= 0:
+      raise InputError(f"generation.{name} is {getattr(sampling, name)}; give 0 or more")
+  if not 0 < sampling.top_p <= 1:
+    raise InputError(f"generation.top_p is {sampling.top_p}; give more than 0 and at most 1")
+  if sampling.min_new_tokens > sampling.max_new_tokens:
+    raise InputError(
+      f"generation.min_new_tokens is {sampling.min_new_tokens}, above generation.max_new_tokens, "
+      f"{sampling.max_new_tokens}; lower it"
+    )
+  if sampling.temperature == 0 and sampling.num_samples > 1:
+    raise InputError(
+      f"generation.num_samples is {sampling.num_samples} with generation.temperature 0, which gives "
+      "equal answers; raise the temperature or ask for one sample"
+    )
+  for name in ("stop_tokens", "suppress"):
+    wrong = [token for token in getattr(sampling, name) if not 0 <= token < vocab_size]
+    if wrong:
+      raise InputError(
+        f"generation.{name} has {wrong[0]}; the model's ids are 0 to {vocab_size - 1}"
+      )
+
+
+def row_keys(seed, prompts, samples: int):
+  """Random keys of samples, each its own whatever it is batched with.
+
+  Args:
+    seed: int32[].
+    prompts: int32[B], numbers that tell prompts apart.
+    samples: N.
+
+  Returns:
+    keys [B, N] of (seed, prompt, number of the sample).
+  """
+  key = jax.random.key(seed)
+  numbers = jnp.arange(samples)
+  of_sample = jax.vmap(jax.random.fold_in, (None, 0))
+  return jax.vmap(lambda prompt: of_sample(jax.random.fold_in(key, prompt), numbers))(prompts)
+
+
+def choose(logits, seen, keys, step, sampling: Sampling):
+  """The next token of each sample.
+
+  Args:
+    logits: float32[B, N, V] of the model.
+    seen: bool[B, N, V], tokens of prompt and answer so far; None without a repetition penalty.
+    keys: [B, N] of `row_keys`.
+    step: int32[], tokens that the answers have so far.
+    sampling: see there.
+
+  Returns:
+    tokens int32[B, N]; float32[B, N] their log-probabilities under the model itself, which are what
+    a training forward pass gives; float32[B, N] those under the distribution that was drawn from.
+  """
+  allowed = _allowed(logits, seen, step, sampling)
+  if sampling.temperature == 0:
+    tokens = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
+    drawn = jnp.zeros(tokens.shape, jnp.float32)
+  else:
+    keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, step)
+    tokens, drawn = _draw(allowed / sampling.temperature, keys, sampling)
+  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+  return tokens, chosen - jax.nn.logsumexp(logits, axis=-1), drawn
+
+
+def _allowed(logits, seen, step, sampling: Sampling):
+  """Logits with repetition penalty, and -inf where a token must not be chosen."""
+  if seen is not None:
+    penalty = sampling.repetition_penalty
+    logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+  if sampling.min_new_tokens and sampling.stop_tokens:
+    stops = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(sampling.stop_tokens))
+    logits = jnp.where(stops & (step < sampling.min_new_tokens), -jnp.inf, logits)
+  if sampling.suppress:
+    logits = logits.at[..., jnp.array(sampling.suppress)].set(-jnp.inf)
+  return logits
+
+
+def _draw(logits, keys, sampling: Sampling):
+  """(tokens int32[B, N], their log-probabilities) from tempered logits float32[B, N, V]."""
+  ids = None
+  if 0 < sampling.top_k < logits.shape[-1]:
+    logits, ids = jax.lax.top_k(logits, sampling.top_k)
+  if sampling.top_p < 1:
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    if ids is None:
+      kept = probabilities >= _nucleus_threshold(probabilities, sampling.top_p)
+    else:  # likeliest first
+      kept = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
+    logits = jnp.where(kept, logits, -jnp.inf)
+  # Gumbel-max: the argmax of log-probabilities with Gumbel noise is a draw.
+  noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:])))(keys)
+  place = jnp.argmax(logits + noise, axis=-1)[..., None]
+  drawn = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), place, axis=-1)[..., 0]
+  tokens = place if ids is None else jnp.take_along_axis(ids, place, axis=-1)
+  return tokens[..., 0].astype(jnp.int32), drawn
+
+
+def _nucleus_threshold(probabilities, top_p: float):
+  """The highest value such that the probabilities that reach it sum to `top_p` or more.
+
+  Without sorting the vocabulary: bisection over the bits of non-negative floats, which are ordered
+  as integers are.
+
+  Args:
+    probabilities: float32[B, N, V].
+
+  Returns:
+    float32[B, N, 1].
+  """
+
+  def halve(_, bounds):
+    low, high = bounds  # `low` reaches top_p, `high` does not
+    middle = low + (high - low) // 2
+    value = jax.lax.bitcast_convert_type(middle, jnp.float32)
+    mass = jnp.sum(jnp.where(probabilities >= value, probabilities, 0), axis=-1, keepdims=True)
+    reaches = mass >= top_p
+    return jnp.where(reaches, middle, low), jnp.where(reaches, high, middle)
+
+  low = jnp.zeros((*probabilities.shape[:-1], 1), jnp.int32)
+  above_one = jnp.full_like(low, jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32) + 1)
+  low, _ = jax.lax.fori_loop(0, 31, halve, (low, above_one))
+  return jax.lax.bitcast_convert_type(low, jnp.float32)
