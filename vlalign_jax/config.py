@@ -2,14 +2,17 @@
 
 import difflib
 import math
+import re
 
 from ml_collections import ConfigDict, config_dict
 
 from vlalign_jax.errors import InputError
+from vlalign_jax.losses import dpo
 from vlalign_jax.models.stack import REMAT_NAMES
-from vlalign_jax.training.preservation import HIGHER_IS_BETTER
+from vlalign_jax.training.preservation import METRICS
 
 DTYPES = ("float32", "bfloat16")
+REFERENCES = ("step", "cache")
 SCHEDULES = (
   "linear",
   "cosine",
@@ -57,12 +60,14 @@ def shared() -> ConfigDict:
 
   # Adapters in place of the weights of the parts that are updated; see models/lora.py.
   c.lora = ConfigDict()
-  c.lora.rank = 0  # of the language model's and the projector's adapters; 0: none
+  c.lora.rank = 0  # of adapters on the language model's layers and the projector; 0: none
+  c.lora.vision_rank = 0  # of adapters on the vision tower's layers; 0: none
   c.lora.alpha = 16.0  # adapters count alpha / rank
   c.lora.dropout = 0.0
   c.lora.rank_stabilised = False  # alpha / sqrt(rank) instead
-  c.lora.targets = "language/layers/"  # regular expression that is searched in paths of linear maps
-  c.lora.vision_rank = 0  # of the vision tower's adapters, on all its linear maps; 0: none
+  # Regular expression that is searched in the paths of linear maps, such as
+  # language/layers/attention/query, vision/layers/mlp/up, projector/first.
+  c.lora.targets = "/layers/"
   c.lora.init_from = ""  # a PEFT directory or a LoRA run that the adapters start from
 
   c.data = ConfigDict()
@@ -111,6 +116,19 @@ def defaults(stage: str) -> ConfigDict:
   """All keys of a stage with their defaults; presets start from these."""
   c = shared()
   c.stage = stage
+  if stage == "reward":
+    c.reward = ConfigDict()
+    c.reward.margin = 0.0  # by how much more an answer must score than one ranked below it
+    c.reward.centring = 0.0  # weight of the mean square of the scores' sum, which keeps them at 0
+  if stage == "dpo":
+    c.dpo = ConfigDict()
+    c.dpo.loss = "sigmoid"  # sigmoid, hinge, ipo, robust; see losses/dpo.py
+    c.dpo.beta = 0.1
+    c.dpo.label_smoothing = 0.0  # of sigmoid (cDPO) and robust
+    c.dpo.sft_weight = 0.0  # of the cross-entropy per token of the best answers, added to the loss
+    # The reference's log-probabilities: "step": in every step, by a copy of what is trained as it was
+    # at first (none with adapters); "cache": once before training, kept in the run directory.
+    c.dpo.reference = "step"
   return c
 
 
@@ -126,6 +144,13 @@ def check(config: ConfigDict, stage: str) -> None:
   if config.stage != stage:
     raise InputError(f"this is a config of the stage {config.stage!r}, not {stage!r}")
   check_shared(config)
+  if stage == "reward":
+    check_at_least(config, {"reward.margin": 0, "reward.centring": 0})
+  if stage == "dpo":
+    check_choices(config, {"dpo.loss": dpo.KINDS, "dpo.reference": REFERENCES})
+    dpo.check_settings(
+      config.dpo.loss, config.dpo.beta, config.dpo.label_smoothing, config.dpo.sft_weight
+    )
 
 
 def check_keys(config: ConfigDict, known: ConfigDict, prefix: str = "config") -> None:
@@ -174,7 +199,7 @@ def check_shared(config: ConfigDict) -> None:
     InputError: names the key, its value and what it may be.
   """
   choices = {
-    "best_metric": tuple(HIGHER_IS_BETTER),
+    "best_metric": METRICS[config.stage],
     "model.dtype": DTYPES,
     "model.param_dtype": DTYPES,
     "model.remat": REMAT_NAMES,
@@ -196,6 +221,8 @@ def check_shared(config: ConfigDict) -> None:
     "data.max_images": 0,
     "data.workers": 0,
     "data.eval_fraction": 0,
+    "lora.rank": 0,
+    "lora.vision_rank": 0,
     "optim.learning_rate": 0,
     "optim.embedding_learning_rate": 0,
     "optim.projector_learning_rate": 0,
@@ -205,15 +232,9 @@ def check_shared(config: ConfigDict) -> None:
     "optim.grad_clip": 0,
     "optim.cycles": 1,
   }
-  for key, allowed in choices.items():
-    if value(config, key) not in allowed:
-      shown = ", ".join(map(str, allowed))
-      raise InputError(f"config.{key} is {value(config, key)!r}; choose from {shown}")
-  for key, least in at_least.items():
-    given = value(config, key)
-    if given is not None and given < least:
-      raise InputError(f"config.{key} is {given}; it must be at least {least}")
-  for key in ("optim.b1", "optim.b2"):
+  check_choices(config, choices)
+  check_at_least(config, at_least)
+  for key in ("optim.b1", "optim.b2", "lora.dropout"):
     if not 0 <= value(config, key) < 1:
       raise InputError(f"config.{key} is {value(config, key)}; it must be from 0 to below 1")
   if not config.steps and config.epochs <= 0:
@@ -232,8 +253,42 @@ def check_shared(config: ConfigDict) -> None:
       f"config.keep_best is {config.keep_best}, and config.eval_every is 0: only the end is "
       "evaluated; set it"
     )
-  if not any(config.train[part] for part in ("vision", "projector", "language", "embeddings")):
+  adapters = config.lora.rank or config.lora.vision_rank
+  parts = ("vision", "projector", "language", "embeddings")
+  if not adapters and not any(config.train[part] for part in parts):
     raise InputError("nothing to train: set one of config.train.vision, .projector, .language")
+  _check_lora(config.lora, adapters)
+
+
+def _check_lora(lora: ConfigDict, adapters: int) -> None:
+  try:
+    re.compile(lora.targets)
+  except re.error as error:
+    raise InputError(
+      f"config.lora.targets is {lora.targets!r}, no regular expression: {error}"
+    ) from error
+  if lora.alpha <= 0:
+    raise InputError(f"config.lora.alpha is {lora.alpha}; it must be above 0")
+  if lora.init_from and not adapters:
+    raise InputError(
+      "config.lora.init_from is given, and config.lora.rank is 0; set it to the adapters' rank"
+    )
+
+
+def check_choices(config: ConfigDict, choices: dict[str, tuple]) -> None:
+  """Refuses a key whose value is not among its choices; choices: dotted key -> values."""
+  for key, allowed in choices.items():
+    if value(config, key) not in allowed:
+      shown = ", ".join(map(str, allowed))
+      raise InputError(f"config.{key} is {value(config, key)!r}; choose from {shown}")
+
+
+def check_at_least(config: ConfigDict, at_least: dict[str, float]) -> None:
+  """Refuses a key whose value is too low; at_least: dotted key -> the lowest it may have."""
+  for key, least in at_least.items():
+    given = value(config, key)
+    if given is not None and given < least:
+      raise InputError(f"config.{key} is {given}; it must be at least {least}")
 
 
 def value(config: ConfigDict, key: str):

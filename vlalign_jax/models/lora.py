@@ -22,27 +22,27 @@ class LoraConfig:
   """Which linear maps have adapters, and what these add; the config's `lora` group says the same.
 
   Attributes:
-    rank: of adapters on the language model and the projector; 0: they have none.
+    rank: of adapters on the language model's layers and the projector; 0: they have none.
     alpha: adapters count alpha / rank.
     dropout: share of an adapter's inputs that are dropped in training.
     rank_stabilised: adapters count alpha / sqrt(rank) instead (Kalajdzievski 2023).
     targets: regular expression that is searched in the paths of linear maps, such as
-      "language/layers/attention/query" or "projector/first"; the vision tower does not go by it.
-    vision_rank: of adapters on all linear maps of the vision tower's layers; 0: they have none.
+      "language/layers/attention/query", "vision/layers/mlp/up" or "projector/first".
+    vision_rank: of adapters on the vision tower's layers; 0: they have none.
   """
 
   rank: int
   alpha: float = 16.0
   dropout: float = 0.0
   rank_stabilised: bool = False
-  targets: str = "language/layers/"
+  targets: str = "/layers/"
   vision_rank: int = 0
 
   def rank_of(self, path: str) -> int:
     """The rank of the adapter on a linear map, 0 if it has none; `path` as in `targets`."""
-    if path.startswith("vision/"):
-      return self.vision_rank
-    return self.rank if re.search(self.targets, path) else 0
+    if not re.search(self.targets, path):
+      return 0
+    return self.vision_rank if path.startswith("vision/") else self.rank
 
   def scale(self, rank: int) -> float:
     """What an adapter's product is multiplied by."""
@@ -86,18 +86,17 @@ def check_targets(config: LoraConfig, shapes) -> None:
   Raises:
     InputError: with the paths that there are.
   """
-  paths = linear_maps(shapes)
-  rest = [path for path in paths if not path.startswith("vision/")]
-  if config.rank and not any(config.rank_of(path) for path in rest):
-    raise InputError(
-      f"config.lora.targets is {config.targets!r}, which is found in none of the paths of linear "
-      f"maps: {', '.join(rest)}"
-    )
-  if config.vision_rank and len(rest) == len(paths):
-    raise InputError(
-      f"config.lora.vision_rank is {config.vision_rank}, and no layer of the vision tower is used: "
-      "its features are the input of the first; set it to 0"
-    )
+  for key, rank, in_vision in (
+    ("rank", config.rank, False),
+    ("vision_rank", config.vision_rank, True),
+  ):
+    paths = [path for path in linear_maps(shapes) if path.startswith("vision/") == in_vision]
+    if rank and not any(config.rank_of(path) for path in paths):
+      raise InputError(
+        f"config.lora.{key} is {rank}, and config.lora.targets, {config.targets!r}, is found in "
+        f"none of the paths it is for ({', '.join(paths) or 'there are none'}); mend the pattern, "
+        f"or set lora.{key} to 0"
+      )
 
 
 class AdaptedLinear(nnx.Module):
@@ -142,13 +141,21 @@ def attach(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
       setattr(modules[parent], name, adapted)
 
 
+def _dropping(module: nnx.Module) -> list[AdaptedLinear]:
+  parts = [part for _, part in nnx.iter_modules(module) if isinstance(part, AdaptedLinear)]
+  return [part for part in parts if part.dropout]
+
+
+def drops(module: nnx.Module) -> bool:
+  """Whether adapters in the module have dropout."""
+  return bool(_dropping(module))
+
+
 def with_dropout(module: nnx.Module, key: jax.Array | None) -> nnx.Module:
   """The module with the dropout of its adapters on, each with a key of its own; None: as it is."""
-  if key is None:
+  if key is None or not drops(module):
     return module
   module = nnx.clone(module)
-  adapters = [part for _, part in nnx.iter_modules(module) if isinstance(part, AdaptedLinear)]
-  for number, adapter in enumerate(adapters):
-    if adapter.dropout:
-      adapter.dropout_key = jax.random.fold_in(key, number)
+  for number, adapter in enumerate(_dropping(module)):
+    adapter.dropout_key = jax.random.fold_in(key, number)
   return module

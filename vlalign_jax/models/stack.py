@@ -66,7 +66,7 @@ def run_stack(
   """
   graphdef, params = nnx.split(layers)
   keys = None
-  if dropout_key is not None:
+  if dropout_key is not None and lora.drops(layers):
     keys = jax.random.split(dropout_key, len(jax.tree.leaves(params)[0]))
 
   def body(x, scanned):

@@ -75,28 +75,41 @@ class VisionLanguageModel(nnx.Module):
     if config.lora:
       adapters.attach(self, config.lora, rngs)
 
-  def image_features(self, images, dropout_key=None):
-    """Image embeddings of each row, in slot order.
+  def vision_features(self, images, dropout_key=None):
+    """What the vision tower makes of the images of rows.
 
     Args:
       images: [B, I, H, W, 3]; uint8 as decoded and resized, or float already normalised.
       dropout_key: see `__call__`.
 
     Returns:
-      [B, I * P, D] with P = config.tokens_per_image.
+      [B * I, P, W] with P = config.tokens_per_image and W = config.vision.feature_width.
     """
-    B, I = images.shape[:2]
-    pixels = images.reshape(B * I, *images.shape[2:])
+    pixels = images.reshape(-1, *images.shape[2:])
     if pixels.dtype == jnp.uint8:
       mean, std = jnp.array(self.config.image_mean), jnp.array(self.config.image_std)
       pixels = (pixels.astype(jnp.float32) * self.config.rescale_factor - mean) / std
+    return self.vision(pixels, dropout_key=dropout_key, **self.options)
+
+  def image_features(self, rows, dropout_key=None):
+    """Image embeddings of each row, in slot order.
+
+    Args:
+      rows: has `images`, see `vision_features`; `vision_features`, if there, are not made again.
+      dropout_key: see `__call__`.
+
+    Returns:
+      [B, I * P, D] with P = config.tokens_per_image.
+    """
     vision_key, projector_key = (
       (None, None) if dropout_key is None else jax.random.split(dropout_key)
     )
-    features = self.vision(pixels, dropout_key=vision_key, **self.options)
+    features = rows.get("vision_features")
+    if features is None:
+      features = self.vision_features(rows["images"], vision_key)
     projector = adapters.with_dropout(self.projector, projector_key)
     features = projector(features, self.options["mesh"])
-    return features.reshape(B, -1, features.shape[-1])
+    return features.reshape(rows["images"].shape[0], -1, features.shape[-1])
 
   def embed(self, rows, dropout_key=None):
     """Token embeddings [B, T, D] of rows, image embeddings in their places.
@@ -108,25 +121,25 @@ class VisionLanguageModel(nnx.Module):
     x = self.language.embed(rows["tokens"])
     features = rows.get("image_features")
     if features is None and rows["images"].shape[1]:
-      features = self.image_features(rows["images"], dropout_key)
+      features = self.image_features(rows, dropout_key)
     if features is None or not features.shape[1]:
       return x
     slots = rows["image_slots"][:, :, None]
     found = jnp.take_along_axis(features.astype(x.dtype), jnp.maximum(slots, 0), axis=1)
     return jnp.where(slots >= 0, found, x)
 
-  def __call__(self, rows, dropout_key=None):
+  def __call__(self, rows):
     """Hidden states of rows, from which `head_kernel` makes logits.
 
     Args:
-      rows: the dict of ARCHITECTURE.md, "Rows"; `images` may have I = 0.
-      dropout_key: jax.random key for the dropout of adapters, another one for each batch; None:
-        without, as in evaluation.
+      rows: the dict of ARCHITECTURE.md, "Rows"; `images` may have I = 0. In training it
+        may also hold `dropout_key`, a jax.random key for the dropout of adapters.
 
     Returns:
       [B, T, D] after the final norm.
     """
-    image_key, key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    key = rows.get("dropout_key")
+    image_key, key = (None, None) if key is None else jax.random.split(key)
     x = self.embed(rows, image_key)
     places = (rows[name] for name in ("positions", "segments", "branches"))
     return self.language(x, *places, dropout_key=key, **self.options)
