@@ -1,5 +1,6 @@
 """One record with ranked answers to one example: the prompt once, each answer as its branch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -81,19 +82,19 @@ def encode_preferences(
     raise InputError(f"{record.where}: the prompt has no token; choose another data.template")
 
   length, kept, equal, too_long, found = len(trunk) - 1, [], 0, 0, []
-  for rank, branch in zip(ranks, map(np.concatenate, branches), strict=True):
-    if any(np.array_equal(branch, better) for better in found):
+  for rank, ids in zip(ranks, map(np.concatenate, branches), strict=True):
+    if any(np.array_equal(ids, better) for better in found):
       equal += 1
       continue
-    found.append(branch)
-    if length + 1 + len(branch) > max_length:
+    found.append(ids)
+    if length + 1 + len(ids) > max_length:
       too_long += 1
       continue
-    kept.append((rank, branch))
-    length += 1 + len(branch)
+    kept.append((rank, ids))
+    length += 1 + len(ids)
   example = None
   if len(kept) > 1:
-    example = _example(record, trunk, [branch for _, branch in kept])
+    example = branch(trunk, [ids for _, ids in kept], record.images, record.where)
   return EncodedPreferences(example, tuple(rank for rank, _ in kept), equal, empty, too_long)
 
 
@@ -106,18 +107,22 @@ def _texts(
   for rank in ranks:
     turns = [*before, replace(last, gpt=record.answers[rank])]
     *texts, answer = (piece.text for piece in turn_pieces(turns, template, tokenizer, record.where))
-    if answers and texts != prompt:
-      raise InputError(
-        f"{record.where}: the tokenizer's chat template writes the prompt differently before"
-        " different answers; choose another data.template"
-      )
-    prompt = texts
+    prompt = texts  # the same each time
     answers.append(answer)
   return prompt, answers
 
 
-def _example(record: Record, trunk: np.ndarray, answers: list[np.ndarray]) -> Example:
-  """The example of a prompt and at least two answers, all of them token ids."""
+def branch(
+  trunk: np.ndarray, answers: Sequence[np.ndarray], images: tuple[str, ...], where: str
+) -> Example:
+  """The example of a prompt and answers to it, all of which are learnt.
+
+  Args:
+    trunk: int32[N] ids of the prompt, image positions included.
+    answers: int32[M] ids of each, its end included.
+    images: as of Example.
+    where: names the record in error messages.
+  """
   shared = len(trunk) - 1
   branches = [np.concatenate([trunk[-1:], answer]) for answer in answers]
   sizes = np.array([len(branch) for branch in branches])
@@ -133,7 +138,7 @@ def _example(record: Record, trunk: np.ndarray, answers: list[np.ndarray]) -> Ex
     branches=np.repeat(np.arange(len(sizes) + 1), [shared, *sizes]).astype(np.int32),
     targets=np.where(weights > 0, np.roll(tokens, -1), 0).astype(np.int32),
     weights=weights,
-    images=record.images,
-    where=record.where,
+    images=images,
+    where=where,
     answers=(ends - 1).astype(np.int32),
   )
