@@ -165,7 +165,7 @@ def prepare_train(
   Raises:
     InputError: there is nothing to learn.
   """
-  load, measured = _measure(kind, config, source, train.records, "data.train")
+  load, measured = measure_records(kind, config, source, train.records, "data.train")
   usable = measured.lengths > 0
   if not np.any(usable & (np.asarray(train.weights)[train.file_of] > 0)):
     raise _nothing_fits(kind, config, "data.train")
@@ -182,7 +182,7 @@ def prepare_train(
   order = np.concatenate(stream)[: max(1, wanted)]
   if not len(order):  # a weight below 1 has shown none of the few that fit
     raise _nothing_fits(kind, config, "data.train")
-  return _prepare(config, source, load, measured, order, row_multiple, "data.train")
+  return lay_out(config, source, load, measured, order, row_multiple, "data.train")
 
 
 def prepare_eval(
@@ -195,11 +195,11 @@ def prepare_eval(
   """
   if not records:
     return None
-  load, measured = _measure(kind, config, source, records, "data.eval")
+  load, measured = measure_records(kind, config, source, records, "data.eval")
   order = np.flatnonzero(measured.lengths > 0)
   if not len(order):
     raise _nothing_fits(kind, config, "data.eval")
-  return _prepare(config, source, load, measured, order, row_multiple, "data.eval")
+  return lay_out(config, source, load, measured, order, row_multiple, "data.eval")
 
 
 def _nothing_fits(kind: Kind, config, name: str) -> InputError:
@@ -226,24 +226,28 @@ def example_loader(kind: Kind, config, source: Source, records) -> LoadExample:
   )
 
 
-def _measure(kind: Kind, config, source: Source, records, name: str):
+def measure_records(kind: Kind, config, source: Source, records, name: str):
+  """(LoadExample, Measured) of all records; says in the log what became of them."""
   load = example_loader(kind, config, source, records)
   measured = measure.measure(load.measured, len(records), os.cpu_count() or 1)
   logging.info("%s: %s", name, kind.describe(measured, config.data.max_length))
   return load, measured
 
 
-def _prepare(config, source: Source, load, measured, order, row_multiple, name: str) -> Prepared:
+def lay_out(
+  config, source: Source, load, measured, order, row_multiple: int, name: str, **options
+) -> Prepared:
+  """Plans the examples of `order`; options for `plan.plan_batches` go before the config's."""
   data = config.data
+  options = {"pack": data.pack, "max_length": data.max_length} | options
   planned = plan.plan_batches(
     order,
     measured.lengths,
     measured.images,
     batch_size=config.batch_size,
-    max_length=data.max_length,
     row_multiple=row_multiple,
-    pack=data.pack,
     max_images_per_row=data.max_images or None,
+    **options,
   )
   statistics = plan.statistics(planned)
   logging.info(

@@ -232,8 +232,8 @@ def log_memory(model: ModelConfig, sampling: Sampling, rows: int, length: int, d
   free = known.get("bytes_limit", each) - known.get("bytes_in_use", 0)
   if "bytes_limit" in known and each > free:
     raise InputError(
-      f"the keys and values of {rows} prompts x {sampling.num_samples} answers take {each / 1e9:.1f} "
-      f"GB on each device, and {free / 1e9:.1f} GB are free; lower generation.batch_size, "
+      f"the keys and values of {rows} prompts x {sampling.num_samples} answers take "
+      f"{each / 1e9:.1f} GB on each device, and {free / 1e9:.1f} GB are free; lower batch_size, "
       "generation.num_samples or generation.max_new_tokens, or split over more devices"
     )
   return each

@@ -59,8 +59,8 @@ def check(sampling: Sampling, vocab_size: int) -> None:
     )
   if sampling.temperature == 0 and sampling.num_samples > 1:
     raise InputError(
-      f"generation.num_samples is {sampling.num_samples} with generation.temperature 0, which gives "
-      "equal answers; raise the temperature or ask for one sample"
+      f"generation.num_samples is {sampling.num_samples} with generation.temperature 0, which "
+      "gives equal answers; raise the temperature or ask for one sample"
     )
   for name in ("stop_tokens", "suppress"):
     wrong = [token for token in getattr(sampling, name) if not 0 <= token < vocab_size]
