@@ -85,7 +85,7 @@ def scan_records(
     try:
       if isinstance(entry, InputError):
         raise entry
-      parsed.append(_parse(entry, path, index, answers, max_candidates))
+      parsed.append(parse_record(entry, path, index, answers, max_candidates))
     except InputError as error:
       parsed.append(error)
 
@@ -108,10 +108,19 @@ def scan_records(
   return records, errors
 
 
-def _parse(
+def parse_record(
   entry: Any, file: str, index: int, answers: Answers, max_candidates: int | None
 ) -> Record:
-  """One entry of the file -> a Record, its images not looked for yet."""
+  """One entry of the file -> a Record, its images not looked for yet.
+
+  Args:
+    entry: as JSON has it.
+    file, index: as of Record.
+    answers, max_candidates: as for `scan_records`.
+
+  Raises:
+    InputError: names the record and what is wrong with it.
+  """
   given = entry.get("id") if isinstance(entry, dict) else None
   if given is None or isinstance(given, (dict, list)):
     identity = str(index)
