@@ -125,9 +125,9 @@ def defaults(stage: str) -> ConfigDict:
     c.dpo.loss = "sigmoid"  # sigmoid, hinge, ipo, robust; see losses/dpo.py
     c.dpo.beta = 0.1
     c.dpo.label_smoothing = 0.0  # of sigmoid (cDPO) and robust
-    c.dpo.sft_weight = 0.0  # of the cross-entropy per token of the best answers, added to the loss
-    # The reference's log-probabilities: "step": in every step, by a copy of what is trained as it was
-    # at first (none with adapters); "cache": once before training, kept in the run directory.
+    c.dpo.sft_weight = 0.0  # of the best answers' cross-entropy per token, added to the loss
+    # The reference's log-probabilities: "step": in every step, by a copy of what is trained as it
+    # was at first (none with adapters); "cache": once before training, kept in the run directory.
     c.dpo.reference = "step"
   return c
 

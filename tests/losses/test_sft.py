@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from vlalign_jax.losses import sft
-from vlalign_jax.training import metrics
+from vlalign_jax.losses import sft, sums
 
 B, T, D, V = 4, 16, 8, 10
 SEGMENTS = 3
@@ -67,7 +66,7 @@ def test_evaluation_of_several_batches_is_that_of_all_examples():
   for batch in batches:
     wanted = {key: wanted.get(key, 0) + value for key, value in expected(*batch).items()}
   evaluate = jax.jit(lambda *batch: sft.evaluation(*batch, max_segments=SEGMENTS))
-  found = metrics.evaluation(evaluate(*batch) for batch in batches)
+  found = sft.summary(sums.total(evaluate(*batch) for batch in batches))
   mean = wanted["loss"] / wanted["tokens"]
   assert found == pytest.approx(
     {

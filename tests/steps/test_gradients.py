@@ -18,7 +18,7 @@ from vlalign_jax import trees
 from vlalign_jax.config import defaults
 from vlalign_jax.data import plan
 from vlalign_jax.models import tiles, vlm
-from vlalign_jax.steps import accumulate, sft
+from vlalign_jax.steps import accumulate, sft, update
 from vlalign_jax.training import optimizer
 from vlalign_jax.training import state as training_state
 from vlalign_jax.weights import names
@@ -128,9 +128,12 @@ def gradients(model, rows, *, graphdef=None, trained=lambda path: True, parts=1)
 
   @jax.jit
   def compute(params, frozen, rows):
-    loss = sft.make_loss(graphdef or model.graphdef, frozen, chunk=CHUNK)
-    total, sums, grads = accumulate.sum_gradients(loss, params, rows, parts)
-    return total / sums["tokens"], jax.tree.map(lambda g: g / sums["tokens"], grads)
+    counts = sft.count(rows)
+    loss = sft.make_loss(
+      frozen, counts, jax.random.key(0), graphdef=graphdef or model.graphdef, chunk=CHUNK
+    )
+    total, _, grads = accumulate.sum_gradients(loss, params, rows, parts)
+    return total / counts["loss"], jax.tree.map(lambda g: g / counts["loss"], grads)
 
   loss, grads = compute(params, frozen, rows)
   return float(loss), trees.flatten(jax.device_get(grads))
@@ -221,12 +224,14 @@ def trainer(model, packed):
   params = jax.device_get(model.params)
   tx = optimizer.make_optimizer(OPTIM, params, STEPS)
   step = functools.partial(
-    sft.train_step,
-    graphdef=model.graphdef,
+    update.train_step,
+    make_loss=functools.partial(sft.make_loss, graphdef=model.graphdef, chunk=CHUNK),
+    count=sft.count,
+    metrics=sft.metrics,
     optimizer=tx,
     learning_rate=optimizer.learning_rates(OPTIM, STEPS)["base"],
     accumulation=1,
-    chunk=CHUNK,
+    seed=0,
   )
   state = training_state.init_state(params, tx)
   return state, jax.jit(step).lower(state, {}, packed).compile()

@@ -1,5 +1,7 @@
 """Supervised fine-tuning: cross-entropy of the assistant's tokens, and what evaluation reports."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -49,4 +51,23 @@ def evaluation(hidden, kernel, rows, *, max_segments: int, **chunking):
     "correct_tokens": jnp.sum(correct * weights),
     "examples": jnp.sum(learnt > 0).astype(jnp.float32),
     "exact_examples": jnp.sum((learnt > 0) & (learnt == right)).astype(jnp.float32),
+  }
+
+
+def summary(totals: dict[str, float]) -> dict[str, float]:
+  """What evaluation reports.
+
+  Args:
+    totals: the sums of `evaluation` over all batches.
+
+  Returns:
+    loss (mean per learnt token), perplexity, token_accuracy, exact_match, examples.
+  """
+  loss = totals["loss"] / totals["tokens"]
+  return {
+    "loss": loss,
+    "perplexity": math.exp(min(loss, 700.0)),
+    "token_accuracy": totals["correct_tokens"] / totals["tokens"],
+    "exact_match": totals["exact_examples"] / totals["examples"],
+    "examples": totals["examples"],
   }

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from vlalign_jax.losses import sums as reported
 from vlalign_jax.sharding.mesh import constrain_rows
 
 
@@ -22,7 +23,8 @@ def sum_gradients(
   """Value and gradient of a loss that is a sum, over micro-batches one after the other.
 
   Args:
-    loss: `(params, rows) -> (float32[] sum, dict of float32[] sums)`.
+    loss: `(params, rows, number of the micro-batch) -> (float32[] sum, dict of values as in
+      `losses.sums`)`.
     params: tree to differentiate by.
     rows: dict of arrays whose first axis is a multiple of `parts`.
     parts: number of micro-batches.
@@ -30,26 +32,30 @@ def sum_gradients(
     constrain: gradient tree -> tree, places gradients over devices.
 
   Returns:
-    (sum, dict of sums, gradient tree of the sum in float32 if parts > 1).
+    (sum, dict of values, gradient tree of the sum in float32 if parts > 1).
   """
   value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-  def gradient(params, rows):
-    value, grads = value_and_grad(params, rows)
+  def gradient(params, rows, number):
+    value, grads = value_and_grad(params, rows, number)
     return value, constrain(grads)
 
   if parts == 1:
-    (total, sums), grads = gradient(params, rows)
+    (total, sums), grads = gradient(params, rows, 0)
     return total, sums, grads
 
-  def body(carry, rows):
+  def body(carry, micro_batch):
+    rows, number = micro_batch
     rows = jax.tree.map(lambda x: constrain_rows(x, mesh), rows)
-    (total, sums), grads = gradient(params, rows)
-    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (total, sums, grads)), None
+    (total, sums), grads = gradient(params, rows, number)
+    before, sums_before, grads_before = carry
+    grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads_before, grads)
+    return (before + total, reported.combine(sums_before, sums), grads), None
 
   rows = split_rows(rows, parts)
-  shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], rows))
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-  (total, sums), grads = zeros
-  carry, _ = jax.lax.scan(body, (total, sums, constrain(grads)), rows)
+  shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], rows), 0)
+  (_, sums), grads = shapes
+  grads = constrain(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), grads))
+  carry = jnp.zeros((), jnp.float32), reported.start(sums), grads
+  carry, _ = jax.lax.scan(body, carry, (rows, jnp.arange(parts)))
   return carry

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from vlalign_jax import trees
+from vlalign_jax.models import lora
 from vlalign_jax.models.vlm import ModelConfig, abstract_params
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import zero
+from vlalign_jax.steps import update
 from vlalign_jax.training import optimizer
 from vlalign_jax.training import state as training_state
 
@@ -27,10 +29,12 @@ class Program:
     graphdef: of the whole model.
     params: shapes of all parameters, trained ones in model.param_dtype, frozen ones in model.dtype.
     state: shapes of the TrainState.
-    frozen: shapes of the parameters that stay.
+    frozen: shapes of the parameters that stay; with `keep_initial` also, below "reference", those
+      of the initial values of what is trained.
     init_state: trained parameters (given up) -> TrainState.
     train_step: `(state, frozen, rows) -> (state, metrics)`; the state is given up.
-    eval_step: `(trained parameters, frozen, rows, max_segments=) -> sums`.
+    eval_step: `(trained parameters, frozen, rows) -> values`, see `losses.sums`; a stage may have
+      further arguments.
   """
 
   graphdef: Any
@@ -43,7 +47,16 @@ class Program:
 
 
 def make_program(
-  config, model: ModelConfig, mesh: jax.sharding.Mesh, total_steps: int, train_step, eval_step
+  config,
+  model: ModelConfig,
+  mesh: jax.sharding.Mesh,
+  total_steps: int,
+  make_loss,
+  count,
+  metrics,
+  eval_step,
+  keep_initial: bool = False,
+  static: tuple[str, ...] = (),
 ) -> Program:
   """The program of a run.
 
@@ -52,7 +65,9 @@ def make_program(
     model: the architecture.
     mesh: over which it runs.
     total_steps: updates of the whole run.
-    train_step, eval_step: of the stage, with the arguments of those in `steps.sft`.
+    make_loss, count, metrics, eval_step: of the stage, with the arguments of those in `steps.sft`.
+    keep_initial: whether steps are given what the trained parameters were at first.
+    static: arguments of eval_step that are no arrays.
   """
   meshes.check_heads(mesh, model.language.heads, model.language.kv_heads)
   stage = config.mesh.zero_stage
@@ -74,14 +89,20 @@ def make_program(
   init_state = functools.partial(training_state.init_state, optimizer=tx)
   state = jax.eval_shape(init_state, trained)
   placement = zero.state_shardings(mesh, state, stage)
+  if keep_initial:
+    frozen = frozen | {"reference": _initial(trained, config)}
   common = {"graphdef": graphdef, "mesh": mesh, "chunk": meshes.head_chunk(mesh)}
   train_step = functools.partial(
-    train_step,
+    update.train_step,
+    make_loss=functools.partial(make_loss, **common),
+    count=count,
+    metrics=metrics,
+    seed=config.seed,
+    mesh=mesh,
     optimizer=tx,
     learning_rate=optimizer.learning_rates(config.optim, total_steps)["base"],
     accumulation=config.grad_accumulation,
     constrain_gradients=lambda tree: zero.constrain_gradients(mesh, tree, stage),
-    **common,
   )
   if config.mesh.offload_optimizer:
     train_step = _fetching(train_step, placement.optimizer)
@@ -99,10 +120,16 @@ def make_program(
     ),
     eval_step=jax.jit(
       functools.partial(eval_step, **common),
-      static_argnames="max_segments",
+      static_argnames=static,
       out_shardings=meshes.replicated(mesh),
     ),
   )
+
+
+def _initial(trained, config) -> dict:
+  """Shapes of what was there before training; new adapters change nothing at first."""
+  kept, _ = trees.split(trained, lambda path: config.lora.init_from or not lora.is_adapter(path))
+  return jax.tree.map(lambda leaf: leaf.update(dtype=config.model.dtype), kept)
 
 
 def _fetching(train_step, placement):

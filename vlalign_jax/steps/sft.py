@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
@@ -10,8 +9,7 @@ from jax.sharding import Mesh
 from vlalign_jax import trees
 from vlalign_jax.losses import sft
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.steps import accumulate, program
-from vlalign_jax.training import state as training_state
+from vlalign_jax.steps import program, update
 
 # Told before the step is compiled, so that attention need not look at branches.
 ONE_ANSWER = {"branches": None}
@@ -23,62 +21,33 @@ def chunking(mesh: Mesh | None, chunk: int) -> dict:
   return {"shards": meshes.row_blocks(mesh), "chunk": chunk, "place": place}
 
 
-def make_loss(graphdef, frozen, *, mesh: Mesh | None = None, chunk: int = 128):
-  """`(trained params, rows) -> (sum of cross-entropies, {"tokens": number of learnt tokens})`."""
+def count(rows):
+  """What the loss of a step is divided by: learnt tokens."""
+  return {"loss": jnp.sum(rows["weights"])}
 
-  def loss(params, rows):
+
+def make_loss(frozen, counts, key, *, graphdef, mesh: Mesh | None = None, chunk: int = 128):
+  """See `update.train_step`; the sum is of cross-entropies."""
+  del counts
+
+  def loss(params, rows, number):
     model = nnx.merge(graphdef, trees.merge(params, frozen))
-    total, tokens = sft.loss(
-      model(rows | ONE_ANSWER),
+    total, _ = sft.loss(
+      model(rows | ONE_ANSWER | update.dropout(model, key, number)),
       model.head_kernel(),
       rows,
       scatter=functools.partial(meshes.scatter_head_gradient, mesh=mesh),
       **chunking(mesh, chunk),
     )
-    return total, {"tokens": tokens}
+    return total, {}
 
   return loss
 
 
-def train_step(
-  state,
-  frozen,
-  rows,
-  *,
-  graphdef,
-  optimizer,
-  learning_rate,
-  accumulation: int,
-  chunk: int,
-  mesh: Mesh | None = None,
-  constrain_gradients=lambda gradients: gradients,
-):
-  """One update.
-
-  Args:
-    state: TrainState.
-    frozen: nested dict of the parameters that stay.
-    rows: dict of arrays, see ARCHITECTURE.md, "Rows".
-    graphdef: of the whole model.
-    optimizer: optax transformation for state.params.
-    learning_rate: its base schedule, for the log.
-    accumulation: micro-batches, a divisor of the number of rows of each shard.
-    chunk: see `losses.head.cross_entropy_sum`.
-    mesh: over which rows are split.
-    constrain_gradients: tree -> tree, places gradients over devices.
-
-  Returns:
-    (next state, dict of float32[] metrics).
-  """
-  loss = make_loss(graphdef, frozen, mesh=mesh, chunk=chunk)
-  total, sums, grads = accumulate.sum_gradients(
-    loss, state.params, rows, accumulation, mesh, constrain_gradients
-  )
-  count = jnp.maximum(sums["tokens"], 1.0)
-  rate = learning_rate(state.step - state.skipped)
-  grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
-  state, metrics = training_state.apply_gradients(state, optimizer, grads, total / count)
-  return state, metrics | {"learning_rate": rate, "learnt_tokens": sums["tokens"]}
+def metrics(sums, counts):
+  """What is logged besides what all stages log."""
+  del sums
+  return {"learnt_tokens": counts["loss"]}
 
 
 def eval_step(
@@ -97,4 +66,14 @@ def eval_step(
 
 def make_program(config, model, mesh: Mesh, total_steps: int) -> program.Program:
   """See `program.make_program`."""
-  return program.make_program(config, model, mesh, total_steps, train_step, eval_step)
+  return program.make_program(
+    config,
+    model,
+    mesh,
+    total_steps,
+    make_loss,
+    count,
+    metrics,
+    eval_step,
+    static=("max_segments",),
+  )

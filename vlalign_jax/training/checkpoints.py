@@ -192,6 +192,16 @@ def find_step(workdir: str, which: str, metric: str) -> int:
   return int(which)
 
 
+def trained_paths(workdir: str, step: int) -> list[str]:
+  """Paths of the parameters in a checkpoint; raises the InputErrors of `restore_params`."""
+  return list(_stored_params(epath.Path(storage.absolute(workdir)) / DIRECTORY / str(step)))
+
+
+def _stored_params(checkpoint: epath.Path) -> dict:
+  with reading(str(checkpoint), MEND):
+    return trees.flatten(ocp.PyTreeCheckpointHandler().metadata(checkpoint / "params").tree)
+
+
 def restore_params(workdir: str, step: int, leaves: dict, placement: dict) -> dict[str, jax.Array]:
   """The trained parameters of a run, and nothing else, straight into their shards.
 
@@ -210,11 +220,8 @@ def restore_params(workdir: str, step: int, leaves: dict, placement: dict) -> di
   checkpoint = epath.Path(storage.absolute(workdir)) / DIRECTORY / str(step)
   place = checkpoint / "params"
   handler = ocp.PyTreeCheckpointHandler()
-  mend = "; restore it, or move it away to use the checkpoint before"
-  with reading(str(checkpoint), mend):
-    stored = trees.flatten(handler.metadata(place).tree)
   item = {}
-  for path, meta in stored.items():
+  for path, meta in _stored_params(checkpoint).items():
     if path not in leaves:
       continue
     leaf = leaves[path]
@@ -226,5 +233,5 @@ def restore_params(workdir: str, step: int, leaves: dict, placement: dict) -> di
   item = trees.unflatten(item)
   restore_args = ocp.checkpoint_utils.construct_restore_args(item)
   args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-  with reading(str(checkpoint), mend):
+  with reading(str(checkpoint), MEND):
     return trees.flatten(handler.restore(place, args=args))

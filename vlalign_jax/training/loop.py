@@ -73,7 +73,7 @@ def run(
     state: where to begin.
     progress: of the checkpoint that `state` is from; at the start {"bad_records": 0}, and what
       every checkpoint of the run shall hold.
-    batches: iterator with `get_state`, standing at the state's step.
+    batches: iterator with `get_state` and `set_state`, standing at the state's step.
     manager: takes the checkpoints.
     total_steps: where to end.
 
@@ -83,6 +83,8 @@ def run(
   Raises:
     InputError: ten updates in a row were not finite, or too many records are unreadable.
   """
+  if "data" in progress:
+    batches.set_state(progress["data"])  # checks that the examples so far are the same
   stop, first = Stop(), int(state.step)
   alone, told = jax.process_count() == 1, False
   log, throughput = MetricLog(workdir, first, total_steps), Throughput()

@@ -6,7 +6,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 
 import jax
 from etils import epath
@@ -18,6 +17,17 @@ from vlalign_jax.training import run_directory
 
 # A bucket takes files as a whole: seconds between copies of the log while nothing is saved.
 UPLOAD_EVERY = 60.0
+# What stands beside the progress bar.
+SHOWN = (
+  "loss",
+  "accuracy",
+  "rewards/accuracies",
+  "eval/loss",
+  "eval/exact_match",
+  "eval/accuracy",
+  "eval/rewards/accuracies",
+  "tokens_per_second",
+)
 
 
 class MetricLog:
@@ -67,11 +77,7 @@ class MetricLog:
     self._file.flush()
     for key, value in metrics.items():
       self._board.add_scalar(key, value, step)
-    shown = {
-      key: metrics[key]
-      for key in ("loss", "eval/loss", "eval/exact_match", "tokens_per_second")
-      if key in metrics
-    }
+    shown = {key: metrics[key] for key in SHOWN if key in metrics}
     if shown:
       self._bar.set_postfix(shown, refresh=False)
     if self._copied and time.monotonic() > self._uploaded + UPLOAD_EVERY:
@@ -121,25 +127,3 @@ class Throughput:
     }
     self.__init__()
     return rates
-
-
-def evaluation(sums: Iterable[dict]) -> dict[str, float]:
-  """What evaluation reports, from the sums of its batches.
-
-  Args:
-    sums: dicts as `losses.sft.evaluation` returns, one a batch; on the devices.
-
-  Returns:
-    loss (mean per learnt token), perplexity, token_accuracy, exact_match, examples.
-  """
-  # Fetched once at the end, so that the devices go on; float32 could not count 17 million tokens.
-  parts = jax.device_get(list(sums))
-  total = {key: sum(float(part[key]) for part in parts) for key in parts[0]}
-  loss = total["loss"] / total["tokens"]
-  return {
-    "loss": loss,
-    "perplexity": math.exp(min(loss, 700.0)),
-    "token_accuracy": total["correct_tokens"] / total["tokens"],
-    "exact_match": total["exact_examples"] / total["examples"],
-    "examples": total["examples"],
-  }

@@ -3,6 +3,7 @@
 import optax
 
 from vlalign_jax import trees
+from vlalign_jax.models import lora
 from vlalign_jax.training import schedules
 
 GROUPS = ("base", "embeddings", "projector")
@@ -26,7 +27,7 @@ def is_trained(path: str, config) -> bool:
     config: of the run.
   """
   part, train = path.split("/", 1)[0], config.train
-  if part == "score" or path.endswith(("/lora_a", "/lora_b")):
+  if part == "score" or lora.is_adapter(path):
     return True
   if part == "projector":
     return train.projector

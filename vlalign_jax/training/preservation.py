@@ -13,6 +13,22 @@ HIGHER_IS_BETTER = {
   "eval/perplexity": False,
   "eval/token_accuracy": True,
   "eval/exact_match": True,
+  "eval/accuracy": True,
+  "eval/margin": True,
+  "eval/rewards/accuracies": True,
+  "eval/rewards/margins": True,
+  "eval/logps/accuracies": True,
+}
+# Those that each stage reports.
+METRICS = {
+  "sft": ("eval/loss", "eval/perplexity", "eval/token_accuracy", "eval/exact_match"),
+  "reward": ("eval/loss", "eval/accuracy", "eval/margin"),
+  "dpo": (
+    "eval/loss",
+    "eval/rewards/accuracies",
+    "eval/rewards/margins",
+    "eval/logps/accuracies",
+  ),
 }
 
 

@@ -120,6 +120,19 @@ def with_defaults(stored: dict) -> dict:
   return trees.unflatten(known | trees.flatten(stored))
 
 
+def stored_config(directory: str) -> dict:
+  """The config of a run directory; keys that its version did not know have their defaults.
+
+  Raises:
+    InputError: its config.json is missing or damaged.
+  """
+  path = epath.Path(directory) / "config.json"
+  try:
+    return with_defaults(json.loads(path.read_text()))
+  except (OSError, ValueError, KeyError) as error:
+    raise InputError(f"{path}: no readable config of a run: {error}") from error
+
+
 def _check_config(stored: dict, config: ConfigDict, workdir: str) -> list[str]:
   """Refuses keys that differ and are not known to be harmless; gives those that cost rounding."""
   stored, now = (

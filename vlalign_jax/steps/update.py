@@ -1,0 +1,61 @@
+"""One optimizer update, whatever the stage: gradients of a sum, divided by what it counts."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vlalign_jax.steps import accumulate
+from vlalign_jax.training import state as training_state
+
+
+def train_step(
+  state,
+  frozen,
+  rows,
+  *,
+  make_loss,
+  count,
+  metrics,
+  optimizer,
+  learning_rate,
+  accumulation: int,
+  seed: int,
+  mesh: Mesh | None = None,
+  constrain_gradients=lambda gradients: gradients,
+):
+  """One update.
+
+  Args:
+    state: TrainState.
+    frozen: nested dict of the parameters that stay.
+    rows: dict of arrays, see ARCHITECTURE.md, "Rows".
+    make_loss: `(frozen, counts, key) -> loss`, with loss as in `accumulate.sum_gradients`.
+    count: rows -> dict of float32[], of all rows of the step; the loss is divided by its "loss".
+    metrics: `(sums, counts) -> dict of float32[]` for the log.
+    optimizer: optax transformation for state.params.
+    learning_rate: its base schedule, for the log.
+    accumulation: micro-batches, a divisor of the number of rows of each shard.
+    seed: of what is random in a step.
+    mesh: over which rows are split.
+    constrain_gradients: tree -> tree, places gradients over devices.
+
+  Returns:
+    (next state, dict of float32[] metrics).
+  """
+  counts = count(rows)
+  key = jax.random.fold_in(jax.random.key(seed), state.step)
+  loss = make_loss(frozen, counts, key)
+  total, sums, grads = accumulate.sum_gradients(
+    loss, state.params, rows, accumulation, mesh, constrain_gradients
+  )
+  divisor = jnp.maximum(counts["loss"], 1.0)
+  rate = learning_rate(state.step - state.skipped)
+  grads = jax.tree.map(lambda g: g.astype(jnp.float32) / divisor, grads)
+  state, logged = training_state.apply_gradients(state, optimizer, grads, total / divisor)
+  return state, logged | {"learning_rate": rate} | metrics(sums, counts)
+
+
+def dropout(model, key, number) -> dict:
+  """What a micro-batch's rows hold besides where the model's adapters have dropout: a key."""
+  lora = model.config.lora
+  return {"dropout_key": jax.random.fold_in(key, number)} if lora and lora.dropout else {}

@@ -1,0 +1,65 @@
+"""Evaluation during training: one pass over held-out records, summed on the devices."""
+
+from collections.abc import Callable
+
+import jax
+
+from vlalign_jax.data.prepare import Prepared
+from vlalign_jax.losses import sums as reported
+from vlalign_jax.sharding import hosts
+from vlalign_jax.training import loop
+
+
+def make_evaluate(
+  config,
+  mesh: jax.sharding.Mesh,
+  prepared: Prepared | None,
+  share: dict,
+  eval_step: Callable,
+  summary: Callable,
+  prepare_rows: Callable = lambda rows: rows,
+) -> Callable | None:
+  """The function of a state that the loop calls, after reading all records once.
+
+  Reading comes first because the first evaluation may be days away.
+
+  Args:
+    config: of the run.
+    mesh: over which rows are split.
+    prepared: the evaluation data; None: there is none.
+    share: of `start.my_share`.
+    eval_step: `(trained parameters, rows) -> values`, see `losses.sums`.
+    summary: the values of all batches together -> dict of floats, what is reported.
+    prepare_rows: host batch -> host batch, before it goes to the devices.
+
+  Returns:
+    `state -> dict of floats`, or None without data.
+
+  Raises:
+    InputError: too many records cannot be read.
+  """
+  if prepared is None:
+    return None
+  count = hosts.make_counter(mesh)
+
+  def check(counts) -> int:
+    bad = sum(int(found["bad_records"]) for found in jax.device_get(counts))
+    loop.check_bad_records("data.eval", bad, prepared.records, config.data.on_bad_record)
+    return bad
+
+  read = (hosts.to_device(mesh, rows) for rows in prepared.read(**share))
+  check([count(rows, rows["skipped"]) for rows in read])
+
+  def evaluate(state) -> dict[str, float]:
+    counts, sums = [], []
+    # Threads: a pool of processes takes longer to start than most evaluations take.
+    with prepared.batches(workers=0, **share) as batches:
+      for rows in batches:
+        rows = hosts.to_device(mesh, prepare_rows(rows))
+        counts.append(count(rows, rows.pop("skipped")))
+        sums.append(eval_step(state.params, rows))
+    bad = check(counts)
+    # Fetched once at the end, so that the devices go on.
+    return summary(reported.total(jax.device_get(sums))) | {"bad_records": bad}
+
+  return evaluate

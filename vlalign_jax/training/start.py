@@ -1,0 +1,112 @@
+"""How every stage's run begins: what is asked for is checked, then its state loaded or restored."""
+
+import functools
+
+import jax
+from absl import logging
+
+from vlalign_jax import config as configs
+from vlalign_jax import storage, trees
+from vlalign_jax.data.prepare import Prepared
+from vlalign_jax.sharding import hosts
+from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.steps.program import Program
+from vlalign_jax.training import checkpoints, optimizer, run_directory
+from vlalign_jax.weights import export, load, pin, source
+
+
+def open_run(config, workdir: str, stage: str) -> tuple[jax.sharding.Mesh, source.Source]:
+  """Checks what can be checked without data, and makes or finds the run directory.
+
+  Args:
+    config: of the run; paths in it become absolute.
+    workdir: the run directory.
+    stage: that the script is for.
+
+  Returns:
+    The mesh, and the model that the run starts from.
+
+  Raises:
+    InputError: names the first thing that is wrong.
+  """
+  configs.check(config, stage)
+  source.absolute_paths(config)
+  mesh = meshes.make_mesh(config.mesh)
+  meshes.check_batch(config.batch_size, config.grad_accumulation, config.data.pack, mesh)
+  hosts.check_same("the config", f"{workdir} {config.to_json()}", "give all hosts the same command")
+  resumes = run_directory.open_run(workdir, config)
+  opened = source.open_for(config)
+  if resumes:
+    opened = pin.check(opened, workdir)
+  load.check_weights(opened)
+  return mesh, opened
+
+
+def check_same_data(train: Prepared, evaluation: Prepared | None) -> None:
+  """Raises an InputError unless all hosts have read the same records."""
+  planned = f"{train.identity} {evaluation and evaluation.identity}"
+  hosts.check_same("the records they read", planned, "give all hosts the same data files")
+
+
+def my_share(mesh: jax.sharding.Mesh) -> dict:
+  """The arguments of `Prepared.batches` that give this process its rows."""
+  share = hosts.row_share(mesh)
+  options = {"blocks": share.blocks, "block_count": share.count}
+  if jax.process_count() > 1:  # what one host cannot read is every host's to end at, or to skip
+    options["on_bad_record"] = "skip"
+  return options
+
+
+def restore_or_load(config, workdir: str, opened: source.Source, program: Program, plan: dict):
+  """The newest checkpoint's state, or the first one.
+
+  Args:
+    config: of the run.
+    workdir: the run directory.
+    opened: from `open_run`.
+    program: of the run.
+    plan: `Prepared.identity` of the training data.
+
+  Returns:
+    (checkpoint manager, TrainState, progress); the state is None if the run is finished.
+
+  Raises:
+    InputError: the checkpoint is of another config or of other data.
+  """
+  manager = checkpoints.open_checkpoints(workdir, config.keep, config.keep_best, config.best_metric)
+  restored = checkpoints.restore_newest(manager, program.state)
+  if restored is None:
+    if jax.process_index() == 0:
+      with storage.written(f"{workdir}/model") as directory:
+        export.save_model_files(opened, directory, config.model.param_dtype, config.data.template)
+    pin.write(opened, workdir)
+    is_trained = functools.partial(optimizer.is_trained, config=config)
+    params = load.load_params(opened, program.params, config.seed, is_trained)
+    return manager, program.init_state(params), {"bad_records": 0, "plan": plan}
+  state, progress = restored
+  run_directory.check_progress(progress, config, plan, workdir)
+  logging.info("going on from step %d of %d", progress["step"], plan["steps"])
+  if progress["step"] >= plan["steps"]:
+    logging.info("%s is finished: all %d steps are done", workdir, plan["steps"])
+    state = None
+  return manager, state, progress
+
+
+def load_frozen(config, opened: source.Source, program: Program) -> dict:
+  """The parameters that stay, and what the trained ones were at first where the stage needs it."""
+  is_trained = functools.partial(optimizer.is_trained, config=config)
+  frozen = load.load_params(opened, program.params, config.seed, lambda path: not is_trained(path))
+  initial = trees.flatten(program.frozen.get("reference", {}))
+  if initial:
+    wanted = trees.unflatten(trees.flatten(program.params) | initial)
+    frozen["reference"] = load.load_params(
+      opened, wanted, config.seed, lambda path: path in initial
+    )
+  logging.info(
+    "%.1f M parameters are trained, %.1f M are frozen; %d devices (%s)",
+    trees.size(program.state.params) / 1e6,
+    trees.size(program.frozen) / 1e6,
+    jax.device_count(),
+    jax.devices()[0].device_kind,
+  )
+  return frozen
