@@ -12,12 +12,17 @@ from ml_collections import config_flags
 
 from vlalign_jax import cli, config
 from vlalign_jax.data import check, report
+from vlalign_jax.errors import InputError
 from vlalign_jax.weights import source
 
 
 def check_data(c, show: int = 0) -> list[check.Report]:
   """Checks what a config names; prints the findings."""
-  config.check(c, "sft" if c is None else c.stage)
+  stage = "sft" if c is None else c.get("stage")
+  if stage not in check.KINDS:
+    stages = ", ".join(check.KINDS)
+    raise InputError(f"this is a config of the stage {stage!r}; give one of {stages}")
+  config.check(c, stage)
   model_source = source.open_source(c.model, c.data.image_aspect)
   reports = []
   for name in ("data.train", "data.eval") if c.data.eval else ("data.train",):

@@ -179,7 +179,7 @@ def test_files(convert, tmp_path):
   source, output = str(tmp_path / "in.json"), str(tmp_path / "c.json")
   fails(["--input is missing"], convert_data.convert_data, "", output)
   fails(["--output is missing"], convert_data.convert_data, source, "")
-  fails(
-    ["x.parquet: holds no JSON", "load_dataset"], convert_data.convert_data, "x.parquet", output
-  )
+  (tmp_path / "x.parquet").touch()
+  parquet = str(tmp_path / "x.parquet")
+  fails(["x.parquet: holds no JSON", "load_dataset"], convert_data.convert_data, parquet, output)
   fails(["--input none.json: no such file; check"], convert_data.convert_data, "none.json", output)
