@@ -5,8 +5,8 @@
     --config.data.train=ranked.json --config.data.images=images
 
 Presets, and what to expect of them:
-  demo             a tiny model on drawn pictures, see scripts/demo.sh: at least 90 % of held-out pairs
-                   are scored in the right order.
+  demo             a tiny model on drawn pictures, see scripts/demo.sh: at least 90 % of held-out
+                   pairs are scored in the right order.
   llava15_7b       projector and language model of a 7B model: 110 GB (ZeRO 3) over all devices.
   llava15_7b_lora  adapters on the language model, and the projector: 15 GB.
 

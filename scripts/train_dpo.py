@@ -14,7 +14,7 @@ from vlalign_jax.losses import sums
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import dpo as steps
-from vlalign_jax.training import evaluation, loop, start
+from vlalign_jax.training import evaluation, loop, reference, start
 
 
 def train_and_evaluate(c, workdir: str) -> None:
@@ -29,6 +29,17 @@ def train_and_evaluate(c, workdir: str) -> None:
   held_out = data.prepare_eval(c, source, eval_records, blocks)
   start.check_same_data(train, held_out)
 
+  # --- The reference's part, if it is computed before the run ---
+  share, tables = start.my_share(mesh), {}
+  if c.dpo.reference == steps.CACHED:
+    sets = {"train": train} | ({"eval": held_out} if held_out else {})
+    tables = reference.log_probabilities(c, workdir, mesh, source, sets, share)
+
+  def to_device(name, rows):
+    if tables:
+      rows = reference.prepare_rows(tables[name], rows)
+    return hosts.to_device(mesh, rows)
+
   # --- The compiled functions and the shapes of what they take; nothing is allocated yet ---
   program = steps.make_program(c, source.config, mesh, train.plan.steps)
 
@@ -42,12 +53,13 @@ def train_and_evaluate(c, workdir: str) -> None:
     return program.eval_step(params, frozen, rows)
 
   # --- The loop ---
-  share = start.my_share(mesh)
   stage = loop.Stage(
     train_step=lambda state, rows: program.train_step(state, frozen, rows),
-    to_device=functools.partial(hosts.to_device, mesh),
+    to_device=functools.partial(to_device, "train"),
     count=hosts.make_counter(mesh),
-    evaluate=evaluation.make_evaluate(c, mesh, held_out, share, eval_step, sums.quotients),
+    evaluate=evaluation.make_evaluate(
+      c, mesh, held_out, share, eval_step, sums.quotients, functools.partial(to_device, "eval")
+    ),
     records=train.records,
   )
   with train.batches(start_step=progress.get("step", 0), **share) as batches:

@@ -58,14 +58,15 @@ def _is_installed(module: str) -> bool:
     return False
 
 
-def write(place: str, text: str) -> None:
-  """Writes a text file that has its old or its new content, whenever the process dies."""
+def write(place: str, content: str | bytes) -> None:
+  """Writes a file that has its old or its new content, whenever the process dies."""
+  content = content.encode() if isinstance(content, str) else content
   if is_url(place):
-    epath.Path(place).write_text(text)
+    epath.Path(place).write_bytes(content)
     return
   partial = f"{place}.partial"
-  with open(partial, "w", encoding="utf-8") as file:
-    file.write(text)
+  with open(partial, "wb") as file:
+    file.write(content)
     file.flush()
     os.fsync(file.fileno())
   os.replace(partial, place)

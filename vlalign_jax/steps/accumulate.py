@@ -17,6 +17,11 @@ def split_rows(rows, parts: int):
   return jax.tree.map(split, rows)
 
 
+def join_rows(x):
+  """The inverse of `split_rows` for one array."""
+  return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+
 def sum_gradients(
   loss, params, rows, parts: int, mesh: Mesh | None = None, constrain=lambda gradients: gradients
 ):

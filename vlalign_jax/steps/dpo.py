@@ -18,7 +18,7 @@ from vlalign_jax.losses import dpo, sums
 from vlalign_jax.models.vlm import abstract_params
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import zero
-from vlalign_jax.steps import answers, program, update
+from vlalign_jax.steps import accumulate, answers, program, update
 
 IN_STEP, CACHED = "step", "cache"
 
@@ -160,7 +160,7 @@ class Reference:
 
   Attributes:
     params: shapes of its parameters, all in model.dtype, with shardings.
-    log_probabilities: `(params, rows) -> float32[B, S, K]`.
+    log_probabilities: `(params, rows) -> (int32[B, S] examples, float32[B, S, K])`, on every host.
   """
 
   params: dict
@@ -177,8 +177,14 @@ def make_reference(config, model, mesh: Mesh) -> Reference:
   params = meshes.place(shapes, zero.shardings(mesh, shapes, split=split))
   chunking = {"mesh": mesh, "chunk": meshes.head_chunk(mesh)}
 
-  def log_probabilities(params, rows):
+  def micro_batch(params, rows):
+    rows = jax.tree.map(lambda x: meshes.constrain_rows(x, mesh), rows)
     return answers.log_probabilities(nnx.merge(graphdef, params), rows, **chunking)
 
-  place = meshes.replicated(mesh)  # small, and every host keeps all
+  def log_probabilities(params, rows):
+    parts = accumulate.split_rows(rows, config.grad_accumulation)
+    found = jax.lax.map(functools.partial(micro_batch, params), parts)
+    return rows["examples"], accumulate.join_rows(found)
+
+  place = meshes.replicated(mesh)  # a few numbers an answer
   return Reference(params, jax.jit(log_probabilities, out_shardings=place))

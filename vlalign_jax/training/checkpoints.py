@@ -24,6 +24,7 @@ from vlalign_jax.training.damage import Damaged, reading
 from vlalign_jax.training.state import TrainState
 
 DIRECTORY = "checkpoints"
+MEND = "; restore it, or move it away to use the checkpoint before"
 NEWEST, BEST = "newest", "best"
 
 

@@ -1,5 +1,6 @@
 """Evaluation during training: one pass over held-out records, summed on the devices."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -17,7 +18,7 @@ def make_evaluate(
   share: dict,
   eval_step: Callable,
   summary: Callable,
-  prepare_rows: Callable = lambda rows: rows,
+  to_device: Callable | None = None,
 ) -> Callable | None:
   """The function of a state that the loop calls, after reading all records once.
 
@@ -30,7 +31,7 @@ def make_evaluate(
     share: of `start.my_share`.
     eval_step: `(trained parameters, rows) -> values`, see `losses.sums`.
     summary: the values of all batches together -> dict of floats, what is reported.
-    prepare_rows: host batch -> host batch, before it goes to the devices.
+    to_device: host batch -> rows on the devices, for eval_step; None: `hosts.to_device`.
 
   Returns:
     `state -> dict of floats`, or None without data.
@@ -41,6 +42,7 @@ def make_evaluate(
   if prepared is None:
     return None
   count = hosts.make_counter(mesh)
+  to_device = to_device or functools.partial(hosts.to_device, mesh)
 
   def check(counts) -> int:
     bad = sum(int(found["bad_records"]) for found in jax.device_get(counts))
@@ -55,7 +57,7 @@ def make_evaluate(
     # Threads: a pool of processes takes longer to start than most evaluations take.
     with prepared.batches(workers=0, **share) as batches:
       for rows in batches:
-        rows = hosts.to_device(mesh, prepare_rows(rows))
+        rows = to_device(rows)
         counts.append(count(rows, rows.pop("skipped")))
         sums.append(eval_step(state.params, rows))
     bad = check(counts)

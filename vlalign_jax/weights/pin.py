@@ -34,14 +34,16 @@ def fingerprint(path: str) -> str:
   return digest.hexdigest()
 
 
-def _fingerprints(source: "Source") -> dict[str, str]:
-  return {path: fingerprint(path) for path in sorted({t.file for t in source.tensors.values()})}
+def _fingerprints(tensors: dict) -> dict[str, str]:
+  return {path: fingerprint(path) for path in sorted({t.file for t in tensors.values()})}
 
 
 def write(source: "Source", workdir: str) -> None:
   """Writes down what a new run starts from."""
   if jax.process_index() == 0:
-    content = {"files": _fingerprints(source), "runs": source.runs}
+    content = {"files": _fingerprints(source.tensors), "runs": source.runs}
+    if source.start:
+      content["start"] = {"files": _fingerprints(source.start.tensors), "run": source.start.run}
     storage.write(f"{workdir}/{FILE}", json.dumps(content, indent=2))
 
 
@@ -64,13 +66,18 @@ def check(source: "Source", workdir: str) -> "Source":
   try:
     then = json.loads(path.read_text())
     files, runs = then["files"], tuple((run, int(step)) for run, step in then["runs"])
+    start = source.start
+    if start:  # else a later run asks, for which all that came from there is in the checkpoints
+      files |= then["start"]["files"]
+      run = then["start"]["run"]
+      start = dataclasses.replace(start, run=run and (run[0], int(run[1])))
   except (ValueError, KeyError, TypeError) as error:
     raise InputError(f"{path}: damaged; restore it, or start in a new --workdir") from error
-  now = _fingerprints(source)
+  now = _fingerprints(source.tensors | (start.tensors if start else {}))
   changed = sorted(file for file in files | now if files.get(file) != now.get(file))
   if changed:
     raise InputError(
       f"{workdir} was started from other weights than are there now ({', '.join(changed)}); put "
       "the old ones back: the parameters that it did not train are only there"
     )
-  return dataclasses.replace(source, runs=runs)
+  return dataclasses.replace(source, runs=runs, start=start)

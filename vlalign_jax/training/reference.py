@@ -1,0 +1,135 @@
+"""The reference's log-probabilities, computed once before DPO and kept in the run directory.
+
+`RUN_DIR/reference/NAME.npz` holds one number per answer of a data set, under a fingerprint of the
+records, of how they become tokens, and of the weights. The reference is freed before training.
+"""
+
+import hashlib
+import io
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from tqdm import tqdm
+
+from vlalign_jax import storage
+from vlalign_jax.data.prepare import Prepared
+from vlalign_jax.errors import InputError
+from vlalign_jax.sharding import hosts
+from vlalign_jax.steps import dpo
+from vlalign_jax.weights import load, pin, source
+
+DIRECTORY = "reference"
+
+
+def log_probabilities(
+  config, workdir: str, mesh: jax.sharding.Mesh, opened: source.Source, data: dict, share: dict
+) -> dict[str, np.ndarray]:
+  """The reference's log-probabilities of all answers of data sets, read where they are kept.
+
+  Args:
+    config: of the run.
+    workdir: the run directory.
+    mesh: over which rows are split.
+    opened: the model that the run starts from.
+    data: name of the set -> Prepared.
+    share: of `start.my_share`.
+
+  Returns:
+    Name -> float32[N, K] by example and rank; 0 where there is no answer.
+
+  Raises:
+    InputError: what is kept there is of other data or weights, or damaged.
+  """
+  tables = {}
+  for name, prepared in data.items():
+    place = epath.Path(workdir) / DIRECTORY / f"{name}.npz"
+    key = fingerprint(opened, prepared)
+    tables[name] = _read(place, key) if place.exists() else None
+  if all(table is not None for table in tables.values()):
+    return tables
+  reference = dpo.make_reference(config, opened.config, mesh)
+  params = load.load_params(opened, reference.params, config.seed)
+  for name, prepared in data.items():
+    if tables[name] is None:
+      tables[name] = _compute(reference, params, mesh, prepared, name, share)
+      if jax.process_index() == 0:
+        _write(epath.Path(workdir) / DIRECTORY, name, fingerprint(opened, prepared), tables[name])
+  del params
+  return tables
+
+
+def prepare_rows(table: np.ndarray, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """A host batch with `reference` float32[B, S, K] for its `examples`; 0 where there is none."""
+  found = np.where(rows["answers"] >= 0, table[rows["examples"]], 0).astype(np.float32)
+  return rows | {"reference": found}
+
+
+def fingerprint(opened: source.Source, prepared: Prepared) -> str:
+  """What the numbers depend on: records, template, tokenizer and the weights' files."""
+  example = prepared.pipeline["load_example"]
+  digest = hashlib.sha256(repr(sorted(example.data.items())).encode())
+  digest.update(opened.tokenizer.backend_tokenizer.to_str().encode())
+  digest.update(repr(pin.content(opened)).encode())
+  digest.update(repr(prepared.pipeline["load_image"].blank).encode())
+  for number in np.unique(prepared.plan.examples):
+    record = example.records[int(number)]
+    digest.update(repr((record.images, record.turns, record.answers)).encode())
+  return digest.hexdigest()
+
+
+def _compute(reference, params, mesh, prepared: Prepared, name: str, share: dict) -> np.ndarray:
+  shown = np.unique(prepared.plan.examples)
+  table = np.zeros((int(shown.max()) + 1, prepared.max_answers), np.float32)
+  missing = np.zeros(len(table), bool)
+  missing[shown] = True
+  logging.info("%s: the reference's log-probabilities of %d examples", name, len(shown))
+  pending = []
+
+  def settle(keep: int) -> None:
+    while len(pending) > keep:
+      numbers, found = jax.device_get(pending.pop(0))
+      table[numbers[numbers >= 0]] = found[numbers >= 0]
+
+  with prepared.batches(workers=0, **share) as batches:
+    for step in tqdm(range(prepared.plan.steps), "reference", unit="step", delay=5):
+      rows = next(batches)
+      rows.pop("skipped")
+      of_step = _examples_of(prepared, step)
+      if missing[of_step].any():  # later epochs show them again
+        missing[of_step] = False
+        pending.append(reference.log_probabilities(params, hosts.to_device(mesh, rows)))
+        settle(2)
+      if not missing.any():
+        break
+  settle(0)
+  return table
+
+
+def _examples_of(prepared: Prepared, step: int) -> np.ndarray:
+  planned = prepared.plan
+  first, last = step * planned.rows, (step + 1) * planned.rows
+  return planned.examples[planned.offsets[first] : planned.offsets[last]]
+
+
+def _write(directory: epath.Path, name: str, key: str, table: np.ndarray) -> None:
+  directory.mkdir(parents=True, exist_ok=True)
+  content = io.BytesIO()
+  np.savez(content, fingerprint=np.array(key), log_probabilities=table)
+  storage.write(str(directory / f"{name}.npz"), content.getvalue())
+
+
+def _read(place: epath.Path, key: str) -> np.ndarray:
+  try:
+    with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as content:
+      found, table = str(content["fingerprint"]), content["log_probabilities"]
+  except (OSError, ValueError, KeyError, EOFError) as error:
+    raise InputError(f"{place}: damaged ({error}); delete it, and it is computed again") from error
+  if found != key:
+    raise InputError(
+      f"{place}: the reference's log-probabilities there are of other data, another template or "
+      "other weights than this command's; delete it to compute them again, or start in a new "
+      "--workdir"
+    )
+  return table
