@@ -1,32 +1,37 @@
 """Exports a training run as a Hugging Face directory.
 
-  python scripts/export_hf.py --checkpoint=RUN_DIR --output=HF_DIR [--dtype=bfloat16]
+  python scripts/export_hf.py --checkpoint=RUN_DIR --output=HF_DIR [--dtype=bfloat16] [--adapters]
 
 RUN_DIR stands for its newest checkpoint; RUN_DIR/checkpoints/STEP and RUN_DIR/checkpoints/best (by
 the run's config.best_metric) name others.
 
 LlavaForConditionalGeneration.from_pretrained and AutoProcessor.from_pretrained load the result.
+A LoRA run's adapters are merged into the weights. With --adapters they are written alone, for
+peft.PeftModel.from_pretrained on the model that the run started from.
 """
+
+import dataclasses
 
 import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from vlalign_jax import cli, storage
+from vlalign_jax import cli, storage, trees
 from vlalign_jax.config import DTYPES, shared
 from vlalign_jax.errors import InputError
-from vlalign_jax.models import vlm
+from vlalign_jax.models import lora, vlm
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import zero
-from vlalign_jax.training import checkpoints
-from vlalign_jax.weights import export, load, source
+from vlalign_jax.training import checkpoints, run_directory
+from vlalign_jax.weights import export, export_adapters, load, source
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "A run directory, or a checkpoint of one.")
 _OUTPUT = flags.DEFINE_string("output", "", "The directory to write; must not hold anything.")
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of the weights; default: as trained.")
+_ADAPTERS = flags.DEFINE_bool("adapters", False, "Write a LoRA run's adapters, as PEFT does.")
 
 
-def export_run(run: str, output: str, dtype: str | None) -> None:
+def export_run(run: str, output: str, dtype: str | None, adapters: bool = False) -> None:
   """Writes a checkpoint of a run, by default the newest, with the frozen weights it stands on."""
   storage.check(run, "--checkpoint")
   found = checkpoints.find_run(run) if run else None
@@ -36,18 +41,43 @@ def export_run(run: str, output: str, dtype: str | None) -> None:
     raise InputError("--output is missing: the directory to write")
   export.check_output(output)
   opened = source.open_source(ConfigDict({**shared().model, "init_from": run}))
-  param_dtype = source.run_config(found[0])["model"]["param_dtype"]
-  _, abstract = vlm.abstract_params(opened.config, param_dtype=param_dtype)
+  config = run_directory.stored_config(found[0])
+  model = opened.config
+  if adapters:
+    model = dataclasses.replace(model, lora=lora.from_group(config["lora"]))
+    if not model.lora:
+      raise InputError(f"--adapters: {run} trained no adapters; export it without")
+  _, abstract = vlm.abstract_params(model, param_dtype=config["model"]["param_dtype"])
   mesh = meshes.make_mesh(ConfigDict({"data": 1, "fsdp": -1, "tensor": 1}))
   abstract = meshes.place(abstract, zero.shardings(mesh, abstract, split=True))
-  params = load.load_params(opened, abstract)
-  export.export_model(opened, params, output, dtype=np.dtype(dtype) if dtype else None)
-  step = opened.runs[-1][1]
+  directory, step = opened.runs[-1]
+  dtype = np.dtype(dtype) if dtype else None
+  if adapters:
+    leaves = trees.flatten(abstract)
+    placement = {path: leaf.sharding for path, leaf in leaves.items()}
+    trained = checkpoints.restore_params(directory, step, leaves, placement)
+    base = _base_of(config["model"])
+    export_adapters.export_adapters(model, trained, output, base=base, dtype=dtype)
+  else:
+    export.export_model(opened, load.load_params(opened, abstract), output, dtype=dtype)
   logging.info("exported step %d of %s to %s", step, run, output)
 
 
+def _base_of(model: dict) -> str | None:
+  """The Hugging Face directory that a run's adapters belong to, if it is one."""
+  start = model["init_from"]
+  if start and not checkpoints.find_run(start):
+    return start
+  logging.info(
+    "these adapters belong to what the run started from (%s), which is no Hugging Face model; "
+    "export without --adapters for a model that needs no other",
+    start or f"{model['vision']} with {model['language']}",
+  )
+  return None
+
+
 def main(_):
-  export_run(_CHECKPOINT.value, _OUTPUT.value, _DTYPE.value)
+  export_run(_CHECKPOINT.value, _OUTPUT.value, _DTYPE.value, _ADAPTERS.value)
 
 
 if __name__ == "__main__":

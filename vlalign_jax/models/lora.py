@@ -5,6 +5,7 @@ A model is built first and adapters are attached to it, so that it is the same w
 """
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -128,6 +129,36 @@ class AdaptedLinear(nnx.Module):
       kept = jax.random.bernoulli(self.dropout_key, 1 - self.dropout, x.shape)
       x = jnp.where(kept, x / (1 - self.dropout), 0)
     return y + (x @ a * self.scale) @ b
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def merge(kernel, a, b, scale: float, sharding: jax.sharding.Sharding):
+  """The kernel with its adapter added: W + scale * A B, in float32.
+
+  Args:
+    kernel: float[..., in, out], given up; a stack's has its layers first.
+    a: float[..., in, rank].
+    b: float[..., rank, out].
+    scale: of the adapter.
+    sharding: of the result.
+
+  Returns:
+    Like the kernel.
+  """
+
+  def add(kernel, a, b):
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
+
+  if kernel.ndim == 2:
+    return jax.lax.with_sharding_constraint(add(kernel, a, b), sharding)
+
+  def add_to_layer(layer, kernel):  # one product in memory at a time
+    return kernel.at[layer].set(add(kernel[layer], a[layer], b[layer]))
+
+  merged = jax.lax.fori_loop(0, kernel.shape[0], add_to_layer, kernel)
+  return jax.lax.with_sharding_constraint(merged, sharding)
 
 
 def attach(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:

@@ -4,8 +4,11 @@ With the `mlp` projector the result is what LlavaForConditionalGeneration loads.
 name for the `linear` projector: such a model keeps the same files and names, with
 `"architectures": ["VlalignForConditionalGeneration"]` and `"projector_type": "linear"` in
 config.json and its tensors under `multi_modal_projector.linear` and `.norm`; it imports again here.
+A reward model has `score.weight` [1, D] in place of the language head, read at an answer's last
+token, and "LlavaForSequenceClassification", as transformers would call it if it had one.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -19,7 +22,9 @@ from safetensors.numpy import save_file
 from vlalign_jax import json_files, trees
 from vlalign_jax.data import jinja_template
 from vlalign_jax.errors import InputError
+from vlalign_jax.models.vlm import SCORE
 from vlalign_jax.weights import names
+from vlalign_jax.weights.hf_config import REWARD_ARCHITECTURE
 from vlalign_jax.weights.source import IMAGE_TOKEN, Source
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -59,12 +64,15 @@ def save_model_files(
   hf["vision_feature_layer"] = -1 if single else list(vision.feature_layers)
   hf["image_seq_length"] = source.config.tokens_per_image
   hf["dtype"] = hf["text_config"]["dtype"] = hf["vision_config"]["dtype"] = dtype
-  hf["architectures"] = ["LlavaForConditionalGeneration"]
-  if source.config.projector.kind != "mlp":
-    hf["architectures"] = ["VlalignForConditionalGeneration"]
+  family = "Llava" if source.config.projector.kind == "mlp" else "Vlalign"
+  hf["architectures"] = [f"{family}ForConditionalGeneration"]
+  if family == "Vlalign":
     hf["projector_type"] = source.config.projector.kind
   else:
     hf.pop("projector_type", None)
+  if source.config.head == SCORE:
+    hf["architectures"] = [f"{family}{REWARD_ARCHITECTURE}"]
+    hf["num_labels"] = 1
   json_files.write(os.path.join(directory, "config.json"), hf)
   processor = {
     "processor_class": "LlavaProcessor",
@@ -117,24 +125,46 @@ def export_model(
   Raises:
     InputError: `output` holds something already.
   """
-  check_output(output)
   flat = trees.flatten(params)
   dtype = np.dtype(dtype or next(iter(flat.values())).dtype)
-  writes = jax.process_index() == 0
-  partial = output.rstrip("/") + ".partial"
-  if writes:
+  with appearing(output) as partial:
+    if partial:
+      save_model_files(source, partial, dtype.name)
+    _save_weights(_tensors(source, flat, dtype), partial, max_shard_bytes)
+
+
+@contextlib.contextmanager
+def appearing(output: str):
+  """A directory to write to, which is called `output` once all is written.
+
+  Every process must enter; the first is given the directory, the others None.
+
+  Raises:
+    InputError: `output` holds something already.
+  """
+  check_output(output)
+  partial = output.rstrip("/") + ".partial" if jax.process_index() == 0 else None
+  if partial:
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
-    save_model_files(source, partial, dtype.name)
+  yield partial
+  if partial:
+    if os.path.isdir(output):
+      os.rmdir(output)
+    os.rename(partial, output)
+
+
+def _save_weights(tensors, directory: str | None, max_shard_bytes: int) -> None:
+  """Writes (name, tensor) pairs to shards; without a directory only takes them."""
   weight_map, shard, shard_bytes, shards = {}, {}, 0, []
 
   def flush():
     name = f"shard-{len(shards)}"
-    if writes:
-      save_file(shard, os.path.join(partial, name), metadata={"format": "pt"})
+    if directory:
+      save_file(shard, os.path.join(directory, name), metadata={"format": "pt"})
     shards.append((name, list(shard)))
 
-  for name, tensor in _tensors(source, flat, dtype):
+  for name, tensor in tensors:
     if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
       flush()
       shard, shard_bytes = {}, 0
@@ -142,11 +172,8 @@ def export_model(
     shard_bytes += tensor.nbytes
     weight_map[name] = tensor.nbytes
   flush()
-  if writes:
-    _name_shards(partial, shards, sum(weight_map.values()))
-    if os.path.isdir(output):
-      os.rmdir(output)
-    os.rename(partial, output)
+  if directory:
+    _name_shards(directory, shards, sum(weight_map.values()))
 
 
 def _name_shards(directory: str, shards: list[tuple[str, list[str]]], total: int) -> None:
@@ -163,8 +190,18 @@ def _name_shards(directory: str, shards: list[tuple[str, list[str]]], total: int
 
 
 def _tensors(source: Source, flat, dtype: np.dtype):
-  """(name, tensor) one at a time, each gathered from its devices when asked for."""
-  for name in names.names_of(source.config):
+  """(name, tensor) of a whole model, one at a time."""
+  for name, tensor in gather(names.names_of(source.config), flat, dtype):
+    yield names.exported(name), tensor
+  width = source.config.vision.width
+  for part, value in (("weight", 1), ("bias", 0)):
+    name = names.exported(f"vision.post_layernorm.{part}")
+    yield name, np.full((width,), value, dtype)
+
+
+def gather(table: list[names.Name], flat, dtype: np.dtype):
+  """(canonical name, tensor) one at a time, each gathered from its devices when asked for."""
+  for name in table:
     param = flat[name.path]
     layers = range(param.shape[0]) if name.stacked else (None,)
     for layer in layers:
@@ -172,8 +209,4 @@ def _tensors(source: Source, flat, dtype: np.dtype):
       if not local.is_fully_addressable:
         local = multihost_utils.process_allgather(local, tiled=True)
       tensor = names.to_tensor(name.kind, np.asarray(local).astype(dtype, copy=False))
-      yield names.exported(name.tensor.format(layer)), np.ascontiguousarray(tensor)
-  width = source.config.vision.width
-  for part, value in (("weight", 1), ("bias", 0)):
-    name = names.exported(f"vision.post_layernorm.{part}")
-    yield name, np.full((width,), value, dtype)
+      yield name.tensor.format(layer), np.ascontiguousarray(tensor)

@@ -13,6 +13,8 @@ from vlalign_jax.models.rope import ROPE_KINDS, RopeConfig
 
 LANGUAGE_TYPES = ("llama",)
 VISION_TYPES = ("clip_vision_model",)
+# How transformers ends the names of models with a linear map to scores instead of a language head.
+REWARD_ARCHITECTURE = "ForSequenceClassification"
 
 
 def read_config(directory: str):
@@ -122,6 +124,11 @@ def language_config(hf, where: str, *, tied: bool, vocab_size: int) -> LanguageC
     mlp_bias=hf.mlp_bias,
     activation=_check_activation(hf.hidden_act, where),
   )
+
+
+def is_reward_model(hf: LlavaConfig) -> bool:
+  """Whether a model gives scores, as `weights.export` says it in config.json."""
+  return any(name.endswith(REWARD_ARCHITECTURE) for name in hf.architectures or ())
 
 
 def parts_of(hf: LlavaConfig, where: str) -> tuple[VisionConfig, ProjectorConfig, LanguageConfig]:

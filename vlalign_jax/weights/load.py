@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
-from vlalign_jax.models import vlm
+from vlalign_jax.models import lora, vlm
 from vlalign_jax.training import checkpoints
-from vlalign_jax.weights import names
+from vlalign_jax.weights import names, peft, runs
 from vlalign_jax.weights.source import Source
 from vlalign_jax.weights.tensors import Tensor
 
@@ -52,7 +52,7 @@ def resolve(source: Source, shapes: dict[str, tuple[int, ...]]) -> dict[str, Ent
     InputError: names all missing, unexpected and wrongly shaped tensors.
   """
   config, wrong, used, entries = source.config, [], set(), {}
-  assembled = bool(source.fresh)
+  assembled = source.assembled
   for name in names.names_of(config):
     if name.path.startswith(source.fresh):
       continue
@@ -113,31 +113,32 @@ def load_params(
   placement = {path: leaf.sharding for path, leaf in leaves.items()}
   entries = resolve(source, {path: leaf.shape for path, leaf in leaves.items()})
   _check_tied(source)
+  from_peft = _start_entries(source)
   leaves = {path: leaf for path, leaf in leaves.items() if wanted(path)}
-  loaded = _from_runs(source, leaves, placement)
+  loaded, merges = runs.restore(source, leaves, placement)
+  if source.start and source.start.run:
+    loaded |= checkpoints.restore_params(*source.start.run, leaves, placement)
+  loaded = {path: param for path, param in loaded.items() if path not in from_peft}
+  entries |= from_peft
   rows = source.config.language.vocab_size
   # The largest tensors first: what reading one takes beside it adds to the least then.
   by_size = sorted(entries, key=lambda path: -math.prod(entries[path].tensors[0].shape))
   for path in by_size:
     if path in leaves and path not in loaded:
       loaded[path] = _place(leaves[path], placement[path], entries[path], rows)
-  fresh = [path for path in leaves if path not in loaded]
+  for path, added in merges.items():
+    for a, b, scale in added:
+      loaded[path] = lora.merge(loaded[path], a, b, scale, placement[path])
+  fresh = {path: leaf for path, leaf in leaves.items() if path not in loaded}
   if fresh:
-    dtype = leaves[fresh[0]].dtype
-
-    def init(key):
-      params = trees.flatten(vlm.init_params(source.config, key, param_dtype=dtype)[1])
-      return {path: params[path] for path in fresh}
-
-    init = jax.jit(init, out_shardings={path: placement[path] for path in fresh})
-    loaded |= init(jax.random.key(seed))
+    loaded |= _init(source.config, fresh, placement, seed)
   return trees.unflatten({path: loaded[path] for path in leaves})
 
 
 def _check_tied(source: Source) -> None:
   """A stored head that differs from the embedding it is said to be tied to would be lost."""
   head = source.tensors.get("language.lm_head.weight")
-  if head is None or not source.config.language.tied_embeddings or source.fresh:
+  if head is None or not source.config.language.tied_embeddings or source.assembled:
     return
   embedding = source.tensors["language.embed_tokens.weight"]
   if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read()):
@@ -147,10 +148,30 @@ def _check_tied(source: Source) -> None:
     )
 
 
-def _from_runs(source: Source, leaves, placement) -> dict[str, jax.Array]:
+def _start_entries(source: Source) -> dict[str, Entry]:
+  """path -> Entry of what a PEFT directory gives."""
+  tensors = source.start.tensors if source.start else {}
+  entries = {}
+  if tensors:
+    for name in [*peft.names_of(source.config), *names.names_of(source.config)]:
+      if name.tensor.format(0) in tensors:
+        layers = names.layers_of(name, source.config)
+        entries[name.path] = Entry(name, tuple(tensors[name.tensor.format(i)] for i in layers))
+  return entries
+
+
+def _init(config: vlm.ModelConfig, leaves, placement, seed: int) -> dict[str, jax.Array]:
+  """Fresh parameters, drawn in the dtype that they are kept in."""
   loaded = {}
-  for directory, step in source.runs:
-    loaded |= checkpoints.restore_params(directory, step, leaves, placement)
+  for dtype in sorted({leaf.dtype for leaf in leaves.values()}, key=str):
+    paths = [path for path, leaf in leaves.items() if leaf.dtype == dtype]
+
+    def init(key, dtype=dtype, paths=paths):
+      params = trees.flatten(vlm.init_params(config, key, param_dtype=dtype)[1])
+      return {path: params[path] for path in paths}
+
+    init = jax.jit(init, out_shardings={path: placement[path] for path in paths})
+    loaded |= init(jax.random.key(seed))
   return loaded
 
 

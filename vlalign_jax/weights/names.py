@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from vlalign_jax.models.vlm import ModelConfig
+from vlalign_jax.models.vlm import SCORE, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,9 @@ def _language(config: ModelConfig) -> list[Name]:
     Name(f"{ours}/mlp_norm/scale", f"{theirs}.post_attention_layernorm.weight"),
     Name("language/norm/scale", "language.norm.weight"),
   ]
-  if not language.tied_embeddings:
+  if config.head == SCORE:
+    names.append(Name("score/kernel", "score.weight", "transposed"))
+  elif not language.tied_embeddings:
     names.append(Name("language/head/kernel", "language.lm_head.weight", "vocabulary_transposed"))
   return names
 
@@ -96,6 +98,11 @@ def _language(config: ModelConfig) -> list[Name]:
 def names_of(config: ModelConfig) -> list[Name]:
   """Every parameter of the model, each once."""
   return _vision(config) + _projector(config) + _language(config)
+
+
+def layers_of(name: Name, config: ModelConfig) -> range:
+  """The numbers that stand for "{}" in a tensor's name; one if it is not stacked."""
+  return range(getattr(config, name.path.split("/", 1)[0]).layers if name.stacked else 1)
 
 
 _CANONICAL = (
@@ -133,11 +140,17 @@ def is_unused(tensor: str, config: ModelConfig) -> bool:
   layer = re.match(r"^vision\.encoder\.layers\.(\d+)\.", tensor)
   if layer:
     return int(layer.group(1)) >= config.vision.layers
-  return tensor == "language.lm_head.weight" and config.language.tied_embeddings
+  headless = config.language.tied_embeddings or config.head == SCORE
+  return tensor == "language.lm_head.weight" and headless
 
 
 def exported(tensor: str) -> str:
-  """The name in the layout that LlavaForConditionalGeneration of any version reads."""
+  """The name in the layout that LlavaForConditionalGeneration of any version reads.
+
+  The score head, which that class lacks, is called as in transformers' sequence classifiers.
+  """
+  if tensor == "score.weight":
+    return tensor
   for ours, theirs in (
     ("vision.", "vision_tower.vision_model."),
     ("projector.", "multi_modal_projector."),

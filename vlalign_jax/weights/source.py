@@ -5,23 +5,24 @@ found without reading weights; `weights.load` then reads them.
 """
 
 import dataclasses
-import json
 import os
 
-from etils import epath
 from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedTokenizerBase
 
-from vlalign_jax import storage
+from vlalign_jax import storage, trees
 from vlalign_jax.data.images import ImagePreprocessor
 from vlalign_jax.errors import InputError
+from vlalign_jax.models import lora, vlm
 from vlalign_jax.models.projector import PROJECTORS
-from vlalign_jax.models.vlm import ModelConfig
+from vlalign_jax.models.vlm import LANGUAGE, SCORE, ModelConfig
 from vlalign_jax.training import checkpoints, run_directory
-from vlalign_jax.weights import hf_config, pin, tensors
+from vlalign_jax.weights import adapters, hf_config, pin, tensors
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# What a run's stage trains; the others train what speaks.
+HEADS = {"reward": SCORE}
 # Vocabulary sizes of new models are multiples of this, so that they split over devices.
 VOCABULARY_MULTIPLE = 64
 
@@ -38,7 +39,9 @@ class Source:
     images: turns pictures into the tower's pixels.
     tensors: canonical name -> tensor in a file.
     fresh: parameter path prefixes that start from random weights.
-    runs: run directories with the checkpoint step to take trained parameters from, oldest first.
+    runs: run directories with the checkpoint step to take trained parameters from, oldest first;
+      adapters among these are merged into the weights.
+    start: what the adapters of `config` start from, if they are not fresh.
   """
 
   config: ModelConfig
@@ -49,13 +52,71 @@ class Source:
   tensors: dict[str, tensors.Tensor]
   fresh: tuple[str, ...] = ()
   runs: tuple[tuple[str, int], ...] = ()
+  start: adapters.Start | None = None
+
+  @property
+  def assembled(self) -> bool:
+    """Whether it is made of two towers, whose vocabulary may be smaller than the model's."""
+    return "projector/" in self.fresh
 
 
-def absolute_paths(model) -> None:
-  """Makes the paths of a `model` group independent of where the run is started from."""
-  for key in ("init_from", "vision", "language"):
-    if model[key]:
-      model[key] = storage.absolute(model[key])
+def absolute_paths(config) -> None:
+  """Makes the paths of a run's models independent of where the run is started from."""
+  for group, keys in (("model", ("init_from", "vision", "language")), ("lora", ("init_from",))):
+    for key in keys:
+      if config[group][key]:
+        config[group][key] = storage.absolute(config[group][key])
+
+
+def open_for(config) -> Source:
+  """The model that a training run starts from, with the head that its stage trains.
+
+  Args:
+    config: of the run: stage, `model`, `lora` and data.image_aspect.
+
+  Raises:
+    InputError: as `open_source`; or a policy is to be trained from a reward model.
+  """
+  opened = open_source(config.model, config.data.image_aspect)
+  opened = _with_head(opened, HEADS.get(config.stage, LANGUAGE), config.model.init_from)
+  model = dataclasses.replace(opened.config, lora=lora.from_group(config.lora))
+  if model.lora:
+    lora.check_targets(model.lora, trees.flatten(vlm.abstract_params(opened.config)[1]))
+  return dataclasses.replace(opened, config=model, start=adapters.open_start(config, model))
+
+
+def check_head(opened: Source, head: str, key: str, where: str) -> None:
+  """Refuses a reward model where a policy is wanted, and the reverse.
+
+  Args:
+    opened: the model.
+    head: what it must have, one of models.vlm's LANGUAGE and SCORE.
+    key: the config key that names it.
+    where: the directory that it names.
+
+  Raises:
+    InputError: it has the other head.
+  """
+  if opened.config.head == head:
+    return
+  if head == LANGUAGE:
+    raise InputError(
+      f"{key}={where} is a reward model, which scores and does not speak; name a policy: a LLaVA "
+      "directory, or a run of sft or dpo"
+    )
+  raise InputError(
+    f"{key}={where} is a policy, which has no score head; name a reward model: a run of "
+    "scripts/train_reward.py or its export"
+  )
+
+
+def _with_head(opened: Source, head: str, where: str) -> Source:
+  if opened.config.head == SCORE or head == LANGUAGE:
+    check_head(opened, head, "model.init_from", where)
+    return opened
+  # A reward model begins as a policy with a head of its own.
+  config = dataclasses.replace(opened.config, head=SCORE)
+  return dataclasses.replace(opened, config=config, fresh=(*opened.fresh, "score/"))
 
 
 def open_source(model, aspect: str = "auto") -> Source:
@@ -140,6 +201,7 @@ def _model_config(
     image_mean=tuple(images.mean),
     image_std=tuple(images.std),
     rescale_factor=images.rescale_factor,
+    head=SCORE if hf_config.is_reward_model(hf) else LANGUAGE,
   )
 
 
@@ -241,9 +303,10 @@ def _assemble(model, aspect: str) -> Source:
 
 
 def _open_run(directory: str, which: str, aspect: str) -> Source:
-  config = run_config(directory)
+  config = run_directory.stored_config(directory)
   base = open_source(_Group(config["model"]), aspect)
   base = pin.check(base, directory)
+  base = _with_head(base, HEADS.get(config["stage"], LANGUAGE), config["model"]["init_from"])
   files = storage.local(f"{directory}/model")
   step = checkpoints.find_step(directory, which, config["best_metric"])
   return dataclasses.replace(
@@ -252,19 +315,6 @@ def _open_run(directory: str, which: str, aspect: str) -> Source:
     images=ImagePreprocessor.from_directory(files, aspect),
     runs=(*base.runs, (directory, step)),
   )
-
-
-def run_config(directory: str) -> dict:
-  """The config of a run directory; keys that its version did not know have their defaults.
-
-  Raises:
-    InputError: its config.json is missing or damaged.
-  """
-  path = epath.Path(directory) / "config.json"
-  try:
-    return run_directory.with_defaults(json.loads(path.read_text()))
-  except (OSError, ValueError, KeyError) as error:
-    raise InputError(f"{path}: no readable config of a run: {error}") from error
 
 
 class _Group(dict):

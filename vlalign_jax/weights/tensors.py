@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 
 import numpy as np
 import safetensors
@@ -61,11 +62,21 @@ def find_tensors(directory: str) -> dict[str, Tensor]:
   """
   tensors = {}
   for path in _files(directory):
-    try:
-      with safetensors.safe_open(path, "numpy") as file:
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-          shape = tuple(file.get_slice(name).get_shape())
-          tensors[names.canonical(name)] = Tensor(path, name, shape)
-    except safetensors.SafetensorError as error:
-      raise InputError(f"{path}: damaged or cut off ({error}); copy it again") from error
+    tensors |= read_headers(path, names.canonical)
   return tensors
+
+
+def read_headers(path: str, canonical: Callable[[str], str]) -> dict[str, Tensor]:
+  """The tensors of one file by canonical name.
+
+  Raises:
+    InputError: the file is damaged or cut off.
+  """
+  try:
+    with safetensors.safe_open(path, "numpy") as file:
+      return {
+        canonical(name): Tensor(path, name, tuple(file.get_slice(name).get_shape()))
+        for name in file.keys()  # noqa: SIM118 (not a dict)
+      }
+  except safetensors.SafetensorError as error:
+    raise InputError(f"{path}: damaged or cut off ({error}); copy it again") from error

@@ -1,0 +1,138 @@
+"""Where a run's adapters start from: a PEFT directory or a LoRA run, and what came beside them."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from vlalign_jax import storage, trees
+from vlalign_jax.errors import InputError
+from vlalign_jax.models import lora, vlm
+from vlalign_jax.training import checkpoints, optimizer, run_directory
+from vlalign_jax.weights import names, peft
+from vlalign_jax.weights.tensors import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """Adapters, and parameters that were trained whole beside them; one of both is empty.
+
+  Attributes:
+    tensors: canonical name -> tensor of a PEFT directory.
+    run: a run directory with the checkpoint step to take all that it trained from.
+  """
+
+  tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+  run: tuple[str, int] | None = None
+
+
+def open_start(config, model: vlm.ModelConfig) -> Start | None:
+  """Opens what `lora.init_from` names; reads configs and headers only.
+
+  Args:
+    config: of the run that the adapters are for.
+    model: with the run's adapters.
+
+  Returns:
+    None if `lora.init_from` is empty.
+
+  Raises:
+    InputError: it is missing or damaged; its adapters sit elsewhere, have another rank or count
+      otherwise than the run's; or it brings parameters that the run does not train.
+  """
+  where = config.lora.init_from
+  if not where:
+    return None
+  storage.check(where, "lora.init_from")
+  shapes = trees.flatten(vlm.abstract_params(model)[1])
+  own = {path: model.lora.rank_of(path) for path in lora.linear_maps(shapes)}
+  own = {path: (rank, model.lora.scale(rank)) for path, rank in own.items() if rank}
+  if run := checkpoints.find_run(where):
+    start, found, beside = _open_run(*run, shapes)
+  else:
+    start, found, beside = _open_peft(where, model)
+  _compare(found, own, where)
+  unknown = sorted(path for path in beside if path not in shapes)
+  if unknown:
+    raise InputError(
+      f"lora.init_from={where}: {', '.join(unknown)} came beside its adapters, and this model has "
+      "nothing such; export that model merged, and name it as model.init_from"
+    )
+  frozen = sorted(path for path in beside if not optimizer.is_trained(path, config))
+  if frozen:
+    raise InputError(
+      f"lora.init_from={where}: {', '.join(frozen)} were trained beside its adapters, and this run "
+      "would not train them; set config.train.projector or config.train.embeddings to true"
+    )
+  return start
+
+
+def _compare(found: dict, own: dict, where: str) -> None:
+  """Both: path of a linear map -> (rank of its adapter, what it counts)."""
+  wrong = [f"{path}: no adapter there" for path in own if path not in found]
+  for path, (rank, scale) in found.items():
+    if path not in own:
+      wrong.append(f"{path}: an adapter there, none by lora.targets")
+    elif rank != own[path][0]:
+      wrong.append(f"{path}: rank {rank} there, {own[path][0]} by lora.rank or lora.vision_rank")
+    elif abs(scale / own[path][1] - 1) > 1e-6:
+      wrong.append(
+        f"{path}: counts {scale:g} there, {own[path][1]:g} by lora.alpha and lora.rank_stabilised"
+      )
+  if wrong:
+    raise InputError(
+      f"lora.init_from={where}: its adapters are not as config.lora says; mend the config:\n  "
+      + "\n  ".join(wrong)
+    )
+
+
+def _open_run(directory: str, which: str, shapes):
+  config = ConfigDict(run_directory.stored_config(directory))
+  ranks = lora.from_group(config.lora)
+  if ranks is None:
+    raise InputError(
+      f"lora.init_from={directory} is a run without adapters; name it as model.init_from"
+    )
+  step = checkpoints.find_step(directory, which, config.best_metric)
+  trained = checkpoints.trained_paths(directory, step)
+  places = [path.removesuffix("/lora_a") for path in trained if path.endswith("/lora_a")]
+  found = {path: (ranks.rank_of(path), ranks.scale(ranks.rank_of(path))) for path in places}
+  beside = [path for path in trained if not lora.is_adapter(path)]
+  return Start(run=(directory, step)), found, beside
+
+
+def _open_peft(directory: str, model: vlm.ModelConfig):
+  config, tensors = peft.read_config(directory), peft.find_tensors(directory)
+  table = peft.names_of(dataclasses.replace(model, lora=_everywhere(model)))
+  adapters, wholes = (
+    {name.tensor.format(i): name for name in part for i in names.layers_of(name, model)}
+    for part in (table, names.names_of(model))
+  )
+  found, beside, used, wrong = {}, set(), {}, []
+  for canonical, tensor in tensors.items():
+    if canonical in adapters:
+      used[canonical] = tensor
+      path, kind = adapters[canonical].path.rsplit("/", 1)
+      if kind == "lora_a" and len(tensor.shape) == 2:
+        rank = tensor.shape[0]
+        module = peft.module_name(canonical.removesuffix(".lora_A.weight"))
+        here = (rank, peft.scale(config, module, rank))
+        if found.setdefault(path, here) != here:
+          wrong.append(f"{tensor.name}: rank or scale is not that of the layers before")
+    elif canonical in wholes:
+      used[canonical] = tensor
+      beside.add(wholes[canonical].path)
+    elif not names.is_unused(canonical, model):
+      wrong.append(f"unexpected {tensor.name} {tensor.shape}")
+  for path in found:  # each of all layers, and both halves
+    pairs = [name for name in table if name.path.rsplit("/", 1)[0] == path]
+    missing = [n.tensor.format(i) for n in pairs for i in names.layers_of(n, model)]
+    wrong += [f"missing {peft.PREFIX}{peft.module_name(n)}" for n in missing if n not in used]
+  if wrong:
+    raise InputError(
+      f"lora.init_from={directory}: these are not adapters of this model:\n  " + "\n  ".join(wrong)
+    )
+  return Start(tensors=used), found, beside
+
+
+def _everywhere(model: vlm.ModelConfig) -> lora.LoraConfig:
+  return dataclasses.replace(model.lora, rank=1, vision_rank=1, targets="")
