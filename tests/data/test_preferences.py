@@ -34,7 +34,7 @@ def records(tmp_path):
 
 def make_config(model, train, stage="reward", **overrides):
   config = configs.defaults(stage)
-  settings = {"model.init_from": str(model), "data.train": train, "data.max_length": 512}
+  settings = {"model.init_from": str(model), "data.train": train, "data.max_length": 640}
   for key, value in (settings | {"batch_size": 8, "epochs": 1.0} | overrides).items():
     group, _, name = key.rpartition(".")
     (config[group] if group else config)[name] = value
@@ -137,7 +137,7 @@ def test_what_is_left_out_is_counted_in_the_log(model, tmp_path, records, caplog
   assert (
     "data.train: 16 records; 2 skipped, fewer than two of their answers are left;"
     f" {kept} answers of the others, at most 5 of one; left out: 2 answers equal to a better one,"
-    f" 1 empty, {1 + sizes[3]} that do not fit data.max_length=512"
+    f" 1 empty, {1 + sizes[3]} that do not fit data.max_length=640"
   ) in caplog.text
 
 
