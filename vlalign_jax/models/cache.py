@@ -24,8 +24,8 @@ class Cache(NamedTuple):
 
   prompt_keys: jax.Array  # [L, B, K, S, D]
   prompt_values: jax.Array  # [L, B, K, S, D]
-  keys: jax.Array  # [L, B, N, K, M, D], of the samples' own tokens
-  values: jax.Array  # [L, B, N, K, M, D]
+  keys: jax.Array  # [L, B, K, N, M, D], of the samples' own tokens
+  values: jax.Array  # [L, B, K, N, M, D]
 
 
 def extend(prompt_keys, prompt_values, samples: int, tokens: int, mesh: Mesh | None) -> Cache:
@@ -38,7 +38,7 @@ def extend(prompt_keys, prompt_values, samples: int, tokens: int, mesh: Mesh | N
     mesh: over which B and K are split.
   """
   L, B, K, _, D = prompt_keys.shape
-  empty = jnp.zeros((L, B, samples, K, tokens, D), prompt_keys.dtype)
+  empty = jnp.zeros((L, B, K, samples, tokens, D), prompt_keys.dtype)
   return _placed(Cache(prompt_keys, prompt_values, empty, empty), mesh)
 
 
@@ -46,7 +46,8 @@ def append(cache: Cache, newest, step, mesh: Mesh | None) -> Cache:
   """The cache with keys and values [L, B, N, K, D] of the samples' token number `step`."""
 
   def put(held, new):
-    return jax.lax.dynamic_update_slice_in_dim(held, new[:, :, :, :, None], step, axis=4)
+    new = new.swapaxes(2, 3)[:, :, :, :, None]
+    return jax.lax.dynamic_update_slice_in_dim(held, new, step, axis=4)
 
   keys, values = newest
   return _placed(cache._replace(keys=put(cache.keys, keys), values=put(cache.values, values)), mesh)
@@ -55,10 +56,9 @@ def append(cache: Cache, newest, step, mesh: Mesh | None) -> Cache:
 def _placed(cache: Cache, mesh: Mesh | None) -> Cache:
   if mesh is None:
     return cache
-  heads = "tensor" if cache.keys.shape[3] % tensor_size(mesh) == 0 else None
-  prompt, own = PartitionSpec(None, ROWS, heads), PartitionSpec(None, ROWS, None, heads)
-  places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), Cache(prompt, prompt, own, own))
-  return jax.lax.with_sharding_constraint(cache, places)
+  heads = "tensor" if cache.keys.shape[2] % tensor_size(mesh) == 0 else None
+  place = NamedSharding(mesh, PartitionSpec(None, ROWS, heads))
+  return jax.lax.with_sharding_constraint(cache, place)
 
 
 def attend(query, key, value, cache: Cache, prompt_lengths, step, mesh: Mesh | None):
@@ -78,27 +78,30 @@ def attend(query, key, value, cache: Cache, prompt_lengths, step, mesh: Mesh | N
   B, N, H, D = query.shape
   K, S = cache.prompt_keys.shape[1:3]
   M = cache.keys.shape[3]
-  query = query.reshape(B, N, K, H // K, D)
+  G = H // K
+  query = query.reshape(B, N, K, G, D).swapaxes(1, 2)
+  key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
 
   def product(equation, *arrays):
     return jnp.einsum(equation, *arrays, preferred_element_type=jnp.float32)
 
-  of_prompt = product("BNKGD,BKSD->BNKGS", query, cache.prompt_keys)
-  of_earlier = product("BNKGD,BNKMD->BNKGM", query, cache.keys)
-  of_itself = product("BNKGD,BNKD->BNKG", query, key)[..., None]
-  in_prompt = jnp.arange(S) < prompt_lengths[:, None, None, None, None]
-  of_prompt = jnp.where(in_prompt, of_prompt, _HIDDEN)
+  # All samples of a prompt go through one product with its keys, Q = N * G.
+  of_prompt = product("BKQD,BKSD->BKQS", query.reshape(B, K, N * G, D), cache.prompt_keys)
+  in_prompt = jnp.arange(S) < prompt_lengths[:, None, None, None]
+  of_prompt = jnp.where(in_prompt, of_prompt, _HIDDEN).reshape(B, K, N, G, S)
+  of_earlier = product("BKNGD,BKNMD->BKNGM", query, cache.keys)
   of_earlier = jnp.where(jnp.arange(M) < step, of_earlier, _HIDDEN)
+  of_itself = product("BKNGD,BKND->BKNG", query, key)[..., None]
   scores = jnp.concatenate([of_prompt, of_earlier, of_itself], axis=-1) * D**-0.5
   weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
   total = jnp.sum(weights, axis=-1, keepdims=True)
   weights = weights.astype(value.dtype)
-  mixed = (
-    product("BNKGS,BKSD->BNKGD", weights[..., :S], cache.prompt_values)
-    + product("BNKGM,BNKMD->BNKGD", weights[..., S:-1], cache.values)
-    + product("BNKG,BNKD->BNKGD", weights[..., -1], value)
-  )
-  mixed = (mixed / total).astype(query.dtype).reshape(B, N, H, D)
+  of_prompt = weights[..., :S].reshape(B, K, N * G, S)
+  of_prompt = product("BKQS,BKSD->BKQD", of_prompt, cache.prompt_values)
+  of_earlier = product("BKNGM,BKNMD->BKNGD", weights[..., S:-1], cache.values)
+  of_itself = weights[..., -1:].astype(jnp.float32) * value[:, :, :, None]
+  mixed = (of_prompt.reshape(B, K, N, G, D) + of_earlier + of_itself) / total
+  mixed = mixed.astype(query.dtype).swapaxes(1, 2).reshape(B, N, H, D)
   return constrain_tensor(mixed, mesh, axis=2)
 
 

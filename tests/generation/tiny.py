@@ -1,0 +1,72 @@
+"""A tiny float32 LLaVA on both sides, prompts for it, and transformers' answers."""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from tests import checkpoints, reference
+from vlalign_jax.data.encode import Example
+from vlalign_jax.models import vlm
+
+# Text tokens and pictures of each prompt: several, none, one twice; lengths differ.
+PROMPTS = (
+  (5, ("0.png",)),
+  (9, ("1.png", "2.png")),
+  (23, ()),
+  (1, ()),
+  (7, ("2.png", "0.png", "2.png")),
+)
+LENGTH, IMAGES = 48, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+  directory: str
+  torch_model: torch.nn.Module
+  config: vlm.ModelConfig
+  graphdef: object
+  params: dict
+  pictures: dict[str, np.ndarray]
+  prompts: tuple[Example, ...]
+
+  def rows(self, prompts=None, length: int = LENGTH, empty: int = 0):
+    """A batch of one prompt a row, and `empty` rows that only pad."""
+    prompts = self.prompts if prompts is None else prompts
+    layout = [[prompt] for prompt in prompts] + [[]] * empty
+    return reference.make_rows(self.config, layout, self.pictures, length, IMAGES)
+
+  def torch_inputs(self, prompt: Example, answer=()) -> dict:
+    """What the torch model takes of one prompt, and an answer."""
+    tokens = torch.tensor(np.concatenate([prompt.tokens, answer]))[None].long()
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if prompt.images:
+      shown = [self.pictures[path] for path in prompt.images]
+      inputs["pixel_values"] = reference.pixel_values(self.config, shown)
+    return inputs
+
+  def torch_answer(self, prompt: Example, **options) -> list[int]:
+    """transformers' greedy answer, its stop token included."""
+    inputs = self.torch_inputs(prompt)
+    found = self.torch_model.generate(**inputs, do_sample=False, pad_token_id=0, **options)
+    return found[0, inputs["input_ids"].shape[1] :].tolist()
+
+  def torch_log_probabilities(self, prompt: Example, answer) -> np.ndarray:
+    """float32[M, V], of what follows the prompt and each token of the answer but the last."""
+    with torch.no_grad():
+      logits = self.torch_model(**self.torch_inputs(prompt, answer)).logits[0]
+    found = torch.log_softmax(logits[len(prompt.tokens) - 1 : -1], dim=-1)
+    return found.numpy()
+
+
+def make(directory: str) -> Tiny:
+  torch_model = checkpoints.make_llava(directory)
+  torch_model.generation_config.eos_token_id = None  # tests say what ends an answer
+  opened, graphdef, params = reference.open_model(directory)
+  config = opened.config
+  prompts = tuple(
+    reference.make_example(config, length, images, seed)
+    for seed, (length, images) in enumerate(PROMPTS)
+  )
+  pictures = reference.make_pictures(3, config.vision.image_size)
+  return Tiny(directory, torch_model, config, graphdef, params, pictures, prompts)
