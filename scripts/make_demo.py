@@ -4,6 +4,8 @@
 
 writes DIR/train.json, DIR/eval.json (other pictures), DIR/images/*.png and DIR/model, a directory
 in the layout of LlavaForConditionalGeneration with a tokenizer trained on the set's own words.
+DIR/preferences_train.json and DIR/preferences_eval.json are about the same pictures: a question
+with its right answer, a wrong one, and often an answer to another question, ranked in this order.
 """
 
 import json
@@ -53,6 +55,14 @@ CORNERS = {
   "bottom right": (1, 1),
 }
 
+VALUES = {"color": tuple(COLORS), "count": NUMBERS, "corner": tuple(CORNERS)}
+QUESTIONS = {
+  "color": ("What color are the discs?", "Which color do you see?"),
+  "count": ("How many discs are there?", "Count the discs."),
+  "corner": ("Where are the discs?", "Which corner are the discs in?"),
+}
+ANSWERS = {"color": "They are {}.", "count": "There are {}.", "corner": "In the {} corner."}
+
 
 def draw_scene(rng: random.Random) -> tuple[Image.Image, dict[str, str]]:
   """A picture of some discs in one corner, and what there is to say about it."""
@@ -72,25 +82,27 @@ def draw_scene(rng: random.Random) -> tuple[Image.Image, dict[str, str]]:
 
 def question_about(kind: str, scene: dict[str, str], rng: random.Random) -> tuple[str, str]:
   """A question of a kind, in one of two wordings, with its answer."""
-  return {
-    "color": (
-      rng.choice(["What color are the discs?", "Which color do you see?"]),
-      f"They are {scene['color']}.",
-    ),
-    "count": (
-      rng.choice(["How many discs are there?", "Count the discs."]),
-      f"There are {scene['count']}.",
-    ),
-    "corner": (
-      rng.choice(["Where are the discs?", "Which corner are the discs in?"]),
-      f"In the {scene['corner']} corner.",
-    ),
-  }[kind]
+  return rng.choice(QUESTIONS[kind]), ANSWERS[kind].format(scene[kind])
 
 
-def make_split(name: str, size: int, output: str, rng: random.Random) -> list[dict]:
-  """Draws pictures and writes them with one record each, of one to three turns."""
-  records = []
+def ranked_answers(kind: str, scene: dict[str, str], rng: random.Random) -> list[str]:
+  """The right answer, a wrong one, and in two of three cases one that is to another question."""
+  wrong = rng.choice([value for value in VALUES[kind] if value != scene[kind]])
+  answers = [ANSWERS[kind].format(scene[kind]), ANSWERS[kind].format(wrong)]
+  if rng.random() < 2 / 3:
+    other = rng.choice([other for other in ANSWERS if other != kind])
+    answers.append(ANSWERS[other].format(scene[other]))
+  return answers
+
+
+def make_split(
+  name: str, size: int, output: str, rng: random.Random, ranks: random.Random
+) -> list[dict]:
+  """Draws pictures and writes them with one record each, of one to three turns.
+
+  Of each there is a record with ranked answers besides.
+  """
+  records, preferences = [], []
   for number in range(size):
     image, scene = draw_scene(rng)
     path = f"{name}_{number:05d}.png"
@@ -105,8 +117,21 @@ def make_split(name: str, size: int, output: str, rng: random.Random) -> list[di
         {"from": "gpt", "value": answer},
       ]
     records.append({"id": f"{name}-{number}", "image": path, "conversations": turns})
-  with open(os.path.join(output, f"{name}.json"), "w", encoding="utf-8") as file:
-    json.dump(records, file, indent=1)
+    kind = ranks.choice(list(QUESTIONS))
+    question, answers = question_about(kind, scene, ranks)[0], ranked_answers(kind, scene, ranks)
+    preferences.append(
+      {
+        "id": f"{name}-{number}",
+        "image": path,
+        "conversations": [
+          {"from": "human", "value": f"<image>\n{question}"},
+          {"from": "gpt", "value": answers},
+        ],
+      }
+    )
+  for file_name, content in ((name, records), (f"preferences_{name}", preferences)):
+    with open(os.path.join(output, f"{file_name}.json"), "w", encoding="utf-8") as file:
+      json.dump(content, file, indent=1)
   return records
 
 
@@ -179,8 +204,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast, output: str, seed: int) -> No
 def main(_):
   output, rng = _OUTPUT.value, random.Random(_SEED.value)
   os.makedirs(os.path.join(output, "images"), exist_ok=True)
-  records = make_split("train", _TRAIN.value, output, rng)
-  make_split("eval", _EVAL.value, output, rng)
+  ranks = random.Random(_SEED.value + 1)
+  records = make_split("train", _TRAIN.value, output, rng, ranks)
+  make_split("eval", _EVAL.value, output, rng, ranks)
   # Trained on the texts as the model will see them: the template's own words become few tokens.
   plain, texts = train_tokenizer([]), []
   for record in records:

@@ -72,7 +72,7 @@ def save_model_files(
     hf.pop("projector_type", None)
   if source.config.head == SCORE:
     hf["architectures"] = [f"{family}{REWARD_ARCHITECTURE}"]
-    hf["num_labels"] = 1
+    hf["id2label"], hf["label2id"] = {"0": "score"}, {"score": 0}
   json_files.write(os.path.join(directory, "config.json"), hf)
   processor = {
     "processor_class": "LlavaProcessor",
