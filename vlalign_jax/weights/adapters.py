@@ -11,6 +11,9 @@ from vlalign_jax.training import checkpoints, optimizer, run_directory
 from vlalign_jax.weights import names, peft
 from vlalign_jax.weights.tensors import Tensor
 
+# Learning-rate group of a parameter -> the key of `train` that moves it.
+KEYS = {"embeddings": "embeddings", "projector": "projector"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Start:
@@ -59,11 +62,23 @@ def open_start(config, model: vlm.ModelConfig) -> Start | None:
     )
   frozen = sorted(path for path in beside if not optimizer.is_trained(path, config))
   if frozen:
+    keys = {f"config.train.{KEYS.get(optimizer.group_of(path), 'language')}" for path in frozen}
     raise InputError(
       f"lora.init_from={where}: {', '.join(frozen)} were trained beside its adapters, and this run "
-      "would not train them; set config.train.projector or config.train.embeddings to true"
+      f"would not train them; set {' and '.join(sorted(keys))} to true"
     )
+  _check_shapes(start, model, shapes, where)
   return start
+
+
+def _check_shapes(start: Start, model: vlm.ModelConfig, shapes, where: str) -> None:
+  wrong = []
+  for name in [*peft.names_of(model), *names.names_of(model)]:
+    expected = names.tensor_shape(name.kind, shapes[name.path].shape[name.stacked :])
+    found = [start.tensors.get(name.tensor.format(i)) for i in names.layers_of(name, model)]
+    wrong += [f"{t.name} is {t.shape}, not {expected}" for t in found if t and t.shape != expected]
+  if wrong:
+    raise InputError(f"lora.init_from={where}: adapters of another model:\n  " + "\n  ".join(wrong))
 
 
 def _compare(found: dict, own: dict, where: str) -> None:

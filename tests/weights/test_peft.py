@@ -1,0 +1,312 @@
+"""LoRA runs out to Hugging Face and PEFT and in again, and adapters that cannot be taken."""
+
+import json
+import logging
+import os
+import shutil
+import types
+import warnings
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from scripts import export_hf, train_sft
+from tests import adapters, checkpoints, reference, sft_run
+from vlalign_jax import trees
+from vlalign_jax.errors import InputError
+from vlalign_jax.training import checkpoints as run_checkpoints
+from vlalign_jax.weights import export_adapters, load, pin, source
+
+LORA = {"rank": 4, "vision_rank": 2, "alpha": 6.0, "rank_stabilised": True}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A LoRA run with its projector and embedding trained beside, exported both ways."""
+  root = tmp_path_factory.mktemp("lora_run")
+  checkpoints.make_llava(root / "llava")
+  records = sft_run.make_records(str(root), 4)
+  data = sft_run.write_json(root / "train.json", records)
+  config = sft_run.make_config(
+    str(root / "llava"),
+    data,
+    **{f"lora.{key}": value for key, value in LORA.items()},
+    **{"lora.dropout": 0.1, "train.embeddings": True, "optim.learning_rate": 3e-2, "epochs": 2.0},
+    **{"model.dtype": "float32"},
+  )
+  train_sft.train_and_evaluate(config, str(root / "run"))
+  export_hf.export_run(str(root / "run"), str(root / "merged"), None)
+  export_hf.export_run(str(root / "run"), str(root / "peft"), None, adapters=True)
+  return types.SimpleNamespace(
+    root=root, llava=str(root / "llava"), run=str(root / "run"), peft=str(root / "peft"), data=data
+  )
+
+
+def config_for(run, init_from: str = "", **keys):
+  """As `adapters.config_for`, for a run that trains what `run` did."""
+  config = adapters.config_for(run.llava, init_from=init_from, **(LORA | keys))
+  config.train.embeddings = True
+  return config
+
+
+def open_model(run, init_from: str):
+  opened = source.open_for(config_for(run, init_from))
+  return opened, *reference.load_all(opened)
+
+
+def example_rows(config):
+  pictures = reference.make_pictures(2, config.vision.image_size)
+  example = reference.make_example(config, 20, tuple(pictures))
+  rows = reference.make_rows(config, [[example]], pictures, len(example.tokens), 2)
+  return example, pictures, rows
+
+
+def torch_logits(model, config):
+  example, pictures, _ = example_rows(config)
+  with torch.no_grad():
+    return reference.torch_logits(model.eval(), config, example, pictures).numpy()
+
+
+def our_logits(config, graphdef, params):
+  return reference.logits(graphdef, params, example_rows(config)[2])[0]
+
+
+def trained_of(run: str, opened) -> dict:
+  """Path -> array of a run's checkpoint."""
+  _, abstract = reference.vlm.abstract_params(opened.config)
+  leaves = trees.flatten(abstract)
+  place = reference.meshes.replicated(
+    reference.meshes.make_mesh(reference.defaults("sft").mesh, jax.devices()[:1])
+  )
+  step = run_checkpoints.find_step(run, "newest", "eval/loss")
+  return run_checkpoints.restore_params(run, step, leaves, dict.fromkeys(leaves, place))
+
+
+def on_hugging_face(model: str, adapter: str):
+  """PeftModel of the two directories, after checking that nothing was amiss or remarked on."""
+  base = transformers.LlavaForConditionalGeneration.from_pretrained(model)
+  with warnings.catch_warnings():
+    warnings.simplefilter("error", UserWarning)
+    return peft.PeftModel.from_pretrained(base, adapter)
+
+
+def test_only_adapters_and_what_is_named_are_in_the_checkpoint(run):
+  opened = source.open_for(adapters.config_for(run.llava, **LORA))
+  trained = trained_of(run.run, opened)
+  parts = {path.split("/")[0] if "lora_" not in path else "adapter" for path in trained}
+  assert parts == {"adapter", "projector", "language"}
+  assert [path for path in trained if path.startswith("language") and "lora_" not in path] == [
+    "language/embedding/embedding"
+  ]
+
+
+def test_hugging_face_says_what_we_say(run):
+  opened, graphdef, params = open_model(run, run.run)
+  ours = our_logits(opened.config, graphdef, params)
+  merged, merged_graphdef, merged_params = reference.open_model(str(run.root / "merged"))
+  original = transformers.LlavaForConditionalGeneration.from_pretrained(run.llava)
+  adapted = on_hugging_face(run.llava, run.peft)
+  found = {
+    "adapters": torch_logits(adapted, opened.config),
+    "adapters merged by peft": torch_logits(adapted.merge_and_unload(), opened.config),
+    "merged": torch_logits(
+      transformers.LlavaForConditionalGeneration.from_pretrained(run.root / "merged"),
+      opened.config,
+    ),
+    "merged, here": our_logits(merged.config, merged_graphdef, merged_params),
+  }
+  for name, logits in found.items():
+    assert reference.relative_error(logits, ours) < 1e-5, name
+  assert reference.relative_error(torch_logits(original, opened.config), ours) > 0.1
+
+
+def test_what_is_exported_imports_with_the_same_bits(run):
+  opened, _, params = open_model(run, run.peft)
+  trained = trained_of(run.run, opened)
+  found = trees.flatten(params)
+  assert any("lora_b" in path for path in trained)
+  for path, array in trained.items():
+    np.testing.assert_array_equal(found[path], array, err_msg=path)
+  _, again = reference.load_all(source.open_for(config_for(run, run.run)))
+  for path, array in trees.flatten(again).items():
+    np.testing.assert_array_equal(found[path], array, err_msg=path)
+
+
+def test_adapters_on_adapters(run, tmp_path):
+  """A LoRA run from a LoRA run: the first's are in the weights, the second's are its own."""
+  config = sft_run.make_config(
+    run.run, run.data, **{"lora.rank": 2, "train.projector": False, "train.vision": False}
+  )
+  config.steps = 2
+  train_sft.train_and_evaluate(config, str(tmp_path / "second"))
+  export_hf.export_run(str(tmp_path / "second"), str(tmp_path / "peft"), None, adapters=True)
+  merged, graphdef, params = reference.open_model(str(tmp_path / "second"))
+  ours = our_logits(merged.config, graphdef, params)
+  adapted = on_hugging_face(str(run.root / "merged"), str(tmp_path / "peft"))
+  assert reference.relative_error(torch_logits(adapted, merged.config), ours) < 1e-5
+
+
+def test_pinned_adapters(run, tmp_path):
+  """A resumed run finds the adapters it started from, or says that they are others."""
+  copied = str(tmp_path / "peft")
+  shutil.copytree(run.peft, copied)
+  opened = source.open_for(config_for(run, copied))
+  os.makedirs(tmp_path / "run" / "model")
+  pin.write(opened, str(tmp_path / "run"))
+  assert pin.check(opened, str(tmp_path / "run")) == opened
+  tensors = load_file(os.path.join(copied, "adapter_model.safetensors"))
+  save_file(
+    {name: 2 * tensor for name, tensor in tensors.items()}, copied + "/adapter_model.safetensors"
+  )
+  with pytest.raises(InputError, match="other weights than are there now .*adapter_model"):
+    pin.check(opened, str(tmp_path / "run"))
+  of_run = source.open_for(config_for(run, run.run))
+  pin.write(of_run, str(tmp_path / "run"))
+  assert pin.check(of_run, str(tmp_path / "run")).start == of_run.start
+
+
+def test_a_score_head_beside_adapters(run, tmp_path):
+  config = adapters.config_for(run.llava, **LORA)
+  config.stage = "reward"
+  opened = source.open_for(config)
+  _, params = reference.load_all(opened)
+  flat = trees.flatten(params)
+  kept = {path: array for path, array in flat.items() if "lora_" in path or "score/" in path}
+  export_adapters.export_adapters(opened.config, kept, str(tmp_path / "peft"))
+  config.lora.init_from = str(tmp_path / "peft")
+  _, again = reference.load_all(source.open_for(config), seed=5)
+  for path in kept:
+    np.testing.assert_array_equal(trees.flatten(again)[path], kept[path], err_msg=path)
+  with pytest.raises(InputError, match="score.weight"):
+    source.open_for(adapters.config_for(run.llava, init_from=str(tmp_path / "peft"), **LORA))
+
+  class Scoring(transformers.LlavaForConditionalGeneration):
+    def __init__(self, hf):
+      super().__init__(hf)
+      self.score = torch.nn.Linear(hf.text_config.hidden_size, 1, bias=False)
+
+  logging.getLogger("transformers").setLevel(logging.ERROR)
+  scoring = peft.PeftModel.from_pretrained(Scoring.from_pretrained(run.llava), tmp_path / "peft")
+  head = scoring.base_model.model.score.modules_to_save["default"].weight
+  np.testing.assert_array_equal(head.detach().numpy().T, flat["score/kernel"])
+
+
+def test_projector_with_adapters_and_trained_whole(run, tmp_path):
+  keys = LORA | {"targets": "/layers/|projector"}
+  opened, graphdef, params = adapters.open_model(run.llava, **keys)
+  params = trees.map_paths(lambda path, x: x + 0.1 if path.endswith("lora_b") else x, params)
+  flat = trees.flatten(params)
+  kept = {path: x for path, x in flat.items() if "lora_" in path or "projector" in path}
+  export_adapters.export_adapters(opened.config, kept, str(tmp_path / "peft"))
+  adapted = on_hugging_face(run.llava, str(tmp_path / "peft"))
+  ours = our_logits(opened.config, graphdef, params)
+  assert reference.relative_error(torch_logits(adapted, opened.config), ours) < 1e-5
+
+
+@pytest.mark.parametrize(
+  ("path", "tied", "message"),
+  [
+    ("language/norm/scale", False, "language/norm/scale was trained whole.*without --adapters"),
+    ("language/embedding/embedding", True, "output head too.*without --adapters"),
+  ],
+)
+def test_what_peft_has_no_place_for(path, tied, message, tmp_path):
+  checkpoints.make_llava(tmp_path / "llava", text={"tie_word_embeddings": tied})
+  opened = source.open_for(adapters.config_for(tmp_path / "llava", rank=2))
+  with pytest.raises(InputError, match=message):
+    export_adapters.export_adapters(opened.config, {path: None}, str(tmp_path / "out"))
+  assert not os.path.exists(tmp_path / "out")
+
+
+def break_config(**keys):
+  def mend(directory):
+    path = os.path.join(directory, "adapter_config.json")
+    with open(path, encoding="utf-8") as file:
+      content = json.load(file)
+    sft_run.write_json(path, content | keys)
+
+  return mend
+
+
+def break_tensors(change):
+  def mend(directory):
+    path = os.path.join(directory, "adapter_model.safetensors")
+    save_file(change(load_file(path)), path)
+
+  return mend
+
+
+QUERY = "base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_A.weight"
+BAD = {
+  "DoRA": (break_config(use_dora=True), {}, "use_dora = true: only plain LoRA"),
+  "bias": (break_config(bias="all"), {}, 'bias = "all": only plain LoRA'),
+  "PiSSA": (break_config(init_lora_weights="pissa"), {}, "init_lora_weights"),
+  "another method": (break_config(peft_type="IA3"), {}, "peft_type is 'IA3'; only LORA"),
+  "no rank": (break_config(r=None), {}, "r is None; mend it"),
+  "no config": (lambda d: os.remove(d + "/adapter_config.json"), {}, "is no PEFT directory"),
+  "no tensors": (lambda d: os.remove(d + "/adapter_model.safetensors"), {}, "as safetensors"),
+  "cut off": (
+    lambda d: os.truncate(d + "/adapter_model.safetensors", 500),
+    {},
+    "damaged or cut off",
+  ),
+  "a layer is missing": (
+    break_tensors(lambda found: {name: x for name, x in found.items() if name != QUERY}),
+    {},
+    "missing base_model.*layers.1.self_attn.q_proj.lora_A",
+  ),
+  "a tensor that is none of ours": (
+    break_tensors(
+      lambda found: found | {"base_model.model.model.other.weight": found[QUERY].clone()}
+    ),
+    {},
+    r"unexpected base_model.model.model.other.weight",
+  ),
+  "another shape": (
+    break_tensors(lambda found: found | {QUERY: found[QUERY][:, :-1].contiguous()}),
+    {},
+    r"layers.1.self_attn.q_proj.lora_A.weight is \(4, 31\), not \(4, 32\)",
+  ),
+  "another rank": (None, {"rank": 8}, "query: rank 4 there, 8 by lora.rank"),
+  "another scale": (None, {"alpha": 3.0}, "query: counts 3 there, 1.5 by lora.alpha"),
+  "fewer targets": (None, {"targets": "/attention/"}, "mlp/up: an adapter there, none by"),
+  "more targets": (None, {"targets": "/layers/|projector"}, "projector/first: no adapter there"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_adapters_that_do_not_fit(name, run, tmp_path):
+  change, keys, message = BAD[name]
+  directory = str(tmp_path / "peft")
+  shutil.copytree(run.peft, directory)
+  if change:
+    change(directory)
+  config = config_for(run, directory, **keys)
+  with pytest.raises(InputError, match=message):
+    load.check_weights(source.open_for(config))
+
+
+def test_adapters_with_a_projector_that_would_stay(run):
+  for where in (run.peft, run.run):
+    config = config_for(run, where)
+    config.train.projector = False
+    with pytest.raises(
+      InputError, match=r"projector/first/kernel.*set config.train.projector to true"
+    ):
+      source.open_for(config)
+
+
+def test_runs_without_adapters(run, tmp_path):
+  shutil.copytree(run.run, tmp_path / "plain")
+  config = json.loads((tmp_path / "plain" / "config.json").read_text())
+  config["lora"] |= {"rank": 0, "vision_rank": 0}
+  sft_run.write_json(tmp_path / "plain" / "config.json", config)
+  with pytest.raises(InputError, match="is a run without adapters; name it as model.init_from"):
+    source.open_for(adapters.config_for(run.llava, init_from=str(tmp_path / "plain"), **LORA))
+  with pytest.raises(InputError, match="trained no adapters; export it without"):
+    export_hf.export_run(str(tmp_path / "plain"), str(tmp_path / "out"), None, adapters=True)
