@@ -6,6 +6,7 @@ import pytest
 
 from tests import sft_run
 from tests.bad_inputs.failing import fails, saved_steps
+from vlalign_jax.data import prepare
 from vlalign_jax.data import sft as data
 from vlalign_jax.errors import InputError
 from vlalign_jax.training import loop
@@ -74,7 +75,7 @@ def test_too_many_unreadable_pictures_of_the_evaluation(
   settings = {"data.eval": held_out, "data.on_bad_record": "skip"}
   fails(expected, train, records[:12], **settings)
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
-  monkeypatch.setattr(data.Prepared, "read", lambda *_, **__: [])
+  monkeypatch.setattr(prepare.Prepared, "read", lambda *_, **__: [])
   fails(expected, train, records[:12], **settings)
   assert saved_steps(tmp_path) == [2, 3]  # nothing is lost but the evaluation
   lines = sft_run.read_metrics(tmp_path / "run")
