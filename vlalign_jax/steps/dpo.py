@@ -37,8 +37,12 @@ def _log_probabilities(graphdef, reference_graphdef, params, frozen, rows, rando
   if "vision" not in params and rows["images"].shape[1]:  # both look through the same tower
     rows = rows | {"vision_features": policy.vision_features(rows["images"])}
   model = nnx.merge(reference_graphdef, trees.merge(reference, frozen))
-  found = answers.log_probabilities(policy, rows | random(policy), **options)
-  return found, jax.lax.stop_gradient(answers.log_probabilities(model, rows, **options))
+  initial = jax.lax.stop_gradient(answers.log_probabilities(model, rows, **options))
+  # One after the other: side by side, the two hold the activations of both, and on CPUs each
+  # other's threads in collectives that never complete.
+  params, rows, initial = jax.lax.optimization_barrier((params, rows, initial))
+  policy = nnx.merge(graphdef, trees.merge(params, frozen))
+  return answers.log_probabilities(policy, rows | random(policy), **options), initial
 
 
 def _loss_arguments(found, rows):
