@@ -28,6 +28,8 @@ SPLIT = {
   "stage 1, tensor": {"optimizer": 4, "trained": 2, "frozen": 2},
   "stage 3, frozen": {"optimizer": 4, "trained": 4, "frozen": 4},
   "stage 3, tensor, frozen": {"optimizer": 4, "trained": 4, "frozen": 8},
+  # One half of each adapter is split over tensor, too.
+  "stage 3, tensor, adapters": {"optimizer": 6, "trained": 6, "frozen": 8},
 }
 
 
@@ -50,7 +52,8 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("name", SPLIT)
 def test_numbers_are_those_of_one_device(name, runs):
   found = runs[name]
-  one = runs["one device, frozen" if name.endswith("frozen") else "one device"]
+  kind = name.rpartition(", ")[2]
+  one = runs[f"one device, {kind}" if kind in ("frozen", "adapters") else "one device"]
   assert one["loss"][2] < one["loss"][0]
   for key in ("loss", "grad_norm"):
     np.testing.assert_allclose(found[key], one[key], rtol=1e-5, err_msg=key)

@@ -5,16 +5,19 @@ python -m tests.sharding.zero_steps MODEL_DIRECTORY
 Writes one JSON object: run -> losses, gradient norms, and what share of the bytes one device holds.
 """
 
+import dataclasses
 import functools
 import json
 import re
 import sys
 
 import jax
+import jax.numpy as jnp
 
 from tests import reference
 from vlalign_jax import trees
 from vlalign_jax.config import defaults
+from vlalign_jax.models import lora
 from vlalign_jax.sharding import hosts, rules
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import sft
@@ -23,7 +26,7 @@ from vlalign_jax.weights import load, source
 
 STEPS, ROWS, LENGTH = 10, 16, 52
 # Name -> (data, fsdp, tensor, ZeRO stage, micro-batches, whether the language model is trained,
-# whether the optimizer's state is kept by the host).
+# whether the optimizer's state is kept by the host, the rank of adapters).
 RUNS = {
   "one device": (1, 1, 1, 0, 1, True, False),
   "stage 0": (2, 4, 1, 0, 1, True, False),
@@ -35,6 +38,8 @@ RUNS = {
   "one device, frozen": (1, 1, 1, 0, 1, False, False),
   "stage 3, frozen": (2, 4, 1, 3, 2, False, False),
   "stage 3, tensor, frozen": (1, 4, 2, 3, 1, False, False),
+  "one device, adapters": (1, 1, 1, 0, 1, True, False, 4),
+  "stage 3, tensor, adapters": (1, 4, 2, 3, 1, True, False, 4),
 }
 
 
@@ -70,6 +75,19 @@ def moved(program: str) -> list[list[int]]:
   return shapes
 
 
+def merged(program, trained, frozen, config) -> dict:
+  """Two kernels with their adapters merged, in the places that they have on the mesh."""
+  found = {}
+  for path in ("language/layers/attention/out", "vision/layers/mlp/up"):
+    flat = trees.flatten(trees.merge(trained, frozen))
+    kernel = jnp.copy(flat[f"{path}/kernel"])
+    a, b = (flat[f"{path}/{name}"] for name in lora.NAMES)
+    result = lora.merge(kernel, a, b, config.scale(a.shape[-1]), kernel.sharding)
+    assert result.sharding == trees.flatten(program.params)[f"{path}/kernel"].sharding
+    found[path] = result
+  return {"merged": found}
+
+
 def run(
   opened,
   data: int,
@@ -79,10 +97,14 @@ def run(
   accumulation: int,
   language: bool,
   offload: bool,
+  rank: int = 0,
 ) -> dict:
   c = defaults("sft")
   c.mesh.update(data=data, fsdp=fsdp, tensor=tensor, zero_stage=stage, offload_optimizer=offload)
   c.train.language = language
+  c.lora.update(rank=rank, vision_rank=rank, dropout=0.1)
+  model = dataclasses.replace(opened.config, lora=lora.from_group(c.lora))
+  opened = dataclasses.replace(opened, config=model)
   c.grad_accumulation = accumulation
   c.model.update(dtype="float32", remat="none")
   c.optim.update(learning_rate=3e-3, warmup=0.0, weight_decay=0.1)
@@ -97,7 +119,10 @@ def run(
   for _ in range(STEPS):
     state, metrics = step(state, frozen, rows)
     logged.append(jax.device_get(metrics))
-  trained = trees.flatten(jax.device_get(state.params))
+  trained = state.params
+  if rank:
+    trained = trained | merged(program, trained, frozen, model.lora)
+  trained = trees.flatten(jax.device_get(trained))
   return {
     "loss": [float(metrics["loss"]) for metrics in logged],
     "grad_norm": [float(metrics["grad_norm"]) for metrics in logged],
