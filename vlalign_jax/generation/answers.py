@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import jax
 import numpy as np
@@ -49,6 +49,7 @@ def generate_answers(
   mesh: Mesh,
   *,
   gather: bool = False,
+  done: Collection[int] = (),
 ) -> Iterator[Answer]:
   """Answers records, a batch of prompts of like lengths after the other.
 
@@ -63,6 +64,8 @@ def generate_answers(
     sampling: what is asked for; without stop tokens, those of model and template end an answer.
     mesh: over which prompts are split.
     gather: see `generate.generate`.
+    done: numbers of records that need no answers any more. The others are batched as they would be
+      with these, so that a run that goes on gives the very answers of one that was not broken off.
 
   Yields:
     All answers to a record after each other. Records whose prompt is longer than `data.max_length`
@@ -88,10 +91,21 @@ def generate_answers(
     lambda rows, length: log_memory(source.config, sampling, rows, length, config.model.dtype, mesh)
   )
   streams = np.array([_stream(record) for record in records], np.int32)
-  pending = None
-  with prepared.batches(workers=0, blocks=share.blocks, block_count=share.count) as batches:
-    for step, rows in enumerate(batches):
-      plan = prepared.plan
+  plan, pending = prepared.plan, None
+  everyone = [
+    prompts.record_numbers(plan, step, tuple(range(share.count)), share.count)
+    for step in range(plan.steps)
+  ]
+  done = np.array([-1, *done])
+  wanted = [np.where(np.isin(numbers, done), -1, numbers) for numbers in everyone]
+  needed = [step for step, numbers in enumerate(wanted) if numbers.max() >= 0]
+  if not needed:
+    return
+  options = {"start_step": needed[0], "blocks": share.blocks, "block_count": share.count}
+  with prepared.batches(workers=0, **options) as batches:
+    for step, rows in enumerate(batches, start=needed[0]):
+      if wanted[step].max() < 0:
+        continue
       numbers = prompts.record_numbers(plan, step, share.blocks, share.count)
       rows["prompts"] = np.where(numbers < 0, 0, streams[numbers])
       if not plan.row_images[step * plan.rows : (step + 1) * plan.rows].any():
@@ -103,8 +117,7 @@ def generate_answers(
       running = program(params, rows, streams_of_rows, config.seed)
       if pending is not None:
         yield from _read(source, *pending)
-      everyone = prompts.record_numbers(plan, step, tuple(range(share.count)), share.count)
-      pending = everyone, running
+      pending = wanted[step], running
   yield from _read(source, *pending)
 
 
@@ -119,7 +132,7 @@ def _read(source: Source, numbers: np.ndarray, generated: Generated) -> Iterator
   generated = jax.device_get(generated)
   for row, record in enumerate(numbers):
     for sample, length in enumerate(generated.lengths[row]):
-      if not length:  # a row that pads
+      if record < 0 or not length:  # nothing is wanted, or the row pads
         continue
       tokens = generated.tokens[row, sample, :length]
       yield Answer(

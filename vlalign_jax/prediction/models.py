@@ -1,0 +1,66 @@
+"""Models that only predict: opened, checked, and loaded in the dtype that they compute in."""
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from vlalign_jax import config as configs
+from vlalign_jax import trees
+from vlalign_jax.models import vlm
+from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.sharding import zero
+from vlalign_jax.training import checkpoints, run_directory
+from vlalign_jax.weights import load, source
+
+
+def open_model(where: str, key: str, head: str, aspect: str) -> source.Source:
+  """Opens a model directory or a run, whose adapters are merged into the weights.
+
+  Args:
+    where: the directory.
+    key: the config key that names it.
+    head: what it must have, one of models.vlm's LANGUAGE and SCORE.
+    aspect: see ImagePreprocessor.
+
+  Raises:
+    InputError: it cannot be used, or has the other head.
+  """
+  opened = source.open_source(ConfigDict({**configs.shared().model, "init_from": where}), aspect)
+  source.check_head(opened, head, key, where)
+  load.check_weights(opened)
+  return opened
+
+
+def trained_template(where: str) -> str | None:
+  """The template that a run was trained with; None for a Hugging Face directory."""
+  run = checkpoints.find_run(where)
+  return run_directory.stored_config(run[0])["data"]["template"] if run else None
+
+
+def check_template(where: str, template: str) -> None:
+  """Warns where a run was trained with another template than it is now asked in."""
+  trained = trained_template(where)
+  if trained not in (None, template):
+    logging.warning(
+      "%s was trained with config.data.template=%s, and is asked with %s", where, trained, template
+    )
+
+
+def load_model(opened: source.Source, dtype: str, mesh: jax.sharding.Mesh):
+  """(graphdef, params split over `fsdp` and `tensor`), all in `dtype`.
+
+  Raises:
+    InputError: the model's heads do not divide over the mesh, or a file cannot be read.
+  """
+  meshes.check_heads(mesh, opened.config.language.heads, opened.config.language.kv_heads)
+  graphdef, shapes = vlm.abstract_params(opened.config, dtype=dtype, param_dtype=dtype, mesh=mesh)
+  shapes = meshes.place(shapes, zero.shardings(mesh, shapes, split=True))
+  params = load.load_params(opened, shapes)
+  logging.info(
+    "%.1f M parameters in %s; %d devices (%s)",
+    trees.size(params) / 1e6,
+    dtype,
+    mesh.size,
+    mesh.local_devices[0].device_kind,
+  )
+  return graphdef, params

@@ -1,0 +1,121 @@
+"""The configuration of prediction: all keys with their defaults, and their checks."""
+
+from ml_collections import ConfigDict
+
+from vlalign_jax import config as configs
+from vlalign_jax import storage
+from vlalign_jax.errors import InputError
+from vlalign_jax.generation.sampling import Sampling
+
+STAGE = "predict"
+GENERATE, LOG_PROBABILITIES, REWARD = "generate", "logprobs", "reward"
+MODES = (GENERATE, LOG_PROBABILITIES, REWARD)
+_NAMES = ("max_new_tokens", "num_samples", "repetition_penalty", "min_new_tokens", "temperature")
+
+
+def defaults() -> ConfigDict:
+  """All keys of prediction; those that training has too mean the same."""
+  shared = configs.shared()
+  c = ConfigDict()
+  c.stage = STAGE
+  c.mode = GENERATE
+  c.seed = shared.seed  # of sampling
+  c.batch_size = 16  # records at a time, over all devices
+  c.reward_model = ""  # scores what is generated: a run of train_reward.py or its export
+  c.gallery = 100  # records that gallery.html shows
+
+  c.model = ConfigDict()
+  c.model.init_from = ""  # a LLaVA directory or a run directory
+  c.model.dtype = shared.model.dtype
+
+  c.generation = ConfigDict()
+  c.generation.max_new_tokens = 256
+  c.generation.num_samples = 1  # answers to each record; best-of-n with a reward model
+  c.generation.temperature = 0.0  # 0: always the likeliest token
+  c.generation.top_k = 0  # 0: all
+  c.generation.top_p = 1.0
+  c.generation.repetition_penalty = 1.0
+  c.generation.min_new_tokens = 0
+  # Ids or tokens, comma-separated; empty: those of the template and of the model.
+  c.generation.stop_tokens = ""
+  # Bring parameters that are split over fsdp together once a batch, and not at every token.
+  c.generation.gather = False
+
+  c.data = ConfigDict()
+  names = ("eval", "eval_samples", "images", "template", "max_length", "max_images")
+  for name in (*names, "image_aspect", "blank_images", "pack", "workers", "on_bad_record"):
+    c.data[name] = shared.data[name]
+
+  c.mesh = ConfigDict()
+  for name in ("data", "fsdp", "tensor"):  # parameters are split over fsdp
+    c.mesh[name] = shared.mesh[name]
+  return c
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses a config with unknown keys, or with values that make no sense; paths become absolute.
+
+  Raises:
+    InputError: names the first such key and the mend.
+  """
+  if config is None:
+    raise InputError("--config is missing: --config=configs/predict.py")
+  configs.check_keys(config, defaults())
+  if config.stage != STAGE:
+    raise InputError(f"this is a config of the stage {config.stage!r}, not {STAGE!r}")
+  choices = {
+    "mode": MODES,
+    "model.dtype": configs.DTYPES,
+    "data.on_bad_record": ("error", "skip"),
+  }
+  at_least = {
+    "batch_size": 1,
+    "gallery": 0,
+    "data.max_length": 2,
+    "data.max_images": 0,
+    "data.workers": 0,
+  }
+  configs.check_choices(config, choices)
+  configs.check_at_least(config, at_least)
+  for key, what in (
+    ("model.init_from", "a Hugging Face directory or a run directory"),
+    ("data.eval", "LLaVA-format JSON files"),
+  ):
+    if not configs.value(config, key):
+      raise InputError(f"config.{key} is empty; name {what}")
+  if config.reward_model and config.mode != GENERATE:
+    raise InputError(
+      f"config.reward_model scores what is generated, and config.mode is {config.mode!r}; to score "
+      'given answers, name the reward model in config.model.init_from with config.mode="reward"'
+    )
+  config.model.init_from = storage.absolute(config.model.init_from)
+  if config.reward_model:
+    config.reward_model = storage.absolute(config.reward_model)
+
+
+def sampling(config: ConfigDict, tokenizer) -> Sampling:
+  """What the config's `generation` group asks for.
+
+  Raises:
+    InputError: a stop token is none of the tokenizer's.
+  """
+  group = config.generation
+  stops = [entry.strip() for entry in group.stop_tokens.split(",")] if group.stop_tokens else []
+  return Sampling(
+    stop_tokens=tuple(_token_id(stop, tokenizer) for stop in stops),
+    top_k=group.top_k,
+    top_p=group.top_p,
+    **{name: group[name] for name in _NAMES},
+  )
+
+
+def _token_id(stop: str, tokenizer) -> int:
+  if stop.isdecimal():
+    return int(stop)
+  vocabulary = tokenizer.get_vocab()
+  if stop not in vocabulary:
+    raise InputError(
+      f"config.generation.stop_tokens has {stop!r}, which is no token of the model's tokenizer; "
+      "give its tokens or their ids, comma-separated"
+    )
+  return vocabulary[stop]
