@@ -73,6 +73,12 @@ BAD_VALUES = {
   "optim.b2": (1.0, "it must be from 0 to below 1"),
   "optim.grad_clip": (-0.5, "at least 0"),
   "mesh.zero_stage": (4, "choose from 0, 1, 2, 3"),
+  "lora.rank": (-1, "at least 0"),
+  "lora.vision_rank": (-1, "at least 0"),
+  "lora.dropout": (1.0, "it must be from 0 to below 1"),
+  "lora.alpha": (0.0, "it must be above 0"),
+  "lora.targets": ("query(", "is 'query(', no regular expression: missing )"),
+  "lora.init_from": ("adapters", "config.lora.rank is 0; set it to the adapters' rank"),
 }
 
 
@@ -145,3 +151,4 @@ def test_nothing_to_train():
   with pytest.raises(InputError, match="nothing to train: set one of config.train.vision"):
     config.check(_usable(**parts), "sft")
   config.check(_usable(**parts, **{"train.embeddings": True}), "sft")
+  config.check(_usable(**parts, **{"lora.vision_rank": 4}), "sft")
