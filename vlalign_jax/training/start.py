@@ -96,8 +96,8 @@ def load_frozen(config, opened: source.Source, program: Program) -> dict:
   """The parameters that stay, and what the trained ones were at first where the stage needs it."""
   is_trained = functools.partial(optimizer.is_trained, config=config)
   frozen = load.load_params(opened, program.params, config.seed, lambda path: not is_trained(path))
-  initial = trees.flatten(program.frozen.get("reference", {}))
-  if initial:
+  if "reference" in program.frozen:  # nothing in it if only adapters are trained
+    initial = trees.flatten(program.frozen["reference"])
     wanted = trees.unflatten(trees.flatten(program.params) | initial)
     frozen["reference"] = load.load_params(
       opened, wanted, config.seed, lambda path: path in initial

@@ -1,0 +1,158 @@
+"""Reward models and DPO as whole runs: resumed exactly, and the reference's numbers kept."""
+
+import functools
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from configs import dpo as dpo_presets
+from configs import reward as reward_presets
+from scripts import train_dpo, train_reward
+from tests import checkpoints, sft_run
+from vlalign_jax.errors import InputError
+
+STEPS = 6
+TIMING = ("tokens_per_second", "examples_per_second")
+SCRIPTS = {"reward": (train_reward, reward_presets), "dpo": (train_dpo, dpo_presets)}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory, compile_cache):
+  """A model, and records with two to four ranked answers."""
+  directory = tmp_path_factory.mktemp("preferences")
+  checkpoints.make_llava(str(directory / "model"))
+  records = sft_run.make_records(str(directory / "data"), 24)
+  for number, record in enumerate(records):
+    right = record["conversations"][-1]["value"]
+    wrong = ["a cat", "grey as the sky", "no"][: 1 + number % 3]
+    record["conversations"][-1]["value"] = [right, *wrong]
+  sft_run.write_json(directory / "data" / "train.json", records[:18])
+  sft_run.write_json(directory / "data" / "eval.json", records[18:])
+  return directory
+
+
+def make_config(directory, stage: str, **overrides):
+  config = SCRIPTS[stage][1].get_config("demo")
+  settings = {
+    "model.init_from": str(directory / "model"),
+    "data.train": str(directory / "data" / "train.json"),
+    "data.eval": str(directory / "data" / "eval.json"),
+    "data.max_length": 192,
+    "batch_size": 6,
+    "epochs": 2.0,
+    "log_every": 1,
+    "save_every": 2,
+    "keep": 3,
+    **overrides,
+  }
+  for key, value in settings.items():
+    group, _, name = key.rpartition(".")
+    (config[group] if group else config)[name] = value
+  return config
+
+
+def metrics_of(workdir) -> list[dict]:
+  return [
+    {key: value for key, value in line.items() if key not in TIMING}
+    for line in sft_run.read_metrics(workdir)
+  ]
+
+
+def params_of(workdir) -> dict[str, np.ndarray]:
+  with ocp.StandardCheckpointer() as reader:
+    tree = reader.restore(pathlib.Path(workdir, "checkpoints", str(STEPS), "params"))
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+RUNS = {
+  "reward": ("reward", {"reward.centring": 0.01, "grad_accumulation": 2}),
+  "adapters": (
+    "dpo",
+    {"lora.rank": 2, "lora.dropout": 0.2, "train.vision": False, "train.projector": False},
+  ),
+  "cached": ("dpo", {"dpo.reference": "cache", "dpo.sft_weight": 0.5, "dpo.loss": "ipo"}),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(directory, tmp_path_factory):
+  """Name in RUNS -> (stage, config, run directory) of the finished run, which is made once."""
+
+  @functools.cache
+  def make(name: str):
+    stage, overrides = RUNS[name]
+    config = make_config(directory, stage, **overrides)
+    workdir = tmp_path_factory.mktemp(name)
+    SCRIPTS[stage][0].train_and_evaluate(config, str(workdir))
+    return stage, config, workdir
+
+  return make
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_exactly_where_a_checkpoint_stands(name, finished, tmp_path):
+  stage, config, done = finished(name)
+  workdir = shutil.copytree(done, tmp_path / "run")
+  for step in (4, STEPS):
+    shutil.rmtree(workdir / "checkpoints" / str(step))
+  SCRIPTS[stage][0].train_and_evaluate(config, str(workdir))
+  assert metrics_of(workdir) == metrics_of(done)
+  found, expected = params_of(workdir), params_of(done)
+  assert found.keys() == expected.keys()
+  for path, leaf in found.items():
+    np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_only_what_is_trained_is_in_the_checkpoint(name, finished):
+  paths = params_of(finished(name)[2])
+  if name == "adapters":
+    assert all("lora_" in path for path in paths)
+  else:
+    assert ("score" in str(paths.keys())) == (name == "reward")
+    assert not [path for path in paths if "lora_" in path]
+
+
+def test_rewards_lie_between_their_extremes(finished):
+  for line in metrics_of(finished("reward")[2]):
+    assert line["min_reward"] < line["mean_reward"] < line["max_reward"]
+
+
+def test_dpo_starts_at_the_reference(finished):
+  first = metrics_of(finished("cached")[2])[0]
+  assert first["step"] == 1
+  assert abs(first["rewards/margins"]) < 1e-5
+
+
+def test_the_kept_reference_gives_the_numbers_of_one_in_the_step(finished, tmp_path):
+  _, config, workdir = finished("cached")
+  config = config.copy_and_resolve_references()
+  config.dpo.reference = "step"
+  train_dpo.train_and_evaluate(config, str(tmp_path))
+  for one, other in zip(metrics_of(workdir), metrics_of(tmp_path), strict=True):
+    assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_a_kept_reference_of_other_data_is_refused(finished, tmp_path):
+  _, config, workdir = finished("cached")
+  other = tmp_path / "other"
+  shutil.copytree(workdir / "reference", other / "reference")
+  config = config.copy_and_resolve_references()
+  config.data.template = "llava"
+  with pytest.raises(InputError, match="train.npz: the reference's .* are of other data.*delete"):
+    train_dpo.train_and_evaluate(config, str(other))
+  (other / "reference" / "train.npz").write_bytes(b"half")
+  with pytest.raises(InputError, match="train.npz: damaged .*; delete it"):
+    train_dpo.train_and_evaluate(config, str(other))
+
+
+def test_a_reward_model_is_not_taken_for_a_policy(finished, directory, tmp_path):
+  workdir = finished("reward")[2]
+  config = make_config(directory, "dpo", **{"model.init_from": str(workdir)})
+  with pytest.raises(InputError, match="model.init_from=.* is a reward model.*name a policy"):
+    train_dpo.train_and_evaluate(config, str(tmp_path / "dpo"))
