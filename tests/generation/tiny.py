@@ -59,14 +59,17 @@ class Tiny:
     return found.numpy()
 
 
+def make_prompts(config: vlm.ModelConfig) -> tuple[Example, ...]:
+  return tuple(
+    reference.make_example(config, length, images, seed)
+    for seed, (length, images) in enumerate(PROMPTS)
+  )
+
+
 def make(directory: str) -> Tiny:
   torch_model = checkpoints.make_llava(directory)
   torch_model.generation_config.eos_token_id = None  # tests say what ends an answer
   opened, graphdef, params = reference.open_model(directory)
   config = opened.config
-  prompts = tuple(
-    reference.make_example(config, length, images, seed)
-    for seed, (length, images) in enumerate(PROMPTS)
-  )
   pictures = reference.make_pictures(3, config.vision.image_size)
-  return Tiny(directory, torch_model, config, graphdef, params, pictures, prompts)
+  return Tiny(directory, torch_model, config, graphdef, params, pictures, make_prompts(config))

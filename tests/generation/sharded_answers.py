@@ -1,0 +1,83 @@
+"""Answers on eight CPU devices, run as a process of its own by test_sharded.
+
+python -m tests.generation.sharded_answers MODEL_DIRECTORY
+
+Writes one JSON object: run -> the answers, and shapes of what is gathered.
+"""
+
+import json
+import re
+import sys
+
+import jax
+import numpy as np
+
+from tests import reference
+from tests.generation import tiny
+from vlalign_jax.config import defaults
+from vlalign_jax.generation.generate import make_generate
+from vlalign_jax.generation.sampling import Sampling
+from vlalign_jax.models import vlm
+from vlalign_jax.sharding import hosts, rules, zero
+from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.weights import load, source
+
+ROWS = 16
+# Name -> (data, fsdp, tensor, whether parameters are split over fsdp, and gathered once).
+RUNS = {
+  "one device": (1, 1, 1, False, False),
+  "ZeRO 3": (2, 4, 1, True, False),
+  "ZeRO 3, tensor": (1, 4, 2, True, False),
+  "ZeRO 3, tensor, gathered": (2, 2, 2, True, True),
+}
+SAMPLING = Sampling(
+  12,
+  num_samples=3,
+  temperature=1.2,
+  top_k=60,
+  top_p=0.95,
+  repetition_penalty=1.1,
+  stop_tokens=tuple(range(40)),
+)
+
+
+def run(opened, prompts, data: int, fsdp: int, tensor: int, split: bool, gather: bool) -> dict:
+  c = defaults("sft")
+  c.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
+  mesh = meshes.make_mesh(c.mesh, jax.devices()[: data * fsdp * tensor])
+  _, abstract = vlm.abstract_params(opened.config, mesh=mesh)
+  params = load.load_params(
+    opened, meshes.place(abstract, zero.shardings(mesh, abstract, split=split))
+  )
+  pictures = reference.make_pictures(3, opened.config.vision.image_size)
+  layout = [[prompt] for prompt in prompts] + [[]] * (ROWS - len(prompts))
+  rows = reference.make_rows(opened.config, layout, pictures, tiny.LENGTH, tiny.IMAGES)
+  rows = hosts.to_device(mesh, rows | {"numbers": np.arange(ROWS, dtype=np.int32)})
+  numbers = rows.pop("numbers")
+  program = make_generate(opened.config, SAMPLING, mesh=mesh, gather=gather)
+  compiled = program.lower(params, rows, numbers, 0).compile()
+  answers = jax.device_get(compiled(params, rows, numbers, 0))
+  found = {name: array.tolist() for name, array in answers._asdict().items()}
+  return found | {"moved": moved(compiled.as_text())}
+
+
+def moved(program: str) -> list[list[int]]:
+  """Shapes of what a compiled program gathers."""
+  shapes = []
+  for line in program.splitlines():
+    if found := re.search(r"= (.*?) all-gather(-start)?\(", line):
+      listed = re.findall(r"\w\d+\[([\d,]*)\]", found.group(1))
+      shapes += [[int(n) for n in shape.split(",") if n] for shape in listed]
+  return shapes
+
+
+def main(directory: str) -> None:
+  rules.MIN_SIZE = 32  # a tiny model has nothing as large as the true limit
+  opened = source.open_source(reference.model_group(init_from=directory))
+  prompts = tiny.make_prompts(opened.config)
+  runs = {name: run(opened, prompts, *options) for name, options in RUNS.items()}
+  print(json.dumps(runs))
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])
