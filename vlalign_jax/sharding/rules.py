@@ -19,7 +19,7 @@ RULES = (
   (r".*/layers/.*/(query|key|value|gate|up)/kernel", ("fsdp", "tensor")),
   (r".*/layers/.*/(query|key|value|gate|up)/bias", ("tensor",)),
   (r".*/layers/.*/(out|down)/kernel", ("tensor", "fsdp")),
-  # Adapters split where their map does; the rank never does.
+  # Adapters split where their map does; the rank, which is small, is the last choice.
   (r".*/layers/.*/(query|key|value|gate|up)/lora_b", (None, "tensor")),
   (r".*/layers/.*/(out|down)/lora_a", ("tensor", None)),
   (r".*/lora_a", ("fsdp", None)),
