@@ -2,10 +2,11 @@
 
 python scripts/predict.py --config=configs/predict.py --workdir=DIR [--config.KEY=VALUE ...]
 
-Writes DIR/predictions.jsonl as answers come, a line each, then DIR/metrics.json. The same command
-goes on where it stopped.
+Writes DIR/predictions.jsonl as answers come, a line each, then DIR/metrics.json and
+DIR/gallery.html. The same command goes on where it stopped.
 """
 
+import functools
 import json
 import os
 
@@ -15,39 +16,57 @@ from ml_collections import config_flags
 
 from vlalign_jax import cli, storage
 from vlalign_jax.errors import InputError
-from vlalign_jax.models.vlm import LANGUAGE
-from vlalign_jax.prediction import directory, generated, metrics, models, settings
+from vlalign_jax.models.vlm import LANGUAGE, SCORE
+from vlalign_jax.prediction import (
+  best,
+  directory,
+  gallery,
+  generated,
+  metrics,
+  models,
+  scored,
+  settings,
+)
 from vlalign_jax.prediction import records as data
 from vlalign_jax.sharding import mesh as meshes
 
 
-def predict(c, workdir: str) -> dict:
-  """Predicts by a config into a directory; gives the metrics."""
+def predict(c, workdir: str) -> tuple[list[dict], tuple]:
+  """Predicts by a config into a directory; gives the lines and the records they are about."""
   # --- What is asked for, checked before anything is computed ---
   settings.check(c)
   if jax.process_count() > 1:
     raise InputError("prediction runs in one process, on all devices that it sees; start only one")
   mesh = meshes.make_mesh(c.mesh)
-  policy = models.open_model(
-    c.model.init_from, "config.model.init_from", LANGUAGE, c.data.image_aspect
-  )
-  sampling = settings.sampling(c, policy.tokenizer)
+  head = SCORE if c.mode == settings.REWARD else LANGUAGE
+  opened = {"model.init_from": models.open_model(c, "model.init_from", head)}
+  if c.reward_model:
+    opened["reward_model"] = models.open_model(c, "reward_model", SCORE)
+  model, judge = opened["model.init_from"], opened.get("reward_model")
   records = data.load_records(c)
-  models.check_template(c.model.init_from, c.data.template)
-  directory.open_directory(workdir, c, data.inputs(records, {"model.init_from": policy}))
+  sampling = settings.sampling(c, model)
+  directory.open_directory(workdir, c, data.inputs(records, opened))
 
-  # --- Answers ---
-  def load():
-    return models.load_model(policy, c.model.dtype, mesh)[1]
-
-  lines = generated.generate(c, workdir, policy, load, records, sampling, mesh)
+  # --- Answers, one line each; a model is on the devices only while it is asked ---
+  load = functools.partial(models.load_model, model, c.model.dtype, mesh)
+  if c.mode == settings.GENERATE:
+    lines = generated.generate(c, workdir, model, load, records, sampling, mesh)
+    if judge:
+      load = functools.partial(models.load_model, judge, c.model.dtype, mesh)
+      lines = best.add_rewards(c, workdir, lines, judge, load, records, mesh)
+    found = metrics.of_generated(lines)
+  else:
+    lines = scored.predict_given(c, workdir, model, load, records, mesh)
+    found = metrics.of_given(lines, settings.KEYS[c.mode])
 
   # --- What they are worth ---
-  found = metrics.summarise(lines)
   storage.write(os.path.join(workdir, "metrics.json"), json.dumps(found, indent=2) + "\n")
+  if c.gallery:
+    page = gallery.gallery(c, lines, records, found)
+    storage.write(os.path.join(workdir, "gallery.html"), page)
   for name, value in found.items():
     logging.info("%s: %s", name, f"{value:.4g}" if isinstance(value, float) else value)
-  return found
+  return lines, records
 
 
 def main(_):

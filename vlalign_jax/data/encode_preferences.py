@@ -71,7 +71,7 @@ def encode_preferences(
   if len(ranks) < 2:
     return EncodedPreferences(None, tuple(ranks), 0, empty, 0)
 
-  prompt, answers = _texts(record, ranks, template, tokenizer)
+  prompt, answers = answer_texts(record, ranks, template, tokenizer)
   end = closing(template, tokenizer)
   pieces, branches = tokenize_branches(prompt, [(answer, end) for answer in answers], tokenizer)
   images = [turn.human.count(IMAGE_PLACEHOLDER) for turn in record.turns]
@@ -98,10 +98,20 @@ def encode_preferences(
   return EncodedPreferences(example, tuple(rank for rank, _ in kept), equal, empty, too_long)
 
 
-def _texts(
-  record: Record, ranks: list[int], template: str, tokenizer
+def answer_texts(
+  record: Record, ranks: Sequence[int], template: str, tokenizer
 ) -> tuple[list[str], list[str]]:
-  """(pieces of the prompt, the text of each answer with its end token)."""
+  """The text of a record and of some of its ranked answers.
+
+  Args:
+    record: with ranked answers to its last question.
+    ranks: which of the answers, counted from 0; at least one.
+    template: one of `templates.TEMPLATES`.
+    tokenizer: a fast Hugging Face tokenizer.
+
+  Returns:
+    (pieces of the prompt, the text of each answer with its end token).
+  """
   *before, last = record.turns
   prompt, answers = [], []
   for rank in ranks:

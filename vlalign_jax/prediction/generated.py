@@ -30,7 +30,7 @@ def generate(
     config: of the prediction.
     workdir: its directory.
     source: the policy.
-    load: `() -> params` of it over the mesh; called if anything is to be generated.
+    load: `() -> (graphdef, params)` of it over the mesh; called if anything is to be generated.
     records: all of them.
     sampling: what is asked for.
     mesh: over which prompts are split.
@@ -51,7 +51,7 @@ def generate(
   missing = set(range(len(records))) - done
   if missing:
     options = {"gather": config.generation.gather, "done": done}
-    answers = generate_answers(config, source, load(), records, sampling, mesh, **options)
+    answers = generate_answers(config, source, load()[1], records, sampling, mesh, **options)
     total = len(missing) * sampling.num_samples
     with directory.appended(path) as add:
       for answer in tqdm(answers, "generate", total, unit="answer", delay=5):
@@ -82,7 +82,7 @@ def _reason(config, source: Source, record: Record) -> str:
 
 
 def _line(answer: Answer, record: Record) -> dict:
-  line = data.shown(answer.record, record) | {
+  return data.shown(answer.record, record) | {
     "sample": answer.sample,
     "answer": answer.text,
     "reference": data.reference(record),
@@ -90,7 +90,6 @@ def _line(answer: Answer, record: Record) -> dict:
     "num_tokens": len(answer.tokens),
     "ended": answer.ended,
   }
-  return line
 
 
 def _unanswered(place: int, record: Record, reason: str) -> dict:

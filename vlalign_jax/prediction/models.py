@@ -13,20 +13,31 @@ from vlalign_jax.training import checkpoints, run_directory
 from vlalign_jax.weights import load, source
 
 
-def open_model(where: str, key: str, head: str, aspect: str) -> source.Source:
+def open_model(config: ConfigDict, key: str, head: str) -> source.Source:
   """Opens a model directory or a run, whose adapters are merged into the weights.
 
   Args:
-    where: the directory.
-    key: the config key that names it.
+    config: of the prediction; data.image_aspect counts, but for a reward model that is a run: it
+      sees pictures as it was trained to.
+    key: the config key that names the model.
     head: what it must have, one of models.vlm's LANGUAGE and SCORE.
-    aspect: see ImagePreprocessor.
 
   Raises:
     InputError: it cannot be used, or has the other head.
   """
+  where, aspect = configs.value(config, key), config.data.image_aspect
+  trained = trained_template(where)
+  if key == "model.init_from" and trained not in (None, config.data.template):
+    logging.warning(
+      "%s was trained with config.data.template=%s, and is asked with %s",
+      where,
+      trained,
+      config.data.template,
+    )
+  if key == "reward_model" and trained:
+    aspect = "auto"
   opened = source.open_source(ConfigDict({**configs.shared().model, "init_from": where}), aspect)
-  source.check_head(opened, head, key, where)
+  source.check_head(opened, head, f"config.{key}", where)
   load.check_weights(opened)
   return opened
 
@@ -35,15 +46,6 @@ def trained_template(where: str) -> str | None:
   """The template that a run was trained with; None for a Hugging Face directory."""
   run = checkpoints.find_run(where)
   return run_directory.stored_config(run[0])["data"]["template"] if run else None
-
-
-def check_template(where: str, template: str) -> None:
-  """Warns where a run was trained with another template than it is now asked in."""
-  trained = trained_template(where)
-  if trained not in (None, template):
-    logging.warning(
-      "%s was trained with config.data.template=%s, and is asked with %s", where, trained, template
-    )
 
 
 def load_model(opened: source.Source, dtype: str, mesh: jax.sharding.Mesh):

@@ -5,11 +5,15 @@ from ml_collections import ConfigDict
 from vlalign_jax import config as configs
 from vlalign_jax import storage
 from vlalign_jax.errors import InputError
+from vlalign_jax.generation import sampling as samplings
 from vlalign_jax.generation.sampling import Sampling
+from vlalign_jax.weights.source import Source
 
 STAGE = "predict"
 GENERATE, LOG_PROBABILITIES, REWARD = "generate", "logprobs", "reward"
 MODES = (GENERATE, LOG_PROBABILITIES, REWARD)
+# What a line says of a given answer.
+KEYS = {LOG_PROBABILITIES: "logprob", REWARD: "reward"}
 _NAMES = ("max_new_tokens", "num_samples", "repetition_penalty", "min_new_tokens", "temperature")
 
 
@@ -93,20 +97,24 @@ def check(config: ConfigDict) -> None:
     config.reward_model = storage.absolute(config.reward_model)
 
 
-def sampling(config: ConfigDict, tokenizer) -> Sampling:
-  """What the config's `generation` group asks for.
+def sampling(config: ConfigDict, model: Source) -> Sampling | None:
+  """What the config's `generation` group asks of a model; None if nothing is generated.
 
   Raises:
-    InputError: a stop token is none of the tokenizer's.
+    InputError: it makes no sense, or a stop token is none of the tokenizer's.
   """
+  if config.mode != GENERATE:
+    return None
   group = config.generation
   stops = [entry.strip() for entry in group.stop_tokens.split(",")] if group.stop_tokens else []
-  return Sampling(
-    stop_tokens=tuple(_token_id(stop, tokenizer) for stop in stops),
+  found = Sampling(
+    stop_tokens=tuple(_token_id(stop, model.tokenizer) for stop in stops),
     top_k=group.top_k,
     top_p=group.top_p,
     **{name: group[name] for name in _NAMES},
   )
+  samplings.check(found, model.config.language.vocab_size)
+  return found
 
 
 def _token_id(stop: str, tokenizer) -> int:

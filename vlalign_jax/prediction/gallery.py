@@ -1,0 +1,68 @@
+"""gallery.html: pictures, prompts, answers, references and what they are worth."""
+
+import os
+
+from vlalign_jax.data.records import Record
+from vlalign_jax.prediction import html
+from vlalign_jax.prediction.metrics import normalised
+
+_VALUES = ("reward", "logprob", "num_tokens")
+
+
+def gallery(
+  config, lines: list[dict], records: tuple[Record, ...], metrics: dict[str, float | int]
+) -> str:
+  """The page of a prediction, with its first `config.gallery` records.
+
+  Args:
+    config: of the prediction.
+    lines: of predictions.jsonl, in order.
+    records: that they are about.
+    metrics: of metrics.json.
+  """
+  of_record: dict[int, list[dict]] = {}
+  for line in lines:
+    of_record.setdefault(line["record"], []).append(line)
+  shown = [*of_record.items()][: config.gallery]
+  body = [
+    html.table(
+      ("", ""), [("mode", config.mode), ("model", config.model.init_from), *metrics.items()]
+    ),
+    f'<p class="label">{len(shown)} of {len(of_record)} records</p>',
+  ]
+  for number, answers in shown:
+    body.append(_section(config, records[number], answers))
+  return html.page("Predictions", body)
+
+
+def _section(config, record: Record, lines: list[dict]) -> str:
+  root = config.data.images or os.path.dirname(record.file)
+  parts = [f'<p class="label">{html.text(record.where)}</p>']
+  for human, gpt in lines[0].get("history", ()):
+    parts += [f"<p>{html.text(human)}</p>", f"<p><em>{html.text(gpt)}</em></p>"]
+  parts.append(f"<p>{html.text(lines[0]['prompt'])}</p>")
+  reference = lines[0].get("reference")
+  if reference is not None:
+    parts.append(f'<p><span class="label">reference</span> {html.text(reference)}</p>')
+  values = [name for name in _VALUES if any(name in line for line in lines)]
+  head = "".join(f'<th class="number">{name}</th>' for name in values)
+  rows = "".join(_row(line, values, reference) for line in lines)
+  parts.append(f"<table><tr><th>answer</th>{head}</tr>{rows}</table>")
+  return f"<section>{html.pictures(root, record.images)}<div>{''.join(parts)}</div></section>"
+
+
+def _row(line: dict, values: list[str], reference: str | None) -> str:
+  answer, classes = line["answer"], ["text"]
+  if line.get("best"):
+    classes.append("best")
+  if None not in (answer, reference) and normalised(answer) == normalised(reference):
+    classes.append("right")
+  content = html.text(answer) if answer is not None else ""
+  if "rank" in line:
+    content = f'<span class="label">{line["rank"] + 1}.</span> {content}'
+  if line.get("best"):
+    content += ' <span class="label">best</span>'
+  if "reason" in line:
+    content += f' <span class="label">({html.text(line["reason"])})</span>'
+  cells = "".join(html.number_cell(line.get(name)) for name in values)
+  return f'<tr><td class="{" ".join(classes)}">{content}</td>{cells}</tr>'
