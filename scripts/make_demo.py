@@ -86,8 +86,14 @@ def question_about(kind: str, scene: dict[str, str], rng: random.Random) -> tupl
 
 
 def ranked_answers(kind: str, scene: dict[str, str], rng: random.Random) -> list[str]:
-  """The right answer, a wrong one, and in two of three cases one that is to another question."""
-  wrong = rng.choice([value for value in VALUES[kind] if value != scene[kind]])
+  """The right answer, a wrong one, and in two of three cases one that is to another question.
+
+  A wrong count is off by one: the others are too easily told.
+  """
+  values = VALUES[kind]
+  at = values.index(scene[kind])
+  near = values[max(0, at - 1) : at + 2] if kind == "count" else values
+  wrong = rng.choice([value for value in near if value != scene[kind]])
   answers = [ANSWERS[kind].format(scene[kind]), ANSWERS[kind].format(wrong)]
   if rng.random() < 2 / 3:
     other = rng.choice([other for other in ANSWERS if other != kind])
@@ -100,7 +106,7 @@ def make_split(
 ) -> list[dict]:
   """Draws pictures and writes them with one record each, of one to three turns.
 
-  Of each there is a record with ranked answers besides.
+  Of each there are records with ranked answers besides.
   """
   records, preferences = [], []
   for number in range(size):
@@ -117,18 +123,14 @@ def make_split(
         {"from": "gpt", "value": answer},
       ]
     records.append({"id": f"{name}-{number}", "image": path, "conversations": turns})
-    kind = ranks.choice(list(QUESTIONS))
-    question, answers = question_about(kind, scene, ranks)[0], ranked_answers(kind, scene, ranks)
-    preferences.append(
-      {
-        "id": f"{name}-{number}",
-        "image": path,
-        "conversations": [
-          {"from": "human", "value": f"<image>\n{question}"},
-          {"from": "gpt", "value": answers},
-        ],
-      }
-    )
+    # Few pictures are held out: each is asked everything.
+    for kind in QUESTIONS if name == "eval" else [ranks.choice(list(QUESTIONS))]:
+      question, _ = question_about(kind, scene, ranks)
+      turns = [
+        {"from": "human", "value": f"<image>\n{question}"},
+        {"from": "gpt", "value": ranked_answers(kind, scene, ranks)},
+      ]
+      preferences.append({"id": f"{name}-{number}-{kind}", "image": path, "conversations": turns})
   for file_name, content in ((name, records), (f"preferences_{name}", preferences)):
     with open(os.path.join(output, f"{file_name}.json"), "w", encoding="utf-8") as file:
       json.dump(content, file, indent=1)

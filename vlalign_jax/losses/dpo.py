@@ -114,7 +114,8 @@ def metrics(logps, reference, lengths, valid, *, beta: float = 0.1):
     `rewards/margins`, `rewards/accuracies` (pairs whose better answer has the higher reward),
     `logps/chosen`, `logps/rejected`, `logps/accuracies` and `logps/accuracies_per_token` (pairs
     whose better answer the policy itself finds likelier, as a whole or by the mean over tokens),
-    `nll_loss` (mean cross-entropy per token of the best answers).
+    `logps/reference_accuracies` (the first of these two by the reference), `nll_loss` (mean
+    cross-entropy per token of the best answers).
   """
   logps, reference, lengths = _clean(logps, reference, lengths, valid)
   above, ranked = ranking.ordered_pairs(valid), ranking.is_ranked(valid)
@@ -141,6 +142,7 @@ def metrics(logps, reference, lengths, valid, *, beta: float = 0.1):
     "logps/rejected": (rejected_logps, examples),
     "logps/accuracies": accuracy(logps),
     "logps/accuracies_per_token": accuracy(logps / lengths),
+    "logps/reference_accuracies": accuracy(reference),
     "nll_loss": _cross_entropy_of_best(logps, lengths, ranked),
   }
 

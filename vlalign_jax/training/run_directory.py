@@ -144,7 +144,10 @@ def _check_config(stored: dict, config: ConfigDict, workdir: str) -> list[str]:
     for key in sorted(stored.keys() | now.keys())
     if stored.get(key) != now.get(key) and key not in HARMLESS
   }
-  rounding = [differing.pop(key) for key in ROUNDING if key in differing]
+  harmless = set(ROUNDING)
+  if config.lora.dropout:  # each micro-batch draws its own
+    harmless.remove("grad_accumulation")
+  rounding = [differing.pop(key) for key in ROUNDING if key in differing and key in harmless]
   if differing:
     raise InputError(
       f"{workdir} holds a run with another config ({'; '.join(differing.values())}); repeat its "
