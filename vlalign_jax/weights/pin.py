@@ -38,13 +38,18 @@ def _fingerprints(tensors: dict) -> dict[str, str]:
   return {path: fingerprint(path) for path in sorted({t.file for t in tensors.values()})}
 
 
+def content(source: "Source") -> dict:
+  """What tells a source's weights: fingerprints of their files, and the checkpoints of runs."""
+  found = {"files": _fingerprints(source.tensors), "runs": source.runs}
+  if source.start:
+    found["start"] = {"files": _fingerprints(source.start.tensors), "run": source.start.run}
+  return found
+
+
 def write(source: "Source", workdir: str) -> None:
   """Writes down what a new run starts from."""
   if jax.process_index() == 0:
-    content = {"files": _fingerprints(source.tensors), "runs": source.runs}
-    if source.start:
-      content["start"] = {"files": _fingerprints(source.start.tensors), "run": source.start.run}
-    storage.write(f"{workdir}/{FILE}", json.dumps(content, indent=2))
+    storage.write(f"{workdir}/{FILE}", json.dumps(content(source), indent=2))
 
 
 def check(source: "Source", workdir: str) -> "Source":
