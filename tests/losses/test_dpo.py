@@ -202,11 +202,12 @@ def test_metrics_of_rankings():
     "logps/rejected": close(rejected(logps), len(ranked)),
     "logps/accuracies": (right(logps), len(pairs)),
     "logps/accuracies_per_token": (right(logps / lengths), len(pairs)),
+    "logps/reference_accuracies": (right(reference), len(pairs)),
     "nll_loss": close(-chosen(logps), tokens),
   }
   assert found == wanted
   accuracies = [found[key][0] for key in found if "accuracies" in key]
-  assert len(set(accuracies)) == 3  # else one could stand for the other
+  assert len(set(accuracies)) == 4  # else one could stand for the other
 
 
 def test_nothing_to_compare_is_zero():
