@@ -6,67 +6,11 @@ Writes DIR/predictions.jsonl as answers come, a line each, then DIR/metrics.json
 DIR/gallery.html. The same command goes on where it stopped.
 """
 
-import functools
-import json
-import os
-
-import jax
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
-from vlalign_jax import cli, storage
-from vlalign_jax.errors import InputError
-from vlalign_jax.models.vlm import LANGUAGE, SCORE
-from vlalign_jax.prediction import (
-  best,
-  directory,
-  gallery,
-  generated,
-  metrics,
-  models,
-  scored,
-  settings,
-)
-from vlalign_jax.prediction import records as data
-from vlalign_jax.sharding import mesh as meshes
-
-
-def predict(c, workdir: str) -> tuple[list[dict], tuple]:
-  """Predicts by a config into a directory; gives the lines and the records they are about."""
-  # --- What is asked for, checked before anything is computed ---
-  settings.check(c)
-  if jax.process_count() > 1:
-    raise InputError("prediction runs in one process, on all devices that it sees; start only one")
-  mesh = meshes.make_mesh(c.mesh)
-  head = SCORE if c.mode == settings.REWARD else LANGUAGE
-  opened = {"model.init_from": models.open_model(c, "model.init_from", head)}
-  if c.reward_model:
-    opened["reward_model"] = models.open_model(c, "reward_model", SCORE)
-  model, judge = opened["model.init_from"], opened.get("reward_model")
-  records = data.load_records(c)
-  sampling = settings.sampling(c, model)
-  directory.open_directory(workdir, c, data.inputs(records, opened))
-
-  # --- Answers, one line each; a model is on the devices only while it is asked ---
-  load = functools.partial(models.load_model, model, c.model.dtype, mesh)
-  if c.mode == settings.GENERATE:
-    lines = generated.generate(c, workdir, model, load, records, sampling, mesh)
-    if judge:
-      load = functools.partial(models.load_model, judge, c.model.dtype, mesh)
-      lines = best.add_rewards(c, workdir, lines, judge, load, records, mesh)
-    found = metrics.of_generated(lines)
-  else:
-    lines = scored.predict_given(c, workdir, model, load, records, mesh)
-    found = metrics.of_given(lines, settings.KEYS[c.mode])
-
-  # --- What they are worth ---
-  storage.write(os.path.join(workdir, "metrics.json"), json.dumps(found, indent=2) + "\n")
-  if c.gallery:
-    page = gallery.gallery(c, lines, records, found)
-    storage.write(os.path.join(workdir, "gallery.html"), page)
-  for name, value in found.items():
-    logging.info("%s: %s", name, f"{value:.4g}" if isinstance(value, float) else value)
-  return lines, records
+from vlalign_jax import cli
+from vlalign_jax.prediction.predict import predict
 
 
 def main(_):

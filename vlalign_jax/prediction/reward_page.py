@@ -1,0 +1,81 @@
+"""reward.html: a reward model's accuracy, calibration, scores and worst mistakes."""
+
+import os
+
+from vlalign_jax.data.records import Record
+from vlalign_jax.prediction import html, plots
+
+_HEAD = ("", "pairs", "accuracy", "standard error", "ties", "loss", "margin")
+
+
+def page(
+  config,
+  found: dict,
+  lines: list[dict],
+  pairs: list[tuple[dict, dict]],
+  records: tuple[Record, ...],
+  shown: int,
+) -> str:
+  """The page of an evaluation.
+
+  Args:
+    config: of the prediction.
+    found: of `reward_accuracy.evaluate`.
+    lines, pairs: that it was made of.
+    records: that these are about.
+    shown: the most wrong pairs to show.
+  """
+  groups = [("all", found)]
+  groups += [(f"of {size} answers", group) for size, group in found["by_answers"].items()]
+  groups += [(f"{ranks} ranks apart", group) for ranks, group in found["by_distance"].items()]
+  calibration = found["calibration"]
+  better, worse = ([pair[side]["reward"] for pair in pairs] for side in (0, 1))
+  bins = [
+    (f"{one['low']:.3g} to {one['high']:.3g}", one["pairs"], one["predicted"], one["observed"])
+    for one in calibration["bins"]
+  ]
+  body = [
+    html.table(
+      ("", ""),
+      [
+        ("model", config.model.init_from),
+        ("data", config.data.eval),
+        *((name, found[name]) for name in ("records", "answers", "left_out") if name in found),
+        ("best answer first", found["best_first"]),
+        ("accuracy, mean of records", found["record_accuracy"]),
+        ("mean score", found["score_mean"]),
+        ("standard deviation of scores", found["score_deviation"]),
+      ],
+    ),
+    "<h2>Accuracy of pairs</h2>",
+    html.table(_HEAD, [(name, *_numbers(group)) for name, group in groups]),
+    "<h2>Scores</h2>",
+    plots.histogram({"better of a pair": better, "worse of a pair": worse}),
+    "<h2>Calibration</h2>",
+    "<p>The probability that the answer that scores higher is the better one, by its lead, and how "
+    "often it is. Expected calibration error: "
+    f"{calibration['error']:.4f}.</p>",
+    plots.calibration(calibration["bins"]),
+    html.table(("predicted", "pairs", "mean predicted", "observed"), bins),
+  ]
+  wrong = sorted(
+    (pair for pair in pairs if pair[0]["reward"] <= pair[1]["reward"]),
+    key=lambda pair: pair[0]["reward"] - pair[1]["reward"],
+  )
+  body.append(f"<h2>The most wrong pairs ({min(shown, len(wrong))} of {len(wrong)})</h2>")
+  body += [_pair(config, records[pair[0]["record"]], pair) for pair in wrong[:shown]]
+  return html.page("Reward model", body)
+
+
+def _numbers(group: dict) -> list:
+  return [group[name] for name in ("pairs", "accuracy", "accuracy_error", "ties", "loss", "margin")]
+
+
+def _pair(config, record: Record, pair: tuple[dict, dict]) -> str:
+  root = config.data.images or os.path.dirname(record.file)
+  rows = [(f"rank {line['rank'] + 1}", line["answer"], line["reward"]) for line in pair]
+  return (
+    f"<section>{html.pictures(root, record.images)}<div>"
+    f'<p class="label">{html.text(record.where)}</p><p>{html.text(pair[0]["prompt"])}</p>'
+    f"{html.table(('', 'answer', 'score'), rows)}</div></section>"
+  )
