@@ -18,16 +18,16 @@ _NAMED = re.compile(
 def options(question: str) -> dict[str, str]:
   """Letter -> text of the options that a question lists, A first; empty if it lists none."""
   for marks in (_IN_BRACKETS, _ON_LINES):
-    found = list(marks.finditer(question))
-    for start, mark in enumerate(found):
-      if mark[1] != "A":
-        continue
-      run = [mark]
-      for following in found[start + 1 :]:
-        if ord(following[1]) == ord(run[-1][1]) + 1:
-          run.append(following)
-      if len(run) > 1:
-        return _texts(question, run)
+    runs: list[list[re.Match]] = []
+    for mark in marks.finditer(question):
+      if mark[1] == "A":
+        runs.append([mark])
+      elif runs and ord(mark[1]) == ord(runs[-1][-1][1]) + 1:
+        runs[-1].append(mark)
+    # The question itself may speak of (A) and (B), too.
+    run = max(reversed(runs), key=len, default=[])
+    if len(run) > 1:
+      return _texts(question, run)
   return {}
 
 
