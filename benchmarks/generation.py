@@ -132,11 +132,12 @@ def torch_side(directory: str, size: str, one_at_a_time: bool):
 
 
 def our_side(directory: str, size: str):
-  """`(drawn) -> int[8, 64]`, with ours; rows of 64 tokens or a multiple, as planned data has."""
+  """`(drawn) -> int[8, 64]`, with ours; one row length, as `prepare_prompts` gives to one batch."""
   import jax
 
   from vlalign_jax.config import defaults
   from vlalign_jax.data.encode import Example
+  from vlalign_jax.data.prompts import row_lengths
   from vlalign_jax.data.rows import build_row
   from vlalign_jax.generation.generate import make_generate
   from vlalign_jax.generation.sampling import Sampling
@@ -160,7 +161,7 @@ def our_side(directory: str, size: str):
   place = meshes.replicated(mesh)
   params = load.load_params(opened, meshes.place(abstract, jax.tree.map(lambda _: place, abstract)))
   prompts = make_prompts(size)
-  length = -(-max(map(len, prompts)) // 64) * 64
+  (length,) = row_lengths(np.full(PROMPTS, max(map(len, prompts))))
   rows = []
   for ids in prompts:
     zeros = np.zeros(len(ids), np.int32)

@@ -8,7 +8,7 @@ import pytest
 from tests.data import test_encode
 from vlalign_jax.data.encode import encode
 from vlalign_jax.data.plan import ImageSets, plan_batches
-from vlalign_jax.data.prompts import encode_prompt, record_numbers, stop_tokens
+from vlalign_jax.data.prompts import encode_prompt, record_numbers, row_lengths, stop_tokens
 from vlalign_jax.data.records import Record, Turn
 from vlalign_jax.errors import InputError
 
@@ -99,3 +99,15 @@ def test_the_record_of_each_row():
   parts = [record_numbers(plan, 0, blocks, 4) for blocks in ((0, 3), (1,), (2,))]
   assert parts[0].tolist() == whole[0][[0, 3]].tolist()
   assert [parts[1][0], parts[2][0]] == whole[0][[1, 2]].tolist()
+
+
+@pytest.mark.parametrize(
+  ("lengths", "expected"),
+  [
+    ([5], [16]),
+    ([16, 17, 40, 90, 700], [32, 48, 96, 704]),
+    (range(1, 1001), [256, 512, 752, 1008]),
+  ],
+)
+def test_row_lengths_hold_all_prompts_with_little_padding(lengths, expected):
+  assert row_lengths(np.array(lengths)) == expected

@@ -13,6 +13,8 @@ from vlalign_jax.data.tokens import tokenize_pieces, vocabulary
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights.source import Source
 
+LENGTH_MULTIPLE = 16
+
 
 @dataclass(frozen=True, eq=False)
 class EncodedPrompt:
@@ -93,10 +95,19 @@ def prepare_prompts(config, source: Source, records, row_multiple: int) -> prepa
       f"no prompt of {len(records)} records fits data.max_length={config.data.max_length}; raise it"
     )
   order = usable[np.argsort(measured.lengths[usable], kind="stable")]
-  longest = int(measured.lengths.max())
-  return prepare.lay_out(
-    config, source, load, measured, order, row_multiple, "prompts", pack=False, max_length=longest
-  )
+  lengths = measured.lengths[order]
+  options = {"pack": False, "max_length": int(lengths[-1]), "buckets": row_lengths(lengths)}
+  return prepare.lay_out(config, source, load, measured, order, row_multiple, "prompts", **options)
+
+
+def row_lengths(lengths: np.ndarray) -> list[int]:
+  """At most four row lengths, each for a quarter of the prompts: padding is read at every token.
+
+  Args:
+    lengths: int[N], tokens of each prompt, ascending.
+  """
+  ends = [lengths[(len(lengths) * quarter - 1) // 4] for quarter in (1, 2, 3, 4)]
+  return sorted({-(-int(end) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE for end in ends})
 
 
 def record_numbers(
