@@ -58,5 +58,6 @@ def _demo(c: ConfigDict) -> ConfigDict:
   c.model.remat = "none"
   c.train.vision = True
   c.data.max_length = 256
-  c.optim.learning_rate = 2e-4
+  c.optim.learning_rate = 1e-4
+  c.dpo.sft_weight = 1.0
   return c

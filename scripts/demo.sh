@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The main job on a set that is drawn here: from a tiny LLaVA checkpoint with random weights to one
-# that answers questions about pictures, and the same with the pictures blanked for comparison.
-# Ends with exit code 1 if the model has not learnt to see.
+# The whole road on a set that is drawn here: a tiny LLaVA checkpoint with random weights learns to
+# answer questions about pictures (and the same with the pictures blanked, for comparison), then a
+# reward model and DPO learn from ranked answers.
+# Ends with exit code 1 if a stage has not learnt what it should.
 # usage: bash scripts/demo.sh [DIRECTORY]     (default runs/demo, which is made anew)
 set -euo pipefail
 out=${1:-}
@@ -22,15 +23,26 @@ export JAX_PLATFORMS=cpu
 start=$SECONDS
 
 python scripts/make_demo.py --output="$out/data"
-sft() { # NAME [FLAGS]: one training run
-  local name=$1
-  shift
-  python scripts/train_sft.py --config=configs/sft.py:demo --workdir="$out/$name" \
-    --config.model.init_from="$out/data/model" --config.data.train="$out/data/train.json" \
-    --config.data.eval="$out/data/eval.json" --config.data.images="$out/data/images" "$@"
+train() { # STAGE NAME START RECORDS [FLAGS]: one training run
+  local stage=$1 name=$2 from=$3 records=$4
+  shift 4
+  python "scripts/train_$stage.py" --config="configs/$stage.py:demo" --workdir="$out/$name" \
+    --config.model.init_from="$from" --config.data.images="$out/data/images" \
+    --config.data.train="$out/data/${records}train.json" \
+    --config.data.eval="$out/data/${records}eval.json" "$@"
 }
-sft sft
-sft sft_blind --config.data.blank_images=true
-python scripts/export_hf.py --checkpoint="$out/sft" --output="$out/export"
+answer() { # NAME: what a policy says about the held-out pictures
+  python scripts/predict.py --config=configs/predict.py --workdir="$out/answers_$1" \
+    --config.model.init_from="$out/$1" --config.model.dtype=float32 \
+    --config.data.eval="$out/data/eval.json" --config.data.images="$out/data/images" \
+    --config.generation.max_new_tokens=16
+}
+train sft sft "$out/data/model" ""
+train sft sft_blind "$out/data/model" "" --config.data.blank_images=true
+train reward reward "$out/sft" preferences_
+train dpo dpo "$out/sft" preferences_
+answer sft
+answer dpo
+python scripts/export_hf.py --checkpoint="$out/dpo" --output="$out/export"
 python scripts/demo_result.py "$out"
 echo "exported to $out/export after $((SECONDS - start)) s in all"

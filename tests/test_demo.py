@@ -1,4 +1,4 @@
-"""The demo deletes nothing of the user's, and says so when the model has not learnt to see."""
+"""The demo deletes nothing of the user's, and says so when a stage has not learnt enough."""
 
 import json
 import pathlib
@@ -27,22 +27,46 @@ def test_a_directory_that_holds_something_is_refused(absolute, tmp_path):
   assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
+GOOD = {
+  "sft": {"exact_match": 0.93},
+  "sft_blind": {"exact_match": 0.2},
+  "reward": {"accuracy": 0.95},
+  "dpo": {
+    "logps/reference_accuracies": 0.95,
+    "logps/accuracies": 0.98,
+    "rewards/margins": 0.3,
+  },
+  "answers_sft": {"exact_match": 0.95},
+  "answers_dpo": {"exact_match": 0.95},
+}
+
+
 @pytest.mark.parametrize(
-  ("seeing", "blind", "fault"),
+  ("run_name", "metric", "value", "fault"),
   [
-    (0.93, 0.2, None),
-    (0.89, 0.2, "error: 89.0% with pictures; at least 90% is expected\n"),
-    (0.95, 0.6, "error: only 35.0 points better than with blanked pictures; at least 40 are"),
+    ("sft", "exact_match", 0.93, None),
+    ("answers_dpo", "exact_match", 0.94, None),
+    ("sft", "exact_match", 0.89, "error: 89.0% with pictures; at least 90% is expected\n"),
+    ("sft_blind", "exact_match", 0.58, "error: only 35.0 points better than with blanked pictures"),
+    ("reward", "accuracy", 0.85, "error: the reward model ranks 85.0% right; 90% are expected"),
+    ("dpo", "logps/accuracies", 0.95, "error: DPO does not prefer right answers more than SFT"),
+    ("dpo", "rewards/margins", -0.1, "error: DPO does not prefer right answers more than SFT"),
+    ("answers_dpo", "exact_match", 0.92, "error: DPO answers 92.0% word for word, SFT 95.0%"),
   ],
 )
-def test_the_result_is_judged(seeing, blind, fault, tmp_path):
-  for name, share in (("sft", seeing), ("sft_blind", blind)):
+def test_the_result_is_judged(run_name, metric, value, fault, tmp_path):
+  for name, metrics in GOOD.items():
+    metrics = metrics | ({metric: value} if name == run_name else {})
     (tmp_path / name).mkdir()
-    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "eval/exact_match": share, "eval/examples": 300}]
+    if name.startswith("answers_"):
+      (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+      continue
+    evaluated = {f"eval/{key}": number for key, number in metrics.items()}
+    lines = [{"step": 1, "loss": 3.0}, {"step": 2, **evaluated}]
     (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
   ended = run(sys.executable, "scripts/demo_result.py", str(tmp_path))
-  assert f"with pictures{seeing:19.1%}   of 300 examples" in ended.stdout
-  assert f"with blanked pictures{blind:11.1%}   of 300 examples" in ended.stdout
+  assert f"{value:8.1%}\n" in ended.stdout or metric == "rewards/margins"
+  assert ended.stdout.count("\n") == 10
   assert ended.returncode == (1 if fault else 0)
   assert ended.stderr.startswith(fault or "")
   assert ended.stderr.count("\n") == (1 if fault else 0)

@@ -112,7 +112,7 @@ def metrics(found, counts):
 def eval_step(
   params, frozen, rows, *, graphdef, reference_graphdef, settings, mesh=None, chunk: int = 128
 ):
-  """Sums over a batch, see `losses.sums`."""
+  """Sums over a batch, see `losses.sums`; the loss is without its SFT term, which is nll_loss."""
   found = _log_probabilities(
     graphdef,
     reference_graphdef,
@@ -124,7 +124,7 @@ def eval_step(
     chunk=chunk,
   )
   arrays = _loss_arguments(found, rows)
-  loss = dpo.loss(*arrays, **_options(settings))
+  loss = dpo.loss(*arrays, **_options(settings) | {"sft_weight": 0.0})
   examples = answers.examples(rows)
   return {"loss": loss, "examples": examples} | dpo.metrics(*arrays, beta=settings.beta)
 
