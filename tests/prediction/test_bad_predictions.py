@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from tests.prediction import tiny
+from vlalign_jax.config import defaults
 from vlalign_jax.errors import InputError
 from vlalign_jax.prediction.predict import predict
 
@@ -53,6 +54,15 @@ def test_settings(models, tmp_path, name, monkeypatch):
   with pytest.raises(InputError, match=expected) as caught:
     predict(models.config(**settings), workdir)
   assert "\n" not in str(caught.value)
+
+
+def test_config_of_training(tmp_path):
+  with pytest.raises(
+    InputError, match="a config of the stage 'sft'; give --config=configs/predict"
+  ):
+    predict(defaults("sft"), str(tmp_path))
+  with pytest.raises(InputError, match="--config is missing"):
+    predict(None, str(tmp_path))
 
 
 def test_unknown_key_and_wrong_type(models, tmp_path):

@@ -59,9 +59,9 @@ def generate(
         add(lines[-1])
   for number in sorted(missing - {line["record"] for line in lines}):
     lines.append(_unanswered(number, records[number], _reason(config, source, records[number])))
-    logging.warning("%s has no answer: %s", records[number].where, lines[-1]["reason"])
   lines.sort(key=lambda line: (line["record"], line.get("sample", 0)))
   directory.write_lines(path, lines)
+  data.warn_left_out(lines, records)
   return lines
 
 

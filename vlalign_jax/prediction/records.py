@@ -3,10 +3,14 @@
 import hashlib
 import itertools
 
+from absl import logging
+
 from vlalign_jax.data import mixture
 from vlalign_jax.data.records import Record
 from vlalign_jax.weights import pin
 from vlalign_jax.weights.source import Source
+
+SHOWN = 10  # warnings about single lines
 
 
 def load_records(config) -> tuple[Record, ...]:
@@ -40,6 +44,16 @@ def shown(number: int, record: Record) -> dict:
   if before:
     line["history"] = [[turn.human, turn.gpt] for turn in before]
   return line
+
+
+def warn_left_out(lines: list[dict], records: tuple[Record, ...]) -> None:
+  """Says in the log which lines have no answer or nothing about it, and why; at most SHOWN."""
+  left_out = [line for line in lines if "reason" in line]
+  for line in left_out[:SHOWN]:
+    which = f", answer of rank {line['rank']}" if "rank" in line else ""
+    logging.warning("%s%s: left out, %s", records[line["record"]].where, which, line["reason"])
+  if left_out:
+    logging.warning("%d of %d lines are left out, each says why", len(left_out), len(lines))
 
 
 def inputs(records: tuple[Record, ...], models: dict[str, Source]) -> dict:

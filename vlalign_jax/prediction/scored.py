@@ -26,7 +26,6 @@ from vlalign_jax.steps import reward
 from vlalign_jax.weights.source import Source
 
 TOO_LONG, UNREADABLE = "it does not fit behind its prompt", "its pictures cannot be read"
-SHOWN = 10  # warnings about single answers
 # () -> (graphdef, params), called if there is anything to compute.
 Load = Callable[[], tuple]
 
@@ -186,12 +185,7 @@ def predict_given(config, workdir: str, source: Source, load: Load, records, mes
         line["rank"] = place
       lines.append(line | {"answer": asked[number].answers[place]} | values)
       add(lines[-1])
-  left_out = [line for line in lines if "reason" in line]
-  for line in left_out[:SHOWN]:
-    where, rank = records[line["record"]].where, line.get("rank", 0)
-    logging.warning("%s, answer %d: left out, %s", where, rank, line["reason"])
-  if left_out:
-    logging.warning("%d of %d answers are left out, each with its reason", len(left_out), total)
   lines.sort(key=lambda line: (line["record"], line.get("rank", 0)))
   directory.write_lines(path, lines)
+  data.warn_left_out(lines, records)
   return lines

@@ -64,9 +64,10 @@ def check(config: ConfigDict) -> None:
   """
   if config is None:
     raise InputError("--config is missing: --config=configs/predict.py")
+  if config.get("stage") != STAGE:
+    stage = config.get("stage")
+    raise InputError(f"this is a config of the stage {stage!r}; give --config=configs/predict.py")
   configs.check_keys(config, defaults())
-  if config.stage != STAGE:
-    raise InputError(f"this is a config of the stage {config.stage!r}, not {STAGE!r}")
   choices = {
     "mode": MODES,
     "model.dtype": configs.DTYPES,
