@@ -1,6 +1,6 @@
 """Kills a run at random moments, checkpoint writes included, and compares it with one left alone.
 
-  python -m benchmarks.kills [--kills=20] [--steps=240] [--seed=0]
+  python -m benchmarks.kills [--stage=sft] [--kills=20] [--steps=240] [--seed=0]
 
 A tiny model is trained twice by the same command: once without interruption, once with `kill -9` at
 moments spread over the whole run, where the same command is given again each time. Metrics
@@ -96,13 +96,16 @@ class Run:
     return self._log.read()
 
 
-def make_command(directory: pathlib.Path, steps: int) -> list[str]:
+def make_command(directory: pathlib.Path, stage: str, steps: int) -> list[str]:
   """Writes model and data; returns the command of a run, but for its --workdir."""
   checkpoints.make_llava(str(directory / "model"))
   records = sft_run.make_records(str(directory / "data"), 40)
+  if stage != "sft":
+    records = sft_run.ranked(records)
   config = sft_run.make_config(
     directory / "model",
     sft_run.write_json(directory / "data" / "train.json", records[:32]),
+    stage,
     **{
       "data.eval": sft_run.write_json(directory / "data" / "eval.json", records[32:]),
       "steps": steps,
@@ -175,6 +178,7 @@ def differences(killed: pathlib.Path, alone: pathlib.Path) -> list[str]:
 
 def main() -> None:
   parser = argparse.ArgumentParser()
+  parser.add_argument("--stage", choices=("sft", "reward", "dpo"), default="sft")
   parser.add_argument("--kills", type=int, default=20)
   parser.add_argument("--steps", type=int, default=240)
   parser.add_argument("--seed", type=int, default=0)
@@ -184,7 +188,7 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as temporary:
     directory = pathlib.Path(temporary)
     alone, killed, cache = (directory / name for name in ("alone", "killed", "cache"))
-    command = make_command(directory, arguments.steps)
+    command = make_command(directory, arguments.stage, arguments.steps)
     start = time.monotonic()
     Run(command, alone, cache).finish()
     print(f"left alone: {arguments.steps} steps in {time.monotonic() - start:.0f} s", flush=True)

@@ -1,13 +1,12 @@
-"""A small SFT run for tests: drawn pictures, records about them, and the config of the run."""
+"""A small run for tests: drawn pictures, records about them, and the config of the run."""
 
+import importlib
 import json
 import os
 
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
-
-from configs import sft
 
 COLORS = {"red": (220, 40, 30), "green": (30, 180, 60), "blue": (30, 60, 210)}
 
@@ -48,6 +47,17 @@ def make_records(directory: str, n: int) -> list[dict]:
   return records
 
 
+def ranked(records: list[dict]) -> list[dict]:
+  """The records with two to four ranked answers to their last question, the best first."""
+  wrong = ("a cat", "grey as the sky", "no")
+  found = []
+  for number, record in enumerate(records):
+    *turns, last = record["conversations"]
+    answers = [last["value"], *wrong[: 1 + number % 3]]
+    found.append(record | {"conversations": [*turns, last | {"value": answers}]})
+  return found
+
+
 def write_json(path: str, content) -> str:
   """Writes `content` as JSON; gives the path back."""
   with open(path, "w", encoding="utf-8") as file:
@@ -55,9 +65,14 @@ def write_json(path: str, content) -> str:
   return str(path)
 
 
-def make_config(model: str, train: str, **overrides) -> ConfigDict:
+def preset(stage: str) -> ConfigDict:
+  """The demo preset of a stage."""
+  return importlib.import_module(f"configs.{stage}").get_config("demo")
+
+
+def make_config(model: str, train: str, stage: str = "sft", **overrides) -> ConfigDict:
   """The demo preset on a model directory and a record file, in small; overrides by dotted keys."""
-  config = sft.get_config("demo")
+  config = preset(stage)
   settings = {
     "model.init_from": str(model),
     "data.train": str(train),
@@ -76,10 +91,13 @@ def make_config(model: str, train: str, **overrides) -> ConfigDict:
   return config
 
 
-def command_line(config: ConfigDict, workdir: str, script: str = "scripts/train_sft.py") -> list:
-  """The arguments after `python` that give `script` this config, from the repository's root."""
-  base = sft.get_config("demo").to_dict()
-  flags = [script, "--config=configs/sft.py:demo", f"--workdir={workdir}"]
+def command_line(config: ConfigDict, workdir: str, script: str = "") -> list:
+  """The arguments after `python` that give a script this config, from the repository's root.
+
+  Without one it is the stage's training script.
+  """
+  script, base = script or f"scripts/train_{config.stage}.py", preset(config.stage).to_dict()
+  flags = [script, f"--config=configs/{config.stage}.py:demo", f"--workdir={workdir}"]
   for group, values in {"": config.to_dict(), **config.to_dict()}.items():
     if isinstance(values, dict):
       known = base[group] if group else base

@@ -9,15 +9,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from configs import dpo as dpo_presets
-from configs import reward as reward_presets
 from scripts import train_dpo, train_reward
 from tests import checkpoints, sft_run
 from vlalign_jax.errors import InputError
 
 STEPS = 6
 TIMING = ("tokens_per_second", "examples_per_second")
-SCRIPTS = {"reward": (train_reward, reward_presets), "dpo": (train_dpo, dpo_presets)}
+SCRIPTS = {"reward": train_reward, "dpo": train_dpo}
 
 
 @pytest.fixture(scope="module")
@@ -25,34 +23,23 @@ def directory(tmp_path_factory, compile_cache):
   """A model, and records with two to four ranked answers."""
   directory = tmp_path_factory.mktemp("preferences")
   checkpoints.make_llava(str(directory / "model"))
-  records = sft_run.make_records(str(directory / "data"), 24)
-  for number, record in enumerate(records):
-    right = record["conversations"][-1]["value"]
-    wrong = ["a cat", "grey as the sky", "no"][: 1 + number % 3]
-    record["conversations"][-1]["value"] = [right, *wrong]
+  records = sft_run.ranked(sft_run.make_records(str(directory / "data"), 24))
   sft_run.write_json(directory / "data" / "train.json", records[:18])
   sft_run.write_json(directory / "data" / "eval.json", records[18:])
   return directory
 
 
 def make_config(directory, stage: str, **overrides):
-  config = SCRIPTS[stage][1].get_config("demo")
+  data = directory / "data"
   settings = {
-    "model.init_from": str(directory / "model"),
-    "data.train": str(directory / "data" / "train.json"),
-    "data.eval": str(directory / "data" / "eval.json"),
-    "data.max_length": 192,
+    "data.eval": str(data / "eval.json"),
     "batch_size": 6,
     "epochs": 2.0,
-    "log_every": 1,
     "save_every": 2,
     "keep": 3,
     **overrides,
   }
-  for key, value in settings.items():
-    group, _, name = key.rpartition(".")
-    (config[group] if group else config)[name] = value
-  return config
+  return sft_run.make_config(directory / "model", data / "train.json", stage, **settings)
 
 
 def metrics_of(workdir) -> list[dict]:
@@ -88,7 +75,7 @@ def finished(directory, tmp_path_factory):
     stage, overrides = RUNS[name]
     config = make_config(directory, stage, **overrides)
     workdir = tmp_path_factory.mktemp(name)
-    SCRIPTS[stage][0].train_and_evaluate(config, str(workdir))
+    SCRIPTS[stage].train_and_evaluate(config, str(workdir))
     return stage, config, workdir
 
   return make
@@ -100,7 +87,7 @@ def test_a_run_goes_on_exactly_where_a_checkpoint_stands(name, finished, tmp_pat
   workdir = shutil.copytree(done, tmp_path / "run")
   for step in (4, STEPS):
     shutil.rmtree(workdir / "checkpoints" / str(step))
-  SCRIPTS[stage][0].train_and_evaluate(config, str(workdir))
+  SCRIPTS[stage].train_and_evaluate(config, str(workdir))
   assert metrics_of(workdir) == metrics_of(done)
   found, expected = params_of(workdir), params_of(done)
   assert found.keys() == expected.keys()
