@@ -1,0 +1,151 @@
+"""Proximal policy optimisation (Schulman et al. 2017): losses of tokens, and what is reported.
+
+Arrays are those of losses.advantages: [N, M], with `mask` bool[N, M] true for an answer's tokens.
+"""
+
+import jax.numpy as jnp
+
+from vlalign_jax.errors import InputError
+
+LEVELS = ("token", "answer", "sequence")
+
+
+def check_level(level: str) -> None:
+  """Raises InputError for a level that is not one of LEVELS."""
+  if level not in LEVELS:
+    raise InputError(f"ppo.loss_level={level!r}: choose one of {', '.join(LEVELS)}")
+
+
+def policy_loss(logps, old_logps, advantages, mask, *, clip: float = 0.2, level: str = "token"):
+  """The clipped surrogate, to be minimised (Schulman et al. 2017, equation 7).
+
+  max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), rho = exp(logps - old_logps).
+
+  Args:
+    logps: float32[N, M], log-probabilities of the tokens; gradients flow into these.
+    old_logps: float32[N, M], the same when they were sampled.
+    advantages: float32[N, M], or float32[N, 1] where an answer's tokens share one.
+    mask: bool[N, M].
+    clip: how far rho may move from 1 and still be paid for.
+    level: what is averaged. token: all tokens alike. answer: the mean over each answer's tokens,
+      answers alike (Shao et al. 2024, equation 3). sequence: answers alike, rho that of a whole
+      answer (Ahmadian et al. 2024, whose action is the answer; TRL's RLOOTrainer); an answer's
+      advantage is then that of its first token.
+
+  Returns:
+    ((float32[] sum, float32[] count), dict of such pairs): `loss/policy_avg` (the loss),
+    `policy/approxkl_avg` (mean of (log rho)^2 / 2), `policy/clipfrac_avg` (where the clipped one
+    is the greater), `val/ratio` (mean of rho) and `val/ratio_var` (mean of (rho - 1)^2, of which
+    `summary` makes the variance).
+  """
+  check_level(level)
+  logps, old_logps = _clean(mask, logps, old_logps)
+  log_ratio = logps - old_logps
+  advantages = jnp.where(mask, advantages, 0).astype(jnp.float32)
+  if level == "sequence":
+    first = jnp.argmax(mask, axis=1, keepdims=True)
+    advantages = jnp.take_along_axis(advantages, first, axis=1)
+    log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True)
+    mask = jnp.any(mask, axis=1, keepdims=True)
+  ratio = jnp.exp(log_ratio)
+  free = -advantages * ratio
+  clipped = -advantages * jnp.clip(ratio, 1 - clip, 1 + clip)
+  loss = average(jnp.maximum(free, clipped), mask, level=level)
+  return loss, {
+    "loss/policy_avg": loss,
+    "policy/approxkl_avg": average(log_ratio**2 / 2, mask),
+    "policy/clipfrac_avg": average(clipped > free, mask),
+    "val/ratio": average(ratio, mask),
+    "val/ratio_var": average((ratio - 1) ** 2, mask),
+  }
+
+
+def value_loss(values, old_values, returns, mask, *, clip: float = 0.2):
+  """Half the squared error of the critic, clipped as the policy is (OpenAI's baselines, TRL).
+
+  max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2.
+
+  Args:
+    values: float32[N, M], the critic's; gradients flow into these.
+    old_values: float32[N, M], the same when the rollout was made.
+    returns: float32[N, M] of `advantages.gae`.
+    mask: bool[N, M].
+    clip: how far a value may move in one rollout; in units of the rewards.
+
+  Returns:
+    ((float32[] sum, float32[] count) over tokens, dict of such pairs): `loss/value_avg` (the loss)
+    and `val/clipfrac_avg` (where the clipped error is the greater).
+  """
+  values, old_values, returns = _clean(mask, values, old_values, returns)
+  free = (values - returns) ** 2
+  clipped = (jnp.clip(values, old_values - clip, old_values + clip) - returns) ** 2
+  loss = average(jnp.maximum(free, clipped) / 2, mask)
+  return loss, {"loss/value_avg": loss, "val/clipfrac_avg": average(clipped > free, mask)}
+
+
+def average(values, mask, *, level: str = "token"):
+  """What the mean of values is made of: (float32[] sum, float32[] count).
+
+  So are the entropy bonus (`policy/entropy_avg`) and GRPO's penalty of KL, of values per token.
+
+  Args:
+    values: [N, M].
+    mask: bool[N, M].
+    level: "token" for the mean over tokens, else that over answers of the means over their tokens.
+  """
+  check_level(level)
+  values = jnp.where(mask, values, 0).astype(jnp.float32)
+  if level == "token":
+    return jnp.sum(values), jnp.sum(mask).astype(jnp.float32)
+  tokens = jnp.sum(mask, axis=1)
+  means = jnp.sum(values, axis=1) / jnp.maximum(tokens, 1)
+  return jnp.sum(means), jnp.sum(tokens > 0).astype(jnp.float32)
+
+
+def objective(scores, kl, logps, mask, ended, *, kl_coefficient):
+  """What is reported of a rollout, under the names of TRL's PPOTrainer.
+
+  Args:
+    scores: float32[N], as they were placed.
+    kl: float32[N, M] of `kl.estimate`.
+    logps: float32[N, M], log-probabilities of the sampled tokens.
+    mask: bool[N, M].
+    ended: bool[N], whether the end token is there.
+    kl_coefficient: float or float32[].
+
+  Returns:
+    Dict of (float32[] sum over answers, float32[] answers): `objective/kl`, `objective/entropy`
+    (both summed over an answer's tokens), `objective/scores`, `objective/non_score_reward` (the
+    penalty) and `objective/rlhf_reward` (score and penalty); and float32[] `val/num_eos_tokens`.
+  """
+  kl, logps = _clean(mask, kl, logps)
+  real = jnp.any(mask, axis=1)
+  scores = jnp.where(real, scores, 0).astype(jnp.float32)
+  penalties = -kl_coefficient * jnp.sum(kl, axis=1)
+  count = jnp.sum(real).astype(jnp.float32)
+  return {
+    "objective/kl": (jnp.sum(kl), count),
+    "objective/entropy": (-jnp.sum(logps), count),
+    "objective/scores": (jnp.sum(scores), count),
+    "objective/non_score_reward": (jnp.sum(penalties), count),
+    "objective/rlhf_reward": (jnp.sum(scores + penalties), count),
+    "val/num_eos_tokens": jnp.sum(real & ended).astype(jnp.float32),
+  }
+
+
+def summary(quotients: dict) -> dict:
+  """What is reported, of `sums.quotients` of the pairs above.
+
+  `val/ratio_var` becomes the variance of the ratio over all that was averaged (TRL's is that
+  between the means of micro-batches). The mean was taken of squares around 1, where ratios are, so
+  that float32 does not lose them.
+  """
+  if "val/ratio_var" not in quotients:
+    return quotients
+  spread = quotients["val/ratio_var"] - (quotients["val/ratio"] - 1) ** 2
+  return quotients | {"val/ratio_var": spread}
+
+
+def _clean(mask, *arrays):
+  """float32[N, M] each, 0 where no token is."""
+  return tuple(jnp.where(mask, x, 0).astype(jnp.float32) for x in arrays)
