@@ -132,7 +132,7 @@ def eval_step(
 def make_program(config, model, mesh: Mesh, total_steps: int) -> program.Program:
   """See `program.make_program`; with `dpo.reference=cache` rows bring the reference's numbers."""
   options = {
-    "reference_graphdef": _reference_graphdef(config, model, mesh),
+    "reference_graphdef": program.reference_graphdef(config, model, mesh),
     "settings": config.dpo,
   }
   return program.make_program(
@@ -146,16 +146,6 @@ def make_program(config, model, mesh: Mesh, total_steps: int) -> program.Program
     functools.partial(eval_step, **options),
     keep_initial=config.dpo.reference == IN_STEP,
   )
-
-
-def _reference_model(config, model):
-  """The architecture of the reference; new adapters change nothing, so it has none."""
-  return model if config.lora.init_from else dataclasses.replace(model, lora=None)
-
-
-def _reference_graphdef(config, model, mesh: Mesh):
-  options = {"dtype": config.model.dtype, "remat": config.model.remat, "mesh": mesh}
-  return abstract_params(_reference_model(config, model), **options)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +165,7 @@ def make_reference(config, model, mesh: Mesh) -> Reference:
   """The reference of a run; arguments as in `make_program`."""
   dtype = config.model.dtype
   graphdef, shapes = abstract_params(
-    _reference_model(config, model), dtype=dtype, param_dtype=dtype, mesh=mesh
+    program.reference_model(config, model), dtype=dtype, param_dtype=dtype, mesh=mesh
   )
   split = config.mesh.zero_stage >= 3
   params = meshes.place(shapes, zero.shardings(mesh, shapes, split=split))

@@ -69,6 +69,70 @@ def make_program(
     keep_initial: whether steps are given what the trained parameters were at first.
     static: arguments of eval_step that are no arrays.
   """
+  learner = make_learner(config, model, mesh, total_steps, keep_initial)
+  placement = learner.placement
+  common = {"graphdef": learner.graphdef, "mesh": mesh, "chunk": meshes.head_chunk(mesh)}
+  train_step = functools.partial(
+    update.train_step,
+    make_loss=functools.partial(make_loss, **common),
+    count=count,
+    metrics=metrics,
+    seed=config.seed,
+    mesh=mesh,
+    accumulation=config.grad_accumulation,
+    **learner.update,
+  )
+  if config.mesh.offload_optimizer:
+    train_step = _fetching(train_step, placement.optimizer)
+    placement = placement._replace(
+      optimizer=zero.offload(mesh, meshes.place(learner.state.optimizer, placement.optimizer))
+    )
+  return Program(
+    graphdef=learner.graphdef,
+    params=learner.params,
+    state=meshes.place(learner.state, placement),
+    frozen=learner.frozen,
+    init_state=jax.jit(learner.init_state, out_shardings=placement, donate_argnums=0),
+    train_step=jax.jit(
+      train_step, donate_argnums=0, out_shardings=(placement, meshes.replicated(mesh))
+    ),
+    eval_step=jax.jit(
+      functools.partial(eval_step, **common),
+      static_argnames=static,
+      out_shardings=meshes.replicated(mesh),
+    ),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+  """A model of which a part is trained; nothing here is allocated.
+
+  Attributes:
+    graphdef, params, state, frozen: as of Program.
+    init_state: trained parameters -> TrainState.
+    placement: TrainState of the shardings of its leaves.
+    update: the arguments of `update.train_step` that depend on the model: optimizer, learning_rate
+      and constrain_gradients.
+  """
+
+  graphdef: Any
+  params: dict
+  state: training_state.TrainState
+  frozen: dict
+  init_state: Callable
+  placement: training_state.TrainState
+  update: dict
+
+
+def make_learner(
+  config,
+  model: ModelConfig,
+  mesh: jax.sharding.Mesh,
+  total_steps: int,
+  keep_initial: bool = False,
+) -> Learner:
+  """What is trained of a model, where all of it goes, and how it moves; see `make_program`."""
   meshes.check_heads(mesh, model.language.heads, model.language.kv_heads)
   stage = config.mesh.zero_stage
   graphdef, abstract = abstract_params(
@@ -91,39 +155,30 @@ def make_program(
   placement = zero.state_shardings(mesh, state, stage)
   if keep_initial:
     frozen = frozen | {"reference": _initial(trained, config)}
-  common = {"graphdef": graphdef, "mesh": mesh, "chunk": meshes.head_chunk(mesh)}
-  train_step = functools.partial(
-    update.train_step,
-    make_loss=functools.partial(make_loss, **common),
-    count=count,
-    metrics=metrics,
-    seed=config.seed,
-    mesh=mesh,
-    optimizer=tx,
-    learning_rate=optimizer.learning_rates(config.optim, total_steps)["base"],
-    accumulation=config.grad_accumulation,
-    constrain_gradients=lambda tree: zero.constrain_gradients(mesh, tree, stage),
-  )
-  if config.mesh.offload_optimizer:
-    train_step = _fetching(train_step, placement.optimizer)
-    placement = placement._replace(
-      optimizer=zero.offload(mesh, meshes.place(state.optimizer, placement.optimizer))
-    )
-  return Program(
+  return Learner(
     graphdef=graphdef,
     params=params,
     state=meshes.place(state, placement),
     frozen=frozen,
-    init_state=jax.jit(init_state, out_shardings=placement, donate_argnums=0),
-    train_step=jax.jit(
-      train_step, donate_argnums=0, out_shardings=(placement, meshes.replicated(mesh))
-    ),
-    eval_step=jax.jit(
-      functools.partial(eval_step, **common),
-      static_argnames=static,
-      out_shardings=meshes.replicated(mesh),
-    ),
+    init_state=init_state,
+    placement=placement,
+    update={
+      "optimizer": tx,
+      "learning_rate": optimizer.learning_rates(config.optim, total_steps)["base"],
+      "constrain_gradients": lambda tree: zero.constrain_gradients(mesh, tree, stage),
+    },
   )
+
+
+def reference_model(config, model: ModelConfig) -> ModelConfig:
+  """The architecture of a policy's reference; new adapters change nothing, so it has none."""
+  return model if config.lora.init_from else dataclasses.replace(model, lora=None)
+
+
+def reference_graphdef(config, model: ModelConfig, mesh: jax.sharding.Mesh):
+  """The graphdef that goes with `Program.frozen["reference"]` and the other frozen parameters."""
+  options = {"dtype": config.model.dtype, "remat": config.model.remat, "mesh": mesh}
+  return abstract_params(reference_model(config, model), **options)[0]
 
 
 def _initial(trained, config) -> dict:
