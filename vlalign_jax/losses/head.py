@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 
-def _gather(x, order):
+def gather(x, order):
+  """[S, N, ...] in the order int32[S, M] of its second axis."""
   return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
-def _compact(hidden, targets, weights, shards: int, chunk: int):
+def compact(hidden, targets, weights, shards: int, chunk: int):
   """Per shard, brings positions with weight to the front, in order.
 
   Returns:
@@ -30,22 +31,25 @@ def _compact(hidden, targets, weights, shards: int, chunk: int):
   )
   order = jnp.argsort(weights == 0, axis=1, stable=True)
   padding = -order.shape[1] % chunk
-  hidden, targets, weights = (_gather(x, order) for x in (hidden, targets, weights))
+  hidden, targets, weights = (gather(x, order) for x in (hidden, targets, weights))
   hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
   targets, weights = (jnp.pad(x, ((0, 0), (0, padding))) for x in (targets, weights))
   counts = jnp.max(jnp.sum(weights != 0, axis=1))
   return hidden, targets, weights, order, (counts + chunk - 1) // chunk
 
 
-def _slice(x, start, chunk):
+def part_of(x, start, chunk):
+  """Positions `start` to `start + chunk` of [S, N, ...]."""
   return jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
 
 
-def _logits(hidden, kernel):
+def logits_of(hidden, kernel):
+  """float32[S, C, V] of hidden states [S, C, D]."""
   return jnp.einsum("SCD,DV->SCV", hidden, kernel, preferred_element_type=jnp.float32)
 
 
-def _is_target(logits, targets):
+def is_target_of(logits, targets):
+  """bool[S, C, V], true at the targets int32[S, C]."""
   return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[:, :, None]
 
 
@@ -114,15 +118,15 @@ def _sum_and_gradients(
   """`cross_entropy_sum`, its gradients by `hidden` and, if asked for, by `kernel` (else None)."""
   shape, kernel_dtype = hidden.shape, kernel.dtype
   kernel = place(kernel.astype(hidden.dtype))
-  hidden, targets, weights, order, chunks = _compact(hidden, targets, weights, shards, chunk)
+  hidden, targets, weights, order, chunks = compact(hidden, targets, weights, shards, chunk)
 
   def body(i, carry):
     total, hidden_grad, kernel_grad = carry
     start = i * chunk
-    h, t, w = (_slice(x, start, chunk) for x in (hidden, targets, weights))
-    logits = place(_logits(h, kernel))
+    h, t, w = (part_of(x, start, chunk) for x in (hidden, targets, weights))
+    logits = place(logits_of(h, kernel))
     normaliser = jax.nn.logsumexp(logits, axis=-1)
-    is_target = _is_target(logits, t)
+    is_target = is_target_of(logits, t)
     target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
     total += jnp.sum(w * (normaliser - target_logits))
     probabilities = jnp.exp(logits - normaliser[:, :, None])
@@ -139,7 +143,7 @@ def _sum_and_gradients(
     kernel_grad = place(jnp.zeros((shards, *kernel.shape), jnp.float32))
   carry = (jnp.zeros((), jnp.float32), jnp.zeros_like(hidden), kernel_grad)
   total, hidden_grad, kernel_grad = jax.lax.fori_loop(0, chunks, body, carry)
-  hidden_grad = _gather(hidden_grad, jnp.argsort(order, axis=1)).reshape(shape)
+  hidden_grad = gather(hidden_grad, jnp.argsort(order, axis=1)).reshape(shape)
   if with_kernel:
     kernel_grad = scatter(jnp.sum(kernel_grad, axis=0)).astype(kernel_dtype)
     # Else the sum may wait, and its operand be held whole, until all layers' gradients are made.
@@ -238,14 +242,14 @@ def token_statistics(
   """
   shape = targets.shape
   kernel = place(kernel.astype(hidden.dtype))
-  hidden, targets, weights, order, chunks = _compact(hidden, targets, weights, shards, chunk)
+  hidden, targets, weights, order, chunks = compact(hidden, targets, weights, shards, chunk)
 
   def body(i, carry):
     losses, correct = carry
     start = i * chunk
-    h, t, w = (_slice(x, start, chunk) for x in (hidden, targets, weights))
-    logits = place(_logits(h, kernel))
-    target_logits = jnp.sum(jnp.where(_is_target(logits, t), logits, 0.0), axis=-1)
+    h, t, w = (part_of(x, start, chunk) for x in (hidden, targets, weights))
+    logits = place(logits_of(h, kernel))
+    target_logits = jnp.sum(jnp.where(is_target_of(logits, t), logits, 0.0), axis=-1)
     loss = jax.nn.logsumexp(logits, axis=-1) - target_logits
     right = jnp.argmax(logits, axis=-1) == t
     return (
@@ -256,4 +260,4 @@ def token_statistics(
   carry = (jnp.zeros(weights.shape, jnp.float32), jnp.zeros(weights.shape, bool))
   losses, correct = jax.lax.fori_loop(0, chunks, body, carry)
   back = jnp.argsort(order, axis=1)
-  return _gather(losses, back).reshape(shape), _gather(correct, back).reshape(shape)
+  return gather(losses, back).reshape(shape), gather(correct, back).reshape(shape)

@@ -1,0 +1,58 @@
+"""Log-probabilities with entropies and their gradients, against torch in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from tests.losses.test_head import V, close, make_inputs
+from vlalign_jax.losses import entropy
+
+
+def expected(hidden, kernel, targets, weights, by_log, by_entropy):
+  """(log-probabilities, entropies, gradients by hidden and kernel of their weighted sum)."""
+  hidden, kernel = (
+    torch.tensor(x.astype(np.float64), requires_grad=True) for x in (hidden, kernel)
+  )
+  logs = torch.log_softmax(hidden @ kernel, dim=-1)
+  counts = torch.tensor(weights != 0)
+  found = logs.gather(2, torch.tensor(targets)[:, :, None].long())[:, :, 0] * counts
+  entropies = torch.distributions.Categorical(logits=hidden @ kernel).entropy() * counts
+  total = (found * torch.tensor(by_log)).sum() + (entropies * torch.tensor(by_entropy)).sum()
+  total.backward()
+  return [x.detach().numpy() for x in (found, entropies, hidden.grad, kernel.grad)]
+
+
+@pytest.mark.parametrize(("shards", "chunk"), [(1, 5), (2, 64)])
+def test_values_and_gradients_are_torch_s(shards, chunk):
+  hidden, kernel, targets, weights = make_inputs(0.6)
+  assert targets.max() < V
+  rng = np.random.default_rng(1)
+  by_log, by_entropy = rng.normal(size=(2, *targets.shape))
+  by_log[::2] = 0  # where there is nothing to gain, the entropy counts all the same
+
+  def total(hidden, kernel):
+    found = entropy.token_log_probabilities_and_entropies(
+      hidden, kernel, targets, weights, shards=shards, chunk=chunk
+    )
+    return jnp.sum(found[0] * by_log) + jnp.sum(found[1] * by_entropy), found
+
+  (_, found), gradients = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(hidden, kernel)
+  wanted = expected(hidden, kernel, targets, weights, by_log, by_entropy)
+  for one, other in zip((*found, *gradients), wanted, strict=True):
+    close(one, other, 1e-5)
+
+
+def test_a_loss_without_entropies_has_the_gradients_of_log_probabilities():
+  hidden, kernel, targets, weights = make_inputs(0.6)
+  by_log = np.random.default_rng(1).normal(size=targets.shape)
+
+  def total(hidden, kernel):
+    found = entropy.token_log_probabilities_and_entropies(hidden, kernel, targets, weights)
+    return jnp.sum(found[0] * by_log)
+
+  gradients = jax.jit(jax.grad(total, (0, 1)))(hidden, kernel)
+  wanted = expected(hidden, kernel, targets, weights, by_log, np.zeros(targets.shape))
+  for one, other in zip(gradients, wanted[2:], strict=True):
+    close(one, other, 1e-5)
