@@ -137,9 +137,7 @@ def run(rollout: dict, kl_estimator: str) -> dict:
       """Nothing of the real one's."""
 
     def log(self, metrics):
-      found["metrics"] = {
-        key: value for key, value in metrics.items() if key.split("/")[0] != key
-      }
+      found["metrics"] = {key: value for key, value in metrics.items() if key.split("/")[0] != key}
 
   nothing = role(step=lambda: None, zero_grad=lambda: None, get_last_lr=lambda: [0.0])
   trainer = Trainer()
