@@ -6,6 +6,8 @@ import re
 
 from ml_collections import ConfigDict, config_dict
 
+from vlalign_jax import config_ppo
+from vlalign_jax.config_checks import check_at_least, check_choices, value
 from vlalign_jax.errors import InputError
 from vlalign_jax.losses import dpo
 from vlalign_jax.models.stack import REMAT_NAMES
@@ -129,6 +131,8 @@ def defaults(stage: str) -> ConfigDict:
     # The reference's log-probabilities: "step": in every step, by a copy of what is trained as it
     # was at first (none with adapters); "cache": once before training, kept in the run directory.
     c.dpo.reference = "step"
+  if stage == "ppo":
+    config_ppo.add(c)
   return c
 
 
@@ -151,6 +155,8 @@ def check(config: ConfigDict, stage: str) -> None:
     dpo.check_settings(
       config.dpo.loss, config.dpo.beta, config.dpo.label_smoothing, config.dpo.sft_weight
     )
+  if stage == "ppo":
+    config_ppo.check(config)
 
 
 def check_keys(config: ConfigDict, known: ConfigDict, prefix: str = "config") -> None:
@@ -273,26 +279,3 @@ def _check_lora(lora: ConfigDict, adapters: int) -> None:
     raise InputError(
       "config.lora.init_from is given, and config.lora.rank is 0; set it to the adapters' rank"
     )
-
-
-def check_choices(config: ConfigDict, choices: dict[str, tuple]) -> None:
-  """Refuses a key whose value is not among its choices; choices: dotted key -> values."""
-  for key, allowed in choices.items():
-    if value(config, key) not in allowed:
-      shown = ", ".join(map(str, allowed))
-      raise InputError(f"config.{key} is {value(config, key)!r}; choose from {shown}")
-
-
-def check_at_least(config: ConfigDict, at_least: dict[str, float]) -> None:
-  """Refuses a key whose value is too low; at_least: dotted key -> the lowest it may have."""
-  for key, least in at_least.items():
-    given = value(config, key)
-    if given is not None and given < least:
-      raise InputError(f"config.{key} is {given}; it must be at least {least}")
-
-
-def value(config: ConfigDict, key: str):
-  """The value behind a dotted key."""
-  for part in key.split("."):
-    config = config[part]
-  return config

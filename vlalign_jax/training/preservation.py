@@ -18,6 +18,8 @@ HIGHER_IS_BETTER = {
   "eval/rewards/accuracies": True,
   "eval/rewards/margins": True,
   "eval/logps/accuracies": True,
+  "eval/objective/scores": True,
+  "eval/objective/rlhf_reward": True,
 }
 # Those that each stage reports.
 METRICS = {
@@ -29,6 +31,7 @@ METRICS = {
     "eval/rewards/margins",
     "eval/logps/accuracies",
   ),
+  "ppo": ("eval/objective/scores", "eval/objective/rlhf_reward"),
 }
 
 

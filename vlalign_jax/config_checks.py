@@ -1,0 +1,28 @@
+"""Checks of single values of a config, whatever the stage."""
+
+from ml_collections import ConfigDict
+
+from vlalign_jax.errors import InputError
+
+
+def check_choices(config: ConfigDict, choices: dict[str, tuple]) -> None:
+  """Refuses a key whose value is not among its choices; choices: dotted key -> values."""
+  for key, allowed in choices.items():
+    if value(config, key) not in allowed:
+      shown = ", ".join(map(str, allowed))
+      raise InputError(f"config.{key} is {value(config, key)!r}; choose from {shown}")
+
+
+def check_at_least(config: ConfigDict, at_least: dict[str, float]) -> None:
+  """Refuses a key whose value is too low; at_least: dotted key -> the lowest it may have."""
+  for key, least in at_least.items():
+    given = value(config, key)
+    if given is not None and given < least:
+      raise InputError(f"config.{key} is {given}; it must be at least {least}")
+
+
+def value(config: ConfigDict, key: str):
+  """The value behind a dotted key."""
+  for part in key.split("."):
+    config = config[part]
+  return config

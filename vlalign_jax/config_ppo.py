@@ -1,0 +1,130 @@
+"""The config group of PPO: all keys with their defaults, and their checks."""
+
+from ml_collections import ConfigDict, config_dict
+
+from vlalign_jax.config_checks import check_at_least, check_choices
+from vlalign_jax.errors import InputError
+from vlalign_jax.losses import advantages, kl
+from vlalign_jax.losses import ppo as losses
+
+CRITIC_STARTS = ("reward", "actor")
+
+
+def add(c: ConfigDict) -> None:
+  """The keys of PPO, whose steps are rollouts: batch_size counts prompts.
+
+  Defaults are those of TRL's PPOConfig where nothing else is said; "original" is
+  Vision-LLM-Alignment.
+  """
+  c.log_every = 1
+  c.data.pack = False  # each prompt has a row, with its answers behind it
+  c.best_metric = "eval/objective/scores"
+  c.optim.schedule = "constant_with_warmup"  # TRL: linear; original: cosine
+  c.ppo = ppo = ConfigDict()
+  # What scores answers: a reward model, a function, or the weighted sum of both.
+  ppo.reward_model = ""  # a run of train_reward.py, or its export
+  ppo.reward_weight = 1.0
+  ppo.reward_function = ""  # module:name, called with prompt, answer, reference and record
+  ppo.function_weight = 1.0
+  ppo.score_clip = 10.0  # bound of a score's size; 0: none (TRL: none; original: 10)
+  ppo.missing_end_penalty = 0.0  # off the score of an answer without an end token (TRL: None)
+  ppo.score_queue = 0  # last scores by which new ones are normalised (original: 1000); 0: off
+  ppo.score_scale = 10.0  # standard deviation of what is normalised (original: 10)
+  # Sampling of answers.
+  ppo.num_samples = 1  # answers to each prompt; rloo and grpo need two
+  ppo.max_new_tokens = 384  # TRL: 53; original: 384
+  ppo.min_new_tokens = 0
+  ppo.temperature = 1.0  # TRL: 0.7; original: 0.75. At 1 what is sampled is what is learnt
+  ppo.top_k = 0  # 0: all (original: 50)
+  ppo.top_p = 1.0  # original: 0.95
+  ppo.gather = False  # bring parameters together over fsdp before sampling
+  # What is learnt from a rollout.
+  ppo.estimator = "gae"  # gae, with a critic; rloo, grpo, without one
+  ppo.epochs = 4  # times a rollout is learnt from (original: 1)
+  ppo.minibatches = 2  # updates of an epoch (TRL: 1)
+  ppo.clip = 0.2
+  ppo.value_clip = 0.2
+  ppo.loss_level = "token"  # what the policy's loss averages: token, answer, sequence
+  ppo.gamma = 1.0  # original: 0.99
+  ppo.lam = 0.95
+  ppo.whiten_advantages = True  # original: false
+  ppo.scale_by_std = True  # of grpo; false: Dr. GRPO
+  ppo.entropy_coefficient = 0.0
+  ppo.kl_coefficient = 0.1  # TRL: 0.05; original: 0.1
+  ppo.kl_estimator = "k1"  # k1, k3, of the penalty in rewards; grpo has k3 in its loss instead
+  ppo.kl_target = 0.0  # of an adaptive coefficient; 0: it is fixed
+  ppo.kl_horizon = 10000.0  # answers over which an adaptive coefficient moves
+  ppo.stop_kl = 0.0  # mean policy/approxkl of an epoch behind which a rollout is left; 0: none
+  # The critic.
+  ppo.critic_init = "reward"  # reward: from the reward model; actor: with a new head of zeros
+  ppo.critic_learning_rate = config_dict.placeholder(float)  # None: optim.learning_rate
+  ppo.critic_warmup = 0  # first steps in which only the critic learns (original: 30)
+  ppo.actor_zero_stage = config_dict.placeholder(int)  # None: mesh.zero_stage
+  ppo.critic_zero_stage = config_dict.placeholder(int)  # None: mesh.zero_stage
+  # What is shown.
+  ppo.log_samples_every = 10  # steps between rollouts in rollouts.jsonl; 0: none
+  ppo.log_samples = 16  # answers of each
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses values that no run can have.
+
+  Raises:
+    InputError: names the key, its value and what it may be.
+  """
+  ppo, choices = config.ppo, (None, 0, 1, 2, 3)
+  check_choices(
+    config,
+    {
+      "ppo.estimator": advantages.ESTIMATORS,
+      "ppo.critic_init": CRITIC_STARTS,
+      "ppo.loss_level": losses.LEVELS,
+      "ppo.kl_estimator": kl.KINDS,
+      "ppo.actor_zero_stage": choices,
+      "ppo.critic_zero_stage": choices,
+      "data.pack": (False,),
+      "mesh.offload_optimizer": (False,),
+      "lora.dropout": (0.0,),  # a ratio compares two passes, which must drop nothing
+    },
+  )
+  ones = ("num_samples", "max_new_tokens", "epochs", "minibatches")
+  zeros = (
+    "score_clip missing_end_penalty score_queue min_new_tokens temperature top_k clip value_clip "
+    "entropy_coefficient kl_coefficient kl_target stop_kl critic_learning_rate critic_warmup "
+    "log_samples_every log_samples"
+  )
+  check_at_least(config, {f"ppo.{key}": 1 for key in ones})
+  check_at_least(config, {f"ppo.{key}": 0 for key in zeros.split()})
+  for key in ("gamma", "lam", "top_p"):
+    if not 0 < ppo[key] <= 1:
+      raise InputError(f"config.ppo.{key} is {ppo[key]}; give more than 0 and at most 1")
+  for key in ("score_scale", "kl_horizon"):
+    if ppo[key] <= 0:
+      raise InputError(f"config.ppo.{key} is {ppo[key]}; give more than 0")
+  if not ppo.temperature:
+    raise InputError("config.ppo.temperature is 0; give more, or nothing is explored")
+  if not (ppo.reward_model or ppo.reward_function):
+    raise InputError(
+      "nothing scores answers: give config.ppo.reward_model (a run of train_reward.py) or "
+      "config.ppo.reward_function (module:name)"
+    )
+  if ppo.estimator == "gae" and ppo.critic_init == "reward" and not ppo.reward_model:
+    raise InputError(
+      'config.ppo.critic_init is "reward", and config.ppo.reward_model is empty; set it to "actor"'
+    )
+  if ppo.estimator != "gae" and ppo.num_samples < 2:
+    raise InputError(
+      f"config.ppo.num_samples is {ppo.num_samples}; {ppo.estimator} compares answers to the same "
+      "prompt and needs at least 2"
+    )
+  if ppo.estimator != "gae" and ppo.critic_warmup:
+    raise InputError(
+      f"config.ppo.critic_warmup is {ppo.critic_warmup}, and {ppo.estimator} has no critic; set it "
+      "to 0"
+    )
+  shares = config.grad_accumulation * ppo.minibatches
+  if config.batch_size % shares:
+    raise InputError(
+      f"config.batch_size is {config.batch_size}; it must be a multiple of ppo.minibatches x "
+      f"grad_accumulation = {shares}"
+    )
