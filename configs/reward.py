@@ -45,12 +45,12 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
 
 def _demo(c: ConfigDict) -> ConfigDict:
   c.batch_size = 64
-  c.epochs = 2.0
+  c.epochs = 4.0
   c.log_every = 20
   c.save_every = 200
   c.model.dtype = "float32"
   c.model.remat = "none"
   c.train.vision = True
   c.data.max_length = 256
-  c.optim.learning_rate = 1e-3
+  c.optim.learning_rate = 5e-4
   return c

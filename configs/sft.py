@@ -65,7 +65,7 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
 
 def _demo(c: ConfigDict) -> ConfigDict:
   c.batch_size = 64
-  c.epochs = 7.0
+  c.epochs = 8.0
   c.log_every = 20
   c.save_every = 200
   c.model.dtype = "float32"
