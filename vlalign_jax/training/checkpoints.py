@@ -98,7 +98,8 @@ def restore_newest(
 
   Args:
     manager: from `open_checkpoints`.
-    state: TrainState of jax.ShapeDtypeStruct with shardings: what is wanted, and where.
+    state: TrainState of jax.ShapeDtypeStruct with shardings: what is wanted, and where. Another
+      NamedTuple with `params`, `step` and more will do as well, here and in `save`.
 
   Raises:
     InputError: all checkpoints are damaged; or the newest that is not cannot be read for want of
@@ -132,7 +133,7 @@ def _restore(place: epath.Path, state: TrainState) -> tuple[TrainState, dict]:
   arrays = ocp.StandardCheckpointHandler()
   params = arrays.restore(place / "params", args=ocp.args.StandardRestore(state.params))
   rest = arrays.restore(place / "optimizer", args=ocp.args.StandardRestore(_without_params(state)))
-  return TrainState(**{**rest, "params": params}), progress
+  return type(state)(**{**rest, "params": params}), progress
 
 
 def _of_first_process(steps: list[int]) -> list[int]:

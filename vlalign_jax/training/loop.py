@@ -33,6 +33,8 @@ class Stage:
     count: `(rows, skipped, stop) -> counts` over all hosts, see `hosts.make_counter`.
     evaluate: `(state) -> dict of floats`, or None.
     records: number of training records.
+    evaluates_first: whether to evaluate the state of step 0, too.
+    lag: how many steps late metrics are read; 0 where a step waits for the devices anyway.
   """
 
   train_step: Callable
@@ -40,6 +42,8 @@ class Stage:
   count: Callable
   evaluate: Callable | None
   records: int
+  evaluates_first: bool = False
+  lag: int = LAG
 
 
 class Stop:
@@ -154,13 +158,15 @@ def run(
 
   saved = first
   try:
+    if stage.evaluates_first and stage.evaluate is not None and not first:
+      evaluate(0)
     for step in range(first + 1, total_steps + 1):
       rows = stage.to_device(next(batches))
       skipped = rows.pop("skipped")
       counts = stage.count(rows, skipped, stop.asked)
       state, metrics = stage.train_step(state, rows)
       pending.append((step, metrics, counts))
-      settle(LAG)
+      settle(stage.lag)
       if evaluated(step):
         evaluate(step)
       due = config.save_every and step % config.save_every == 0

@@ -22,10 +22,13 @@ SHOWN = (
   "loss",
   "accuracy",
   "rewards/accuracies",
+  "objective/scores",
+  "objective/kl",
   "eval/loss",
   "eval/exact_match",
   "eval/accuracy",
   "eval/rewards/accuracies",
+  "eval/objective/scores",
   "tokens_per_second",
 )
 

@@ -26,6 +26,8 @@ HARMLESS = (
   "data.workers",
   "data.on_bad_record",
   "model.architecture",
+  "ppo.log_samples_every",
+  "ppo.log_samples",
 )
 # These change the order of sums besides, and so the last bits: a run may need them to fit on other
 # devices. Micro-batches are weighted by their tokens, so their number changes no more than that.
@@ -37,6 +39,9 @@ ROUNDING = (
   "mesh.fsdp",
   "mesh.tensor",
   "mesh.offload_optimizer",
+  "ppo.actor_zero_stage",
+  "ppo.critic_zero_stage",
+  "ppo.gather",
 )
 
 
@@ -58,7 +63,7 @@ def open_run(workdir: str, config: ConfigDict) -> bool:
   try:
     directory.mkdir(parents=True, exist_ok=True)
     stored = _read_config(path) if path.exists() else None
-    resumes = _has_saved(directory)
+    resumes = has_saved(directory)
     if stored and resumes:
       _check_config(stored, config, workdir)
     _check_shared(directory)
@@ -94,7 +99,8 @@ def _check_shared(directory: epath.Path) -> None:
     )
 
 
-def _has_saved(directory: epath.Path) -> bool:
+def has_saved(directory: epath.Path) -> bool:
+  """Whether the run there has saved a checkpoint to go on from."""
   steps = directory / "checkpoints"
   return steps.is_dir() and any(step.name.isdigit() for step in steps.iterdir())
 

@@ -57,7 +57,9 @@ def my_share(mesh: jax.sharding.Mesh) -> dict:
   return options
 
 
-def restore_or_load(config, workdir: str, opened: source.Source, program: Program, plan: dict):
+def restore_or_load(
+  config, workdir: str, opened: source.Source, program: Program, plan: dict, make_state=None
+):
   """The newest checkpoint's state, or the first one.
 
   Args:
@@ -66,6 +68,7 @@ def restore_or_load(config, workdir: str, opened: source.Source, program: Progra
     opened: from `open_run`.
     program: of the run.
     plan: `Prepared.identity` of the training data.
+    make_state: () -> the first state; None: that of the program with the model's weights.
 
   Returns:
     (checkpoint manager, TrainState, progress); the state is None if the run is finished.
@@ -80,9 +83,11 @@ def restore_or_load(config, workdir: str, opened: source.Source, program: Progra
       with storage.written(f"{workdir}/model") as directory:
         export.save_model_files(opened, directory, config.model.param_dtype, config.data.template)
     pin.write(opened, workdir)
-    is_trained = functools.partial(optimizer.is_trained, config=config)
-    params = load.load_params(opened, program.params, config.seed, is_trained)
-    return manager, program.init_state(params), {"bad_records": 0, "plan": plan}
+    if make_state is not None:
+      state = make_state()
+    else:
+      state = program.init_state(load_trained(config, opened, program))
+    return manager, state, {"bad_records": 0, "plan": plan}
   state, progress = restored
   run_directory.check_progress(progress, config, plan, workdir)
   logging.info("going on from step %d of %d", progress["step"], plan["steps"])
@@ -90,6 +95,12 @@ def restore_or_load(config, workdir: str, opened: source.Source, program: Progra
     logging.info("%s is finished: all %d steps are done", workdir, plan["steps"])
     state = None
   return manager, state, progress
+
+
+def load_trained(config, opened: source.Source, program: Program) -> dict:
+  """The trained parameters as they are before training."""
+  is_trained = functools.partial(optimizer.is_trained, config=config)
+  return load.load_params(opened, program.params, config.seed, is_trained)
 
 
 def load_frozen(config, opened: source.Source, program: Program) -> dict:

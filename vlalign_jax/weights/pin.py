@@ -19,7 +19,7 @@ from vlalign_jax.errors import InputError
 if TYPE_CHECKING:
   from vlalign_jax.weights.source import Source
 
-FILE = "model/weights.json"
+FILE = "model/{}.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 
 
@@ -46,18 +46,19 @@ def content(source: "Source") -> dict:
   return found
 
 
-def write(source: "Source", workdir: str) -> None:
-  """Writes down what a new run starts from."""
+def write(source: "Source", workdir: str, name: str = "weights") -> None:
+  """Writes down what a new run starts from; `name` tells its model from others that it takes."""
   if jax.process_index() == 0:
-    storage.write(f"{workdir}/{FILE}", json.dumps(content(source), indent=2))
+    storage.write(f"{workdir}/{FILE.format(name)}", json.dumps(content(source), indent=2))
 
 
-def check(source: "Source", workdir: str) -> "Source":
+def check(source: "Source", workdir: str, name: str = "weights") -> "Source":
   """The source as it was when the run in `workdir` started.
 
   Args:
     source: opened by the run's config.
     workdir: a run directory; one in which nothing was written down yet passes.
+    name: as of `write`.
 
   Returns:
     The source with the checkpoints of other runs that were the newest then.
@@ -65,7 +66,7 @@ def check(source: "Source", workdir: str) -> "Source":
   Raises:
     InputError: a file has changed since.
   """
-  path = epath.Path(workdir) / FILE
+  path = epath.Path(workdir) / FILE.format(name)
   if not path.exists():
     return source
   try:

@@ -66,6 +66,8 @@ def absolute_paths(config) -> None:
     for key in keys:
       if config[group][key]:
         config[group][key] = storage.absolute(config[group][key])
+  if "ppo" in config and config.ppo.reward_model:
+    config.ppo.reward_model = storage.absolute(config.ppo.reward_model)
 
 
 def open_for(config) -> Source:

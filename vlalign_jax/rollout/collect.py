@@ -1,0 +1,203 @@
+"""A rollout: prompts answered by the actor, the answers scored, and what the other roles say."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from absl import logging
+
+from vlalign_jax import trees
+from vlalign_jax.data.records import Record
+from vlalign_jax.errors import InputError
+from vlalign_jax.rollout import reward_function
+from vlalign_jax.rollout import rows as layout
+from vlalign_jax.rollout.reward_text import TextReader
+from vlalign_jax.sharding import hosts
+from vlalign_jax.steps.ppo import State
+from vlalign_jax.steps.ppo_program import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+  """The models of a run beside what is trained, and how answers are scored.
+
+  Attributes:
+    program: of the run.
+    frozen: the actor's parameters that stay, with the reference's.
+    critic_frozen: the critic's; None: there is none.
+    reward: the reward model's; None: there is none.
+    reader: None: the reward model reads the rollout's rows as they are.
+    function: of `find_function`.
+    tokenizer: the actor's.
+    config: of the run.
+    mesh: over which rows are split.
+    shares_features: whether the actor's tower stays, so that a rollout's pictures go through it
+      once; same_tower_critic, same_tower_reward: whether these two have the very same one.
+  """
+
+  program: Program
+  frozen: dict
+  critic_frozen: dict | None
+  reward: dict | None
+  reader: TextReader | None
+  function: Callable | None
+  tokenizer: object
+  config: object
+  mesh: jax.sharding.Mesh
+  shares_features: bool
+  same_tower_critic: bool = False
+  same_tower_reward: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rollout:
+  """Answers to B prompts, N to each of up to M tokens; on the devices, if nothing else is said.
+
+  Attributes:
+    rows: see `rollout.rows`, maybe with `vision_features`.
+    shape: (N, M).
+    log_probabilities, reference: float32[B, N, M].
+    lengths: int32[B, N]; ended: bool[B, N].
+    scores: float32[B, N], on the host; of no meaning where lengths is 0.
+    tokens: int32[B, N, M], on the host.
+  """
+
+  rows: dict
+  shape: tuple[int, int]
+  log_probabilities: jax.Array
+  reference: jax.Array
+  lengths: jax.Array
+  ended: jax.Array
+  scores: np.ndarray
+  tokens: np.ndarray
+
+  def texts(self, tokenizer) -> list[list[str]]:
+    """The answers without special tokens, stripped."""
+    lengths = jax.device_get(self.lengths)
+    return decode(tokenizer, self.tokens, lengths)
+
+
+def decode(tokenizer, tokens: np.ndarray, lengths: np.ndarray) -> list[list[str]]:
+  """Texts of answers int32[B, N, M] of so many tokens int[B, N], as prediction gives them."""
+  return [
+    [
+      tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
+      for ids, length in zip(of_prompt, sizes, strict=True)
+    ]
+    for of_prompt, sizes in zip(tokens, lengths, strict=True)
+  ]
+
+
+def collect(
+  roles: Roles,
+  state: State,
+  prompts: dict,
+  records: Sequence[Record | None],
+  streams: np.ndarray,
+  seed: int,
+) -> Rollout:
+  """Makes a rollout.
+
+  Args:
+    roles: of the run.
+    state: the actor as it is.
+    prompts: rows of one prompt each.
+    records: of each row; None for rows that only pad.
+    streams: int32[B], what chooses the random numbers of each row.
+    seed: chooses them all.
+
+  Raises:
+    InputError: the reward function fails, or no answer has a finite score.
+  """
+  program, settings = roles.program, roles.config.ppo
+  frozen = {part: tree for part, tree in roles.frozen.items() if part != "reference"}
+  actor = trees.merge(state.params, frozen)
+  if roles.shares_features and prompts["images"].shape[1]:
+    prompts = prompts | {"vision_features": program.vision_features(actor, prompts, None)}
+  streams = hosts.to_device(roles.mesh, {"streams": streams.astype(np.int32)})["streams"]
+  generated = program.sample(actor, _for_sampling(prompts), streams, seed)
+  tokens, lengths = jax.device_get((generated.tokens, generated.lengths))
+  shape = tokens.shape[1], layout.answer_length(int(lengths.max()), settings.max_new_tokens)
+  tokens = tokens[:, :, : shape[1]]
+  logps = generated.log_probabilities[:, :, : shape[1]]
+  rows = program.answer_rows(prompts, generated.tokens[:, :, : shape[1]], generated.lengths)
+  scores = _scores(roles, rows, shape, tokens, lengths, records)
+  return Rollout(
+    rows=rows,
+    shape=shape,
+    log_probabilities=logps,
+    reference=program.reference(roles.frozen, rows, shape),
+    lengths=generated.lengths,
+    ended=generated.ended,
+    scores=scores,
+    tokens=tokens,
+  )
+
+
+def _for_sampling(prompts: dict) -> dict:
+  names = ("tokens", "positions", "segments", "image_slots", "images", "vision_features")
+  return {name: prompts[name] for name in names if name in prompts}
+
+
+def without_features(rows: dict, same_tower: bool) -> dict:
+  """Rows for a model that may not have the actor's vision tower."""
+  return {name: x for name, x in rows.items() if same_tower or name != "vision_features"}
+
+
+def _scores(roles: Roles, rows, shape, tokens, lengths, records) -> np.ndarray:
+  settings, texts = roles.config.ppo, None
+  there = lengths > 0
+  total = np.zeros(lengths.shape, np.float64)
+  found = None
+  if roles.reader is not None or roles.function is not None:
+    texts = decode(roles.tokenizer, tokens, lengths)
+  if roles.reward is not None:  # under way while the function runs
+    if roles.reader is None:
+      row_length = rows["tokens"].shape[1]
+      places = layout.last_places(lengths, row_length, shape[1])
+      rows = without_features(rows, roles.same_tower_reward)
+    else:
+      live = [record if there[row].any() else None for row, record in enumerate(records)]
+      rows = roles.reader.rows(live, texts)
+      places = rows.pop("answers")
+      rows = hosts.to_device(roles.mesh, rows)
+    places = hosts.to_device(roles.mesh, {"answers": np.asarray(places, np.int32)})
+    found = roles.program.scores(roles.reward, rows | places, None)
+  if roles.function is not None:
+    for row, sample in np.argwhere(there):
+      given = roles.function(records[row], texts[row][sample])
+      total[row, sample] += settings.function_weight * given
+  if found is not None:
+    total += settings.reward_weight * jax.device_get(found).astype(np.float64)
+  _check_finite(total[there])
+  return total.astype(np.float32)
+
+
+def _check_finite(scores: np.ndarray) -> None:
+  bad = int(np.sum(~np.isfinite(scores)))
+  if bad and bad == len(scores):
+    raise InputError(
+      f"none of the {bad} answers of a rollout has a finite score; mend what scores them "
+      "(ppo.reward_model, ppo.reward_function)"
+    )
+  if bad:
+    logging.warning("%d of %d answers are left out: their scores are not finite", bad, len(scores))
+
+
+def find_function(config) -> Callable | None:
+  """(record, answer) -> float, of the config's ppo.reward_function."""
+  name = config.ppo.reward_function
+  if not name:
+    return None
+  function = reward_function.find(name)
+  return lambda record, answer: reward_function.score(function, name, record, answer)
+
+
+def divergence(rollout: Rollout) -> np.ndarray:
+  """float64[B, N], of each answer the sum over its tokens of log(policy / reference): k1."""
+  logps, reference, lengths = jax.device_get(
+    (rollout.log_probabilities, rollout.reference, rollout.lengths)
+  )
+  mask = np.arange(logps.shape[-1]) < lengths[..., None]
+  return np.sum(np.where(mask, logps - reference, 0.0), axis=-1, dtype=np.float64)

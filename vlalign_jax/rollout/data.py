@@ -1,0 +1,26 @@
+"""The data of PPO: prompts, whose answers are absent or read by reward functions alone."""
+
+import functools
+
+from vlalign_jax.data import prepare, prompts
+from vlalign_jax.generation.sampling import Sampling
+from vlalign_jax.weights.source import Source
+
+load_records_of = functools.partial(prepare.load_records_of, prompts.KIND)
+prepare_train = functools.partial(prepare.prepare_train, prompts.KIND)
+prepare_eval = functools.partial(prepare.prepare_eval, prompts.KIND)
+
+
+def make_sampling(config, source: Source) -> Sampling:
+  """How the actor answers; never with pictures of its own."""
+  settings = config.ppo
+  return Sampling(
+    max_new_tokens=settings.max_new_tokens,
+    num_samples=settings.num_samples,
+    stop_tokens=prompts.stop_tokens(source, config.data.template),
+    min_new_tokens=settings.min_new_tokens,
+    suppress=(source.config.image_token_id,),
+    temperature=settings.temperature,
+    top_k=settings.top_k,
+    top_p=settings.top_p,
+  )

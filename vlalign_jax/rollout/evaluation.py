@@ -1,0 +1,69 @@
+"""Held-out prompts: what the actor's answers score, and how far it is from the reference."""
+
+import zlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from vlalign_jax.data import prompts
+from vlalign_jax.data.prepare import Prepared
+from vlalign_jax.rollout import collect
+from vlalign_jax.sharding import hosts
+from vlalign_jax.training import loop
+
+
+def make_evaluate(roles: collect.Roles, prepared: Prepared | None, records) -> Callable | None:
+  """The function of a state that the loop calls, after reading all records once.
+
+  Answers are sampled as in training, with the same random numbers each time, so that evaluations
+  differ by what was learnt. Scores are those that were given, before any penalty.
+
+  Args:
+    roles: of the run.
+    prepared: the held-out prompts; None: there are none.
+    records: that `prepared` numbers.
+
+  Returns:
+    `state -> dict of floats`, or None without prompts.
+
+  Raises:
+    InputError: too many records cannot be read.
+  """
+  if prepared is None:
+    return None
+  config = roles.config
+  bad = sum(int(rows["skipped"].sum()) for rows in prepared.read())
+  loop.check_bad_records("data.eval", bad, prepared.records, config.data.on_bad_record)
+  streams = np.array([zlib.crc32(record.id.encode()) & 0x7FFFFFFF for record in records])
+
+  def evaluate(state) -> dict[str, float]:
+    scores, divergences, ended, tokens = [], [], [], []
+    with prepared.batches(workers=0) as batches:
+      for step, rows in enumerate(batches):
+        numbers = prompts.record_numbers(prepared.plan, step)
+        of_rows = [None if number < 0 else records[number] for number in numbers]
+        rows = hosts.to_device(roles.mesh, {n: x for n, x in rows.items() if n != "skipped"})
+        rollout = collect.collect(
+          roles, state, rows, of_rows, streams[np.maximum(numbers, 0)], config.seed
+        )
+        found = collect.divergence(rollout)
+        lengths, ends = jax.device_get((rollout.lengths, rollout.ended))
+        valid = (lengths > 0) & np.isfinite(rollout.scores)
+        scores += rollout.scores[valid].tolist()
+        divergences += found[valid].tolist()
+        ended += ends[valid].tolist()
+        tokens += lengths[valid].tolist()
+    score, divergence = float(np.mean(scores)), float(np.mean(divergences))
+    return {
+      "objective/scores": score,
+      "objective/scores_std": float(np.std(scores)),
+      "objective/kl": divergence,
+      "objective/rlhf_reward": score - config.ppo.kl_coefficient * divergence,
+      "answers": len(scores),
+      "answer_tokens": float(np.mean(tokens)),
+      "ended": float(np.mean(ended)),
+      "bad_records": bad,
+    }
+
+  return evaluate

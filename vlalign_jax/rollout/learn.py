@@ -1,0 +1,163 @@
+"""A step of PPO: a rollout, and the updates that learn from it."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlalign_jax.data import prompts
+from vlalign_jax.data.prepare import Prepared
+from vlalign_jax.losses import kl, sums
+from vlalign_jax.losses.score_queue import ScoreQueue
+from vlalign_jax.rollout import collect
+from vlalign_jax.steps.ppo import GAE, State
+
+# Of the updates of a step, these are reported as they were last, and the gap as it was at first:
+# the actor has not moved then since it sampled.
+LAST = ("learning_rate", "skipped_steps", "skipped_in_a_row")
+FIRST = ("val/sampler_gap",)
+
+
+@dataclasses.dataclass
+class Learner:
+  """What a run carries from rollout to rollout beside its State; goes through JSON.
+
+  Attributes:
+    kl_coefficient: of the next rollout.
+    queue: None: scores are not normalised.
+  """
+
+  kl_coefficient: float
+  queue: ScoreQueue | None
+
+  @classmethod
+  def make(cls, settings, progress: dict):
+    """At a run's start, or as `progress["ppo"]` of a checkpoint has it."""
+    kept = progress.get("ppo", {})
+    queue = None
+    if settings.score_queue:
+      queue = ScoreQueue(settings.score_queue, settings.score_scale, kept.get("scores", ()))
+    return cls(kept.get("kl_coefficient", settings.kl_coefficient), queue)
+
+  def progress(self) -> dict:
+    """What `make` goes on from."""
+    scores = [] if self.queue is None else self.queue.scores.tolist()
+    return {"kl_coefficient": self.kl_coefficient, "scores": scores}
+
+
+def make_train_step(
+  roles: collect.Roles,
+  prepared: Prepared,
+  records,
+  progress: dict,
+  show: Callable = lambda step, rollout, numbers: None,
+) -> Callable:
+  """The function `(state, prompts) -> (state, metrics)` that the loop calls.
+
+  Args:
+    roles: of the run.
+    prepared: the prompts of all steps.
+    records: that `prepared` numbers.
+    progress: of the run; its "ppo" is kept up to date, so that checkpoints hold it.
+    show: called with the step from 1, its Rollout and the record of each row, before learning.
+  """
+  config, settings = roles.config, roles.config.ppo
+  learner = Learner.make(settings, progress)
+
+  def train_step(state: State, rows: dict):
+    step = int(state.step)
+    numbers = prompts.record_numbers(prepared.plan, step)
+    of_rows = [None if number < 0 else records[number] for number in numbers]
+    seed = int(np.random.default_rng([config.seed, step]).integers(2**31))
+    rollout = collect.collect(roles, state, rows, of_rows, np.arange(len(numbers)), seed)
+    show(step + 1, rollout, numbers)
+    fields, found = _learn_from(roles, state, rollout, learner)
+    state, logged = _update(roles, state, rollout.rows | fields, learner.kl_coefficient, step)
+    found, logged = jax.device_get((found, logged))
+    metrics = _summary(logged) | sums.quotients(found) | _raw(rollout)
+    metrics["objective/kl_coefficient"] = learner.kl_coefficient
+    learner.kl_coefficient = kl.next_coefficient(
+      learner.kl_coefficient,
+      float(metrics["objective/kl"]),
+      int(found["objective/kl"][1]),
+      target=settings.kl_target or None,
+      horizon=settings.kl_horizon,
+    )
+    progress["ppo"] = learner.progress()
+    return roles.program.finish(state), metrics
+
+  return train_step
+
+
+def _learn_from(roles: collect.Roles, state: State, rollout: collect.Rollout, learner: Learner):
+  scores, values = rollout.scores, None
+  if learner.queue is not None:
+    there = jax.device_get(rollout.lengths) > 0
+    scores = scores.copy()
+    scores[there] = learner.queue.normalise(scores[there])
+  if roles.config.ppo.estimator == GAE:
+    rows = collect.without_features(rollout.rows, roles.same_tower_critic)
+    critic = state.critic.params, roles.critic_frozen
+    values = roles.program.values(critic, rows, rollout.shape)
+  return roles.program.learn_from(
+    scores,
+    rollout.log_probabilities,
+    rollout.reference,
+    values,
+    rollout.lengths,
+    rollout.ended,
+    jnp.float32(learner.kl_coefficient),
+  )
+
+
+def _update(roles: collect.Roles, state: State, rows: dict, kl_coefficient: float, step: int):
+  """(state after all updates of a rollout, list of their metrics)."""
+  config, settings, logged = roles.config, roles.config.ppo, []
+  with_policy = step >= settings.critic_warmup
+  for epoch in range(settings.epochs):
+    order = np.random.default_rng([config.seed, step, epoch]).permutation(len(rows["mask"]))
+    for index in np.split(order.astype(np.int32), settings.minibatches):
+      state, found = roles.program.update_step(
+        state,
+        {part: tree for part, tree in roles.frozen.items() if part != "reference"},
+        roles.critic_frozen,
+        rows,
+        index,
+        jnp.float32(kl_coefficient),
+        with_policy=with_policy,
+        same_tower=roles.same_tower_critic,
+      )
+      logged.append(found)
+    if settings.stop_kl and with_policy:
+      newest = [found["policy/approxkl_avg"] for found in logged[-settings.minibatches :]]
+      if np.mean(jax.device_get(newest)) > settings.stop_kl:
+        break
+  return state, logged
+
+
+def _summary(logged: list[dict]) -> dict:
+  """One value of each metric of the updates of a step."""
+  found = {name: np.mean([one[name] for one in logged], dtype=np.float64) for name in logged[0]}
+  for name in found:
+    if name.removeprefix("critic/") in LAST:
+      found[name] = logged[-1][name]
+    if name in FIRST:
+      found[name] = logged[0][name]
+  if "loss" not in found:  # only the critic has learnt
+    found |= {
+      name.removeprefix("critic/"): value
+      for name, value in found.items()
+      if name.startswith("critic/")
+    }
+  worst = max(found["skipped_in_a_row"], found.get("critic/skipped_in_a_row", 0))
+  found.pop("critic/skipped_in_a_row", None)
+  return found | {"skipped_in_a_row": worst, "val/updates": len(logged)}
+
+
+def _raw(rollout: collect.Rollout) -> dict:
+  """Mean and standard deviation of the scores as they were given."""
+  scores = rollout.scores[jax.device_get(rollout.lengths) > 0].astype(np.float64)
+  scores = scores[np.isfinite(scores)]
+  return {"scores/mean": scores.mean(), "scores/std": scores.std()} if len(scores) else {}

@@ -1,0 +1,62 @@
+"""Scores by a Python function: rules, checkers, anything that takes text."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+from vlalign_jax.errors import InputError
+
+KEY = "config.ppo.reward_function"
+
+
+def find(name: str) -> Callable:
+  """The function behind `module:name`; modules of the working directory count.
+
+  Raises:
+    InputError: there is none.
+  """
+  module, _, attribute = name.partition(":")
+  if not module or not attribute:
+    raise InputError(f"{KEY} is {name!r}; give module:name, such as rewards:exact_match")
+  here = os.getcwd()
+  if here not in sys.path:
+    sys.path.append(here)
+  try:
+    found = getattr(importlib.import_module(module), attribute)
+  except Exception as error:  # the user's module may raise anything
+    raise InputError(f"{KEY}={name}: {type(error).__name__}: {error}") from error
+  if not callable(found):
+    raise InputError(f"{KEY}={name} is {found!r}, which cannot be called")
+  return found
+
+
+def score(function: Callable, name: str, record, answer: str) -> float:
+  """What the function gives for an answer; nan and infinities are given back as they are.
+
+  It is called with the keywords `prompt` (the last question), `answer`, `reference` (the record's
+  own answer, the best of ranked ones, or None) and `record` (a dict: id, images, turns, answers).
+
+  Args:
+    function: from `find`.
+    name: what it was found by, for errors.
+    record: a data.records.Record.
+    answer: without special tokens.
+
+  Raises:
+    InputError: it raises, or gives no number.
+  """
+  last = record.turns[-1]
+  reference = record.answers[0] if last.gpt is None and record.answers else last.gpt
+  content = {
+    "id": record.id,
+    "images": list(record.images),
+    "turns": [(turn.human, turn.gpt) for turn in record.turns],
+    "answers": list(record.answers),
+  }
+  try:
+    return float(function(prompt=last.human, answer=answer, reference=reference, record=content))
+  except Exception as error:
+    raise InputError(
+      f"{KEY}={name} failed on {record.where}, answer {answer!r}: {type(error).__name__}: {error}"
+    ) from error

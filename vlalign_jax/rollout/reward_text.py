@@ -1,0 +1,89 @@
+"""Answers as a reward model with another tokenizer, template or picture size reads them: text."""
+
+import dataclasses
+import os
+
+import numpy as np
+
+from vlalign_jax.data import templates
+from vlalign_jax.data.given import encode_answers
+from vlalign_jax.data.plan import LENGTH_MULTIPLE
+from vlalign_jax.data.prepare import LoadImage
+from vlalign_jax.data.records import Record
+from vlalign_jax.data.rows import answer_places, build_row
+from vlalign_jax.weights.source import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class TextReader:
+  """Makes rows of a reward model from prompts and answers.
+
+  Attributes:
+    source: the reward model.
+    template: in which it reads.
+    image_root: the config's data.images.
+    images: of every row.
+    answers: N, to each prompt.
+  """
+
+  source: Source
+  template: str
+  image_root: str
+  images: int
+  answers: int
+
+  def check(self) -> None:
+    """Raises an InputError unless template and tokenizer go together."""
+    templates.check_template(self.template, self.source.tokenizer)
+
+  def rows(self, records: list[Record | None], texts: list[list[str]]) -> dict[str, np.ndarray]:
+    """A batch with one row a prompt and `answers` int32[B, 1, N]; see ARCHITECTURE.md, "Rows".
+
+    An answer that was cut gets the end token that the template writes behind every answer.
+
+    Args:
+      records: of each row; None for rows that only pad.
+      texts: N answers to each.
+
+    Raises:
+      InputError: a record does not go with the template, or a picture cannot be read.
+    """
+    examples = [
+      [] if record is None else [self._example(record, answers)]
+      for record, answers in zip(records, texts, strict=True)
+    ]
+    longest = max((len(example.tokens) for row in examples for example in row), default=1)
+    length = LENGTH_MULTIPLE
+    while length < longest:
+      length *= 2  # few lengths, so that little is compiled
+    model, height = self.source.config, self.source.images.height
+    pixels = np.zeros((len(records), self.images, height, self.source.images.width, 3), np.uint8)
+    rows, load = [], LoadImage(self.source.images, blank=False)
+    for place, row in enumerate(examples):
+      arrays, paths = build_row(
+        row,
+        length,
+        self.images,
+        model.image_token_id,
+        model.tokens_per_image,
+        self.source.tokenizer.pad_token_id,
+      )
+      rows.append(arrays | answer_places(row, [0] * len(row), 1, self.answers))
+      for slot, path in enumerate(paths):
+        pixels[place, slot] = load(path)
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    del batch["examples"]
+    return batch | {"images": pixels}
+
+  def _example(self, record: Record, answers: list[str]):
+    *before, last = record.turns
+    record = dataclasses.replace(
+      record, turns=(*before, dataclasses.replace(last, gpt=None)), answers=tuple(answers)
+    )
+    model = self.source.config
+    sizes = model.image_token_id, model.tokens_per_image, 2**31 - 1
+    example = encode_answers(record, self.template, self.source.tokenizer, *sizes).example
+    root = self.image_root or os.path.dirname(record.file)
+    return dataclasses.replace(
+      example, images=tuple(os.path.join(root, path) for path in example.images)
+    )

@@ -1,0 +1,235 @@
+"""One optimizer update of PPO: the actor's and the critic's, from a mini-batch of a rollout.
+
+A mini-batch is rows of `rollout.rows` and, per token of their answers, float32[B, N, M]:
+`old_log_probabilities` (when they were sampled), `reference_log_probabilities`, `advantages`, and
+with a critic `old_values` and `returns`; `mask` bool[B, N, M] says which tokens there are.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from vlalign_jax import trees
+from vlalign_jax.losses import entropy, kl, sums
+from vlalign_jax.losses import ppo as losses
+from vlalign_jax.rollout import rows as layout
+from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.steps import answers, sft, update
+from vlalign_jax.training.state import TrainState
+
+GAE, GRPO = "gae", "grpo"
+
+
+class State(NamedTuple):
+  """What a PPO run changes; `params` are the actor's, so that a run is read as any other."""
+
+  step: jax.Array  # int32[], rollouts learnt from
+  params: dict[str, Any]
+  optimizer: Any
+  updates: jax.Array  # int32[], of the actor
+  skipped: jax.Array  # int32[], of these, those that were not finite
+  skipped_in_a_row: jax.Array  # int32[]
+  critic: TrainState | tuple  # (): there is none
+
+
+def make_state(actor: TrainState, critic: TrainState | tuple) -> State:
+  """The state before the first rollout."""
+  return State(
+    step=jnp.zeros((), jnp.int32),
+    params=actor.params,
+    optimizer=actor.optimizer,
+    updates=actor.step,
+    skipped=actor.skipped,
+    skipped_in_a_row=actor.skipped_in_a_row,
+    critic=critic,
+  )
+
+
+def actor_of(state: State) -> TrainState:
+  """The actor's own state."""
+  return TrainState(
+    state.updates, state.params, state.optimizer, state.skipped, state.skipped_in_a_row
+  )
+
+
+def with_actor(state: State, actor: TrainState) -> State:
+  """The state with another state of the actor."""
+  return state._replace(**(actor._asdict() | {"step": state.step, "updates": actor.step}))
+
+
+def log_probabilities(model, rows, shape, *, mesh: Mesh | None = None, chunk: int = 128):
+  """float32[B, N, M], of the answers' tokens; `shape` is (N, M)."""
+  found = answers.token_log_probabilities(model, rows, mesh=mesh, chunk=chunk)
+  return layout.of_answers(found, *shape)
+
+
+def values(model, rows, shape):
+  """float32[B, N, M], what a critic expects before each token; `shape` is (N, M)."""
+  hidden = layout.of_answers(model(rows), *shape)
+  kernel = model.score.kernel[...][:, 0].astype(hidden.dtype)
+  return jnp.einsum("BNMD,D->BNM", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def _flat(rows, *names):
+  """[B * N, M] of fields [B, N, M]."""
+  return (rows[name].reshape(-1, rows[name].shape[-1]) for name in names)
+
+
+def count(rows, level: str):
+  """What a step's loss is divided by: tokens, or answers."""
+  (mask,) = _flat(rows, "mask")
+  return {"loss": losses.average(jnp.ones(mask.shape), mask, level=level)[1]}
+
+
+def make_policy_loss(
+  frozen, counts, key, *, graphdef, settings, kl_coefficient, mesh: Mesh | None, chunk: int
+):
+  """See `update.train_step`; the sum is that of `losses.ppo.policy_loss`.
+
+  Args:
+    graphdef: of the actor.
+    settings: the config's `ppo` group.
+    kl_coefficient: float32[], of the penalty that grpo has in its loss.
+  """
+  del counts, key
+  level = settings.loss_level
+
+  def loss(params, rows, number):
+    del number
+    shape = rows["mask"].shape[1:]
+    model = nnx.merge(graphdef, trees.merge(params, frozen))
+    logps, entropies = (
+      layout.of_answers(x, *shape).reshape(-1, shape[1])
+      for x in entropy.token_log_probabilities_and_entropies(
+        model(rows),
+        model.head_kernel(),
+        rows["targets"],
+        rows["weights"],
+        scatter=functools.partial(meshes.scatter_head_gradient, mesh=mesh),
+        **sft.chunking(mesh, chunk),
+      )
+    )
+    old, reference, advantages, mask = _flat(
+      rows, "old_log_probabilities", "reference_log_probabilities", "advantages", "mask"
+    )
+    clip = settings.clip or jnp.inf
+    (total, _), found = losses.policy_loss(logps, old, advantages, mask, clip=clip, level=level)
+    if settings.entropy_coefficient:
+      total -= settings.entropy_coefficient * losses.average(entropies, mask, level=level)[0]
+    if settings.estimator == GRPO:
+      total += (
+        kl_coefficient * losses.average(kl.estimate(logps, reference, "k3"), mask, level=level)[0]
+      )
+    return total, found | {
+      "policy/entropy_avg": losses.average(entropies, mask),
+      "val/sampler_gap": losses.average(jnp.abs(logps - old), mask),
+    }
+
+  return loss
+
+
+def make_value_loss(frozen, counts, key, *, graphdef, settings):
+  """See `update.train_step`; the sum is that of `losses.ppo.value_loss`."""
+  del counts, key
+
+  def loss(params, rows, number):
+    del number
+    shape = rows["mask"].shape[1:]
+    model = nnx.merge(graphdef, trees.merge(params, frozen))
+    found = values(model, rows, shape).reshape(-1, shape[1])
+    arrays = _flat(rows, "old_values", "returns", "mask")
+    (total, _), found = losses.value_loss(found, *arrays, clip=settings.value_clip or jnp.inf)
+    return total, found
+
+  return loss
+
+
+def metrics(found, counts):
+  """What is logged of a mini-batch."""
+  del counts
+  return losses.summary(sums.quotients(found))
+
+
+def update_step(
+  state: State,
+  frozen,
+  critic_frozen,
+  rows,
+  index,
+  kl_coefficient,
+  *,
+  actor,
+  critic,
+  config,
+  mesh: Mesh,
+  with_policy: bool,
+  same_tower: bool,
+):
+  """One update of the critic, if there is one, and of the actor, if it is to learn yet.
+
+  Args:
+    state: given up.
+    frozen: the actor's parameters that stay.
+    critic_frozen: the critic's.
+    rows: of a whole rollout of B prompts, with the fields of this file's first lines.
+    index: int32[b], the rows of the mini-batch.
+    kl_coefficient: float32[].
+    actor, critic: program.Learner; critic may be None.
+    config: of the run.
+    mesh: over which rows are split.
+    with_policy: whether the actor learns.
+    same_tower: whether `vision_features` of the actor are the critic's, too.
+
+  Returns:
+    (State, dict of float32[] metrics; the critic's own begin with `critic/`).
+  """
+  rows = {name: meshes.constrain_rows(jnp.take(x, index, axis=0), mesh) for name, x in rows.items()}
+  common = {
+    "metrics": metrics,
+    "seed": config.seed,
+    "mesh": mesh,
+    "accumulation": config.grad_accumulation,
+  }
+  logged = {}
+  if critic is not None:
+    left_out = () if same_tower else ("vision_features",)
+    critic_rows = {name: x for name, x in rows.items() if name not in left_out}
+    critic_state, found = update.train_step(
+      state.critic,
+      critic_frozen,
+      critic_rows,
+      make_loss=functools.partial(make_value_loss, graphdef=critic.graphdef, settings=config.ppo),
+      count=functools.partial(count, level="token"),
+      **common,
+      **critic.update,
+    )
+    own = ("loss", "grad_norm", "learning_rate", "skipped_steps", "skipped_in_a_row")
+    logged = {f"critic/{name}" if name in own else name: found[name] for name in found}
+    # One after the other, as in steps.dpo.
+    state, rows, critic_state, logged = jax.lax.optimization_barrier(
+      (state, rows, critic_state, logged)
+    )
+    state = state._replace(critic=critic_state)
+  if with_policy:
+    actor_state, found = update.train_step(
+      actor_of(state),
+      frozen,
+      rows,
+      make_loss=functools.partial(
+        make_policy_loss,
+        graphdef=actor.graphdef,
+        settings=config.ppo,
+        kl_coefficient=kl_coefficient,
+        mesh=mesh,
+        chunk=meshes.head_chunk(mesh),
+      ),
+      count=functools.partial(count, level=config.ppo.loss_level),
+      **common,
+      **actor.update,
+    )
+    state, logged = with_actor(state, actor_state), logged | found
+  return state, logged

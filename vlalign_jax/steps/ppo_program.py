@@ -1,0 +1,215 @@
+"""PPO's compiled functions together with the shapes and places of all that they take."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from vlalign_jax import trees
+from vlalign_jax.generation.generate import make_generate
+from vlalign_jax.generation.sampling import Sampling
+from vlalign_jax.models.vlm import ModelConfig, abstract_params
+from vlalign_jax.rollout import rows as layout
+from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.sharding import zero
+from vlalign_jax.steps import accumulate, ppo, program, rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+  """A reward model; nothing is allocated.
+
+  Attributes:
+    graphdef: of the model.
+    params: shapes of its parameters, all in model.dtype.
+  """
+
+  graphdef: Any
+  params: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """Nothing here is allocated; shapes are trees of jax.ShapeDtypeStruct with shardings.
+
+  `shape` is (N, M), answers to a prompt and tokens of each; all but `update_step` leave what they
+  are given.
+
+  Attributes:
+    actor: with the reference's parameters among its frozen ones.
+    critic: None: there is none.
+    reward: None: a function alone scores.
+    state: shapes of the ppo.State.
+    init_state: (actor's trained parameters, critic's or None; both given up) -> State.
+    sample: (all parameters, prompts, int32[B] streams, seed) -> Generated.
+    answer_rows: see `rollout.rows`.
+    vision_features: (the actor's vision parameters, rows) -> float[B, I, P, W].
+    reference: (the actor's frozen parameters, rows, shape) -> float32[B, N, M] log-probabilities.
+    values: (the critic's trained and frozen parameters, rows, shape) -> float32[B, N, M].
+    scores: (the reward model's parameters, rows with `answers` [B, 1, N]) -> float32[B, N].
+    learn_from: see `steps.rollout`.
+    update_step: (state, frozen, the critic's frozen, rows, index, kl_coefficient, with_policy,
+      same_tower).
+    finish: State -> State, with one more rollout learnt from; the state is given up.
+  """
+
+  actor: program.Learner
+  critic: program.Learner | None
+  reward: Scorer | None
+  state: ppo.State
+  init_state: Callable
+  sample: Callable
+  answer_rows: Callable
+  vision_features: Callable
+  reference: Callable
+  values: Callable | None
+  scores: Callable | None
+  learn_from: Callable
+  update_step: Callable
+  finish: Callable
+
+
+def make_program(
+  config,
+  model: ModelConfig,
+  critic_model: ModelConfig | None,
+  reward_model: ModelConfig | None,
+  sampling: Sampling,
+  mesh: Mesh,
+  steps: int,
+  pad_id: int = 0,
+) -> Program:
+  """The program of a run.
+
+  Args:
+    config: of the run.
+    model, critic_model, reward_model: architectures.
+    sampling: of answers.
+    mesh: over which rows are split.
+    steps: rollouts of the whole run.
+    pad_id: what stands behind an answer's end.
+  """
+  settings = config.ppo
+  updates = settings.epochs * settings.minibatches
+  parts = settings.minibatches * config.grad_accumulation
+  own = of_actor(config)
+  actor = program.make_learner(
+    own, model, mesh, max(1, steps - settings.critic_warmup) * updates, keep_initial=True
+  )
+  critic = critic_model and program.make_learner(
+    of_critic(config), critic_model, mesh, steps * updates
+  )
+  reward = reward_model and _make_scorer(config, reward_model, mesh)
+  reference_graphdef = program.reference_graphdef(config, model, mesh)
+  chunking = {"mesh": mesh, "chunk": meshes.head_chunk(mesh)}
+  rows_place, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
+  # As many rows at a time as an update takes.
+  of_parts = functools.partial(_by_parts, mesh=mesh, parts=parts, placement=rows_place)
+
+  def reference(frozen, rows, shape):
+    rest = {part: tree for part, tree in frozen.items() if part != "reference"}
+    whole = nnx.merge(reference_graphdef, trees.merge(frozen["reference"], rest))
+    return ppo.log_probabilities(whole, rows, shape, **chunking)
+
+  def values(params, rows, shape):
+    return ppo.values(nnx.merge(critic.graphdef, trees.merge(*params)), rows, shape)
+
+  def scores(params, rows, shape):
+    del shape
+    whole = nnx.merge(reward.graphdef, params)
+    return whole.scores(whole(rows), rows["answers"])[:, 0]
+
+  def vision_features(params, rows, shape):
+    del shape
+    found = nnx.merge(actor.graphdef, params).vision_features(rows["images"])
+    return found.reshape(*rows["images"].shape[:2], *found.shape[1:])
+
+  def init_state(params, critic_params):
+    of_critic_state = critic.init_state(critic_params) if critic else ()
+    return ppo.make_state(actor.init_state(params), of_critic_state)
+
+  state = jax.eval_shape(init_state, actor.state.params, critic and critic.state.params)
+  placement = ppo.make_state(actor.placement, critic.placement if critic else ())
+  placement = placement._replace(step=everywhere)
+  update_step = functools.partial(
+    ppo.update_step, actor=actor, critic=critic, config=config, mesh=mesh
+  )
+  return Program(
+    actor=actor,
+    critic=critic,
+    reward=reward,
+    state=meshes.place(state, placement),
+    init_state=jax.jit(init_state, out_shardings=placement, donate_argnums=(0, 1)),
+    sample=make_generate(
+      model,
+      sampling,
+      mesh=mesh,
+      dtype=config.model.dtype,
+      gather=settings.gather,
+      pad_id=pad_id,
+    ),
+    answer_rows=jax.jit(layout.answer_rows, out_shardings=rows_place),
+    vision_features=of_parts(vision_features),
+    reference=of_parts(reference),
+    values=of_parts(values) if critic else None,
+    scores=of_parts(scores) if reward else None,
+    learn_from=jax.jit(
+      functools.partial(rollout.learn_from, settings=settings),
+      out_shardings=(rows_place, everywhere),
+    ),
+    update_step=jax.jit(
+      update_step,
+      static_argnames=("with_policy", "same_tower"),
+      donate_argnums=0,
+      out_shardings=(placement, everywhere),
+    ),
+    finish=jax.jit(
+      lambda state: state._replace(step=state.step + 1), donate_argnums=0, out_shardings=placement
+    ),
+  )
+
+
+def of_actor(config):
+  """The config that the actor is placed by."""
+  return _side(config, config.ppo.actor_zero_stage)
+
+
+def of_critic(config):
+  """The config that the critic learns by."""
+  own = _side(config, config.ppo.critic_zero_stage)
+  if config.ppo.critic_learning_rate is not None:
+    own.optim.learning_rate = config.ppo.critic_learning_rate
+    own.optim.embedding_learning_rate = own.optim.projector_learning_rate = None
+  return own
+
+
+def _side(config, stage: int | None):
+  own = config.copy_and_resolve_references()
+  if stage is not None:
+    own.mesh.zero_stage = stage
+  return own
+
+
+def _make_scorer(config, model: ModelConfig, mesh: Mesh) -> Scorer:
+  meshes.check_heads(mesh, model.language.heads, model.language.kv_heads)
+  dtype = config.model.dtype
+  graphdef, shapes = abstract_params(model, dtype=dtype, param_dtype=dtype, mesh=mesh)
+  split = of_critic(config).mesh.zero_stage >= 3
+  return Scorer(graphdef, meshes.place(shapes, zero.shardings(mesh, shapes, split=split)))
+
+
+def _by_parts(function, *, mesh: Mesh, parts: int, placement):
+  """The compiled `(params, rows, shape)` that goes through rows some at a time."""
+
+  def whole(params, rows, shape):
+    def of_part(part):
+      part = jax.tree.map(lambda x: meshes.constrain_rows(x, mesh), part)
+      return function(params, part, shape)
+
+    return accumulate.join_rows(jax.lax.map(of_part, accumulate.split_rows(rows, parts)))
+
+  return jax.jit(whole, static_argnames="shape", out_shardings=placement)

@@ -1,0 +1,74 @@
+"""What is computed of a rollout before it is learnt from: values, the reference, advantages."""
+
+import jax.numpy as jnp
+
+from vlalign_jax.losses import advantages as estimators
+from vlalign_jax.losses import kl as penalties
+from vlalign_jax.losses import ppo as losses
+
+
+def learn_from(
+  scores, logps, reference, values, lengths, ended, kl_coefficient, *, settings
+) -> tuple[dict, dict]:
+  """Advantages of a rollout's tokens, and what is reported of it.
+
+  An answer whose score is not finite is left out, as if it had no token.
+
+  Args:
+    scores: float32[B, N].
+    logps, reference: float32[B, N, M] log-probabilities of the tokens, when they were sampled and
+      by the reference.
+    values: float32[B, N, M] of the critic; None: there is none.
+    lengths: int32[B, N], tokens of each answer; 0 where there is none.
+    ended: bool[B, N], whether it has its end token.
+    kl_coefficient: float32[].
+    settings: the config's `ppo` group.
+
+  Returns:
+    (fields of `steps.ppo`, values as in `losses.sums`).
+  """
+  B, N, M = logps.shape
+  valid = (lengths > 0) & jnp.isfinite(scores)
+  mask = (jnp.arange(M) < lengths[:, :, None]) & valid[:, :, None]
+  flat = mask.reshape(-1, M)
+  logps, reference = (jnp.where(mask, x, 0.0) for x in (logps, reference))
+  kl = penalties.estimate(logps, reference, settings.kl_estimator).reshape(-1, M)
+  placed = estimators.penalise_missing_end(scores, ended, settings.missing_end_penalty)
+  placed = jnp.where(valid, placed, 0.0).reshape(-1)
+  clip = settings.score_clip or None
+  fields = {
+    "old_log_probabilities": logps,
+    "reference_log_probabilities": reference,
+    "mask": mask,
+  }
+  options = {"kl_coefficient": kl_coefficient, "clip": clip}
+  found = losses.objective(
+    estimators.clip_scores(placed, clip),
+    kl,
+    logps.reshape(-1, M),
+    flat,
+    ended.reshape(-1),
+    kl_coefficient=kl_coefficient,
+  )
+  rewards = estimators.place_scores(placed, kl, flat, **options)
+  if settings.estimator == "gae":
+    values = jnp.where(mask, values, 0.0)
+    advantages, returns = estimators.gae(
+      rewards, values.reshape(-1, M), flat, gamma=settings.gamma, lam=settings.lam
+    )
+    if settings.whiten_advantages:
+      advantages = estimators.whiten(advantages, flat)
+    fields |= {"old_values": values, "returns": returns.reshape(B, N, M)}
+  elif settings.estimator == "rloo":
+    advantages = estimators.rloo(jnp.sum(rewards, axis=1).reshape(B, N), valid)
+  else:
+    grouped = estimators.clip_scores(placed, clip).reshape(B, N)
+    advantages = estimators.grpo(grouped, valid, scale_by_std=settings.scale_by_std)
+  advantages = jnp.broadcast_to(advantages.reshape(B, N, -1), (B, N, M))
+  count = jnp.sum(valid).astype(jnp.float32)
+  tokens = jnp.sum(mask).astype(jnp.float32)
+  found |= {
+    "val/answer_tokens": (tokens, count),
+    "val/bad_scores": jnp.sum((lengths > 0) & ~jnp.isfinite(scores)).astype(jnp.float32),
+  }
+  return fields | {"advantages": jnp.where(mask, advantages, 0.0)}, found
