@@ -110,7 +110,7 @@ class Tiny:
 
 def make(directory: str) -> Tiny:
   policy = checkpoints.make_llava(f"{directory}/policy")
-  scorer, kernel = _make_reward_model(f"{directory}/reward")
+  scorer, kernel = make_reward_model(f"{directory}/reward")
   rng = np.random.default_rng(0)
   for n in range(2):
     picture = rng.integers(0, 256, (20 + 7 * n, 24, 3), np.uint8)
@@ -121,7 +121,7 @@ def make(directory: str) -> Tiny:
   return Tiny(directory, policy, scorer, kernel, opened)
 
 
-def _make_reward_model(directory: str, seed: int = 5):
+def make_reward_model(directory: str, seed: int = 5):
   """(torch model, score weights) of a directory as `weights.export` writes one."""
   model = checkpoints.make_llava(directory, seed=seed)
   path = os.path.join(directory, "model.safetensors")

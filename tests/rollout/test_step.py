@@ -1,0 +1,210 @@
+"""A whole PPO step (rollout, four epochs of two mini-batches) against a plain loop in torch."""
+
+import copy
+import types
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from tests import reference
+from tests.rollout import tiny
+from vlalign_jax import trees
+from vlalign_jax.rollout import learn
+from vlalign_jax.sharding import hosts
+
+SETTINGS = {
+  "gae": {"ppo.num_samples": 2},
+  "rloo": {"ppo.estimator": "rloo", "ppo.num_samples": 3, "ppo.loss_level": "sequence"},
+  "grpo": {
+    "ppo.estimator": "grpo",
+    "ppo.num_samples": 3,
+    "ppo.loss_level": "answer",
+    "ppo.entropy_coefficient": 0.03,
+    "grad_accumulation": 2,
+  },
+}
+COMMON = {"ppo.kl_coefficient": 0.2, "ppo.missing_end_penalty": 0.5, "ppo.clip": 0.1}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  return tiny.make(str(tmp_path_factory.mktemp("ppo")))
+
+
+class Torch:
+  """The step as the papers have it, one answer after the other."""
+
+  def __init__(self, files, config, run, rollout):
+    self.c, self.p = config, config.ppo
+    self.actor, self.reference = copy.deepcopy(files.actor), files.other
+    self.scorer, self.scorer_kernel = files.scorer, files.kernel
+    self.critic = copy.deepcopy(files.scorer)
+    self.kernel = torch.nn.Parameter(files.kernel.clone())
+    self.answers = []
+    lengths, ended = jax.device_get((rollout.lengths, rollout.ended))
+    for row, (example, pictures) in enumerate(tiny.prompts_of(run)):
+      group = []
+      for n, length in enumerate(lengths[row]):
+        tokens = rollout.tokens[row, n, :length]
+        given = tiny.inputs(run.model, example, pictures, tokens)
+        answer = types.SimpleNamespace(inputs=given, tokens=tokens, ended=bool(ended[row, n]))
+        group.append(answer)
+      self.answers.append(group)
+
+  def log_probabilities(self, model, answer):
+    """(log-probabilities, entropies) of the tokens."""
+    M = len(answer.tokens)
+    logs = torch.log_softmax(model(**answer.inputs).logits[0, -M - 1 : -1], dim=-1)
+    chosen = logs.gather(1, torch.tensor(answer.tokens)[:, None].long())[:, 0]
+    return chosen, -(logs.exp() * logs).sum(-1)
+
+  def values(self, answer):
+    hidden = self.critic.model(**answer.inputs).last_hidden_state[0]
+    return hidden[-len(answer.tokens) - 1 : -1] @ self.kernel
+
+  def observe(self):
+    with torch.no_grad():
+      for answer in (answer for group in self.answers for answer in group):
+        answer.old = self.log_probabilities(self.actor, answer)[0]
+        answer.reference = self.log_probabilities(self.reference, answer)[0]
+        hidden = self.scorer.model(**answer.inputs).last_hidden_state[0, -1]
+        answer.score = hidden @ self.scorer_kernel
+        placed = answer.score - (0 if answer.ended else self.p.missing_end_penalty)
+        answer.clipped = placed.clamp(-self.p.score_clip, self.p.score_clip)
+        answer.rewards = -self.p.kl_coefficient * (answer.old - answer.reference)
+        answer.rewards[-1] += answer.clipped
+        if self.p.estimator == "gae":
+          self.generalised(answer)
+      if self.p.estimator == "gae":
+        every = torch.cat([a.advantages for group in self.answers for a in group])
+        for answer in (answer for group in self.answers for answer in group):
+          answer.advantages = (answer.advantages - every.mean()) / (every.var() + 1e-8).sqrt()
+      else:
+        self.relative()
+
+  def generalised(self, answer):
+    answer.old_values = self.values(answer)
+    answer.advantages, carried = torch.zeros_like(answer.old), 0.0
+    for t in reversed(range(len(answer.tokens))):
+      following = answer.old_values[t + 1] if t + 1 < len(answer.tokens) else 0.0
+      delta = answer.rewards[t] + self.p.gamma * following - answer.old_values[t]
+      carried = delta + self.p.gamma * self.p.lam * carried
+      answer.advantages[t] = carried
+    answer.returns = answer.advantages + answer.old_values
+
+  def relative(self):
+    for group in self.answers:
+      if self.p.estimator == "rloo":
+        total = [a.rewards.sum() for a in group]
+        for n, answer in enumerate(group):
+          others = [one for m, one in enumerate(total) if m != n]
+          answer.advantages = total[n] - sum(others) / len(others)
+      else:
+        total = torch.stack([a.clipped for a in group])
+        for answer in group:
+          answer.advantages = (answer.clipped - total.mean()) / (total.std() + 1e-4)
+
+  def policy_loss(self, answers):
+    terms, tokens = [], sum(len(a.tokens) for a in answers)
+    for answer in answers:
+      logps, entropies = self.log_probabilities(self.actor, answer)
+      log_ratio = logps - answer.old
+      if self.p.loss_level == "sequence":
+        log_ratio = log_ratio.sum()
+      ratio = log_ratio.exp()
+      clipped = ratio.clamp(1 - self.p.clip, 1 + self.p.clip)
+      loss = torch.maximum(-answer.advantages * ratio, -answer.advantages * clipped)
+      if self.p.estimator == "grpo":
+        r = answer.reference - logps
+        loss = loss + self.p.kl_coefficient * (r.exp() - 1 - r)
+      loss = loss - self.p.entropy_coefficient * entropies
+      share = 1 / tokens if self.p.loss_level == "token" else 1 / len(answers)
+      terms.append(share * (loss.sum() if self.p.loss_level == "token" else loss.mean()))
+    return sum(terms)
+
+  def value_loss(self, answers):
+    errors = []
+    for answer in answers:
+      values = self.values(answer)
+      near = torch.clamp(
+        values, answer.old_values - self.p.value_clip, answer.old_values + self.p.value_clip
+      )
+      errors.append(torch.maximum((values - answer.returns) ** 2, (near - answer.returns) ** 2))
+    return torch.cat(errors).mean() / 2
+
+  def learn(self):
+    """The mean loss of policy and critic over all updates."""
+    optim, losses = self.c.optim, {"loss": [], "critic/loss": []}
+
+    def optimizer(params, rate):
+      options = {"betas": (optim.b1, optim.b2), "eps": optim.eps, "weight_decay": 0.0}
+      return torch.optim.AdamW(params, lr=rate, **options)
+
+    sides = [("loss", self.policy_loss, list(self.actor.parameters()), optim.learning_rate)]
+    if self.p.estimator == "gae":
+      params = [*self.critic.parameters(), self.kernel]
+      sides += [("critic/loss", self.value_loss, params, self.p.critic_learning_rate)]
+    sides = [(*side[:3], optimizer(*side[2:])) for side in sides]
+    for epoch in range(self.p.epochs):
+      order = np.random.default_rng([self.c.seed, 0, epoch]).permutation(len(self.answers))
+      for index in np.split(order, self.p.minibatches):
+        answers = [answer for row in index for answer in self.answers[row]]
+        for name, loss_of, params, adam in sides:
+          adam.zero_grad()
+          loss = loss_of(answers)
+          loss.backward()
+          losses[name].append(loss.item())
+          grads = [p.grad for p in params if p.grad is not None]
+          norm = torch.sqrt(sum((g**2).sum() for g in grads)).clamp(min=1e-12)
+          for grad in grads:
+            grad.mul_(min(1.0, optim.grad_clip / norm.item()))
+          adam.step()
+    return {name: np.mean(found) for name, found in losses.items() if found}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_step_equals_torch(name, files, tmp_path):
+  config = files.config(**COMMON, **SETTINGS[name])
+  run = tiny.make_run(files, config, str(tmp_path), with_other=True)
+  seen = []
+  step = learn.make_train_step(
+    run.held, run.train, run.records, {}, lambda *found: seen.append(found)
+  )
+  with run.train.batches() as batches:
+    rows = next(batches)
+  del rows["skipped"]
+  state, metrics = step(run.state, hosts.to_device(run.held.mesh, rows))
+  rollout = seen[0][1]
+  plain = Torch(files, config, run, rollout)
+  plain.observe()
+
+  every = [answer for group in plain.answers for answer in group]
+  lengths = jax.device_get(rollout.lengths)
+  assert len(set(lengths.ravel())) > 1  # some end, some are cut
+  np.testing.assert_allclose(rollout.scores.ravel(), [a.score for a in every], rtol=1e-4, atol=1e-4)
+  for place, found in (("old", rollout.log_probabilities), ("reference", rollout.reference)):
+    found = np.asarray(found)[np.arange(rollout.shape[1]) < lengths[..., None]]
+    wanted = torch.cat([getattr(a, place) for a in every])
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+  wanted = np.mean([(a.old - a.reference).sum() for a in every])
+  assert metrics["objective/kl"] == pytest.approx(wanted, rel=1e-4)
+  assert metrics["val/sampler_gap"] < 1e-5
+
+  for key, wanted in plain.learn().items():
+    assert metrics[key] == pytest.approx(wanted, rel=1e-4, abs=1e-5), key
+  compare(run.model, trees.flatten(state.params), plain.actor.state_dict())
+  if name == "gae":
+    critic = trees.flatten(state.critic.params)
+    kernel = critic.pop("score/kernel")
+    assert reference.relative_error(kernel[:, 0], plain.kernel.detach()) < 1e-4
+    compare(run.model, critic, plain.critic.state_dict())
+
+
+def compare(model_config, found: dict, tensors: dict):
+  """Parameters after the step, within 1e-4 of their norm."""
+  wanted = reference.as_params(model_config, tensors)
+  assert found.keys() <= wanted.keys()
+  for path, leaf in found.items():
+    assert reference.relative_error(leaf, wanted[path]) < 1e-4, path

@@ -1,0 +1,115 @@
+"""A tiny PPO run: an actor, another model as its reference, a reward model, and prompts."""
+
+import dataclasses
+import os
+
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+
+from configs import ppo
+from tests import checkpoints, reference, sft_run
+from tests.prediction.tiny import make_reward_model
+from vlalign_jax.rollout import data, roles
+from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.steps import ppo_program
+from vlalign_jax.training import start
+from vlalign_jax.weights import load, source
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+  directory: str
+  actor: torch.nn.Module
+  other: torch.nn.Module  # what a test may take for the reference
+  scorer: torch.nn.Module
+  kernel: torch.Tensor  # float32[D], the scorer's head
+
+  def config(self, **overrides) -> ConfigDict:
+    """Of a run in float32 on all prompts; overrides by dotted keys."""
+    config = ppo.get_config("demo")
+    settings = {
+      "model.init_from": f"{self.directory}/actor",
+      "ppo.reward_model": f"{self.directory}/reward",
+      "data.train": f"{self.directory}/train.json",
+      "data.eval": f"{self.directory}/eval.json",
+      "data.max_length": 192,
+      "batch_size": 4,
+      "steps": 2,
+      "save_every": 1,
+      "keep": 3,
+      "ppo.max_new_tokens": 6,
+      "optim.learning_rate": 1e-4,
+      "ppo.critic_learning_rate": 3e-4,
+      **overrides,
+    }
+    for key, value in settings.items():
+      group, _, name = key.rpartition(".")
+      (config[group] if group else config)[name] = value
+    return config
+
+
+def make(directory: str) -> Files:
+  actor = checkpoints.make_llava(f"{directory}/actor")
+  # Many tokens end an answer, so that some answers do end.
+  actor.generation_config.eos_token_id = [*range(7, 500, 5)]
+  actor.generation_config.save_pretrained(f"{directory}/actor")
+  other = checkpoints.make_llava(f"{directory}/other", seed=9)
+  scorer, kernel = make_reward_model(f"{directory}/reward")
+  records = sft_run.make_records(directory, 10)
+  sft_run.write_json(f"{directory}/train.json", records[:8])
+  sft_run.write_json(f"{directory}/eval.json", records[8:])
+  return Files(directory, actor, other, scorer, kernel)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """All that a script has before its loop."""
+
+  held: object  # collect.Roles
+  state: object
+  train: object  # Prepared
+  records: tuple
+  model: object  # the actor's ModelConfig
+
+
+def make_run(files: Files, config: ConfigDict, workdir: str, with_other: bool = False) -> Run:
+  """A run that has not begun; with_other: its reference is `files.other`."""
+  mesh, actor = start.open_run(config, workdir, "ppo")
+  sources = roles.open_sources(config, workdir, actor)
+  scorers = roles.find_scorers(config, sources)
+  records, _ = data.load_records_of(config)
+  rows = meshes.row_blocks(mesh) * config.grad_accumulation * config.ppo.minibatches
+  train = data.prepare_train(config, actor, records, rows)
+  program = ppo_program.make_program(
+    config,
+    actor.config,
+    sources.critic and sources.critic.config,
+    sources.reward and sources.reward.config,
+    data.make_sampling(config, actor),
+    mesh,
+    train.plan.steps,
+  )
+  os.makedirs(f"{workdir}/model")
+  state = roles.make_state(config, workdir, sources, program)
+  held = roles.load(config, sources, program, mesh, scorers)
+  if with_other:
+    opened = source.open_source(reference.model_group(init_from=f"{files.directory}/other"))
+    params = load.load_params(opened, program.actor.params)
+    held = dataclasses.replace(held, frozen=held.frozen | {"reference": params})
+  return Run(held, state, train, records.records, actor.config)
+
+
+def prompts_of(run: Run) -> list:
+  """(Example, its pictures) of each row of the first step, in order."""
+  load_example, load_image = (run.train.pipeline[name] for name in ("load_example", "load_image"))
+  numbers = [run.train.plan.rows_of(0, row)[0] for row in range(run.train.plan.rows)]
+  examples = [load_example(int(number)) for number in numbers]
+  return [(example, [load_image(path) for path in example.images]) for example in examples]
+
+
+def inputs(model_config, example, pictures, answer) -> dict:
+  """What the torch models take of a prompt with an answer."""
+  tokens = np.concatenate([example.tokens, answer])
+  pixels = reference.pixel_values(model_config, pictures) if pictures else None
+  return {"input_ids": torch.tensor(tokens)[None].long(), "pixel_values": pixels}
