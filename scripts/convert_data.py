@@ -25,10 +25,6 @@ from vlalign_jax.data import convert
 from vlalign_jax.data.json_entries import is_json_lines
 from vlalign_jax.errors import InputError
 
-_INPUT = flags.DEFINE_string("input", "", "The file to read.")
-_OUTPUT = flags.DEFINE_string("output", "", "The file to write; must not exist.")
-_ON_BAD_RECORD = flags.DEFINE_enum("on_bad_record", "error", ("error", "skip"), "What to do.")
-
 
 def convert_data(source: str, output: str, on_bad_record: str = "error") -> int:
   """Converts a file; gives the number of records written.
@@ -64,8 +60,11 @@ def convert_data(source: str, output: str, on_bad_record: str = "error") -> int:
 
 
 def main(_):
-  convert_data(_INPUT.value, _OUTPUT.value, _ON_BAD_RECORD.value)
+  convert_data(flags.FLAGS.input, flags.FLAGS.output, flags.FLAGS.on_bad_record)
 
 
 if __name__ == "__main__":
+  flags.DEFINE_string("input", "", "The file to read.")
+  flags.DEFINE_string("output", "", "The file to write; must not exist.")
+  flags.DEFINE_enum("on_bad_record", "error", ("error", "skip"), "What to do.")
   cli.run(main)

@@ -25,11 +25,6 @@ from vlalign_jax.sharding import zero
 from vlalign_jax.training import checkpoints, run_directory
 from vlalign_jax.weights import export, export_adapters, load, source
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "", "A run directory, or a checkpoint of one.")
-_OUTPUT = flags.DEFINE_string("output", "", "The directory to write; must not hold anything.")
-_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of the weights; default: as trained.")
-_ADAPTERS = flags.DEFINE_bool("adapters", False, "Write a LoRA run's adapters, as PEFT does.")
-
 
 def export_run(run: str, output: str, dtype: str | None, adapters: bool = False) -> None:
   """Writes a checkpoint of a run, by default the newest, with the frozen weights it stands on."""
@@ -77,8 +72,13 @@ def _base_of(model: dict) -> str | None:
 
 
 def main(_):
-  export_run(_CHECKPOINT.value, _OUTPUT.value, _DTYPE.value, _ADAPTERS.value)
+  given = flags.FLAGS
+  export_run(given.checkpoint, given.output, given.dtype, given.adapters)
 
 
 if __name__ == "__main__":
+  flags.DEFINE_string("checkpoint", "", "A run directory, or a checkpoint of one.")
+  flags.DEFINE_string("output", "", "The directory to write; must not hold anything.")
+  flags.DEFINE_enum("dtype", None, DTYPES, "Of the weights; default: as trained.")
+  flags.DEFINE_bool("adapters", False, "Write a LoRA run's adapters, as PEFT does.")
   cli.run(main)
