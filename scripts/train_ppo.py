@@ -21,8 +21,8 @@ def train_and_evaluate(c, workdir: str) -> None:
   # --- What is asked for, checked before anything is computed ---
   mesh, actor = start.open_run(c, workdir, "ppo")
   sources = roles.open_sources(c, workdir, actor)
-  score = roles.find_scorers(c, sources)
   records, eval_records = data.load_records_of(c)
+  score = roles.find_scorers(c, sources, (*records.records, *eval_records))
 
   # --- Data: which prompt is in which row at which step is decided here, for the whole run ---
   rows = meshes.row_blocks(mesh) * c.grad_accumulation * c.ppo.minibatches

@@ -121,9 +121,9 @@ def make(directory: str) -> Tiny:
   return Tiny(directory, policy, scorer, kernel, opened)
 
 
-def make_reward_model(directory: str, seed: int = 5):
+def make_reward_model(directory: str, seed: int = 5, **overrides):
   """(torch model, score weights) of a directory as `weights.export` writes one."""
-  model = checkpoints.make_llava(directory, seed=seed)
+  model = checkpoints.make_llava(directory, seed=seed, **overrides)
   path = os.path.join(directory, "model.safetensors")
   tensors = {name: tensor for name, tensor in load_file(path).items() if "lm_head" not in name}
   generator = torch.Generator().manual_seed(seed)

@@ -29,7 +29,7 @@ COMMON = {"ppo.kl_coefficient": 0.2, "ppo.missing_end_penalty": 0.5, "ppo.clip":
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def files(tmp_path_factory, compile_cache):
   return tiny.make(str(tmp_path_factory.mktemp("ppo")))
 
 

@@ -10,7 +10,10 @@ from ml_collections import ConfigDict
 from configs import ppo
 from tests import checkpoints, reference, sft_run
 from tests.prediction.tiny import make_reward_model
+from vlalign_jax.generation.generate import make_generate
+from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.rollout import data, roles
+from vlalign_jax.rollout.reward_text import TextReader
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import ppo_program
 from vlalign_jax.training import start
@@ -71,14 +74,16 @@ class Run:
   train: object  # Prepared
   records: tuple
   model: object  # the actor's ModelConfig
+  sampling: Sampling
+  sources: roles.Sources
 
 
 def make_run(files: Files, config: ConfigDict, workdir: str, with_other: bool = False) -> Run:
   """A run that has not begun; with_other: its reference is `files.other`."""
   mesh, actor = start.open_run(config, workdir, "ppo")
   sources = roles.open_sources(config, workdir, actor)
-  scorers = roles.find_scorers(config, sources)
   records, _ = data.load_records_of(config)
+  scorers = roles.find_scorers(config, sources, records.records)
   rows = meshes.row_blocks(mesh) * config.grad_accumulation * config.ppo.minibatches
   train = data.prepare_train(config, actor, records, rows)
   program = ppo_program.make_program(
@@ -97,7 +102,19 @@ def make_run(files: Files, config: ConfigDict, workdir: str, with_other: bool = 
     opened = source.open_source(reference.model_group(init_from=f"{files.directory}/other"))
     params = load.load_params(opened, program.actor.params)
     held = dataclasses.replace(held, frozen=held.frozen | {"reference": params})
-  return Run(held, state, train, records.records, actor.config)
+  sampling = data.make_sampling(config, actor)
+  return Run(held, state, train, records.records, actor.config, sampling, sources)
+
+
+def with_sampling(run: Run, sampling: Sampling):
+  """The run's program, which answers otherwise."""
+  sample = make_generate(run.model, sampling, mesh=run.held.mesh)
+  return dataclasses.replace(run.held.program, sample=sample)
+
+
+def text_reader(run: Run, images: int, answers: int) -> TextReader:
+  """What makes rows of text for the run's reward model."""
+  return TextReader(run.sources.reward, "vicuna", "", images, answers)
 
 
 def prompts_of(run: Run) -> list:

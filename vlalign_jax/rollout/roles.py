@@ -101,8 +101,13 @@ def same_tokens(actor: Source, other: Source) -> bool:
   return mine == its
 
 
-def find_scorers(config: ConfigDict, sources: Sources):
+def find_scorers(config: ConfigDict, sources: Sources, records):
   """(TextReader or None, function or None): what scores answers besides a model that reads tokens.
+
+  Args:
+    config: of the run.
+    sources: its models.
+    records: all prompts, held-out ones too.
 
   Raises:
     InputError: the reward function is not found, or template and tokenizer do not go together.
@@ -119,7 +124,8 @@ def find_scorers(config: ConfigDict, sources: Sources):
   if one_end and template == config.data.template and same_tokens(sources.actor, reward):
     return None, function
   logging.info("the reward model reads answers as text, in its own tokens (%s)", template)
-  reader = TextReader(reward, template, config.data.images, config.ppo.num_samples)
+  images = max((len(set(record.images)) for record in records), default=0)
+  reader = TextReader(reward, template, config.data.images, images, config.ppo.num_samples)
   reader.check()
   return reader, function
 

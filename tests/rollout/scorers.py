@@ -1,0 +1,26 @@
+"""Reward functions for tests."""
+
+
+def length(prompt, answer, reference, record):
+  """Longer answers are better; looks at all that it is given."""
+  assert record["turns"][-1][0] == prompt
+  assert record["turns"][-1][1] == reference
+  assert isinstance(record["id"], str)
+  return float(len(answer))
+
+
+def never(prompt, answer, reference, record):
+  """No number at all."""
+  del prompt, answer, reference, record
+  return float("nan")
+
+
+def some(prompt, answer, reference, record):
+  """A number for some answers."""
+  del prompt, reference, record
+  return len(answer) / 10 if len(answer) % 2 else float("nan")
+
+
+def fails(prompt, answer, reference, record):
+  """A mistake of the user."""
+  return {}[answer]

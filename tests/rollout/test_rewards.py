@@ -1,0 +1,153 @@
+"""What scores answers: models with other tokenizers, functions, sums, and scores that are none."""
+
+import dataclasses
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from scripts import train_ppo
+from tests import reference
+from tests.data.tokenizers import sentencepiece_style_tokenizer
+from tests.prediction.tiny import make_reward_model
+from tests.rollout import tiny
+from vlalign_jax.data.encode import encode
+from vlalign_jax.errors import InputError
+from vlalign_jax.rollout import collect, data, learn
+from vlalign_jax.sharding import hosts
+
+FUNCTION = "tests.rollout.scorers:"
+GRPO = {"ppo.estimator": "grpo", "ppo.num_samples": 2}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, compile_cache):
+  return tiny.make(str(tmp_path_factory.mktemp("ppo")))
+
+
+def first_prompts(run):
+  with run.train.batches() as batches:
+    rows = next(batches)
+  del rows["skipped"]
+  records = [run.records[run.train.plan.rows_of(0, row)[0]] for row in range(len(rows["tokens"]))]
+  return hosts.to_device(run.held.mesh, rows), records
+
+
+def make_rollout(run):
+  """(Rollout of the first step, the records of its rows)."""
+  rows, records = first_prompts(run)
+  return collect.collect(run.held, run.state, rows, records, np.arange(len(records)), 3), records
+
+
+def test_a_reward_model_with_another_tokenizer_reads_the_text(files, tmp_path):
+  directory = str(tmp_path / "other")
+  scorer, kernel = make_reward_model(directory, seed=6, text={"vocab_size": 640})
+  tokenizer = sentencepiece_style_tokenizer(legacy=False)
+  for name in os.listdir(directory):
+    if name.startswith(("tokenizer", "special_tokens")):
+      os.remove(os.path.join(directory, name))
+  tokenizer.save_pretrained(directory)
+  image = tokenizer.convert_tokens_to_ids("<image>")
+  path = os.path.join(directory, "config.json")
+  with open(path, encoding="utf-8") as file:
+    content = json.load(file) | {"image_token_index": image, "image_token_id": image}
+  with open(path, "w", encoding="utf-8") as file:
+    json.dump(content, file)
+  scorer.config.image_token_id = image
+
+  config = files.config(**GRPO, **{"ppo.reward_model": directory})
+  run = tiny.make_run(files, config, str(tmp_path / "run"))
+  rollout, records = make_rollout(run)
+  texts = rollout.texts(run.held.tokenizer)
+  opened = run.held.reader.source
+  for row, record in enumerate(records):
+    for n, text in enumerate(texts[row]):
+      *before, last = record.turns
+      answered = dataclasses.replace(record, turns=(*before, dataclasses.replace(last, gpt=text)))
+      example = encode(
+        answered, "vicuna", tokenizer, image, opened.config.tokens_per_image, 10_000
+      ).example
+      load_image = run.train.pipeline["load_image"]
+      shown = [load_image(os.path.join(files.directory, path)) for path in record.images]
+      pixels = reference.pixel_values(opened.config, shown) if shown else None
+      tokens = torch.tensor(example.tokens)[None].long()
+      with torch.no_grad():
+        hidden = scorer.model(input_ids=tokens, pixel_values=pixels).last_hidden_state
+      wanted = float(hidden[0, -1] @ kernel)
+      assert rollout.scores[row, n] == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+
+  config = files.config(**{"ppo.reward_model": directory})
+  with pytest.raises(InputError, match='has another tokenizer.*set config.ppo.critic_init="actor"'):
+    tiny.make_run(files, config, str(tmp_path / "critic"))
+
+
+def test_model_and_function_are_summed_and_what_is_no_number_is_left_out(files, tmp_path):
+  weights = {"ppo.reward_weight": 0.5, "ppo.function_weight": 2.0}
+  alone = make_rollout(tiny.make_run(files, files.config(**GRPO), str(tmp_path / "alone")))[0]
+  config = files.config(**GRPO, **weights, **{"ppo.reward_function": FUNCTION + "some"})
+  run = tiny.make_run(files, config, str(tmp_path / "both"))
+  rollout, _ = make_rollout(run)
+  lengths = np.array([[len(text) for text in row] for row in rollout.texts(run.held.tokenizer)])
+  wanted = 0.5 * alone.scores + 2.0 * np.where(lengths % 2, lengths / 10, np.nan)
+  np.testing.assert_allclose(rollout.scores, wanted, rtol=1e-5)
+  bad = int(np.sum(np.isnan(wanted)))
+  assert 0 < bad < wanted.size
+  step = learn.make_train_step(run.held, run.train, run.records, {})
+  state, metrics = step(run.state, first_prompts(run)[0])
+  assert metrics["val/bad_scores"] > 0
+  assert metrics["skipped_steps"] == 0
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+  assert np.isfinite(list(map(float, metrics.values()))).all()
+
+
+def test_a_function_alone_scores_and_sees_the_record(files, tmp_path):
+  function = {"ppo.reward_model": "", "ppo.reward_function": FUNCTION + "length"}
+  run = tiny.make_run(files, files.config(**GRPO, **function), str(tmp_path))
+  rollout, _ = make_rollout(run)
+  texts = rollout.texts(run.held.tokenizer)
+  np.testing.assert_array_equal(rollout.scores, [[len(text) for text in row] for row in texts])
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("never", "none of the 8 answers of a rollout has a finite score"),
+    ("fails", "reward_function=.*:fails failed on .*train.json, record .* KeyError"),
+    ("missing", "reward_function=.*:missing: AttributeError"),
+  ],
+)
+def test_a_function_that_cannot_be_used_is_named(name, message, files, tmp_path):
+  function = {"ppo.reward_model": "", "ppo.reward_function": FUNCTION + name}
+  config = files.config(**GRPO, **function, **{"data.eval": ""})
+  with pytest.raises(InputError, match=message):
+    train_ppo.train_and_evaluate(config, str(tmp_path))
+
+
+def test_an_empty_answer_is_scored_as_any_other(files, tmp_path):
+  """The first token ends every answer."""
+  run = tiny.make_run(files, files.config(**GRPO), str(tmp_path / "a"))
+  ends = tuple(n for n in range(512) if n != run.model.image_token_id)
+  program = tiny.with_sampling(run, dataclasses.replace(run.sampling, stop_tokens=ends))
+  rows, records = first_prompts(run)
+  held = dataclasses.replace(run.held, program=program)
+  rollout = collect.collect(held, run.state, rows, records, np.arange(len(records)), 3)
+  assert np.all(np.asarray(rollout.lengths) == 1)
+  assert np.isfinite(rollout.scores).all()
+  reader = tiny.text_reader(run, images=2, answers=2)
+  empty = reader.rows(records, [["", ""]] * len(records))
+  assert (empty["answers"] >= 0).all()
+
+
+def test_prompts_that_do_not_fit_are_skipped_and_counted(files, tmp_path, caplog):
+  config = files.config(**GRPO, **{"data.max_length": 64})
+  assert data.load_records_of(config)
+  with caplog.at_level("INFO"):
+    run = tiny.make_run(files, config, str(tmp_path))
+  assert "skipped, their prompt does not fit data.max_length=64" in caplog.text
+  assert 0 < run.train.records < len(run.records)
+  config = files.config(**GRPO, **{"data.max_length": 8})
+  with pytest.raises(InputError, match="no record .* has a prompt that fits"):
+    tiny.make_run(files, config, str(tmp_path / "none"))

@@ -1,0 +1,126 @@
+"""PPO as whole runs: resumed exactly, evaluated before and after, read as any other run."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from scripts import train_ppo
+from tests import reference, sft_run
+from tests.rollout import tiny
+from vlalign_jax.errors import InputError
+from vlalign_jax.models import vlm
+from vlalign_jax.weights import source
+
+STEPS = 4
+TIMING = ("tokens_per_second", "examples_per_second")
+SETTINGS = {
+  "steps": STEPS,
+  "save_every": 2,
+  "lora.rank": 2,
+  "train.vision": False,
+  "train.projector": False,
+  "ppo.num_samples": 2,
+  "ppo.critic_init": "actor",
+  "ppo.critic_warmup": 1,
+  "ppo.score_queue": 20,
+  "ppo.kl_target": 0.01,
+  "ppo.kl_horizon": 20.0,
+  "ppo.stop_kl": 1e-9,
+  "ppo.log_samples_every": 2,
+  "ppo.log_samples": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, compile_cache):
+  return tiny.make(str(tmp_path_factory.mktemp("ppo")))
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+  """(config, run directory) of a finished run."""
+  config = files.config(**SETTINGS)
+  workdir = tmp_path_factory.mktemp("run")
+  train_ppo.train_and_evaluate(config, str(workdir))
+  return config, workdir
+
+
+def metrics_of(workdir) -> list[dict]:
+  lines = sft_run.read_metrics(workdir)
+  return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+
+
+def checkpoint(workdir, item: str) -> dict:
+  with ocp.StandardCheckpointer() as reader:
+    tree = reader.restore(pathlib.Path(workdir, "checkpoints", str(STEPS), item))
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_a_run_goes_on_exactly_where_a_checkpoint_stands(finished, tmp_path):
+  config, done = finished
+  workdir = shutil.copytree(done, tmp_path / "run")
+  shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+  train_ppo.train_and_evaluate(config, str(workdir))
+  assert metrics_of(workdir) == metrics_of(done)
+  assert (workdir / "rollouts.jsonl").read_text() == (done / "rollouts.jsonl").read_text()
+  for item in ("params", "optimizer"):
+    found, expected = checkpoint(workdir, item), checkpoint(done, item)
+    assert found.keys() == expected.keys()
+    for path, leaf in found.items():
+      np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+  assert any("critic" in path and "score" in path for path in checkpoint(done, "optimizer"))
+
+
+def test_metrics_of_a_run(finished):
+  lines = metrics_of(finished[1])
+  assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+  before, first, *_, last = lines
+  assert abs(before["eval/objective/kl"]) < 1e-5  # the actor is the reference yet
+  assert last["eval/objective/kl"] != before["eval/objective/kl"]
+  assert "loss/policy_avg" not in first  # only the critic learns
+  assert abs(lines[2]["val/sampler_gap"]) < 1e-5
+  coefficients = [line["objective/kl_coefficient"] for line in lines[1:]]
+  assert len(set(coefficients)) > 1
+  # Two updates are an epoch; others end by what the policy has moved.
+  assert [line["val/updates"] for line in lines[1:]] == [8, 2, 2, 2]
+
+
+def test_sample_answers_are_shown(finished):
+  _, workdir = finished
+  lines = [json.loads(line) for line in (workdir / "rollouts.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == [1, 1, 1, 3, 3, 3]
+  assert all(isinstance(line["score"], float) and line["images"] is not None for line in lines)
+
+
+def test_a_finished_run_is_a_policy_as_any_other(finished):
+  opened = source.open_source(reference.model_group(init_from=str(finished[1])))
+  assert opened.config.head == vlm.LANGUAGE
+  assert len(opened.runs) == 1
+
+
+def test_other_weights_of_the_reward_model_are_refused(files, finished, tmp_path):
+  config, done = finished
+  workdir = shutil.copytree(done, tmp_path / "run")
+  shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+  path = pathlib.Path(files.directory, "reward", "model.safetensors")
+  before = path.read_bytes()
+  path.write_bytes(before[:-4] + b"\0\0\0\0")
+  try:
+    with pytest.raises(InputError, match="started from other weights .*reward/model.safetensors"):
+      train_ppo.train_and_evaluate(config, str(workdir))
+  finally:
+    path.write_bytes(before)
+
+
+def test_only_adapters_and_heads_are_kept(finished):
+  _, workdir = finished
+  assert all("lora_" in path for path in checkpoint(workdir, "params"))
+  kept = [path for path in checkpoint(workdir, "optimizer") if "kernel" in path]
+  assert kept
+  assert all("score" in path for path in kept)
