@@ -42,7 +42,8 @@ class Torch:
     self.scorer, self.scorer_kernel = files.scorer, files.kernel
     self.critic = copy.deepcopy(files.scorer)
     self.kernel = torch.nn.Parameter(files.kernel.clone())
-    self.answers = []
+    self.answers, plan = [], run.train.plan
+    self.order = np.argsort([plan.rows_of(0, row)[0] for row in range(plan.rows)])
     lengths, ended = jax.device_get((rollout.lengths, rollout.ended))
     for row, (example, pictures) in enumerate(tiny.prompts_of(run)):
       group = []
@@ -148,7 +149,7 @@ class Torch:
       sides += [("critic/loss", self.value_loss, params, self.p.critic_learning_rate)]
     sides = [(*side[:3], optimizer(*side[2:])) for side in sides]
     for epoch in range(self.p.epochs):
-      order = np.random.default_rng([self.c.seed, 0, epoch]).permutation(len(self.answers))
+      order = np.random.default_rng([self.c.seed, 0, epoch]).permutation(self.order)
       for index in np.split(order, self.p.minibatches):
         answers = [answer for row in index for answer in self.answers[row]]
         for name, loss_of, params, adam in sides:

@@ -78,9 +78,11 @@ class Run:
   sources: roles.Sources
 
 
-def make_run(files: Files, config: ConfigDict, workdir: str, with_other: bool = False) -> Run:
-  """A run that has not begun; with_other: its reference is `files.other`."""
-  mesh, actor = start.open_run(config, workdir, "ppo")
+def make_run(
+  files: Files, config: ConfigDict, workdir: str, with_other: bool = False, devices=None
+) -> Run:
+  """A run that has not begun; with_other: its reference is `files.other`; on all devices."""
+  mesh, actor = start.open_run(config, workdir, "ppo", devices)
   sources = roles.open_sources(config, workdir, actor)
   records, _ = data.load_records_of(config)
   scorers = roles.find_scorers(config, sources, records.records)
@@ -100,7 +102,8 @@ def make_run(files: Files, config: ConfigDict, workdir: str, with_other: bool = 
   held = roles.load(config, sources, program, mesh, scorers)
   if with_other:
     opened = source.open_source(reference.model_group(init_from=f"{files.directory}/other"))
-    params = load.load_params(opened, program.actor.params)
+    placed = program.actor.params
+    params = load.load_params(opened, placed)
     held = dataclasses.replace(held, frozen=held.frozen | {"reference": params})
   sampling = data.make_sampling(config, actor)
   return Run(held, state, train, records.records, actor.config, sampling, sources)

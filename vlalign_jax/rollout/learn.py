@@ -1,6 +1,8 @@
 """A step of PPO: a rollout, and the updates that learn from it."""
 
+import collections
 import dataclasses
+import zlib
 from collections.abc import Callable
 
 import jax
@@ -71,10 +73,12 @@ def make_train_step(
     numbers = prompts.record_numbers(prepared.plan, step)
     of_rows = [None if number < 0 else records[number] for number in numbers]
     seed = int(np.random.default_rng([config.seed, step]).integers(2**31))
-    rollout = collect.collect(roles, state, rows, of_rows, np.arange(len(numbers)), seed)
+    order, streams = by_record(numbers)
+    rollout = collect.collect(roles, state, rows, of_rows, streams, seed)
     show(step + 1, rollout, numbers)
     fields, found = _learn_from(roles, state, rollout, learner)
-    state, logged = _update(roles, state, rollout.rows | fields, learner.kl_coefficient, step)
+    rows = rollout.rows | fields
+    state, logged = _update(roles, state, rows, order, learner.kl_coefficient, step)
     found, logged = jax.device_get((found, logged))
     metrics = _summary(logged) | sums.quotients(found) | _raw(rollout)
     metrics["objective/kl_coefficient"] = learner.kl_coefficient
@@ -112,13 +116,39 @@ def _learn_from(roles: collect.Roles, state: State, rollout: collect.Rollout, le
   )
 
 
-def _update(roles: collect.Roles, state: State, rows: dict, kl_coefficient: float, step: int):
-  """(state after all updates of a rollout, list of their metrics)."""
+def by_record(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """What makes a step the same whatever rows its records are in, which depends on the mesh.
+
+  Args:
+    numbers: int32[B], the record of each row, -1 where there is none.
+
+  Returns:
+    (int[B] the rows in the order of their records, those without one last; int32[B] a number of
+    each row that no other row has and that says which record it is, and which time it comes).
+  """
+  order = np.argsort(np.where(numbers < 0, np.iinfo(np.int32).max, numbers), kind="stable")
+  streams, times = np.zeros(len(numbers), np.int32), collections.Counter()
+  for row in order:
+    key = f"{numbers[row]} {times[numbers[row]]}"
+    streams[row] = zlib.crc32(key.encode()) & 0x7FFFFFFF
+    times[numbers[row]] += 1
+  return order, streams
+
+
+def _update(
+  roles: collect.Roles,
+  state: State,
+  rows: dict,
+  order: np.ndarray,
+  kl_coefficient: float,
+  step: int,
+):
+  """(state after all updates of a rollout, list of their metrics); `order` as of `by_record`."""
   config, settings, logged = roles.config, roles.config.ppo, []
   with_policy = step >= settings.critic_warmup
   for epoch in range(settings.epochs):
-    order = np.random.default_rng([config.seed, step, epoch]).permutation(len(rows["mask"]))
-    for index in np.split(order.astype(np.int32), settings.minibatches):
+    shuffled = np.random.default_rng([config.seed, step, epoch]).permutation(order)
+    for index in np.split(shuffled.astype(np.int32), settings.minibatches):
       state, found = roles.program.update_step(
         state,
         {part: tree for part, tree in roles.frozen.items() if part != "reference"},

@@ -15,13 +15,16 @@ from vlalign_jax.training import checkpoints, optimizer, run_directory
 from vlalign_jax.weights import export, load, pin, source
 
 
-def open_run(config, workdir: str, stage: str) -> tuple[jax.sharding.Mesh, source.Source]:
+def open_run(
+  config, workdir: str, stage: str, devices=None
+) -> tuple[jax.sharding.Mesh, source.Source]:
   """Checks what can be checked without data, and makes or finds the run directory.
 
   Args:
     config: of the run; paths in it become absolute.
     workdir: the run directory.
     stage: that the script is for.
+    devices: to run on; None: all.
 
   Returns:
     The mesh, and the model that the run starts from.
@@ -31,7 +34,7 @@ def open_run(config, workdir: str, stage: str) -> tuple[jax.sharding.Mesh, sourc
   """
   configs.check(config, stage)
   source.absolute_paths(config)
-  mesh = meshes.make_mesh(config.mesh)
+  mesh = meshes.make_mesh(config.mesh, devices)
   meshes.check_batch(config.batch_size, config.grad_accumulation, config.data.pack, mesh)
   hosts.check_same("the config", f"{workdir} {config.to_json()}", "give all hosts the same command")
   resumes = run_directory.open_run(workdir, config)
