@@ -24,11 +24,11 @@ def main(_):
   if not where:
     raise InputError(f"--topology is missing; there are {topology.KNOWN}")
   model, devices = planner.model_config(c), topology.open_topology(where)
-  packed = flags.FLAGS.examples_per_row
+  packed, answers = flags.FLAGS.examples_per_row, flags.FLAGS.answers
   if flags.FLAGS.search:
-    plan = search.search(c, model, devices, packed, show=print)
+    plan = search.search(c, model, devices, packed, show=print, answers=answers)
   else:
-    plan = planner.plan(c, model, devices, packed)
+    plan = planner.plan(c, model, devices, packed, answers)
     if devices.compiles:
       plan = planner.compile_plan(plan)
   print(report.text(plan))
@@ -49,6 +49,7 @@ if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "Such as configs/sft.py:llava15_7b.")
   flags.DEFINE_string("topology", "", "Such as v5e:4x4, v5p:2x2x4, gpu:h100x8, cpu:8.")
   flags.DEFINE_integer("examples_per_row", 1, "How many examples packing puts into a row.")
+  flags.DEFINE_integer("answers", 2, "How many ranked answers an example has (reward, dpo).")
   flags.DEFINE_bool("search", False, "Try ZeRO stages, tensor sizes, remat and micro-batches.")
   flags.DEFINE_string("json", "", "A file for the numbers.")
   cli.run(main)

@@ -10,8 +10,11 @@ from vlalign_jax.models.vlm import ModelConfig
 LENGTH = 64
 
 
-def model(layers: int = 3, kind: str = "mlp", tied: bool = False) -> ModelConfig:
-  """Grouped heads; heads do not add up to the width; one image is 16 of a row's 64 tokens."""
+def model(layers: int = 3, kind: str = "mlp", tied: bool = False, **fields) -> ModelConfig:
+  """Grouped heads; heads do not add up to the width; one image is 16 of a row's 64 tokens.
+
+  `fields` are others of ModelConfig: head, lora.
+  """
   return ModelConfig(
     vision=VisionConfig(48, 112, layers - 1, 3, 16, 4, "quick_gelu", 1e-5, (layers - 1,), False),
     projector=ProjectorConfig(kind, 48, 64),
@@ -19,12 +22,13 @@ def model(layers: int = 3, kind: str = "mlp", tied: bool = False) -> ModelConfig
     image_token_id=319,
     image_mean=(0.5, 0.5, 0.5),
     image_std=(0.2, 0.2, 0.2),
+    **fields,
   )
 
 
-def config(**keys):
-  """A config of the stage sft, with dotted keys set (dots as double underscores)."""
-  c = defaults("sft")
+def config(kind: str = "sft", **keys):
+  """A config of a stage, with dotted keys set (dots as double underscores)."""
+  c = defaults(kind)
   c.batch_size = 8
   c.data.max_length = LENGTH
   for key, value in keys.items():

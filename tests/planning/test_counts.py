@@ -1,6 +1,7 @@
 """Formulas against what they stand for: real parameter trees, JAX's residuals, XLA's products."""
 
 import collections
+import functools
 import math
 
 import jax
@@ -9,9 +10,13 @@ import pytest
 from flax import nnx
 
 from tests.planning import small
-from vlalign_jax.models import tiles, vlm
+from vlalign_jax import trees
+from vlalign_jax.models import lora, tiles, vlm
 from vlalign_jax.models.stack import REMAT_NAMES
-from vlalign_jax.planning import planner, residuals, topology
+from vlalign_jax.models.vlm import LANGUAGE
+from vlalign_jax.planning import learning, planner, residuals, topology
+from vlalign_jax.training import optimizer
+from vlalign_jax.weights import source
 
 TRAIN = {
   "all": {"train__vision": True},
@@ -44,6 +49,30 @@ def test_flops_are_those_of_the_compiled_step(cpu, train, remat, micro, kind, ti
   assert plan.compiled.flops == pytest.approx(plan.device_flops, rel=0.02)
   assert plan.compiled.kernels == 0
   assert not plan.compiled.traffic
+
+
+ADAPTED = {"lora__rank": 8, "train__projector": False}
+
+
+@pytest.mark.parametrize(
+  ("stage", "keys"),
+  [
+    ("sft", {"model__remat": "full", **ADAPTED}),
+    ("sft", {"lora__rank": 8, "lora__targets": "query|up|projector", "model__remat": "none"}),
+    ("reward", {"train__vision": True, "lora__vision_rank": 4, "lora__rank": 8}),
+    ("reward", {"grad_accumulation": 2}),
+    ("dpo", {"dpo__reference": "cache"}),
+    ("dpo", {"dpo__reference": "step", "train__vision": True, "grad_accumulation": 2}),
+    ("dpo", {"dpo__reference": "step", **ADAPTED}),
+  ],
+)
+def test_flops_of_stages_and_adapters_are_those_of_the_compiled_step(cpu, stage, keys):
+  config = small.config(stage, **keys)
+  model = source.with_adapters(small.model(head=source.HEADS.get(stage, LANGUAGE)), config.lora)
+  plan = planner.compile_plan(planner.plan(config, model, cpu, answers=3))
+  assert plan.compiled.flops == pytest.approx(plan.device_flops, rel=0.02)
+  in_step = stage == "dpo" and config.dpo.reference == "step"
+  assert ("reference" in plan.operations) == in_step
 
 
 def test_flops_grow_with_layers_where_the_compilers_count_does_not(cpu):
@@ -80,15 +109,18 @@ def _saved(function, *arguments) -> float:
 
 
 @pytest.mark.parametrize("remat", REMAT_NAMES)
-@pytest.mark.parametrize("part", ["language", "vision"])
+@pytest.mark.parametrize("part", ["language", "adapted language", "vision"])
 def test_residuals_of_a_layer_are_those_that_jax_saves(cpu, monkeypatch, part, remat):
   """The difference of two depths: what is saved once for all layers is not of a layer."""
+  adapters = {"rank": 8, "targets": "/layers/"} if part.startswith("adapted") else {}
+  part = part.split()[-1]
   monkeypatch.setattr(tiles, "CPU_TILE", 16)
   rows, length = 2, small.LENGTH
 
   def both(layers):
     config = small.config(model__remat=remat, train__vision=True, batch_size=rows)
-    model = small.model(layers)
+    config.lora.update(adapters)
+    model = small.model(layers, lora=lora.from_group(config.lora))
     plan = planner.plan(config, model, cpu)
     # Parameters of the dtype they are used in: a copy of each would be saved, too.
     types = dict.fromkeys(("dtype", "param_dtype"), "bfloat16")
@@ -101,13 +133,16 @@ def test_residuals_of_a_layer_are_those_that_jax_saves(cpu, monkeypatch, part, r
     else:
       x = jax.ShapeDtypeStruct((rows, length, model.language.width), jnp.bfloat16)
 
-      def call(params, x):
-        return nnx.merge(graphdef, params).language(x, layout, layout, None, **options)
+      def call(params, frozen, x):
+        model = nnx.merge(graphdef, trees.merge(params, jax.lax.stop_gradient(frozen)))
+        return model.language(x, layout, layout, None, **options)
 
-      saved = _saved(call, params, x)
+      is_trained = functools.partial(optimizer.is_trained, config=config)
+      saved = _saved(call, *trees.split(params, is_trained), x)
+    learns = learning.of(plan.program)
     layers_of = {
-      "language": residuals.language_layer(model, plan.work, 1),
-      "vision": residuals.vision_layer(model, plan.work),
+      "language": residuals.language_layer(model, learns, 1),
+      "vision": residuals.vision_layer(model, plan.work, learns),
     }
     tokens = rows * (length if part == "language" else model.vision.patches + 1)
     count = model.language.layers if part == "language" else model.vision.layers

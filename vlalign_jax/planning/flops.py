@@ -2,7 +2,9 @@
 
 import dataclasses
 
-from vlalign_jax.models.vlm import ModelConfig
+from vlalign_jax.models.vlm import SCORE, ModelConfig
+from vlalign_jax.planning import learning
+from vlalign_jax.planning.learning import Learning, Map
 from vlalign_jax.planning.workload import Workload, tile_pairs
 
 # Products of an attention tile: scores and mix; and in the backward pass the scores again, then
@@ -18,7 +20,7 @@ class Work:
   """Operations of one part of the model in a step, over all devices."""
 
   forward: float
-  backward: float
+  backward: float = 0.0
   recomputed: float = 0.0
 
   @property
@@ -26,7 +28,7 @@ class Work:
     return self.forward + self.backward + self.recomputed
 
 
-def count(model: ModelConfig, workload: Workload, train, remat: str) -> dict[str, Work]:
+def count(program, config, model: ModelConfig, workload: Workload) -> dict[str, Work]:
   """Operations by part.
 
   A part that nothing below learns from has no backward pass; one that stays itself but passes
@@ -35,77 +37,123 @@ def count(model: ModelConfig, workload: Workload, train, remat: str) -> dict[str
   tokens; it runs over the learnt ones only, so this is an upper bound.
 
   Args:
+    program: `steps.program.Program`, which says what is trained.
+    config: of the run.
     model: the architecture.
     workload: of the step.
-    train: the config's `train` group.
-    remat: config.model.remat.
 
   Returns:
-    vision, projector, language, attention (the language model's tiles) and head.
+    vision, projector, language, attention (the language model's tiles) and head; for DPO also
+    reference, if it is computed in the step.
   """
-  language = model.language
-  embeddings = train.language if train.embeddings is None else train.embeddings
-  head_trains = embeddings if language.tied_embeddings else train.language
-  # Gradients go down as far as something is trained.
-  below_language = train.vision or train.projector or embeddings
-  learns = below_language or train.language
+  learns, remat = learning.of(program), config.model.remat
+  parts = {
+    "vision": _vision(model, workload, learns, remat),
+    "projector": _projector(model, workload, learns),
+    "language": _language(workload, learns, remat),
+    "attention": _attention(model, workload, learns, remat),
+    "head": _head(config, model, workload, learns),
+  }
+  if "reference" in program.frozen:
+    # A forward pass of its own, with features of a frozen tower from the policy's.
+    again = [name for name in parts if name != "vision" or learns.any("vision/")]
+    forward = sum(parts[name].forward for name in again)
+    if not config.lora.init_from:  # new adapters have no part in it
+      forward -= _new_adapters(model, workload, learns)
+    parts["reference"] = Work(forward)
+  return parts
 
-  tokens = workload.tokens
-  layers = 2 * tokens * language.layers * language_layer(language)
-  # The last product of a layer, which is not needed again.
-  down = 2 * tokens * language.layers * language.width * language.mlp_width
+
+def _forward(found: Map) -> int:
+  """Elements of the matrices that an input meets: x W and (x A) B."""
+  return found.size + found.down + found.up
+
+
+def _weights(found: Map) -> int:
+  """Of the gradients of what is trained: as many products as elements."""
+  return found.size * found.trained + found.down + found.up
+
+
+def _inputs(found: Map, below: bool) -> int:
+  """Of the gradient by the input; that by x A is there for A whether one is asked for or not."""
+  return (found.size + found.down) * below + found.up
+
+
+def _stack(maps: dict[str, Map], tokens: int, learns: bool, remat: str) -> Work:
+  """Layers in a loop: if one learns, or something before them, gradients go through them all."""
+  forward = sum(map(_forward, maps.values()))
+  backward = sum(_weights(found) + _inputs(found, True) for found in maps.values())
+  # The last product of a layer, which is not needed again; its adapter's x A is.
+  last = sum(found.size + found.up for path, found in maps.items() if path.endswith("/mlp/down"))
+  again = (forward - last) * (remat == "full")
+  return Work(2 * tokens * forward, 2 * tokens * backward * learns, 2 * tokens * again * learns)
+
+
+def _language(workload: Workload, learns: Learning, remat: str) -> Work:
+  return _stack(learns.under("language/layers/"), workload.tokens, learns.language, remat)
+
+
+def _attention(model: ModelConfig, workload: Workload, learns: Learning, remat: str) -> Work:
+  language = model.language
   pairs = workload.rows * tile_pairs(workload.length, workload.tile, causal=True)
   tiles = 2 * pairs * language.layers * language.heads * language.head_dim
-  backward = KERNEL_BACKWARD_PRODUCTS if workload.platform == "tpu" else BACKWARD_PRODUCTS
-  head = 2 * tokens * language.width * language.vocab_size
-  return {
-    "vision": _vision(model, workload, train, remat),
-    "projector": _projector(model, workload, train),
-    "language": Work(
-      layers, layers * (learns + train.language), (layers - down) * (learns and remat == "full")
-    ),
-    "attention": Work(
-      FORWARD_PRODUCTS * tiles,
-      backward * tiles * learns,
-      FORWARD_PRODUCTS * tiles * (learns and _attends_again(workload, remat, "language")),
-    ),
-    "head": Work(head, head * (learns + head_trains)),
-  }
-
-
-def _attends_again(workload: Workload, remat: str, part: str) -> bool:
-  """Whether the backward pass computes attention's result again."""
-  return remat != "none" and not (remat == "save_matmuls" and workload.saves_scores(part))
-
-
-def _vision(model: ModelConfig, workload: Workload, train, remat: str) -> Work:
-  vision, images = model.vision, workload.rows * workload.images
-  tokens = images * (vision.patches + 1)
-  layers = 2 * tokens * vision.layers * vision.width * (4 * vision.width + 2 * vision.mlp_width)
-  down = 2 * tokens * vision.layers * vision.width * vision.mlp_width
-  pairs = images * tile_pairs(vision.patches + 1, workload.tile, causal=False)
-  tiles = 2 * pairs * vision.layers * vision.width
-  patches = 2 * images * vision.patches * vision.patch_size**2 * 3 * vision.width
-  again = (layers - down) * (remat == "full")
-  again += FORWARD_PRODUCTS * tiles * _attends_again(workload, remat, "vision")
+  backward = KERNEL_BACKWARD_PRODUCTS if workload.has_kernel else BACKWARD_PRODUCTS
   return Work(
-    layers + patches + FORWARD_PRODUCTS * tiles,
-    (2 * layers + patches + BACKWARD_PRODUCTS * tiles) * train.vision,
-    again * train.vision,
+    FORWARD_PRODUCTS * tiles,
+    backward * tiles * learns.language,
+    FORWARD_PRODUCTS * tiles * (learns.language and remat != "none"),
   )
 
 
-def _projector(model: ModelConfig, workload: Workload, train) -> Work:
-  projector = model.projector
+def _head(config, model: ModelConfig, workload: Workload, learns: Learning) -> Work:
+  width = model.language.width
+  if model.head == SCORE:  # of answers, not of tokens; it is always learnt
+    score = 2 * workload.rows * workload.examples * workload.answers * width
+    return Work(score, score * (learns.language + 1))
+  logits = 2 * workload.tokens * width * model.language.vocab_size
+  kernel = "embedding/" if model.language.tied_embeddings else "head/"
+  backward = logits * (learns.language + learns.any(f"language/{kernel}"))
+  # What DPO's loss makes of the log-probabilities is not known when they are first computed.
+  return Work(logits, backward, logits * (config.stage == "dpo"))
+
+
+def _vision(model: ModelConfig, workload: Workload, learns: Learning, remat: str) -> Work:
+  vision, images = model.vision, workload.rows * workload.images
+  trained = learns.any("vision/")
+  layers = _stack(learns.under("vision/layers/"), images * (vision.patches + 1), trained, remat)
+  pairs = images * tile_pairs(vision.patches + 1, workload.tile, causal=False)
+  tiles = 2 * pairs * vision.layers * vision.width
+  patches = 2 * images * vision.patches * vision.patch_size**2 * 3 * vision.width
+  # Its tiles' products are saved by `save_matmuls`; those of loops that stop at the diagonal never.
+  again = FORWARD_PRODUCTS * tiles * (remat in ("full", "save_weight_matmuls"))
+  return Work(
+    layers.forward + patches + FORWARD_PRODUCTS * tiles,
+    layers.backward
+    + patches * learns.any("vision/patch_embedding/")
+    + BACKWARD_PRODUCTS * tiles * trained,
+    layers.recomputed + again * trained,
+  )
+
+
+def _projector(model: ModelConfig, workload: Workload, learns: Learning) -> Work:
   features = workload.rows * workload.images * model.tokens_per_image
-  first = 2 * features * projector.in_width * projector.out_width
-  second = 2 * features * projector.out_width**2 * (projector.kind == "mlp")
-  weights = (first + second) * train.projector
-  inputs = first * train.vision + second * (train.vision or train.projector)
-  return Work(first + second, weights + inputs)
+  below, forward, backward = learns.any("vision/"), 0, 0
+  for found in learns.under("projector/").values():
+    forward += _forward(found)
+    backward += _weights(found) + _inputs(found, below)
+    below = below or found.learns
+  return Work(2 * features * forward, 2 * features * backward)
 
 
-def language_layer(language) -> int:
-  """Matrix elements of one decoder layer."""
-  heads = (2 * language.heads + 2 * language.kv_heads) * language.head_dim
-  return language.width * (heads + 3 * language.mlp_width)
+def _new_adapters(model: ModelConfig, workload: Workload, learns: Learning) -> float:
+  """Forward operations of the adapters that the reference of DPO is without."""
+  images = workload.rows * workload.images
+  tokens = {
+    "vision/": images * (model.vision.patches + 1) * learns.any("vision/"),
+    "projector/": images * model.tokens_per_image,
+    "language/": workload.tokens,
+  }
+  return sum(
+    2 * count * sum(found.down + found.up for found in learns.under(part).values())
+    for part, count in tokens.items()
+  )

@@ -41,10 +41,17 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Trips:
-  """How often loops run whose count depends on data: with a known start, and with none."""
+  """How often loops run whose count depends on data, on average.
 
-  to_unknown: int = 1
-  from_unknown: int = 1
+  Attributes:
+    to_unknown: with a known start.
+    from_unknown: with none.
+    to_counter: with a limit that the counter of the loop around it says.
+  """
+
+  to_unknown: float = 1
+  from_unknown: float = 1
+  to_counter: float = 1
 
 
 ONCE = Trips()
@@ -138,7 +145,7 @@ def _run(program, computation, times, constants, unknown):
     if instruction.opcode == "while":
       body = program.computations[_attribute(instruction, "body")]
       trips, invariant = loop(program, instruction, computation, constants, unknown)
-      yield from _run(program, body, times * trips, invariant, unknown)
+      yield from _run(program, body, round(times * trips), invariant, unknown)
     # The start of an asynchronous operation names what it calls, and so do its later parts.
     elif not instruction.opcode.endswith(("-update", "-done")):
       for name in _called(instruction):
@@ -188,8 +195,11 @@ def loop(program, instruction: Instruction, where: Computation, constants, unkno
   start, step = starts.get(index), steps.get(index)
   if not isinstance(step, tuple) or step[0] != index or not step[1]:
     return unknown.to_unknown, invariant
-  if not isinstance(start, int) or not isinstance(limit, int):
-    return unknown.to_unknown if isinstance(start, int) else unknown.from_unknown, invariant
+  if not isinstance(start, int):
+    return unknown.from_unknown, invariant
+  if not isinstance(limit, int):
+    by_counter = isinstance(limit, tuple) and isinstance(starts.get(limit[0]), tuple)
+    return unknown.to_counter if by_counter else unknown.to_unknown, invariant
   distance = limit - (start + offset) + {"LE": 1, "GE": -1}.get(direction, 0)
   return max(0, -(-distance // step[1])), invariant
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vlalign_jax import trees
 from vlalign_jax.models.vlm import ModelConfig
-from vlalign_jax.planning import residuals
+from vlalign_jax.planning import learning, residuals
 from vlalign_jax.planning.workload import Workload
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import zero
@@ -20,6 +20,7 @@ class Memory:
 
   Attributes:
     params, optimizer, gradients: what the shardings say, trained and frozen parameters alike.
+    reference: of params, the copy that DPO compares with.
     residuals: what the forward pass of a micro-batch saves for the backward pass.
     gathered: one layer's parameters, brought together where they are split.
     working: what comes and goes: the output head or one layer's backward pass, and with several
@@ -33,6 +34,7 @@ class Memory:
   residuals: float
   gathered: float
   working: float
+  reference: float = 0.0
   host: float = 0.0
 
   @property
@@ -64,14 +66,15 @@ def count(program, config, model: ModelConfig, mesh, workload: Workload) -> Memo
   )
   gathered = max(_gathered(stack, config, mesh) for stack in (language, vision))
   gradients = _gradients(program, config, mesh)
-  working = residuals.working(config, model, workload, meshes.tensor_size(mesh))
+  given = (config, model, workload, learning.of(program), meshes.tensor_size(mesh))
   return Memory(
     params=_bytes(program.state.params) + _bytes(program.frozen),
     optimizer=moments,
     gradients=gradients,
-    residuals=residuals.saved(config, model, workload, meshes.tensor_size(mesh)),
+    residuals=residuals.saved(*given),
     gathered=gathered,
-    working=working + gradients * (workload.accumulation > 1),
+    working=residuals.working(*given) + gradients * (workload.accumulation > 1),
+    reference=_bytes(program.frozen.get("reference", {})),
     host=host,
   )
 

@@ -2,18 +2,18 @@
 
 import copy
 import dataclasses
-import importlib
-import importlib.util
+import math
 
 from vlalign_jax import config as configs
 from vlalign_jax.errors import InputError
-from vlalign_jax.models.vlm import ModelConfig
+from vlalign_jax.models.vlm import LANGUAGE, ModelConfig
 from vlalign_jax.planning import architectures, compiled, flops, hlo, memory, roofline, workload
 from vlalign_jax.planning.topology import Topology
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.steps import program as programs
+from vlalign_jax.steps import dpo, reward, sft
 from vlalign_jax.weights import source
 
+STAGES = {"sft": sft, "reward": reward, "dpo": dpo}
 # Of a learning-rate schedule that has no part in what is planned.
 _STEPS = 1000
 
@@ -66,16 +66,18 @@ def model_config(config) -> ModelConfig:
   """The architecture of a run: of the weights that it names, or else of published size.
 
   Raises:
-    InputError: the config names neither.
+    InputError: the config names neither, or adapters that sit nowhere.
   """
   if config.model.init_from or config.model.vision or config.model.language:
-    return source.open_source(config.model, config.data.image_aspect).config
+    return source.open_for(config).config
   if not config.model.architecture:
     raise InputError(
       "the config names no model: give config.model.init_from, or config.model.architecture="
       f"{' | '.join(architectures.LANGUAGE)} to plan before the weights are there"
     )
-  return architectures.published(config.model.architecture)
+  model = architectures.published(config.model.architecture)
+  model = dataclasses.replace(model, head=source.HEADS.get(config.stage, LANGUAGE))
+  return source.with_adapters(model, config.lora)
 
 
 def check(config) -> None:
@@ -86,24 +88,28 @@ def check(config) -> None:
   """
   if config is None:
     raise InputError("--config is missing: such as --config=configs/sft.py:llava15_7b")
-  if importlib.util.find_spec(_step_of(config)) is None:
-    raise InputError(f"config.stage is {config.stage!r}, which has no step to plan")
+  if config.stage not in STAGES:
+    raise InputError(
+      f"config.stage is {config.stage!r}, which has no step to plan; choose from "
+      f"{', '.join(STAGES)}"
+    )
   planned = copy.deepcopy(config)
   planned.data.train = planned.data.train or "unknown yet"
   configs.check(planned, config.stage)
 
 
-def _step_of(config) -> str:
-  return f"vlalign_jax.steps.{config.stage}"
-
-
 def build(config, model: ModelConfig, mesh):
   """The step's program, as training builds it."""
-  return importlib.import_module(_step_of(config)).make_program(config, model, mesh, _STEPS)
+  return STAGES[config.stage].make_program(config, model, mesh, _STEPS)
 
 
 def plan(
-  config, model: ModelConfig, topology: Topology, examples_per_row: int = 1, program=None
+  config,
+  model: ModelConfig,
+  topology: Topology,
+  examples_per_row: int = 1,
+  answers: int = 2,
+  program=None,
 ) -> Plan:
   """A plan by formula.
 
@@ -112,6 +118,7 @@ def plan(
     model: the architecture.
     topology: the devices.
     examples_per_row: how many examples packing puts into a row.
+    answers: ranked answers of an example, where the stage learns from such.
     program: of the same mesh and ZeRO stage, if there is one already.
 
   Raises:
@@ -119,10 +126,10 @@ def plan(
   """
   mesh = meshes.make_mesh(config.mesh, topology.devices)
   meshes.check_heads(mesh, model.language.heads, model.language.kv_heads)
-  work = workload.make_workload(config, model, mesh, examples_per_row, topology.kind)
+  work = workload.make_workload(config, model, mesh, examples_per_row, topology.kind, answers)
   program = program or build(config, model, mesh)
   needed = memory.count(program, config, model, mesh, work)
-  operations = flops.count(model, work, config.train, config.model.remat)
+  operations = flops.count(program, config, model, work)
   time = roofline.estimate(
     topology.chip,
     sum(part.total for part in operations.values()) / mesh.size,
@@ -138,12 +145,14 @@ def compile_plan(planned: Plan) -> Plan:
   """The plan with the compiler's word on it; the links' time is of the collectives it chose."""
   work, mesh = planned.work, planned.mesh
   program = build(planned.config, planned.model, mesh)
-  rows = programs.abstract_rows(planned.model, mesh, work.rows, work.length, work.images)
+  rows = workload.abstract_rows(planned.config, planned.model, mesh, work)
   trips = hlo.Trips(
     # The output head stops where no tokens are left to learn: at most all are.
     to_unknown=-(-work.device_rows * work.length // meshes.head_chunk(mesh)),
-    # Attention on CPUs starts at the first tile with keys of the example: at most at the row's.
-    from_unknown=(-(-work.length // work.tile) + 1) // 2,
+    # Attention goes up to the tile of the queries, of which there are as many as of keys. On CPUs
+    # it starts at the first tile with keys of the example: at most at the row's.
+    from_unknown=(math.ceil(work.length / work.tile) + 1) / 2,
+    to_counter=(math.ceil(work.length / work.tile) + 1) / 2,
   )
   done = compiled.compile_step(program, rows, mesh.size, planned.topology.kind, trips)
   time = planned.time

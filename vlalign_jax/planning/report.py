@@ -4,11 +4,12 @@ import dataclasses
 import textwrap
 
 from vlalign_jax import trees
+from vlalign_jax.models.vlm import SCORE
 from vlalign_jax.planning import roofline
 from vlalign_jax.planning.chips import GIB
 from vlalign_jax.planning.planner import Plan
 
-PARTS = ("vision", "projector", "language")
+PARTS = ("vision", "projector", "language", "score")
 
 
 def parameters(plan: Plan) -> dict[str, dict[str, int]]:
@@ -19,6 +20,7 @@ def parameters(plan: Plan) -> dict[str, dict[str, int]]:
       "trained": trees.size(plan.program.state.params.get(part, {})),
     }
     for part in PARTS
+    if part in plan.program.params
   }
 
 
@@ -55,9 +57,8 @@ def as_json(plan: Plan) -> dict:
 def assumptions(plan: Plan) -> list[str]:
   """What the numbers rest on, in sentences."""
   said = [*plan.work.assumptions]
-  said.append(
-    "FLOPs: attention over whole rows, the head over all tokens (it runs over learnt ones)"
-  )
+  over = ", the head over all tokens (it runs over learnt ones)"
+  said.append(f"FLOPs: attention over whole rows{over * (plan.model.head != SCORE)}")
   if plan.time:
     said.append(roofline.ASSUMPTION)
   return said
@@ -98,9 +99,9 @@ def _table(rows: list[list[str]], indent: str = "  ") -> str:
 
 def _parameters(plan: Plan) -> str:
   counts = parameters(plan)
-  rows = [["million parameters", *PARTS, "all"]]
+  rows = [["million parameters", *counts, "all"]]
   for kind in ("all", "trained"):
-    numbers = [counts[part][kind] / 1e6 for part in PARTS]
+    numbers = [part[kind] / 1e6 for part in counts.values()]
     rows.append([f"  {kind}", *(f"{number:,.1f}" for number in (*numbers, sum(numbers)))])
   return _table(rows, "")
 
@@ -123,6 +124,8 @@ def _bytes(plan: Plan) -> str:
     rows[1][2] = f"arguments {gib(done.arguments)}"
     rows[3][2] = f"temporaries {gib(done.temporaries)}"
   lines = [_table(rows, "")]
+  if "reference" in plan.program.frozen:
+    lines.append(f"  of the parameters, the reference's copy is {gib(needed.reference)}")
   if needed.host:
     lines.append(f"  {gib(needed.host)} GiB of the optimizer are in host memory")
   if done:

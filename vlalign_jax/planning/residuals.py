@@ -5,8 +5,12 @@ import math
 
 import jax.numpy as jnp
 
-from vlalign_jax.models.vlm import ModelConfig
+from vlalign_jax.models.vlm import SCORE, ModelConfig
+from vlalign_jax.planning.learning import Learning, Map
 from vlalign_jax.planning.workload import Workload, tile_pairs
+
+# Arrays of a tile's scores that the backward pass has at a time: weights, and two gradients.
+_TILES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +23,13 @@ class _Layer:
   kv_heads: float
   mlp_width: float
   gated: bool
-  # Of attention, where its products are saved: else 0.
-  pairs: float  # (query, key) pairs that are computed, per token
-  parts: float  # tiles of keys per tile of queries
+  # Of its adapters: the sum of their ranks, and of the outputs of those that are needed again.
+  ranks: int = 0
+  adapted: float = 0.0
+  # Of attention, where `save_matmuls` sees its products: not in loops that stop at the diagonal,
+  # nor in a TPU's kernel, both of which are the language model's.
+  pairs: float = 0.0  # (query, key) pairs that are computed, per token
+  parts: float = 0.0  # tiles of keys per tile of queries
 
   def saved(self, remat: str, size: int) -> float:
     """Bytes that a token leaves behind in a layer for the backward pass.
@@ -38,18 +46,27 @@ class _Layer:
     if remat == "none":  # norms and softmax keep float32 statistics
       mlp = (6 if self.gated else 4) * self.mlp_width
       statistics = 6 * self.width + self.heads + 4
-      return size * (2 * self.width + 3 * query + keys + mlp) + 4 * statistics
+      return size * (2 * self.width + 3 * query + keys + mlp + self.ranks) + 4 * statistics
     saved = size * (2 * self.width + query + keys + (1 + self.gated) * self.mlp_width)
+    # A map's product and its adapter's are saved, and not their sum.
+    saved += size * (self.ranks + self.adapted)
     if remat == "save_matmuls":  # tiles of scores and mixed values are products, too
       saved += 4 * (self.heads * self.pairs + query * self.parts)
     return saved
 
 
-def language_layer(model: ModelConfig, workload: Workload, tensor: int) -> _Layer:
+def _adapters(maps: dict[str, Map], tensor: int) -> dict:
+  """Of one layer. What the last map gives is never needed again; inputs of `out` are split."""
+  needed = {path: found for path, found in maps.items() if not path.endswith("/mlp/down")}
+  split = {path: 1 if path.endswith("/out") else tensor for path in needed}
+  return {
+    "ranks": sum(found.rank for found in maps.values()),
+    "adapted": sum(found.outputs / split[path] for path, found in needed.items() if found.rank),
+  }
+
+
+def language_layer(model: ModelConfig, learns: Learning, tensor: int) -> _Layer:
   language = model.language
-  tiles = math.ceil(workload.length / workload.tile)
-  pairs = tile_pairs(workload.length, workload.tile, causal=True) / workload.length
-  scores = workload.saves_scores("language")
   return _Layer(
     width=language.width,
     heads=language.heads / tensor,
@@ -57,14 +74,12 @@ def language_layer(model: ModelConfig, workload: Workload, tensor: int) -> _Laye
     kv_heads=language.kv_heads / tensor,
     mlp_width=language.mlp_width / tensor,
     gated=True,
-    pairs=scores * pairs,
-    parts=scores * (tiles + 1) / 2,
+    **_adapters(learns.under("language/layers/"), tensor),
   )
 
 
-def vision_layer(model: ModelConfig, workload: Workload) -> _Layer:
+def vision_layer(model: ModelConfig, workload: Workload, learns: Learning) -> _Layer:
   vision, tokens = model.vision, model.vision.patches + 1
-  scores = workload.saves_scores("vision")
   return _Layer(
     width=vision.width,
     heads=vision.heads,
@@ -72,42 +87,48 @@ def vision_layer(model: ModelConfig, workload: Workload) -> _Layer:
     kv_heads=vision.heads,
     mlp_width=vision.mlp_width,
     gated=False,
-    pairs=scores * tile_pairs(tokens, workload.tile, causal=False) / tokens,
-    parts=scores * math.ceil(tokens / workload.tile),
+    **_adapters(learns.under("vision/layers/"), 1),
+    pairs=tile_pairs(tokens, workload.tile, causal=False) / tokens,
+    parts=math.ceil(tokens / workload.tile),
   )
 
 
-def saved(config, model: ModelConfig, workload: Workload, tensor: int) -> float:
+def saved(config, model: ModelConfig, workload: Workload, learns: Learning, tensor: int) -> float:
   """Bytes that all layers save for the backward pass of a micro-batch, on one device."""
-  train, size = config.train, jnp.dtype(config.model.dtype).itemsize
+  remat, size = config.model.remat, jnp.dtype(config.model.dtype).itemsize
   images = workload.device_rows * workload.images
-  layer = language_layer(model, workload, tensor)
-  widths = layer.saved(config.model.remat, size) * model.language.layers
-  total = widths * workload.device_rows * workload.length
-  if train.vision:
-    widths = vision_layer(model, workload).saved(config.model.remat, size) * model.vision.layers
+  total = 0.0
+  if learns.language:
+    widths = language_layer(model, learns, tensor).saved(remat, size) * model.language.layers
+    total += widths * workload.device_rows * workload.length
+  if learns.any("vision/"):
+    widths = vision_layer(model, workload, learns).saved(remat, size) * model.vision.layers
     total += widths * images * (model.vision.patches + 1)
-  if train.projector:
+  if learns.any("projector/"):
     features = images * model.tokens_per_image
     total += size * features * (model.projector.in_width + 2 * model.projector.out_width)
   return total
 
 
-def working(config, model: ModelConfig, workload: Workload, tensor: int) -> float:
+def working(config, model: ModelConfig, workload: Workload, learns: Learning, tensor: int) -> float:
   """Bytes that come and go beside what is saved: the larger of head and layer."""
   language, size = model.language, jnp.dtype(config.model.dtype).itemsize
   tokens = workload.device_rows * workload.length
-  kernel = language.width * language.vocab_size / tensor
-  chunk = min(1024, tokens) * language.vocab_size / tensor
-  head = kernel * (size + 4 * config.train.language) + chunk * (2 * 4 + size)
-  head += 3 * tokens * language.width * size  # hidden states, in order, and their gradient
+  head = 3 * tokens * language.width * size  # hidden states, in order, and their gradient
+  if model.head != SCORE:
+    kernel = language.width * language.vocab_size / tensor
+    chunk = min(1024, tokens) * language.vocab_size / tensor
+    trained = learns.any("language/head/", "language/embedding/")
+    head += kernel * (size + 4 * trained) + chunk * (2 * 4 + size)
 
-  layer = language_layer(model, workload, tensor)
+  layer = language_layer(model, learns, tensor)
   # About half of what a layer would save is there at a time, as compiled programs show.
   backward = tokens * layer.saved("none", size) / 2
   backward += 4 * tokens * (layer.heads + 2 * layer.kv_heads) * layer.head_dim  # of q, k and v
-  parameters = language.width * (
-    2 * (layer.heads + layer.kv_heads) * layer.head_dim + 3 * layer.mlp_width
-  )
-  backward += size * parameters * config.train.language  # gradients before they are split
+  if not workload.has_kernel:
+    tile = min(workload.tile, workload.length)
+    backward += 4 * _TILES * workload.device_rows * layer.heads * tile**2
+  # Gradients before they are split.
+  of_layers = sum(found.size * found.trained for found in learns.under("language/layers/").values())
+  backward += size * of_layers / language.layers / tensor
   return max(head, backward)

@@ -66,26 +66,29 @@ def moved(program, config, memory, workload, language) -> float:
   """Bytes between HBM and cores in a step on one device, by formula.
 
   Weights are read for the forward pass, for what is computed again and for both products of the
-  backward pass; every layer's activations are written and read about as often as `remat: none`
-  would save them; the optimizer reads and writes all that it holds.
+  backward pass, of which frozen ones have but one; every layer's activations are written and read
+  about as often as `remat: none` would save them; the optimizer reads and writes all that it holds.
+  A reference in the step is one more forward pass.
   """
   size = jnp.dtype(config.model.dtype).itemsize
-  weights = trees.size(program.params) * size
-  passes = 3 + (config.model.remat == "full")
+  reference = "reference" in program.frozen
+  passes = 3 + (config.model.remat == "full") + reference
+  frozen = trees.size(program.params) - trees.size(program.state.params)
+  weights = trees.size(program.params) * passes - frozen
   tokens = workload.device_rows * workload.length
   widths = 12 * language.width + 8 * language.mlp_width
   activations = passes * tokens * widths * size * language.layers
   update = 2 * (memory.params + memory.optimizer + memory.gradients)
   sums = 2 * memory.gradients * workload.accumulation
-  return workload.accumulation * (weights * passes + activations) + update + sums
+  return workload.accumulation * (weights * size + activations) + update + sums
 
 
 def sent(program, config, mesh, workload, language) -> float:
   """Bytes that one device sends in a step, by formula, each collective in a ring.
 
   Every micro-batch sums its gradients, from ZeRO 2 on so that each device gets its part. ZeRO 3
-  gathers every layer for each pass; 1 and 2 gather once what was updated. `tensor` sums activations
-  four times a layer, and twice more where they are computed again.
+  gathers every layer for each pass, a reference's too; 1 and 2 gather once what was updated.
+  `tensor` sums activations four times a layer, and twice more where they are computed again.
   """
   size = jnp.dtype(config.model.dtype).itemsize
   data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
@@ -97,7 +100,8 @@ def sent(program, config, mesh, workload, language) -> float:
   total = micro * ring(fsdp) * size * trained * (1 if stage >= 2 else 2)
   total += micro * 2 * ring(data) * size * trained / (fsdp if stage >= 2 else 1)
   if stage == 3:
-    total += micro * ring(fsdp) * size * everything * (3 if config.model.remat == "full" else 2)
+    passes = 2 + (config.model.remat == "full") + ("reference" in program.frozen)
+    total += micro * ring(fsdp) * size * everything * passes
   elif stage:
     total += ring(fsdp) * jnp.dtype(config.model.param_dtype).itemsize * trained
   tokens = workload.device_rows * workload.length

@@ -48,7 +48,7 @@ def settings(config, model, topology) -> Iterator:
           yield tried
 
 
-def candidates(config, model, topology, examples_per_row: int) -> list[Plan]:
+def candidates(config, model, topology, examples_per_row: int, answers: int = 2) -> list[Plan]:
   """Plans by formula of all settings, the fastest first; of equally fast ones the smallest."""
   programs, plans = {}, []
   for tried in settings(config, model, topology):
@@ -57,7 +57,7 @@ def candidates(config, model, topology, examples_per_row: int) -> list[Plan]:
     if key not in programs:
       mesh = meshes.make_mesh(tried.mesh, topology.devices)
       programs[key] = planner.build(tried, model, mesh)
-    plans.append(planner.plan(tried, model, topology, examples_per_row, programs[key]))
+    plans.append(planner.plan(tried, model, topology, examples_per_row, answers, programs[key]))
   if not plans:
     raise InputError(
       f"config.batch_size={config.batch_size} fills {len(topology.devices)} devices in no way; "
@@ -82,7 +82,14 @@ def _seconds(plan: Plan) -> float:
   return plan.device_flops if plan.time is None else plan.time.step
 
 
-def search(config, model, topology, examples_per_row: int, show: Callable[[str], None]) -> Plan:
+def search(
+  config,
+  model,
+  topology,
+  examples_per_row: int,
+  show: Callable[[str], None],
+  answers: int = 2,
+) -> Plan:
   """The fastest plan that fits, by the compiler's word where there is a compiler.
 
   Args:
@@ -91,11 +98,12 @@ def search(config, model, topology, examples_per_row: int, show: Callable[[str],
     topology: the devices.
     examples_per_row: how many examples packing puts into a row.
     show: takes lines of text.
+    answers: ranked answers of an example, where the stage learns from such.
 
   Raises:
     InputError: nothing fits; names the smallest.
   """
-  plans = candidates(config, model, topology, examples_per_row)
+  plans = candidates(config, model, topology, examples_per_row, answers)
   available = topology.chip.memory
   fitting = [plan for plan in plans if plan.memory.estimate <= available]
   show(f"{len(plans)} settings, {len(fitting)} of them fit by formula; the fastest:")

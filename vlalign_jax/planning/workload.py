@@ -3,10 +3,18 @@
 import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
+
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import tiles
 from vlalign_jax.models.vlm import ModelConfig
 from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.steps import program
+from vlalign_jax.steps.dpo import CACHED
+
+# Stages that learn from several answers to a prompt, ranked.
+RANKED = ("reward", "dpo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +25,8 @@ class Workload:
     rows: of the whole step, over all devices.
     length: tokens of a row.
     images: of a row.
+    examples: of a row.
+    answers: ranked answers of an example; 0: examples have none.
     blocks: over how many devices rows are split.
     accumulation: micro-batches.
     platform: tpu, gpu or cpu; `models.attention` differs.
@@ -26,6 +36,8 @@ class Workload:
   rows: int
   length: int
   images: int
+  examples: int
+  answers: int
   blocks: int
   accumulation: int
   platform: str
@@ -36,13 +48,10 @@ class Workload:
     """Queries and keys that attention works on at a time."""
     return tiles.CPU_TILE if self.platform == "cpu" else tiles.TILE
 
-  def saves_scores(self, part: str) -> bool:
-    """Whether remat `save_matmuls` keeps attention's products.
-
-    It does not see those of a TPU's kernel and of the loops that skip tiles on CPUs; both are for
-    the language model's causal attention.
-    """
-    return self.platform == "gpu" or part == "vision"
+  @property
+  def has_kernel(self) -> bool:
+    """Whether a TPU's kernel computes causal attention; it knows nothing of answers to a prompt."""
+    return self.platform == "tpu" and not self.answers
 
   @property
   def device_rows(self) -> int:
@@ -56,7 +65,12 @@ class Workload:
 
 
 def make_workload(
-  config, model: ModelConfig, mesh, examples_per_row: int = 1, platform: str = "tpu"
+  config,
+  model: ModelConfig,
+  mesh,
+  examples_per_row: int = 1,
+  platform: str = "tpu",
+  answers: int = 2,
 ) -> Workload:
   """The rows of a step of `config.batch_size` examples.
 
@@ -66,10 +80,17 @@ def make_workload(
     mesh: over which rows are split.
     examples_per_row: how many examples packing puts into a row.
     platform: tpu, gpu or cpu.
+    answers: ranked answers of an example, where the stage learns from such.
 
   Raises:
     InputError: the rows cannot be spread over the mesh, or the images do not fit into a row.
   """
+  ranked = config.stage in RANKED
+  if ranked and not 2 <= answers <= config.data.max_candidates:
+    raise InputError(
+      f"--answers={answers}: at least 2, and at most config.data.max_candidates="
+      f"{config.data.max_candidates}"
+    )
   if examples_per_row < 1 or (examples_per_row > 1 and not config.data.pack):
     raise InputError(
       f"--examples-per-row={examples_per_row}: at least 1, and more only with config.data.pack"
@@ -90,6 +111,8 @@ def make_workload(
     rows=rows,
     length=length,
     images=images,
+    examples=examples_per_row,
+    answers=answers * ranked,
     blocks=blocks,
     accumulation=config.grad_accumulation,
     platform=platform,
@@ -97,8 +120,30 @@ def make_workload(
       f"{config.batch_size} examples, {examples_per_row} a row of {length} tokens with {images} "
       f"image{'s' * (images > 1)}: {rows} rows",
     )
+    + _about_answers(config, answers) * ranked
     + ((f"{rows - wanted} of the rows are padding",) if rows > wanted else ()),
   )
+
+
+def _about_answers(config, answers: int) -> tuple[str, ...]:
+  said = (f"each example has {answers} ranked answers, within the row's length (--answers)",)
+  if config.stage == "dpo" and config.dpo.reference == CACHED:
+    said += ("the reference's log-probabilities are there: a forward pass each, before training",)
+  return said
+
+
+def abstract_rows(config, model: ModelConfig, mesh, work: Workload) -> dict:
+  """Shapes of a batch of the config's stage, with shardings."""
+  rows = program.abstract_rows(model, mesh, work.rows, work.length, work.images)
+  if work.answers:
+    of_answers = (work.rows, work.examples, work.answers)
+    shapes = {"answers": (of_answers, jnp.int32), "examples": (of_answers[:2], jnp.int32)}
+    if config.stage == "dpo" and config.dpo.reference == CACHED:
+      shapes["reference"] = (of_answers, jnp.float32)
+    sharding = meshes.batch_sharding(mesh)
+    for name, (shape, dtype) in shapes.items():
+      rows[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+  return rows
 
 
 def tile_pairs(length: int, tile: int, causal: bool) -> float:

@@ -81,10 +81,20 @@ def open_for(config) -> Source:
   """
   opened = open_source(config.model, config.data.image_aspect)
   opened = _with_head(opened, HEADS.get(config.stage, LANGUAGE), config.model.init_from)
-  model = dataclasses.replace(opened.config, lora=lora.from_group(config.lora))
-  if model.lora:
-    lora.check_targets(model.lora, trees.flatten(vlm.abstract_params(opened.config)[1]))
+  model = with_adapters(opened.config, config.lora)
   return dataclasses.replace(opened, config=model, start=adapters.open_start(config, model))
+
+
+def with_adapters(model: ModelConfig, group) -> ModelConfig:
+  """The architecture with the adapters of a config's `lora` group, if it has any.
+
+  Raises:
+    InputError: they sit nowhere.
+  """
+  config = lora.from_group(group)
+  if config:
+    lora.check_targets(config, trees.flatten(vlm.abstract_params(model)[1]))
+  return dataclasses.replace(model, lora=config)
 
 
 def check_head(opened: Source, head: str, key: str, where: str) -> None:
