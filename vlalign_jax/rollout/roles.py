@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlalign_jax import config as configs
+from vlalign_jax import trees
 from vlalign_jax.data.templates import closing
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora
@@ -17,8 +18,10 @@ from vlalign_jax.rollout import collect
 from vlalign_jax.rollout.reward_text import TextReader
 from vlalign_jax.steps.ppo import State
 from vlalign_jax.steps.ppo_program import Program
-from vlalign_jax.training import checkpoints, run_directory, start
+from vlalign_jax.training import checkpoints, optimizer, run_directory, start
 from vlalign_jax.weights import pin
+from vlalign_jax.weights.adapters import Start
+from vlalign_jax.weights.identity import identities
 from vlalign_jax.weights.load import check_weights, load_params
 from vlalign_jax.weights.source import Source, check_head, open_source
 
@@ -32,7 +35,7 @@ class Sources:
   Attributes:
     actor: also the reference, and maybe the critic.
     critic: None: there is none.
-    reward: None: a function alone scores.
+    reward: None: a function alone scores. A run with adapters has them beside its weights.
     reward_template: in which the reward model reads.
   """
 
@@ -54,6 +57,7 @@ def open_sources(config: ConfigDict, workdir: str, actor: Source) -> Sources:
     reward, template = _open_reward(config, template)
     if run_directory.has_saved(epath.Path(workdir)):
       reward = pin.check(reward, workdir, REWARD)
+    reward = _with_adapters_apart(reward)
     check_weights(reward)
   critic = None
   if config.ppo.estimator == "gae":
@@ -83,7 +87,23 @@ def _critic(config: ConfigDict, actor: Source, reward: Source | None) -> Source:
       "otherwise than the actor: the critic reads the actor's tokens and cannot start from it; set "
       'config.ppo.critic_init="actor"'
     )
+  if reward.start:
+    if reward.config.lora == adapters:
+      return reward
+    reward = dataclasses.replace(reward, runs=(*reward.runs, reward.start.run), start=None)
   return dataclasses.replace(reward, config=dataclasses.replace(reward.config, lora=adapters))
+
+
+def _with_adapters_apart(reward: Source) -> Source:
+  """A run with adapters as its base with these beside it: others may have the same base."""
+  if not reward.runs:
+    return reward
+  newest = reward.runs[-1]
+  adapters = lora.from_group(run_directory.stored_config(newest[0])["lora"])
+  if not adapters:
+    return reward
+  model = dataclasses.replace(reward.config, lora=adapters)
+  return dataclasses.replace(reward, config=model, runs=reward.runs[:-1], start=Start(run=newest))
 
 
 def same_tokens(actor: Source, other: Source) -> bool:
@@ -132,8 +152,10 @@ def find_scorers(config: ConfigDict, sources: Sources, records):
 
 def make_state(config: ConfigDict, workdir: str, sources: Sources, program: Program) -> State:
   """The state before the first rollout; writes down what the run takes besides its actor."""
-  if sources.reward is not None:
-    pin.write(sources.reward, workdir, REWARD)
+  if reward := sources.reward:
+    if reward.start:  # written down as it was opened
+      reward = dataclasses.replace(reward, runs=(*reward.runs, reward.start.run), start=None)
+    pin.write(reward, workdir, REWARD)
   actor = start.load_trained(config, sources.actor, program.actor)
   critic = None
   if sources.critic is not None:
@@ -144,15 +166,26 @@ def make_state(config: ConfigDict, workdir: str, sources: Sources, program: Prog
 
 
 def load(config: ConfigDict, sources: Sources, program: Program, mesh: Mesh, scorers):
-  """The collect.Roles of a run; `scorers` are those of `find_scorers`."""
+  """The collect.Roles of a run; what several models have the same is on the devices once.
+
+  Args:
+    config: of the run.
+    sources, program: of the run.
+    mesh: over which it runs.
+    scorers: of `find_scorers`.
+  """
+  pool = {}
+  frozen = start.load_frozen(config, sources.actor, program.actor)
+  _add(pool, sources.actor, {part: x for part, x in frozen.items() if part != "reference"})
   critic = reward = None
   if sources.critic is not None:
-    critic = start.load_frozen(config, sources.critic, program.critic)
+    stays = lambda path: not optimizer.is_trained(path, config)  # noqa: E731
+    critic = _load(pool, config, sources.critic, program.critic.params, stays)
   if sources.reward is not None:
-    reward = load_params(sources.reward, program.reward.params, config.seed)
+    reward = _load(pool, config, sources.reward, program.reward.params)
   return collect.Roles(
     program=program,
-    frozen=start.load_frozen(config, sources.actor, program.actor),
+    frozen=frozen,
     critic_frozen=critic,
     reward=reward,
     reader=scorers[0],
@@ -161,4 +194,33 @@ def load(config: ConfigDict, sources: Sources, program: Program, mesh: Mesh, sco
     config=config,
     mesh=mesh,
     shares_features=not (config.train.vision or config.lora.vision_rank),
+    same_tower_critic=_same_tower(frozen, critic),
+    same_tower_reward=_same_tower(frozen, reward),
   )
+
+
+def _add(pool: dict, opened: Source, params: dict) -> None:
+  known = identities(opened)
+  for path, leaf in trees.flatten(params).items():
+    if path in known:
+      pool.setdefault((path, known[path], leaf.dtype, leaf.sharding), leaf)
+
+
+def _load(pool: dict, config: ConfigDict, opened: Source, shapes: dict, wanted=lambda path: True):
+  """The wanted parameters; those in the pool are not loaded, the others join it."""
+  known = identities(opened)
+  leaves = {path: leaf for path, leaf in trees.flatten(shapes).items() if wanted(path)}
+  keys = {p: (p, known.get(p), leaf.dtype, leaf.sharding) for p, leaf in leaves.items()}
+  shared = {path: pool[key] for path, key in keys.items() if key in pool}
+  missing = leaves.keys() - shared.keys()
+  params = load_params(opened, shapes, config.seed, lambda path: path in missing)
+  _add(pool, opened, params)
+  sizes = (trees.size(trees.unflatten(x)) / 1e6 for x in (leaves, shared))
+  logging.info("%.1f M parameters more, of which %.1f M are shared", *sizes)
+  return trees.unflatten({**trees.flatten(params), **shared})
+
+
+def _same_tower(actor: dict, other: dict | None) -> bool:
+  """Whether both have the very arrays of one vision tower among what stays."""
+  mine, its = (trees.flatten((tree or {}).get("vision", {})) for tree in (actor, other))
+  return bool(mine) and mine.keys() == its.keys() and all(mine[p] is its[p] for p in mine)

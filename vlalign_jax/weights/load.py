@@ -113,7 +113,7 @@ def load_params(
   placement = {path: leaf.sharding for path, leaf in leaves.items()}
   entries = resolve(source, {path: leaf.shape for path, leaf in leaves.items()})
   _check_tied(source)
-  from_peft = _start_entries(source)
+  from_peft = start_entries(source)
   leaves = {path: leaf for path, leaf in leaves.items() if wanted(path)}
   loaded, merges = runs.restore(source, leaves, placement)
   if source.start and source.start.run:
@@ -148,7 +148,7 @@ def _check_tied(source: Source) -> None:
     )
 
 
-def _start_entries(source: Source) -> dict[str, Entry]:
+def start_entries(source: Source) -> dict[str, Entry]:
   """path -> Entry of what a PEFT directory gives."""
   tensors = source.start.tensors if source.start else {}
   entries = {}

@@ -1,0 +1,81 @@
+"""Four roles as adapters over one base: it is on the devices once, and the numbers are the same."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import reward
+from scripts import train_reward
+from tests import sft_run
+from tests.rollout import tiny
+from vlalign_jax import trees
+from vlalign_jax.models import lora
+from vlalign_jax.rollout import learn, roles
+from vlalign_jax.sharding import hosts
+
+ADAPTERS = {"lora.rank": 2, "lora.alpha": 4.0, "train.vision": False, "train.projector": False}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, compile_cache):
+  """With a reward model that is a run of adapters on the actor's weights."""
+  directory = tmp_path_factory.mktemp("ppo")
+  files = tiny.make(str(directory))
+  records = sft_run.make_records(str(directory), 4)
+  for record in records:
+    right = record["conversations"][-1]["value"]
+    record["conversations"][-1]["value"] = [right, "grey as the sky"]
+  config = reward.get_config("demo")
+  config.update_from_flattened_dict(
+    ADAPTERS
+    | {
+      "model.init_from": f"{directory}/actor",
+      "data.train": sft_run.write_json(directory / "ranked.json", records),
+      "data.max_length": 192,
+      "batch_size": 4,
+      "steps": 2,
+      "optim.learning_rate": 0.05,
+    }
+  )
+  train_reward.train_and_evaluate(config, f"{directory}/reward_run")
+  return files
+
+
+def first_step(run):
+  with run.train.batches() as batches:
+    rows = next(batches)
+  del rows["skipped"]
+  step = learn.make_train_step(run.held, run.train, run.records, {})
+  return step(run.state, hosts.to_device(run.held.mesh, rows))
+
+
+def size(*trees_of_arrays) -> int:
+  """Elements of all different arrays."""
+  arrays = {id(leaf): leaf.size for tree in trees_of_arrays for leaf in jax.tree.leaves(tree)}
+  return sum(arrays.values())
+
+
+def test_one_base_for_all(files, tmp_path, monkeypatch):
+  config = files.config(**ADAPTERS, **{"ppo.reward_model": f"{files.directory}/reward_run"})
+  run = tiny.make_run(files, config, str(tmp_path / "shared"))
+  held = run.held
+  base = size(held.frozen)
+  own = [path for path in trees.flatten(held.reward) if lora.is_adapter(path)]
+  assert own
+  assert held.frozen["reference"] == {}
+  more = size(held.frozen, held.critic_frozen, held.reward) - base
+  assert more == sum(trees.flatten(held.reward)[path].size for path in [*own, "score/kernel"])
+  assert held.same_tower_critic
+  assert held.same_tower_reward
+  start = trees.flatten(run.state.critic.params)
+  for path in own:  # the critic begins as the reward model
+    np.testing.assert_array_equal(start[path], trees.flatten(held.reward)[path])
+
+  _, metrics = first_step(run)
+  monkeypatch.setattr(roles, "identities", lambda opened: {})
+  monkeypatch.setattr(roles, "_with_adapters_apart", lambda opened: opened)
+  apart = tiny.make_run(files, config, str(tmp_path / "apart"))
+  assert size(apart.held.frozen, apart.held.critic_frozen, apart.held.reward) > 2.4 * base
+  _, expected = first_step(apart)
+  for name in ("scores/mean", "scores/std", "objective/kl", "loss/policy_avg"):
+    assert metrics[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
