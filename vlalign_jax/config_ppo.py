@@ -42,8 +42,8 @@ def add(c: ConfigDict) -> None:
   ppo.estimator = "gae"  # gae, with a critic; rloo, grpo, without one
   ppo.epochs = 4  # times a rollout is learnt from (original: 1)
   ppo.minibatches = 2  # updates of an epoch (TRL: 1)
-  ppo.clip = 0.2
-  ppo.value_clip = 0.2
+  ppo.clip = 0.2  # of the ratio; 0: none
+  ppo.value_clip = 0.2  # in units of rewards; 0: none
   ppo.loss_level = "token"  # what the policy's loss averages: token, answer, sequence
   ppo.gamma = 1.0  # original: 0.99
   ppo.lam = 0.95
@@ -101,6 +101,11 @@ def check(config: ConfigDict) -> None:
   for key in ("score_scale", "kl_horizon"):
     if ppo[key] <= 0:
       raise InputError(f"config.ppo.{key} is {ppo[key]}; give more than 0")
+  if ppo.min_new_tokens > ppo.max_new_tokens:
+    raise InputError(
+      f"config.ppo.min_new_tokens is {ppo.min_new_tokens}, above ppo.max_new_tokens, "
+      f"{ppo.max_new_tokens}; lower it"
+    )
   if not ppo.temperature:
     raise InputError("config.ppo.temperature is 0; give more, or nothing is explored")
   if not (ppo.reward_model or ppo.reward_function):

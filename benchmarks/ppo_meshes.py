@@ -1,10 +1,16 @@
 """One PPO step over several meshes and ZeRO stages: its metrics must be those of one device.
 
-python -m tests.rollout.zero_rollouts DIRECTORY NAME ...   (needs 8 devices; prints JSON)
+JAX_PLATFORMS=cpu python -m benchmarks.ppo_meshes [NAME ...]
+
+Rollout, scores and updates are computed on each mesh; prints how far the metrics are from those of
+one device (the largest relative difference, and whose), and fails above 1e-4.
 """
 
-import json
+import os
 import sys
+import tempfile
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 
@@ -37,11 +43,20 @@ def step(files: tiny.Files, name: str, workdir: str) -> dict:
   return {key: float(value) for key, value in metrics.items()}
 
 
-def main(workdir: str, *names: str) -> None:
-  """Prints {name: metrics}."""
-  files = tiny.make(f"{workdir}/files")
-  print(json.dumps({name: step(files, name, workdir) for name in names}))
+def main(*names: str) -> int:
+  """Compares; gives the exit code."""
+  worst = 0.0
+  with tempfile.TemporaryDirectory() as workdir:
+    files = tiny.make(f"{workdir}/files")
+    one = step(files, "one", workdir)
+    for name in names or list(SETTINGS)[1:]:
+      found = step(files, name, workdir)
+      far = {key: abs(found[key] - one[key]) / (abs(one[key]) + 1e-3) for key in one}
+      key = max(far, key=far.get)
+      print(f"{name:>14}: {far[key]:.1e} ({key})", flush=True)
+      worst = max(worst, far[key])
+  return int(worst > 1e-4)
 
 
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  sys.exit(main(*sys.argv[1:]))
