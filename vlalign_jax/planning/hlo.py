@@ -198,10 +198,24 @@ def loop(program, instruction: Instruction, where: Computation, constants, unkno
   if not isinstance(start, int):
     return unknown.from_unknown, invariant
   if not isinstance(limit, int):
-    by_counter = isinstance(limit, tuple) and isinstance(starts.get(limit[0]), tuple)
+    by_counter = isinstance(limit, tuple) and _by_counter(program, where, instruction, limit[0])
     return unknown.to_counter if by_counter else unknown.to_unknown, invariant
   distance = limit - (start + offset) + {"LE": 1, "GE": -1}.get(direction, 0)
   return max(0, -(-distance // step[1])), invariant
+
+
+def _by_counter(program, where: Computation, loop: Instruction, index: int) -> bool:
+  """Whether an element that a loop starts with follows the counter of the loop around it.
+
+  It is a sum with the counter, or was put by for each of its values.
+  """
+  made = where.instructions[loop.operands[0]]
+  name = made.operands[index] if made.opcode == "tuple" else ""
+  while name in where.instructions and where.instructions[name].opcode in _COPIES:
+    name = where.instructions[name].operands[0]
+  if name in where.instructions and where.instructions[name].opcode == "dynamic-slice":
+    name = where.instructions[name].operands[1]
+  return isinstance(_value(program, where, name, None), tuple)
 
 
 def _comparison(program, condition: Computation, constants):
