@@ -76,6 +76,22 @@ def until_data_says(mesh):
   return program, [((SIZE,), spec), ((1,), spec)]
 
 
+def up_to_counter(mesh):
+  """Products of [SIZE, SIZE], one more in each of STEPS turns, and as many once more from a list."""
+
+  def local(x, w):
+    def inner(count, x):
+      return jax.lax.fori_loop(0, count, lambda _, x: jnp.tanh(w @ x), x)
+
+    limits = jnp.asarray([n * n % 7 for n in range(STEPS)])  # what a loop put by
+    x = jax.lax.fori_loop(0, STEPS, lambda i, x: inner(i + 1, x), x)
+    return jax.lax.scan(lambda x, limit: (inner(limit, x), None), x, limits)[0]
+
+  spec = PartitionSpec()
+  program = jax.shard_map(local, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False)
+  return program, [((SIZE,), spec), ((SIZE, SIZE), spec)]
+
+
 def scatter(mesh):
   """One sum over the devices of which each keeps its part, and one exchange."""
 
@@ -93,7 +109,7 @@ def main() -> None:
   jax.config.update("jax_num_cpu_devices", DEVICES)
   mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(AxisType.Auto,))
   found = {}
-  for make in (psum_in_scan, ring, gather_layers, until_data_says, scatter):
+  for make in (psum_in_scan, ring, gather_layers, until_data_says, up_to_counter, scatter):
     function, arguments = make(mesh)
     shapes = [
       jax.ShapeDtypeStruct(
@@ -104,7 +120,7 @@ def main() -> None:
       for shape, spec in arguments
     ]
     program = hlo.parse(jax.jit(function).lower(*shapes).compile().as_text())
-    trips = hlo.Trips(to_unknown=7)
+    trips = hlo.Trips(to_unknown=7, to_counter=(STEPS + 1) / 2)
     found[make.__name__] = {
       "flops": collectives.flops(program, trips),
       **{

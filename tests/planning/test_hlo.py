@@ -36,6 +36,7 @@ EXPECTED = {
     "flops": STEPS * 2 * SIZE * SIZE,
     "all-gather": [STEPS, STEPS * RING * MATRIX],
   },
+  "up_to_counter": {"flops": 2 * STEPS * (STEPS + 1) // 2 * 2 * SIZE * SIZE},
   "until_data_says": {"flops": 0, "all-reduce": [7, 7 * 2 * RING * VECTOR]},
   "scatter": {
     "flops": 0,

@@ -205,17 +205,27 @@ def loop(program, instruction: Instruction, where: Computation, constants, unkno
 
 
 def _by_counter(program, where: Computation, loop: Instruction, index: int) -> bool:
-  """Whether an element that a loop starts with follows the counter of the loop around it.
-
-  It is a sum with the counter, or was put by for each of its values.
-  """
+  """Whether an element that a loop starts with is said by the counter of the loop around it."""
   made = where.instructions[loop.operands[0]]
-  name = made.operands[index] if made.opcode == "tuple" else ""
-  while name in where.instructions and where.instructions[name].opcode in _COPIES:
-    name = where.instructions[name].operands[0]
-  if name in where.instructions and where.instructions[name].opcode == "dynamic-slice":
-    name = where.instructions[name].operands[1]
-  return isinstance(_value(program, where, name, None), tuple)
+  if made.opcode != "tuple":
+    return False
+  name = made.operands[index]
+  return isinstance(_value(program, where, name, None), tuple) or _listed(program, where, name)
+
+
+def _listed(program, computation: Computation, name: str, bound=None) -> bool:
+  """Whether a number was put by for each value of a counter; `bound` as of `_value`."""
+  made = computation.instructions.get(name)
+  while made is not None and made.opcode in _COPIES:
+    made = computation.instructions.get(made.operands[0])
+  if made is None:
+    return False
+  if made.opcode == "fusion":
+    values = [_value(program, computation, operand, None, bound) for operand in made.operands]
+    called = program.computations[_attribute(made, "calls")]
+    return _listed(program, called, called.root.name, values)
+  places = made.operands[1:] if made.opcode == "dynamic-slice" else ()
+  return any(isinstance(_value(program, computation, at, None, bound), tuple) for at in places)
 
 
 def _comparison(program, condition: Computation, constants):
