@@ -41,7 +41,7 @@ def test_an_unknown_preset_is_named():
     ({"ppo.top_p": 0.0}, "ppo.top_p is 0.0; give more than 0"),
     ({"ppo.gamma": 1.5}, "ppo.gamma is 1.5; give more than 0 and at most 1"),
     ({"ppo.score_scale": 0.0}, "ppo.score_scale is 0.0; give more than 0"),
-    ({"batch_size": 63}, "batch_size is 63; it must be a multiple of .* = 2"),
+    ({"batch_size": 63}, "batch_size is 63; it must be a multiple of .* = 4"),
     ({"lora.dropout": 0.1}, "lora.dropout is 0.1; choose from 0.0"),
     ({"data.pack": True}, "data.pack is True; choose from False"),
     ({"ppo.critic_zero_stage": 4}, "ppo.critic_zero_stage is 4; choose from None, 0, 1, 2, 3"),
