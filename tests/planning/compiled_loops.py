@@ -77,7 +77,7 @@ def until_data_says(mesh):
 
 
 def up_to_counter(mesh):
-  """Products of [SIZE, SIZE], one more in each of STEPS turns, and as many once more from a list."""
+  """Products of [SIZE, SIZE], one more in each of STEPS turns; then as many as a list says."""
 
   def local(x, w):
     def inner(count, x):
