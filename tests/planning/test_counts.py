@@ -14,7 +14,7 @@ from vlalign_jax import trees
 from vlalign_jax.models import lora, tiles, vlm
 from vlalign_jax.models.stack import REMAT_NAMES
 from vlalign_jax.models.vlm import LANGUAGE
-from vlalign_jax.planning import learning, planner, residuals, topology
+from vlalign_jax.planning import learning, planner, report, residuals, topology
 from vlalign_jax.training import optimizer
 from vlalign_jax.weights import source
 
@@ -57,7 +57,6 @@ ADAPTED = {"lora__rank": 8, "train__projector": False}
 @pytest.mark.parametrize(
   ("stage", "keys"),
   [
-    ("sft", {"model__remat": "full", **ADAPTED}),
     ("sft", {"lora__rank": 8, "lora__targets": "query|up|projector", "model__remat": "none"}),
     ("reward", {"train__vision": True, "lora__vision_rank": 4, "lora__rank": 8}),
     ("reward", {"grad_accumulation": 2}),
@@ -73,6 +72,11 @@ def test_flops_of_stages_and_adapters_are_those_of_the_compiled_step(cpu, stage,
   assert plan.compiled.flops == pytest.approx(plan.device_flops, rel=0.02)
   in_step = stage == "dpo" and config.dpo.reference == "step"
   assert ("reference" in plan.operations) == in_step
+  text = report.text(plan)
+  assert ("each example has 3 ranked answers" in text) == (stage != "sft")
+  assert ("the reference's copy is" in text) == in_step
+  assert ("a forward pass each, before training" in text) == (stage == "dpo" and not in_step)
+  assert max(map(len, text.splitlines())) <= 100
 
 
 def test_flops_grow_with_layers_where_the_compilers_count_does_not(cpu):

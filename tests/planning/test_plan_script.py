@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from configs import sft
+from configs import dpo, reward, sft
 from tests import checkpoints
 from tests.planning import small
 from vlalign_jax.errors import InputError
@@ -114,6 +114,10 @@ def test_what_no_run_can_have_is_refused():
     planner.check(None)
   with pytest.raises(InputError, match="config.stage is 'spt', which has no step to plan"):
     planner.check(small.config(stage="spt"))
+  with pytest.raises(
+    InputError, match="config.stage is 'ppo', which .*choose from sft, reward, dpo"
+  ):
+    planner.check(small.config("ppo"))
   with pytest.raises(InputError, match="config.model.remat is 'some'; choose from none, full"):
     planner.check(small.config(model__remat="some"))
   with pytest.raises(InputError, match="config.model.architecture is 'llama'; choose from llava15"):
@@ -125,15 +129,43 @@ def gpu():
   return topology.open_topology("gpu:h100x1")
 
 
-def test_presets_have_published_sizes(gpu):
-  for preset in sft.PRESETS:
-    config = sft.get_config(preset)
+@pytest.mark.parametrize("stage", [sft, reward, dpo])
+def test_presets_have_published_sizes(gpu, stage):
+  for preset in stage.PRESETS:
+    config = stage.get_config(preset)
     planner.check(config)
     if preset != "demo":
       config.mesh.tensor = 1
       plan = planner.plan(config, planner.model_config(config), gpu)
       assert not plan.fits  # whole on one GPU
       assert "DOES NOT FIT" in report.text(plan)
+
+
+def test_bytes_of_stages_and_adapters_by_formula(gpu):
+  """2 bytes a weight with adapters, 16 a trained one; a reference in the step is 2 more."""
+
+  def held(stage, preset, **settings):
+    config = stage.get_config(preset)
+    config.batch_size = 1
+    config[config.stage].update(settings)
+    plan = planner.plan(config, planner.model_config(config), gpu)
+    counts = report.parameters(plan)
+    trained, whole = (sum(part[key] for part in counts.values()) for key in ("trained", "all"))
+    memory = plan.memory
+    found = memory.params + memory.optimizer + memory.gradients
+    return plan, found - 16 * trained - 2 * (whole - trained), trained
+
+  plan, left, trained = held(reward, "llava15_7b")
+  assert left == pytest.approx(0, abs=1e-4 * plan.memory.params)
+  assert report.parameters(plan)["score"] == {"all": 4096, "trained": 4096}
+  assert plan.operations["head"].total < 1e-6 * plan.operations["language"].total
+  plan, left, trained = held(dpo, "llava15_7b_lora")
+  assert left == pytest.approx(0, abs=1e-4 * plan.memory.params)
+  assert plan.memory.reference == 0
+  assert plan.operations["language"].backward < 1.1 * plan.operations["language"].forward
+  plan, left, trained = held(dpo, "llava15_7b", reference="step")
+  assert left == pytest.approx(2 * trained, rel=1e-3)
+  assert plan.memory.reference == pytest.approx(2 * trained, rel=1e-3)
 
 
 def test_bytes_of_a_large_model_by_formula(gpu):
@@ -168,8 +200,21 @@ def test_rows_of_a_step(gpu):
     planner.plan(config, small.model(), gpu)
 
 
+def test_answers_and_adapters_that_no_run_can_have(gpu):
+  config = small.config("dpo", data__max_candidates=4)
+  for answers in (1, 5):
+    with pytest.raises(
+      InputError, match=f"--answers={answers}: at least 2, and at most config.data"
+    ):
+      planner.plan(config, small.model(), gpu, answers=answers)
+  config = dpo.get_config("llava15_7b_lora")
+  config.lora.targets = "language/layer/"
+  with pytest.raises(InputError, match="config.lora.targets, 'language/layer/', is found in none"):
+    planner.model_config(config)
+
+
 def test_search_takes_the_fastest_that_fits_by_formula(gpu):
-  config = small.config()
+  config = small.config(train__vision=True)  # else saving all products saves those of weights only
   shown = []
   best = search.search(config, small.model(), gpu, 1, shown.append)
   plans = search.candidates(config, small.model(), gpu, 1)

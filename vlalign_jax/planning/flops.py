@@ -27,6 +27,10 @@ class Work:
   def total(self) -> float:
     return self.forward + self.backward + self.recomputed
 
+  def share(self, parts: int) -> "Work":
+    """One of so many equal parts."""
+    return Work(self.forward / parts, self.backward / parts, self.recomputed / parts)
+
 
 def count(program, config, model: ModelConfig, workload: Workload) -> dict[str, Work]:
   """Operations by part.

@@ -133,7 +133,9 @@ def plan(
   time = roofline.estimate(
     topology.chip,
     sum(part.total for part in operations.values()) / mesh.size,
-    roofline.moved(program, config, needed, work, model.language),
+    roofline.moved(
+      program, config, needed, work, model.language, operations["attention"].share(mesh.size)
+    ),
     roofline.sent(program, config, mesh, work, model.language),
   )
   return Plan(

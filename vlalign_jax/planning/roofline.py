@@ -62,13 +62,22 @@ def seconds_to_send(chip: Chip, sent: float) -> float:
   return sent / (chip.interconnect * UTILISATION["interconnect"])
 
 
-def moved(program, config, memory, workload, language) -> float:
+def moved(program, config, memory, workload, language, attention) -> float:
   """Bytes between HBM and cores in a step on one device, by formula.
 
   Weights are read for the forward pass, for what is computed again and for both products of the
   backward pass, of which frozen ones have but one; every layer's activations are written and read
   about as often as `remat: none` would save them; the optimizer reads and writes all that it holds.
-  A reference in the step is one more forward pass.
+  A reference in the step is one more forward pass. Without a kernel, each product of attention has
+  its tile of scores written and read, in float32.
+
+  Args:
+    program: `steps.program.Program`.
+    config: of the run.
+    memory: bytes on a device.
+    workload: of the step.
+    language: the language model's architecture.
+    attention: `flops.Work` of its attention on a device.
   """
   size = jnp.dtype(config.model.dtype).itemsize
   reference = "reference" in program.frozen
@@ -78,9 +87,11 @@ def moved(program, config, memory, workload, language) -> float:
   tokens = workload.device_rows * workload.length
   widths = 12 * language.width + 8 * language.mlp_width
   activations = passes * tokens * widths * size * language.layers
+  products = (attention.total + attention.forward * reference) / (2 * language.head_dim)
+  scores = 2 * 4 * products * (not workload.has_kernel)
   update = 2 * (memory.params + memory.optimizer + memory.gradients)
   sums = 2 * memory.gradients * workload.accumulation
-  return workload.accumulation * (weights * size + activations) + update + sums
+  return workload.accumulation * (weights * size + activations) + scores + update + sums
 
 
 def sent(program, config, mesh, workload, language) -> float:
