@@ -30,7 +30,7 @@ from vlalign_jax.data import templates
 from vlalign_jax.data.images import ImagePreprocessor
 from vlalign_jax.data.records import Turn
 from vlalign_jax.models import vlm
-from vlalign_jax.weights import export, source
+from vlalign_jax.weights import assemble, export, parts
 
 _OUTPUT = flags.DEFINE_string("output", "runs/demo/data", "Where to write.")
 _TRAIN = flags.DEFINE_integer("train", 4000, "Pictures to learn from.")
@@ -142,7 +142,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
   tokenizer = Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
-  special = ["<unk>", "<s>", "</s>", source.PAD_TOKEN, source.IMAGE_TOKEN]
+  special = ["<unk>", "<s>", "</s>", assemble.PAD_TOKEN, parts.IMAGE_TOKEN]
   alphabet = pre_tokenizers.ByteLevel.alphabet()
   tokenizer.train_from_iterator(
     texts,
@@ -155,8 +155,8 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     unk_token="<unk>",
     bos_token="<s>",
     eos_token="</s>",
-    pad_token=source.PAD_TOKEN,
-    extra_special_tokens={"image_token": source.IMAGE_TOKEN},
+    pad_token=assemble.PAD_TOKEN,
+    extra_special_tokens={"image_token": parts.IMAGE_TOKEN},
   )
 
 
@@ -183,7 +183,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, output: str, seed: int) -> No
       eos_token_id=tokenizer.eos_token_id,
       pad_token_id=tokenizer.pad_token_id,
     ),
-    image_token_index=tokenizer.convert_tokens_to_ids(source.IMAGE_TOKEN),
+    image_token_index=tokenizer.convert_tokens_to_ids(parts.IMAGE_TOKEN),
     vision_feature_layer=-1,
   )
   images = ImagePreprocessor.from_config(
@@ -198,7 +198,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, output: str, seed: int) -> No
     eos_token_id=tokenizer.eos_token_id,
     pad_token_id=tokenizer.pad_token_id,
   )
-  model = source.from_parts(hf, generation, tokenizer, images, "the demo model")
+  model = parts.from_parts(hf, generation, tokenizer, images, "the demo model")
   _, params = vlm.init_params(model.config, jax.random.key(seed), param_dtype=jnp.float32)
   export.export_model(model, params, output)
 

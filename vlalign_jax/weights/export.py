@@ -25,7 +25,7 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.models.vlm import SCORE
 from vlalign_jax.weights import names
 from vlalign_jax.weights.hf_config import REWARD_ARCHITECTURE
-from vlalign_jax.weights.source import IMAGE_TOKEN, Source
+from vlalign_jax.weights.parts import IMAGE_TOKEN, Source
 
 MAX_SHARD_BYTES = 5 * 10**9
 

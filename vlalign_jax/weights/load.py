@@ -15,7 +15,7 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora, vlm
 from vlalign_jax.training import checkpoints
 from vlalign_jax.weights import names, peft, runs
-from vlalign_jax.weights.source import Source
+from vlalign_jax.weights.parts import Source
 from vlalign_jax.weights.tensors import Tensor
 
 

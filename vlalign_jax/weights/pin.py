@@ -17,7 +17,7 @@ from vlalign_jax import storage
 from vlalign_jax.errors import InputError
 
 if TYPE_CHECKING:
-  from vlalign_jax.weights.source import Source
+  from vlalign_jax.weights.parts import Source
 
 FILE = "model/{}.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16

@@ -6,7 +6,7 @@ from vlalign_jax import trees
 from vlalign_jax.models import lora, vlm
 from vlalign_jax.sharding import zero
 from vlalign_jax.training import checkpoints, run_directory
-from vlalign_jax.weights.source import Source
+from vlalign_jax.weights.parts import Source
 
 
 def restore(source: Source, leaves, placement):

@@ -1,0 +1,155 @@
+"""What is opened of a model before its weights are read: config, tokenizer, pictures."""
+
+import dataclasses
+import os
+
+from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedTokenizerBase
+
+from vlalign_jax.data.images import ImagePreprocessor
+from vlalign_jax.errors import InputError
+from vlalign_jax.models.vlm import LANGUAGE, SCORE, ModelConfig
+from vlalign_jax.weights import adapters, hf_config, tensors
+
+IMAGE_TOKEN = "<image>"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A model that can be loaded.
+
+  Attributes:
+    config: our architecture.
+    hf: the model's LLaVA config, the vision tower whole as in the source.
+    generation: its generation config.
+    tokenizer: knows `<image>` and a pad token.
+    images: turns pictures into the tower's pixels.
+    tensors: canonical name -> tensor in a file.
+    fresh: parameter path prefixes that start from random weights.
+    runs: run directories with the checkpoint step to take trained parameters from, oldest first;
+      adapters among these are merged into the weights.
+    start: what the adapters of `config` start from, if they are not fresh.
+  """
+
+  config: ModelConfig
+  hf: LlavaConfig
+  generation: GenerationConfig
+  tokenizer: PreTrainedTokenizerBase
+  images: ImagePreprocessor
+  tensors: dict[str, tensors.Tensor]
+  fresh: tuple[str, ...] = ()
+  runs: tuple[tuple[str, int], ...] = ()
+  start: adapters.Start | None = None
+
+  @property
+  def assembled(self) -> bool:
+    """Whether it is made of two towers, whose vocabulary may be smaller than the model's."""
+    return "projector/" in self.fresh
+
+
+def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
+  """The tokenizer of a model directory.
+
+  Raises:
+    InputError: there is none, or it is damaged.
+  """
+  if not any(os.path.isfile(os.path.join(directory, name)) for name in TOKENIZER_FILES):
+    raise InputError(
+      f"{directory}: no {' or '.join(TOKENIZER_FILES)} there; copy the tokenizer's files from the "
+      "model that this is"
+    )
+  try:
+    return AutoTokenizer.from_pretrained(directory)
+  except Exception as error:  # transformers and tokenizers raise nearly anything on a broken file
+    reason = str(error).splitlines()[0]
+    if "tiktoken" in reason:  # what transformers tries next, and what it then asks for
+      reason = "tokenizer.model is not a SentencePiece model, and there is no tokenizer.json"
+    raise InputError(
+      f"{directory}: its tokenizer cannot be loaded ({reason}); copy its files again"
+    ) from error
+
+
+def load_generation(directory: str, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+  """The generation config of a model directory, or what its tokenizer says of it.
+
+  Raises:
+    InputError: the file there cannot be read.
+  """
+  if os.path.isfile(os.path.join(directory, "generation_config.json")):
+    try:
+      return GenerationConfig.from_pretrained(directory)
+    except (OSError, ValueError, TypeError) as error:
+      raise InputError(f"{directory}/generation_config.json: cannot be read; mend it") from error
+  return GenerationConfig(
+    bos_token_id=tokenizer.bos_token_id,
+    eos_token_id=tokenizer.eos_token_id,
+    pad_token_id=tokenizer.pad_token_id,
+  )
+
+
+def from_parts(
+  hf: LlavaConfig,
+  generation: GenerationConfig,
+  tokenizer: PreTrainedTokenizerBase,
+  images: ImagePreprocessor,
+  where: str,
+) -> Source:
+  """A model without weights; every parameter of it is fresh.
+
+  Args:
+    hf, generation, tokenizer, images: see Source.
+    where: what to call the model in errors.
+
+  Raises:
+    InputError: the parts do not fit together.
+  """
+  return Source(
+    config=_model_config(hf, images, tokenizer, where),
+    hf=hf,
+    generation=generation,
+    tokenizer=_with_pad_token(tokenizer, where),
+    images=images,
+    tensors={},
+    fresh=("vision/", "projector/", "language/"),
+  )
+
+
+def _model_config(
+  hf: LlavaConfig, images: ImagePreprocessor, tokenizer: PreTrainedTokenizerBase, where: str
+) -> ModelConfig:
+  vision, projector, language = hf_config.parts_of(hf, where)
+  if (images.height, images.width) != (vision.image_size, vision.image_size):
+    raise InputError(
+      f"{where}: its image processor makes {images.height} x {images.width} pictures, its vision "
+      f"tower takes {vision.image_size} x {vision.image_size}; mend preprocessor_config.json"
+    )
+  token_id = hf.image_token_id
+  if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != token_id:
+    raise InputError(
+      f"{where}: config.json says image_token_index {token_id}, the tokenizer has {IMAGE_TOKEN} at "
+      f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}; mend the wrong one"
+    )
+  if len(tokenizer) > language.vocab_size:
+    raise InputError(
+      f"{where}: the tokenizer has {len(tokenizer)} tokens, the embedding only "
+      f"{language.vocab_size} rows"
+    )
+  return ModelConfig(
+    vision=vision,
+    projector=projector,
+    language=language,
+    image_token_id=token_id,
+    image_mean=tuple(images.mean),
+    image_std=tuple(images.std),
+    rescale_factor=images.rescale_factor,
+    head=SCORE if hf_config.is_reward_model(hf) else LANGUAGE,
+  )
+
+
+def _with_pad_token(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
+  """Padding never reaches a loss or an attended position, so any existing token will do."""
+  if tokenizer.pad_token_id is None:
+    tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+  if tokenizer.pad_token_id is None:
+    raise InputError(f"{where}: the tokenizer has no pad, unk or eos token; give it one")
+  return tokenizer
