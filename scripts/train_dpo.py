@@ -44,7 +44,7 @@ def train_and_evaluate(c, workdir: str) -> None:
   program = steps.make_program(c, source.config, mesh, train.plan.steps)
 
   # --- The newest checkpoint, or the weights to start from ---
-  manager, state, progress = start.restore_or_load(c, workdir, source, program, train.identity)
+  manager, state, progress = start.restore_or_load(c, workdir, source, program, train)
   if state is None:  # the run is finished
     return
   frozen = start.load_frozen(c, source, program)

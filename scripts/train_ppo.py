@@ -48,7 +48,7 @@ def train_and_evaluate(c, workdir: str) -> None:
     workdir,
     actor,
     program,
-    train.identity,
+    train,
     functools.partial(roles.make_state, c, workdir, sources, program),
   )
   if state is None:  # the run is finished

@@ -28,11 +28,13 @@ p { margin: 0 0 .5em; }
 .label { color: #666; font-size: .85em; }
 .right { background: #e2f5e4; }
 .best { font-weight: 600; }
+mark { background: #fdf0b4; color: inherit; }
 svg { max-width: 100%; } svg text { fill: currentColor; font-size: 12px; }
 @media (prefers-color-scheme: dark) {
   body { color: #ddd; background: #16181a; }
   th, td { border-color: #333; } section { border-color: #444; }
   .label { color: #999; } .right { background: #1d3a22; }
+  mark { background: #4d431a; }
 }
 """
 

@@ -11,7 +11,7 @@ from vlalign_jax.data.prepare import Prepared
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps.program import Program
-from vlalign_jax.training import checkpoints, optimizer, run_directory
+from vlalign_jax.training import checkpoints, examples, optimizer, run_directory
 from vlalign_jax.weights import export, load, pin, source
 
 
@@ -61,7 +61,7 @@ def my_share(mesh: jax.sharding.Mesh) -> dict:
 
 
 def restore_or_load(
-  config, workdir: str, opened: source.Source, program: Program, plan: dict, make_state=None
+  config, workdir: str, opened: source.Source, program: Program, train: Prepared, make_state=None
 ):
   """The newest checkpoint's state, or the first one.
 
@@ -70,7 +70,7 @@ def restore_or_load(
     workdir: the run directory.
     opened: from `open_run`.
     program: of the run.
-    plan: `Prepared.identity` of the training data.
+    train: the training data.
     make_state: () -> the first state; None: that of the program with the model's weights.
 
   Returns:
@@ -85,17 +85,19 @@ def restore_or_load(
     if jax.process_index() == 0:
       with storage.written(f"{workdir}/model") as directory:
         export.save_model_files(opened, directory, config.model.param_dtype, config.data.template)
+      storage.write(f"{workdir}/{examples.FILE}", examples.page(train))
     pin.write(opened, workdir)
     if make_state is not None:
       state = make_state()
     else:
       state = program.init_state(load_trained(config, opened, program))
-    return manager, state, {"bad_records": 0, "plan": plan}
+    return manager, state, {"bad_records": 0, "plan": train.identity}
   state, progress = restored
-  run_directory.check_progress(progress, config, plan, workdir)
-  logging.info("going on from step %d of %d", progress["step"], plan["steps"])
-  if progress["step"] >= plan["steps"]:
-    logging.info("%s is finished: all %d steps are done", workdir, plan["steps"])
+  run_directory.check_progress(progress, config, train.identity, workdir)
+  steps = train.plan.steps
+  logging.info("going on from step %d of %d", progress["step"], steps)
+  if progress["step"] >= steps:
+    logging.info("%s is finished: all %d steps are done", workdir, steps)
     state = None
   return manager, state, progress
 

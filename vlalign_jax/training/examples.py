@@ -1,0 +1,88 @@
+"""examples.html: the first examples of a run as its model reads them, what is learnt marked."""
+
+import itertools
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER
+from vlalign_jax.data.encode import Example
+from vlalign_jax.data.prepare import Prepared
+from vlalign_jax.prediction import html
+
+FILE = "examples.html"
+SHOWN = 10
+
+
+def page(prepared: Prepared) -> str:
+  """HTML of the first SHOWN = 10 different examples of a plan, their pictures inside."""
+  load, images = prepared.pipeline["load_example"], prepared.pipeline["load_image"]
+  numbers = [int(number) for number in dict.fromkeys(prepared.plan.examples)][:SHOWN]
+  lines = [
+    f'<p class="label">The first {len(numbers)} of {prepared.records} examples; <mark>marked</mark>'
+    " is what the model learns to say.</p>"
+  ]
+  if images.blank:
+    lines.append('<p class="label">data.blank_images: the model sees grey instead.</p>')
+  for number in numbers:
+    example, record = load(number), load.records[number]
+    root = load.data["images"] or os.path.dirname(record.file)
+    pictures = html.pictures(root, record.images[: len(example.images)])
+    size = f"{len(example.tokens)} tokens, {int(example.weights.sum())} learnt"
+    texts = [
+      f"<p>{_marked(parts)}</p>"
+      for parts in parts_of(example, load.tokenizer, load.image_token_id, load.tokens_per_image)
+    ]
+    label = f'<p class="label">{html.text(example.where)}: {size}</p>'
+    lines.append(f"<section>{pictures}<div>{label}{''.join(texts)}</div></section>")
+  return html.page("What the model learns from", lines)
+
+
+def parts_of(
+  example: Example, tokenizer, image_token_id: int, tokens_per_image: int
+) -> Iterator[list[tuple[str, bool]]]:
+  """The texts of an example: its prompt, or all of it, then its ranked answers.
+
+  Args:
+    example: tokenised.
+    tokenizer: what it was tokenised by.
+    image_token_id, tokens_per_image: of the model.
+
+  Yields:
+    Consecutive pieces of a text, each with whether it is learnt.
+  """
+  learnt = np.append(False, example.weights[:-1] > 0)
+  texts = [example.branches == 0]
+  if len(example.answers):  # each begins with a copy of the prompt's last token
+    firsts = np.flatnonzero(np.diff(example.branches, prepend=0))
+    texts[0] = texts[0] | (np.arange(len(learnt)) == firsts[0])
+    rest = ~np.isin(np.arange(len(learnt)), firsts)
+    texts += [rest & (example.branches == k + 1) for k in range(len(example.answers))]
+  for chosen in texts:
+    tokens, marks = example.tokens[chosen], learnt[chosen]
+    pieces, ids, before = [], [], ""
+    pictures = tokens == image_token_id
+    for (mark, picture), group in itertools.groupby(
+      zip(marks, pictures, tokens, strict=True), _kind
+    ):
+      found = [int(token) for *_, token in group]
+      if picture:
+        pieces.append((IMAGE_PLACEHOLDER * (len(found) // tokens_per_image), bool(mark)))
+        continue
+      # What a token reads as may depend on those before it.
+      ids += found
+      text = tokenizer.decode(ids, skip_special_tokens=False)
+      pieces.append((text[len(before) :], bool(mark)))
+      before = text
+    yield pieces
+
+
+def _kind(token) -> tuple[bool, bool]:
+  return token[0], token[1]
+
+
+def _marked(pieces: list[tuple[str, bool]]) -> str:
+  return "".join(
+    f"<mark>{html.text(text)}</mark>" if learnt else html.text(text) for text, learnt in pieces
+  )
