@@ -56,7 +56,7 @@ def train_and_evaluate(c, workdir: str) -> None:
   held = roles.load(c, sources, program, mesh, score)
 
   # --- The loop: a step is a rollout and the updates that learn from it ---
-  show = samples.make_show(workdir, c.ppo, actor.tokenizer, records.records, int(state.step))
+  show = samples.make_show(workdir, c, actor.tokenizer, records.records, int(state.step))
   stage = loop.Stage(
     train_step=learn.make_train_step(held, train, records.records, progress, show),
     to_device=functools.partial(hosts.to_device, mesh),

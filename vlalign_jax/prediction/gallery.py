@@ -31,12 +31,22 @@ def gallery(
     f'<p class="label">{len(shown)} of {len(of_record)} records</p>',
   ]
   for number, answers in shown:
-    body.append(_section(config, records[number], answers))
+    body.append(section(config.data.images, records[number], answers))
   return html.page("Predictions", body)
 
 
-def _section(config, record: Record, lines: list[dict]) -> str:
-  root = config.data.images or os.path.dirname(record.file)
+def section(
+  images: str, record: Record, lines: list[dict], values: tuple[str, ...] = _VALUES
+) -> str:
+  """The part of a page that shows a record and what was answered.
+
+  Args:
+    images: the config's data.images.
+    record: what the lines are about.
+    lines: its answers, with what `records.shown` gives and maybe a "reference".
+    values: names of the numbers that they may have.
+  """
+  root = images or os.path.dirname(record.file)
   parts = [f'<p class="label">{html.text(record.where)}</p>']
   for human, gpt in lines[0].get("history", ()):
     parts += [f"<p>{html.text(human)}</p>", f"<p><em>{html.text(gpt)}</em></p>"]
@@ -44,7 +54,7 @@ def _section(config, record: Record, lines: list[dict]) -> str:
   reference = lines[0].get("reference")
   if reference is not None:
     parts.append(f'<p><span class="label">reference</span> {html.text(reference)}</p>')
-  values = [name for name in _VALUES if any(name in line for line in lines)]
+  values = [name for name in values if any(name in line for line in lines)]
   head = "".join(f'<th class="number">{name}</th>' for name in values)
   rows = "".join(_row(line, values, reference) for line in lines)
   parts.append(f"<table><tr><th>answer</th>{head}</tr>{rows}</table>")

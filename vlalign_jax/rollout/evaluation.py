@@ -3,14 +3,13 @@
 import zlib
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from vlalign_jax.data import prompts
 from vlalign_jax.data.prepare import Prepared
 from vlalign_jax.rollout import collect
 from vlalign_jax.sharding import hosts
-from vlalign_jax.training import loop
+from vlalign_jax.training import evaluation, start
 
 
 def make_evaluate(roles: collect.Roles, prepared: Prepared | None, records) -> Callable | None:
@@ -33,13 +32,13 @@ def make_evaluate(roles: collect.Roles, prepared: Prepared | None, records) -> C
   if prepared is None:
     return None
   config = roles.config
-  bad = sum(int(rows["skipped"].sum()) for rows in prepared.read())
-  loop.check_bad_records("data.eval", bad, prepared.records, config.data.on_bad_record)
+  share = start.my_share(roles.mesh)
+  bad = evaluation.read_all(config, roles.mesh, prepared, share)
   streams = np.array([zlib.crc32(record.id.encode()) & 0x7FFFFFFF for record in records])
 
   def evaluate(state) -> dict[str, float]:
     scores, divergences, ended, tokens = [], [], [], []
-    with prepared.batches(workers=0) as batches:
+    with prepared.batches(workers=0, **share) as batches:
       for step, rows in enumerate(batches):
         numbers = prompts.record_numbers(prepared.plan, step)
         of_rows = [None if number < 0 else records[number] for number in numbers]
@@ -48,12 +47,11 @@ def make_evaluate(roles: collect.Roles, prepared: Prepared | None, records) -> C
           roles, state, rows, of_rows, streams[np.maximum(numbers, 0)], config.seed
         )
         found = collect.divergence(rollout)
-        lengths, ends = jax.device_get((rollout.lengths, rollout.ended))
-        valid = (lengths > 0) & np.isfinite(rollout.scores)
+        valid = (rollout.lengths > 0) & np.isfinite(rollout.scores)
         scores += rollout.scores[valid].tolist()
         divergences += found[valid].tolist()
-        ended += ends[valid].tolist()
-        tokens += lengths[valid].tolist()
+        ended += rollout.ended[valid].tolist()
+        tokens += rollout.lengths[valid].tolist()
     score, divergence = float(np.mean(scores)), float(np.mean(divergences))
     return {
       "objective/scores": score,

@@ -1,7 +1,8 @@
-"""Sample answers of rollouts with their pictures and scores, in RUN_DIR/rollouts.jsonl."""
+"""Sample answers of rollouts with their pictures and scores: rollouts.jsonl and rollouts.html."""
 
+import collections
+import itertools
 import json
-import math
 import os
 from collections.abc import Callable
 
@@ -9,54 +10,80 @@ import jax
 from etils import epath
 
 from vlalign_jax import storage
+from vlalign_jax.prediction import directory, gallery, html
+from vlalign_jax.prediction import records as data
 from vlalign_jax.rollout import collect
 from vlalign_jax.training import run_directory
 
-FILE = "rollouts.jsonl"
+FILE, PAGE = "rollouts.jsonl", "rollouts.html"
+# Rollouts on the page, the newest ones: it has the pictures inside.
+ON_PAGE = 10
+_VALUES = ("score", "kl", "tokens")
 
 
-def make_show(workdir: str, settings, tokenizer, records, first: int) -> Callable:
+def make_show(workdir: str, config, tokenizer, records, first: int) -> Callable:
   """The function `(step, rollout, numbers)` that writes the first answers of every few rollouts.
 
-  A line is one answer: step, record, id, images, prompt, sample, answer, tokens, ended, score (null
-  if it is not finite) and kl (k1, summed over the answer).
+  A line is one answer: step, record, id, images, prompt, maybe history and reference, sample,
+  answer, tokens, ended, score (null if it is not finite) and kl (k1, summed over the answer). The
+  page shows the newest. With several hosts all call it, and process 0 writes.
 
   Args:
     workdir: the run directory.
-    settings: the config's `ppo` group.
+    config: of the run.
     tokenizer: the actor's.
     records: that `numbers` count.
     first: the step that the run goes on from; later lines go.
   """
-  path = os.path.join(workdir, FILE)
-  kept = run_directory.metrics_until(epath.Path(path), first)
-  every = settings.log_samples_every
-  if kept or every:
+  every, path = config.ppo.log_samples_every, os.path.join(workdir, FILE)
+  writes, kept, shown = jax.process_index() == 0, "", collections.deque(maxlen=ON_PAGE)
+
+  def write(lines: list[dict]) -> None:
+    for step, group in itertools.groupby(lines, lambda line: line["step"]):
+      shown.append(f"<h2>step {step}</h2>{_sections(config.data.images, records, list(group))}")
     storage.write(path, kept)
+    storage.write(os.path.join(workdir, PAGE), html.page("Rollouts", reversed(shown)))
+
+  if writes:
+    kept = run_directory.metrics_until(epath.Path(path), first)
+    if kept or every:
+      lines = [json.loads(line) for line in kept.splitlines()]
+      steps = sorted({line["step"] for line in lines})[-ON_PAGE:]
+      write([line for line in lines if line["step"] in steps])
 
   def show(step: int, rollout: collect.Rollout, numbers) -> None:
     nonlocal kept
     if not every or (step - 1) % every:
       return
-    lengths, ended = jax.device_get((rollout.lengths, rollout.ended))
-    kl, texts = collect.divergence(rollout), rollout.texts(tokenizer)
+    kl = collect.divergence(rollout)  # of all hosts
+    if not writes:
+      return
+    texts, lengths = rollout.texts(tokenizer), rollout.lengths
     places = [(b, n) for b, of_row in enumerate(lengths) for n, m in enumerate(of_row) if m]
-    for b, n in places[: settings.log_samples]:
-      record, score = records[numbers[b]], float(rollout.scores[b, n])
-      line = {
-        "step": step,
-        "record": int(numbers[b]),
-        "id": record.id,
-        "images": list(record.images),
-        "prompt": record.turns[-1].human,
+    found = []
+    for b, n in places[: config.ppo.log_samples]:
+      record, line = records[numbers[b]], data.shown(int(numbers[b]), records[numbers[b]])
+      reference = data.reference(record)
+      if reference is not None:
+        line["reference"] = reference
+      own = {
         "sample": n,
         "answer": texts[b][n],
         "tokens": int(lengths[b, n]),
-        "ended": bool(ended[b, n]),
-        "score": score if math.isfinite(score) else None,
-        "kl": float(kl[b, n]),
+        "ended": bool(rollout.ended[b, n]),
+        "score": directory.number(rollout.scores[b, n]),
+        "kl": directory.number(kl[b, n]),
       }
-      kept += json.dumps(line) + "\n"
-    storage.write(path, kept)
+      found.append({"step": step} | line | own)
+    kept += "".join(json.dumps(line) + "\n" for line in found)
+    write(found)
 
   return show
+
+
+def _sections(images: str, records, lines: list[dict]) -> str:
+  """A part of the page for each record among the lines of a rollout."""
+  lines = [line if line["ended"] else line | {"reason": "no end token"} for line in lines]
+  groups = itertools.groupby(lines, lambda line: line["record"])
+  parts = (gallery.section(images, records[n], list(group), _VALUES) for n, group in groups)
+  return "\n".join(parts)

@@ -60,6 +60,67 @@ def to_device(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   return {name: place(array) for name, array in batch.items()}
 
 
+def whole_to_device(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+  """As `to_device`, of arrays that have the rows of all hosts, alike on each."""
+  sharding = meshes.batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+    for name, array in batch.items()
+  }
+
+
+def fetch(arrays):
+  """A tree of arrays over the mesh as whole arrays of this host; all hosts call it together."""
+  if jax.process_count() == 1:
+    return jax.device_get(arrays)
+  return multihost_utils.process_allgather(arrays, tiled=True)
+
+
+def rows_here(mesh: Mesh, rows: int) -> np.ndarray:
+  """int[b], which of a batch's rows this host makes, in the order of `to_device`."""
+  share = row_share(mesh)
+  per_block = rows // share.count
+  return (np.array(share.blocks)[:, None] * per_block + np.arange(per_block)).reshape(-1)
+
+
+def rows_owned(mesh: Mesh, rows: int) -> np.ndarray:
+  """bool[rows], true for those that this host answers for: the first of the hosts that hold one."""
+  count, owner = meshes.row_blocks(mesh), {}
+  for device, (index,) in meshes.batch_sharding(mesh).devices_indices_map((count,)).items():
+    for block in range(*index.indices(count)):
+      owner[block] = min(owner.get(block, device.process_index), device.process_index)
+  mine = [owner[block] == jax.process_index() for block in range(count)]
+  return np.repeat(mine, rows // count)
+
+
+def joined(values: np.ndarray, mine: np.ndarray) -> np.ndarray:
+  """Rows from the hosts that answer for them, on all hosts.
+
+  Args:
+    values: float64[B, N]; only rows of `mine` count.
+    mine: bool[B] of `rows_owned`.
+  """
+  if jax.process_count() == 1:
+    return values
+  # As bits, exactly: JAX would round float64.
+  bits = np.where(mine[:, None], values, 0.0).view(np.uint32)
+  return np.bitwise_or.reduce(multihost_utils.process_allgather(bits), axis=0).view(np.float64)
+
+
+def of_first(value: np.ndarray) -> np.ndarray:
+  """What process 0 has: a decision that hosts take from their own copies of a number."""
+  if jax.process_count() == 1:
+    return np.asarray(value)
+  return multihost_utils.broadcast_one_to_all(value)
+
+
+def greatest(value: int) -> int:
+  """The greatest of all hosts' values."""
+  if jax.process_count() == 1:
+    return value
+  return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
 def make_counter(mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
   """`(rows, skipped, stop=False) -> counts` over all hosts, which nothing waits for.
 

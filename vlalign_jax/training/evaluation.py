@@ -11,6 +11,27 @@ from vlalign_jax.sharding import hosts
 from vlalign_jax.training import loop
 
 
+def bad_records(config, prepared: Prepared, counts) -> int:
+  """The bad records among batches that have these `counts`; an InputError if they are too many."""
+  bad = sum(int(found["bad_records"]) for found in jax.device_get(counts))
+  loop.check_bad_records("data.eval", bad, prepared.records, config.data.on_bad_record)
+  return bad
+
+
+def read_all(config, mesh: jax.sharding.Mesh, prepared: Prepared, share: dict) -> int:
+  """Makes all evaluation batches once; the number of records that cannot be read, of all hosts.
+
+  Args:
+    config, mesh, prepared, share: of `make_evaluate`.
+
+  Raises:
+    InputError: they are too many.
+  """
+  count = hosts.make_counter(mesh)
+  read = (hosts.to_device(mesh, rows) for rows in prepared.read(**share))
+  return bad_records(config, prepared, [count(rows, rows["skipped"]) for rows in read])
+
+
 def make_evaluate(
   config,
   mesh: jax.sharding.Mesh,
@@ -43,14 +64,7 @@ def make_evaluate(
     return None
   count = hosts.make_counter(mesh)
   to_device = to_device or functools.partial(hosts.to_device, mesh)
-
-  def check(counts) -> int:
-    bad = sum(int(found["bad_records"]) for found in jax.device_get(counts))
-    loop.check_bad_records("data.eval", bad, prepared.records, config.data.on_bad_record)
-    return bad
-
-  read = (hosts.to_device(mesh, rows) for rows in prepared.read(**share))
-  check([count(rows, rows["skipped"]) for rows in read])
+  read_all(config, mesh, prepared, share)
 
   def evaluate(state) -> dict[str, float]:
     counts, sums = [], []
@@ -60,7 +74,7 @@ def make_evaluate(
         rows = to_device(rows)
         counts.append(count(rows, rows.pop("skipped")))
         sums.append(eval_step(state.params, rows))
-    bad = check(counts)
+    bad = bad_records(config, prepared, counts)
     # Fetched once at the end, so that the devices go on.
     return summary(reported.total(jax.device_get(sums))) | {"bad_records": bad}
 
