@@ -13,7 +13,9 @@ from vlalign_jax.losses import dpo
 from vlalign_jax.models.stack import REMAT_NAMES
 from vlalign_jax.training.preservation import METRICS
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
+# Sums of small updates need more than float16 has.
+PARAM_DTYPES = ("float32", "bfloat16")
 REFERENCES = ("step", "cache")
 SCHEDULES = (
   "linear",
@@ -50,7 +52,9 @@ def shared() -> ConfigDict:
   c.model.projector = "mlp"  # linear, mlp
   c.model.vision_feature_layer = "-2"  # several: comma-separated
   c.model.vision_feature_select_strategy = "default"  # default: without the class token; full
-  c.model.dtype = "bfloat16"  # of activations and matrix products
+  # Of activations and matrix products: float32, bfloat16; float16, with a loss that is scaled
+  # dynamically, on hardware without bfloat16.
+  c.model.dtype = "bfloat16"
   c.model.param_dtype = "float32"  # of trained parameters; frozen ones are kept in model.dtype
   c.model.remat = "full"  # none, full, save_matmuls, save_weight_matmuls
 
@@ -207,7 +211,7 @@ def check_shared(config: ConfigDict) -> None:
   choices = {
     "best_metric": METRICS[config.stage],
     "model.dtype": DTYPES,
-    "model.param_dtype": DTYPES,
+    "model.param_dtype": PARAM_DTYPES,
     "model.remat": REMAT_NAMES,
     "optim.schedule": SCHEDULES,
     "data.on_bad_record": ("error", "skip"),

@@ -23,7 +23,13 @@ def join_rows(x):
 
 
 def sum_gradients(
-  loss, params, rows, parts: int, mesh: Mesh | None = None, constrain=lambda gradients: gradients
+  loss,
+  params,
+  rows,
+  parts: int,
+  mesh: Mesh | None = None,
+  constrain=lambda gradients: gradients,
+  scale=1.0,
 ):
   """Value and gradient of a loss that is a sum, over micro-batches one after the other.
 
@@ -35,14 +41,18 @@ def sum_gradients(
     parts: number of micro-batches.
     mesh: over which rows are split.
     constrain: gradient tree -> tree, places gradients over devices.
+    scale: float32[], by which the sum is multiplied where it is differentiated.
 
   Returns:
-    (sum, dict of values, gradient tree of the sum in float32 if parts > 1).
+    (sum, dict of values, gradient tree of scale x sum, in float32 if parts > 1).
   """
-  value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+  def scaled(params, rows, number):
+    total, sums = loss(params, rows, number)
+    return total * scale, (total, sums)
 
   def gradient(params, rows, number):
-    value, grads = value_and_grad(params, rows, number)
+    (_, value), grads = jax.value_and_grad(scaled, has_aux=True)(params, rows, number)
     return value, constrain(grads)
 
   if parts == 1:

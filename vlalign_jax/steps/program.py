@@ -149,7 +149,7 @@ def make_learner(
   )
   params = meshes.place(abstract, zero.shardings(mesh, abstract, split=stage >= 3))
   trained, frozen = trees.split(params, is_trained)
-  tx = optimizer.make_optimizer(config.optim, trained, total_steps)
+  tx = optimizer.make_optimizer(config.optim, trained, total_steps, config.model.dtype)
   init_state = functools.partial(training_state.init_state, optimizer=tx)
   state = jax.eval_shape(init_state, trained)
   placement = zero.state_shardings(mesh, state, stage)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vlalign_jax.steps import accumulate
+from vlalign_jax.training import loss_scale
 from vlalign_jax.training import state as training_state
 
 
@@ -45,13 +46,17 @@ def train_step(
   counts = count(rows)
   key = jax.random.fold_in(jax.random.key(seed), state.step)
   loss = make_loss(frozen, counts, key)
-  total, sums, grads = accumulate.sum_gradients(
-    loss, state.params, rows, accumulation, mesh, constrain_gradients
-  )
   divisor = jnp.maximum(counts["loss"], 1.0)
+  factor = loss_scale.factor(state.optimizer)
+  scale = 1.0 if factor is None else factor / divisor
+  total, sums, grads = accumulate.sum_gradients(
+    loss, state.params, rows, accumulation, mesh, constrain_gradients, scale
+  )
   rate = learning_rate(state.step - state.skipped)
-  grads = jax.tree.map(lambda g: g.astype(jnp.float32) / divisor, grads)
+  grads = jax.tree.map(lambda g: g.astype(jnp.float32) / (divisor * scale), grads)
   state, logged = training_state.apply_gradients(state, optimizer, grads, total / divisor)
+  if factor is not None:
+    logged |= {"loss_scale": factor}
   return state, logged | {"learning_rate": rate} | metrics(sums, counts)
 
 

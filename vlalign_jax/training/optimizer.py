@@ -4,7 +4,7 @@ import optax
 
 from vlalign_jax import trees
 from vlalign_jax.models import lora
-from vlalign_jax.training import schedules
+from vlalign_jax.training import loss_scale, schedules
 
 GROUPS = ("base", "embeddings", "projector")
 
@@ -58,13 +58,16 @@ def learning_rates(optim, total_steps: int) -> dict[str, optax.Schedule]:
   }
 
 
-def make_optimizer(optim, params, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+  optim, params, total_steps: int, dtype: str = "float32"
+) -> optax.GradientTransformation:
   """The optimizer of a run.
 
   Args:
     optim: the config's `optim` group.
     params: nested dict of the trained parameters (arrays or shapes).
     total_steps: updates of the whole run.
+    dtype: in which gradients are computed.
   """
   rates = learning_rates(optim, total_steps)
   groups = trees.map_paths(lambda path, _: group_of(path), params)
@@ -74,9 +77,10 @@ def make_optimizer(optim, params, total_steps: int) -> optax.GradientTransformat
   scale = optax.partition(
     {group: optax.scale_by_learning_rate(rate) for group, rate in rates.items()}, groups
   )
-  return optax.chain(
+  chain = optax.chain(
     clip,
     optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps),
     optax.add_decayed_weights(optim.weight_decay, mask=mask),
     scale,
   )
+  return loss_scale.scale(chain) if dtype == "float16" else chain

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vlalign_jax.training import loss_scale
+
 
 class TrainState(NamedTuple):
   step: jax.Array  # int32[], updates done or skipped
@@ -41,12 +43,14 @@ def apply_gradients(state: TrainState, optimizer, gradients, loss):
   new_params = optax.apply_updates(state.params, updates)
   keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
   bad = 1 - finite.astype(jnp.int32)
+  # What a smaller factor of the loss may mend is no reason to give up.
+  hopeless = bad * (1 - (loss_scale.may_shrink(state.optimizer) & jnp.isfinite(loss)))
   new_state = TrainState(
     step=state.step + 1,
     params=jax.tree.map(keep, new_params, state.params),
-    optimizer=jax.tree.map(keep, new_optimizer, state.optimizer),
+    optimizer=loss_scale.adapt(jax.tree.map(keep, new_optimizer, state.optimizer), finite),
     skipped=state.skipped + bad,
-    skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
+    skipped_in_a_row=(state.skipped_in_a_row + hopeless) * bad,
   )
   metrics = {"loss": loss, "grad_norm": norm, "skipped_steps": new_state.skipped}
   return new_state, metrics | {"skipped_in_a_row": new_state.skipped_in_a_row}

@@ -1,0 +1,81 @@
+"""Scaled losses: float16 follows float32, and a factor that overflows is left."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from scripts import train_sft
+from tests import checkpoints, sft_run
+from vlalign_jax.training import loss_scale, state
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory, compile_cache):
+  directory = tmp_path_factory.mktemp("float16")
+  checkpoints.make_llava(str(directory / "model"))
+  records = sft_run.make_records(str(directory / "data"), 24)
+  sft_run.write_json(directory / "data" / "train.json", records)
+  return directory
+
+
+def metrics_of(directory, workdir, dtype, **overrides):
+  config = sft_run.make_config(
+    directory / "model",
+    directory / "data" / "train.json",
+    **({"model.dtype": dtype, "batch_size": 8, "epochs": 4.0, "train.vision": True} | overrides),
+  )
+  train_sft.train_and_evaluate(config, str(workdir))
+  return sft_run.read_metrics(str(workdir))
+
+
+def test_float16_follows_float32(directory, tmp_path):
+  half = metrics_of(directory, tmp_path / "half", "float16", grad_accumulation=2)
+  whole = metrics_of(directory, tmp_path / "whole", "float32")
+  for key in ("loss", "grad_norm"):
+    found, wanted = (np.array([line[key] for line in lines]) for lines in (half, whole))
+    np.testing.assert_allclose(found, wanted, rtol=2e-2, err_msg=key)
+  assert {line["loss_scale"] for line in half} == {loss_scale.FIRST}
+  assert half[-1]["skipped_steps"] == 0
+  assert "loss_scale" not in whole[0]
+
+
+def test_a_factor_that_overflows_is_left(directory, tmp_path, monkeypatch):
+  """...however many updates that takes."""
+  monkeypatch.setattr(loss_scale, "FIRST", 2.0**40)
+  monkeypatch.setattr(loss_scale, "MOST", 2.0**40)
+  lines = metrics_of(directory, tmp_path, "float16", epochs=10.0)
+  skipped = int(lines[-1]["skipped_steps"])
+  assert 10 < skipped < len(lines)
+  assert lines[-1]["loss_scale"] == 2.0 ** (40 - skipped)
+  first = next(n for n, line in enumerate(lines) if line["skipped_steps"] == n)
+  assert first > 10
+  assert lines[first]["learning_rate"] == lines[0]["learning_rate"]
+  assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_the_factor_over_time(monkeypatch):
+  monkeypatch.setattr(loss_scale, "WINDOW", 3)
+  params = {"a": jnp.ones(2)}
+  optimizer = loss_scale.scale(optax.sgd(0.1))
+  now, good, bad = state.init_state(params, optimizer), jnp.ones(2), jnp.full(2, jnp.inf)
+  found = []
+  for gradient in (good, good, bad, good, good, good, good):
+    now, logged = state.apply_gradients(now, optimizer, {"a": gradient}, jnp.float32(1))
+    found.append(float(loss_scale.factor(now.optimizer)) / loss_scale.FIRST)
+    assert logged["skipped_in_a_row"] == 0
+  assert found == [1, 1, 0.5, 0.5, 0.5, 1, 1]
+  np.testing.assert_allclose(now.params["a"], 1 - 0.1 * 6, rtol=1e-6)
+
+
+def test_what_no_factor_mends_counts():
+  optimizer = loss_scale.scale(optax.sgd(0.1))
+  first = state.init_state({"a": jnp.ones(2)}, optimizer)
+  least = first._replace(optimizer=first.optimizer._replace(factor=jnp.float32(1)))
+  overflow = {"a": jnp.full(2, jnp.inf)}
+  for before, loss in ((least, 1.0), (first, np.nan)):
+    now = before
+    for times in (1, 2):
+      now, logged = state.apply_gradients(now, optimizer, overflow, jnp.float32(loss))
+      assert int(logged["skipped_in_a_row"]) == times
+    assert float(now.optimizer.factor) >= loss_scale.LEAST
