@@ -64,6 +64,7 @@ BAD_VALUES = {
   "model.param_dtype": ("float16", "config.model.param_dtype is 'float16'; choose from float32, "),
   "model.remat": ("some", "choose from none, full"),
   "data.max_length": (1, "at least 2"),
+  "data.concatenate": (0, "at least 1"),
   "data.eval_samples": ("5", "config.data.eval is empty; name files"),
   "data.on_bad_record": ("ignore", "choose from error, skip"),
   "data.workers": (-1, "at least 0"),
@@ -153,3 +154,10 @@ def test_nothing_to_train():
     config.check(_usable(**parts), "sft")
   config.check(_usable(**parts, **{"train.embeddings": True}), "sft")
   config.check(_usable(**parts, **{"lora.vision_rank": 4}), "sft")
+
+
+def test_only_conversations_are_joined():
+  c = config.defaults("dpo")
+  c.data.update({"train": "a.json", "concatenate": 2})
+  with pytest.raises(InputError, match=r"config.data.concatenate is 2; only conversations of sft"):
+    config.check(c, "dpo")

@@ -80,6 +80,7 @@ def shared() -> ConfigDict:
   c.data.train = ""  # LLaVA JSON or JSONL; several: comma-separated
   c.data.samples = ""  # records taken from each file (one number, or one per file); empty: all
   c.data.weights = ""  # times an epoch shows each file; empty: once
+  c.data.concatenate = 1  # sft: records of a file that are joined into one conversation
   c.data.eval = ""  # LLaVA files again
   c.data.eval_samples = ""  # as data.samples
   c.data.eval_fraction = 0.0  # held out from data.train when data.eval is empty
@@ -228,6 +229,7 @@ def check_shared(config: ConfigDict) -> None:
     "save_every": 0,
     "data.max_length": 2,
     "data.max_candidates": 2,
+    "data.concatenate": 1,
     "data.max_images": 0,
     "data.workers": 0,
     "data.eval_fraction": 0,
@@ -251,6 +253,11 @@ def check_shared(config: ConfigDict) -> None:
     raise InputError("config.epochs must be above 0, or config.steps given")
   if not config.data.train:
     raise InputError("config.data.train is empty; name a LLaVA-format JSON file")
+  if config.data.concatenate > 1 and config.stage != "sft":
+    raise InputError(
+      f"config.data.concatenate is {config.data.concatenate}; only conversations of sft are joined,"
+      " set it to 1"
+    )
   if config.data.eval_samples and not config.data.eval:
     raise InputError("config.data.eval_samples is given, and config.data.eval is empty; name files")
   if config.keep_best and not (config.data.eval or config.data.eval_fraction):

@@ -7,7 +7,13 @@ import pytest
 
 from vlalign_jax.config import defaults
 from vlalign_jax.data import sft
-from vlalign_jax.data.mixture import epoch_order, load_mixture, load_samples, split_eval
+from vlalign_jax.data.mixture import (
+  concatenate,
+  epoch_order,
+  load_mixture,
+  load_samples,
+  split_eval,
+)
 from vlalign_jax.errors import InputError
 
 
@@ -197,3 +203,50 @@ def test_impossible_fraction(files, fraction):
 def test_one_record_cannot_be_split(files):
   with pytest.raises(InputError, match="cannot hold out 0.5 of 1 record"):
     split_eval(load_mixture(files, "", "1", "0,1", 0), 0.5)
+
+
+def test_records_of_a_file_are_joined(files):
+  mixture = load_mixture(files, "", "", "1,2", 1)
+  joined = concatenate(mixture, 3)
+  assert joined.file_of.tolist() == [0] * 4 + [1] * 2
+  assert [len(record.turns) for record in joined.records] == [3, 3, 3, 1, 3, 2]
+  named = [record.id.split(" + ") for record in joined.records]
+  assert sorted(sum(named[:4], [])) == A
+  assert sorted(sum(named[4:], [])) == B
+  assert named[:4] != [A[0:3], A[3:6], A[6:9], A[9:]]  # neighbours need not belong together
+  assert ids(joined.records) == ids(concatenate(mixture, 3).records)
+  assert ids(concatenate(mixture, 1).records) != ids(joined.records)
+  assert sorted(shown(joined, 0)) == sorted(
+    [*ids(joined.records[:4]), *ids(joined.records[4:]) * 2]
+  )
+
+
+def test_joined_records_bring_their_images(tmp_path):
+  records = [
+    {
+      "id": str(number),
+      "image": f"{number}.png",
+      "conversations": [
+        {"from": "human", "value": f"<image>\nq{number}"},
+        {"from": "gpt", "value": f"r{number}"},
+      ],
+    }
+    for number in range(2)
+  ]
+  (tmp_path / "a.json").write_text(json.dumps(records))
+  for number in range(2):
+    (tmp_path / f"{number}.png").touch()
+  (joined,) = concatenate(load_mixture(str(tmp_path / "a.json"), "", "", "", 0), 2).records
+  assert joined.images == ("0.png", "1.png")
+  assert [turn.human for turn in joined.turns] == ["<image>\nq0", "<image>\nq1"]
+  assert [turn.gpt for turn in joined.turns] == ["r0", "r1"]
+  assert '("id": "0 + 1")' in joined.where
+
+
+def test_held_out_records_stay_alone(files):
+  config = defaults("sft")
+  config.data.update({"train": files, "concatenate": 5, "eval_fraction": 0.2})
+  train, held_out = sft.load_records_of(config)
+  assert [len(record.turns) for record in held_out] == [1] * 3
+  assert sum(len(record.turns) for record in train.records) == 12
+  assert max(len(record.turns) for record in train.records) == 5

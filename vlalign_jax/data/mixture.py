@@ -13,7 +13,7 @@ from vlalign_jax.data.records import Record, load_records
 from vlalign_jax.errors import InputError
 
 # What a generator is for, so that no two uses share a stream.
-_SAMPLE, _EXTRA, _SHUFFLE, _SPLIT = range(1, 5)
+_SAMPLE, _EXTRA, _SHUFFLE, _SPLIT, _JOIN = range(1, 6)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +154,34 @@ def split_eval(mixture: Mixture, fraction: float) -> tuple[Mixture, tuple[Record
   )
   by_key = dict(zip(keys, mixture.records, strict=True))
   return train, tuple(by_key[key] for key in distinct if key in held_out)
+
+
+def concatenate(mixture: Mixture, count: int) -> Mixture:
+  """Joins records of a file into conversations of `count`, each with the images of all.
+
+  Which ones is chosen once, by the mixture's seed; a file's last conversation may hold fewer.
+
+  Args:
+    mixture: of records whose every turn is answered.
+    count: records of each conversation, at least 1.
+  """
+  joined, file_of = [], []
+  for position in range(len(mixture.weights)):
+    indices = np.flatnonzero(mixture.file_of == position)
+    order = _generator(mixture.seed, _JOIN, position).permutation(indices)
+    groups = [np.sort(order[start : start + count]) for start in range(0, len(order), count)]
+    joined += [_joined([mixture.records[index] for index in group]) for group in groups]
+    file_of += [position] * len(groups)
+  return replace(mixture, records=tuple(joined), file_of=np.array(file_of, np.int32))
+
+
+def _joined(records: list[Record]) -> Record:
+  return replace(
+    records[0],
+    id=" + ".join(record.id for record in records),
+    images=tuple(image for record in records for image in record.images),
+    turns=tuple(turn for record in records for turn in record.turns),
+  )
 
 
 def _numbers(text: str, files: int, default: float, read: Callable, name: str) -> list:
