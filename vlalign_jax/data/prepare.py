@@ -93,7 +93,7 @@ class LoadImage:
   def __call__(self, path: str) -> np.ndarray:
     size = (self.preprocessor.height, self.preprocessor.width, 3)
     if self.blank:
-      return np.full(size, 127, np.uint8)
+      return np.full(size, images.GREY, np.uint8)
     return self.preprocessor.preprocess(
       images.open_image(os.path.dirname(path), os.path.basename(path))
     )
@@ -151,10 +151,14 @@ def load_records_of(kind: Kind, config) -> tuple[mixture.Mixture, tuple[Record, 
     found = mixture.load_samples(
       data.eval, data.images, data.eval_samples, config.seed, "eval", **wanted
     )
-    return train, tuple(itertools.chain(*found))
-  if data.eval_fraction:
-    return mixture.split_eval(train, data.eval_fraction)
-  return train, ()
+    held_out = tuple(itertools.chain(*found))
+  elif data.eval_fraction:
+    train, held_out = mixture.split_eval(train, data.eval_fraction)
+  else:
+    held_out = ()
+  if data.concatenate > 1:
+    train = mixture.concatenate(train, data.concatenate)
+  return train, held_out
 
 
 def prepare_train(
