@@ -23,9 +23,16 @@ activations come on top: a few GB a device, less with grad_accumulation.
                     40 GB, or 4 of 80 GB.
   llama3_70b        The same for a 70B init_from, layers split over groups of 4 devices: 1.1 TB; on
                     a TPU v5p:4x4x8 it takes 20 of 95 GB a device.
+  clip_llama2_7b_pretrain, clip_llama3_8b
+                    Vision-LLM-Alignment's two stages, from a bare CLIP and a bare LLaMA: first only
+                    projector and embeddings (14 GB for 7B, and 2 GB of embeddings), then the
+                    language model too.
 
 The LLaVA-1.5 recipe is Table 9 of Liu et al. 2023, "Improved Baselines with Visual Instruction
-Tuning": AdamW, cosine, warm-up 0.03, no decay; 1e-3 and batch 256, then 2e-5 and batch 128.
+Tuning": AdamW, cosine, warm-up 0.03, no decay; 1e-3 and batch 256, then 2e-5 and batch 128. Vision-LLM-Alignment
+reads CLIP's last layer, class token included, through a linear map and LayerNorm
+(model.projector=linear), trains the embeddings always, warms up for a tenth of the steps, and
+suggests 2e-3 for the first stage. It often turns on model.mmca, too.
 """
 
 from ml_collections import ConfigDict
@@ -33,7 +40,16 @@ from ml_collections import ConfigDict
 from vlalign_jax.config import defaults
 from vlalign_jax.errors import InputError
 
-PRESETS = ("demo", "llava15_pretrain", "llava15_7b", "llava15_13b", "llama3_8b", "llama3_70b")
+PRESETS = (
+  "demo",
+  "llava15_pretrain",
+  "llava15_7b",
+  "llava15_13b",
+  "llama3_8b",
+  "llama3_70b",
+  "clip_llama2_7b_pretrain",
+  "clip_llama3_8b",
+)
 
 
 def get_config(preset: str = "llava15_7b") -> ConfigDict:
@@ -45,6 +61,8 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
     return _demo(c)
   # Whole, a 7B model in training is too large for any one device.
   c.mesh.data, c.mesh.fsdp, c.mesh.zero_stage = 1, -1, 3
+  if preset.startswith("clip_"):
+    return _original(c, preset)
   # LLaVA-1.5 leaves Adam at PyTorch's beta2.
   c.optim.b2 = 0.999
   c.data.image_aspect = "pad"
@@ -60,6 +78,23 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
   if preset == "llama3_70b":
     # Over 128 devices, ZeRO alone would leave pieces that are too narrow for a TPU to gather well.
     c.mesh.tensor = 4
+  return c
+
+
+def _original(c: ConfigDict, preset: str) -> ConfigDict:
+  c.model.projector = "linear"
+  c.model.vision_feature_layer = "-1"
+  c.model.vision_feature_select_strategy = "full"
+  c.train.embeddings = True
+  c.optim.warmup = 0.1
+  if preset == "clip_llama3_8b":
+    c.model.architecture = "llama3_8b"
+    c.data.template = "llama_3"
+    return c
+  c.model.architecture = "llava15_7b"
+  c.data.template = "llama_2"
+  c.train.language = False
+  c.optim.learning_rate = 2e-3
   return c
 
 
