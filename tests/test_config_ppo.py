@@ -42,6 +42,7 @@ def test_an_unknown_preset_is_named():
     ({"ppo.gamma": 1.5}, "ppo.gamma is 1.5; give more than 0 and at most 1"),
     ({"ppo.score_scale": 0.0}, "ppo.score_scale is 0.0; give more than 0"),
     ({"batch_size": 63}, "batch_size is 63; it must be a multiple of .* = 4"),
+    ({"ppo.sample_parts": 3}, "ppo.sample_parts is 3; it must divide .* = 4"),
     ({"lora.dropout": 0.1}, "lora.dropout is 0.1; choose from 0.0"),
     ({"data.pack": True}, "data.pack is True; choose from False"),
     ({"ppo.critic_zero_stage": 4}, "ppo.critic_zero_stage is 4; choose from None, 0, 1, 2, 3"),

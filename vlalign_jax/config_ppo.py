@@ -38,6 +38,7 @@ def add(c: ConfigDict) -> None:
   ppo.top_k = 0  # 0: all (original: 50)
   ppo.top_p = 1.0  # original: 0.95
   ppo.gather = False  # bring parameters together over fsdp before sampling
+  ppo.sample_parts = 1  # of a rollout, sampled one after the other: one's cache is held at a time
   # What is learnt from a rollout.
   ppo.estimator = "gae"  # gae, with a critic; rloo, grpo, without one
   ppo.epochs = 4  # times a rollout is learnt from (original: 1)
@@ -87,7 +88,7 @@ def check(config: ConfigDict) -> None:
       "lora.dropout": (0.0,),  # a ratio compares two passes, which must drop nothing
     },
   )
-  ones = ("num_samples", "max_new_tokens", "epochs", "minibatches")
+  ones = ("num_samples", "max_new_tokens", "sample_parts", "epochs", "minibatches")
   zeros = (
     "score_clip missing_end_penalty score_queue min_new_tokens temperature top_k clip value_clip "
     "entropy_coefficient kl_coefficient kl_target stop_kl critic_learning_rate critic_warmup "
@@ -131,5 +132,10 @@ def check(config: ConfigDict) -> None:
   if config.batch_size % shares:
     raise InputError(
       f"config.batch_size is {config.batch_size}; it must be a multiple of ppo.minibatches x "
+      f"grad_accumulation = {shares}"
+    )
+  if shares % ppo.sample_parts:
+    raise InputError(
+      f"config.ppo.sample_parts is {ppo.sample_parts}; it must divide ppo.minibatches x "
       f"grad_accumulation = {shares}"
     )

@@ -61,15 +61,21 @@ def with_actor(state: State, actor: TrainState) -> State:
   return state._replace(**(actor._asdict() | {"step": state.step, "updates": actor.step}))
 
 
+def as_read(rows, count: int):
+  """Rows for a model: with one answer to each prompt, attention need not look at branches."""
+  return rows | sft.ONE_ANSWER if count == 1 else rows
+
+
 def log_probabilities(model, rows, shape, *, mesh: Mesh | None = None, chunk: int = 128):
   """float32[B, N, M], of the answers' tokens; `shape` is (N, M)."""
+  rows = as_read(rows, shape[0])
   found = answers.token_log_probabilities(model, rows, mesh=mesh, chunk=chunk)
   return layout.of_answers(found, *shape)
 
 
 def values(model, rows, shape):
   """float32[B, N, M], what a critic expects before each token; `shape` is (N, M)."""
-  hidden = layout.of_answers(model(rows), *shape)
+  hidden = layout.of_answers(model(as_read(rows, shape[0])), *shape)
   kernel = model.score.kernel[...][:, 0].astype(hidden.dtype)
   return jnp.einsum("BNMD,D->BNM", hidden, kernel, preferred_element_type=jnp.float32)
 
@@ -105,7 +111,7 @@ def make_policy_loss(
     logps, entropies = (
       layout.of_answers(x, *shape).reshape(-1, shape[1])
       for x in entropy.token_log_probabilities_and_entropies(
-        model(rows),
+        model(as_read(rows, shape[0])),
         model.head_kernel(),
         rows["targets"],
         rows["weights"],

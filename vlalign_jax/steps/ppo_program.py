@@ -121,7 +121,8 @@ def make_program(
   def scores(params, rows, shape):
     del shape
     whole = nnx.merge(reward.graphdef, params)
-    return whole.scores(whole(rows), rows["answers"])[:, 0]
+    hidden = whole(ppo.as_read(rows, rows["answers"].shape[2]))
+    return whole.scores(hidden, rows["answers"])[:, 0]
 
   def vision_features(params, rows, shape):
     del shape
@@ -131,6 +132,15 @@ def make_program(
   def init_state(params, critic_params):
     of_critic_state = critic.init_state(critic_params) if critic else ()
     return ppo.make_state(actor.init_state(params), of_critic_state)
+
+  generate = make_generate(
+    model,
+    sampling,
+    mesh=mesh,
+    dtype=config.model.dtype,
+    gather=settings.gather,
+    pad_id=pad_id,
+  )
 
   state = jax.eval_shape(init_state, actor.state.params, critic and critic.state.params)
   placement = ppo.make_state(actor.placement, critic.placement if critic else ())
@@ -144,14 +154,7 @@ def make_program(
     reward=reward,
     state=meshes.place(state, placement),
     init_state=jax.jit(init_state, out_shardings=placement, donate_argnums=(0, 1)),
-    sample=make_generate(
-      model,
-      sampling,
-      mesh=mesh,
-      dtype=config.model.dtype,
-      gather=settings.gather,
-      pad_id=pad_id,
-    ),
+    sample=_sample_by_parts(generate, mesh, settings.sample_parts, rows_place),
     answer_rows=jax.jit(layout.answer_rows, out_shardings=rows_place),
     vision_features=of_parts(vision_features),
     reference=of_parts(reference),
@@ -213,3 +216,19 @@ def _by_parts(function, *, mesh: Mesh, parts: int, placement):
     return accumulate.join_rows(jax.lax.map(of_part, accumulate.split_rows(rows, parts)))
 
   return jax.jit(whole, static_argnames="shape", out_shardings=placement)
+
+
+def _sample_by_parts(generate, mesh: Mesh, parts: int, placement):
+  """As `generate`, a part of the rows after the other: one cache goes before the next is made."""
+  if parts == 1:
+    return generate
+
+  def whole(params, prompts, streams, seed):
+    def of_part(part):
+      part = jax.tree.map(lambda x: meshes.constrain_rows(x, mesh), part)
+      return generate(params, *part, seed)
+
+    given = accumulate.split_rows((prompts, streams), parts)
+    return jax.tree.map(accumulate.join_rows, jax.lax.map(of_part, given))
+
+  return jax.jit(whole, out_shardings=placement)
