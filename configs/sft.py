@@ -29,10 +29,10 @@ activations come on top: a few GB a device, less with grad_accumulation.
                     language model too.
 
 The LLaVA-1.5 recipe is Table 9 of Liu et al. 2023, "Improved Baselines with Visual Instruction
-Tuning": AdamW, cosine, warm-up 0.03, no decay; 1e-3 and batch 256, then 2e-5 and batch 128. Vision-LLM-Alignment
-reads CLIP's last layer, class token included, through a linear map and LayerNorm
-(model.projector=linear), trains the embeddings always, warms up for a tenth of the steps, and
-suggests 2e-3 for the first stage. It often turns on model.mmca, too.
+Tuning": AdamW, cosine, warm-up 0.03, no decay; 1e-3 and batch 256, then 2e-5 and batch 128.
+Vision-LLM-Alignment reads CLIP's last layer, class token included, through a linear map and
+LayerNorm (model.projector=linear), trains the embeddings always, warms up for a tenth of the steps,
+and suggests 2e-3 for the first stage. It often turns on model.mmca, too.
 """
 
 from ml_collections import ConfigDict

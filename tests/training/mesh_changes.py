@@ -6,7 +6,6 @@ Writes one JSON object: run -> its metrics, and whether it began with the parame
 checkpoint, bit for bit.
 """
 
-import functools
 import json
 import pathlib
 import shutil
@@ -67,7 +66,7 @@ def main(directory: str) -> None:
       began["equal"] = stored.exists() and equal(state.params, params_of(stored))
       return run_loop(config, workdir, stage, state, *rest)
 
-    meshes.make_mesh = functools.partial(make_mesh, devices=jax.devices()[:devices])
+    meshes.make_mesh = lambda group, _: make_mesh(group, jax.devices()[:devices])
     loop.run = watched
     config = sft_run.make_config(directory / "model", train, **(settings | FIRST | overrides))
     train_sft.train_and_evaluate(config, str(directory / name))
