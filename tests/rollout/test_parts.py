@@ -1,10 +1,13 @@
-"""A rollout whose answers are sampled in parts: the same answers."""
+"""Work that a rollout does not do at once, or not again: parts of it, and its pictures."""
 
 import jax
 import numpy as np
 import pytest
 
 from tests.rollout import tiny
+from vlalign_jax import trees
+from vlalign_jax.models import clip
+from vlalign_jax.rollout import learn
 from vlalign_jax.sharding import hosts
 
 
@@ -13,22 +16,52 @@ def files(tmp_path_factory, compile_cache):
   return tiny.make(str(tmp_path_factory.mktemp("ppo")))
 
 
+def first_rows(run) -> dict:
+  with run.train.batches() as batches:
+    rows = next(batches)
+  del rows["skipped"]
+  return hosts.to_device(run.held.mesh, rows)
+
+
 def test_answers_do_not_depend_on_the_parts_they_are_sampled_in(files, tmp_path):
   found = []
   for parts in (1, 2):
     settings = {"ppo.sample_parts": parts, "ppo.num_samples": 2, "ppo.estimator": "rloo"}
     run = tiny.make_run(files, files.config(**settings), str(tmp_path / str(parts)))
-    with run.train.batches() as batches:
-      rows = next(batches)
-    del rows["skipped"]
-    rows = hosts.to_device(run.held.mesh, rows)
+    rows = first_rows(run)
     streams = np.arange(len(rows["tokens"]), dtype=np.int32)
-    params = run.state.params | {
-      part: tree for part, tree in run.held.frozen.items() if part != "reference"
-    }
+    frozen = {part: tree for part, tree in run.held.frozen.items() if part != "reference"}
+    params = trees.merge(run.state.params, frozen)
     found.append(jax.device_get(run.held.program.sample(params, rows, streams, 7)))
   whole, by_parts = found
   for name in ("tokens", "lengths", "ended"):
     np.testing.assert_array_equal(getattr(whole, name), getattr(by_parts, name))
   np.testing.assert_allclose(whole.log_probabilities, by_parts.log_probabilities, atol=1e-5)
   assert len(set(whole.lengths.ravel().tolist())) > 1
+
+
+def test_pictures_go_once_through_a_tower_that_stays(files, tmp_path, monkeypatch):
+  """Of a whole step nothing looks at pictures but the one program for that."""
+  config = files.config(
+    **{
+      "lora.rank": 2,
+      "train.vision": False,
+      "train.projector": False,
+      "ppo.critic_init": "actor",
+      "ppo.reward_model": "",
+      "ppo.reward_function": "tests.rollout.scorers:length",
+    }
+  )
+  run = tiny.make_run(files, config, str(tmp_path))
+  held, rows = run.held, first_rows(run)
+  frozen = {part: tree for part, tree in held.frozen.items() if part != "reference"}
+  params = trees.merge(run.state.params, frozen)
+  held.program.vision_features(params, rows, None)  # it is compiled now
+
+  def looks(*_, **__):
+    raise AssertionError("pictures go through the tower again")
+
+  monkeypatch.setattr(clip.VisionTower, "__call__", looks)
+  step = learn.make_train_step(held, run.train, run.records, {})
+  _, metrics = step(run.state, rows)
+  assert np.isfinite(metrics["loss"])

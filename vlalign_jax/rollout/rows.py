@@ -27,12 +27,12 @@ def answer_rows(prompts, tokens, lengths):
 
   Args:
     prompts: rows of one prompt each, from their start: tokens, positions, segments and image_slots
-      int32[B, L], and images.
+      int32[B, L], and images, maybe with `vision_features`, what a tower that stays made of them.
     tokens: int32[B, N, M], of the answers.
     lengths: int32[B, N], how many of these each has; none where there is no prompt.
 
   Returns:
-    dict of arrays [B, L + N * (M + 1)] and the images.
+    dict of arrays [B, L + N * (M + 1)], and the images with what was made of them.
   """
   B, N, M = tokens.shape
   L = prompts["tokens"].shape[1]
@@ -68,7 +68,7 @@ def answer_rows(prompts, tokens, lengths):
     "targets": behind(targets),
     "weights": behind(learnt).astype(jnp.float32),
     "image_slots": row("image_slots", -1, jnp.full((1, 1, 1), -1, jnp.int32)),
-    "images": prompts["images"],
+    **{name: prompts[name] for name in ("images", "vision_features") if name in prompts},
   }
 
 
