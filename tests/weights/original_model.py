@@ -1,0 +1,136 @@
+"""A tiny model with the modules, names and files of Vision-LLM-Alignment, in torch."""
+
+import copy
+import json
+import os
+
+import torch
+import transformers
+
+from tests import checkpoints, reference
+from vlalign_jax.weights import original
+
+# What the original adds to a LLaMA tokenizer, in its order.
+ADDED = ("### Image:", "<image>")
+
+
+class Adapted(torch.nn.Module):
+  """Its LinearLayer_LoRA: x W + (x A) B / r."""
+
+  def __init__(self, linear: torch.nn.Linear, rank: int, generator):
+    super().__init__()
+    self.weight, self.bias = linear.weight, linear.bias
+    self.lora_right_weight = noise((linear.in_features, rank), generator)
+    self.lora_left_weight = noise((rank, linear.out_features), generator)
+    self.scaling = 1 / rank
+
+  def forward(self, x):
+    added = x @ self.lora_right_weight @ self.lora_left_weight
+    return torch.nn.functional.linear(x, self.weight, self.bias) + added * self.scaling
+
+  def merge(self):
+    product = self.lora_left_weight.t() @ self.lora_right_weight.t()
+    self.weight.data += self.scaling * product
+
+
+class Original(torch.nn.Module):
+  """vis_encoder, lang_decoder, lang_embed, projection."""
+
+  def __init__(self, vision, language, projection):
+    super().__init__()
+    self.vis_encoder, self.lang_decoder = vision, language
+    self.lang_embed = copy.deepcopy(language.model.embed_tokens)
+    self.projection = projection
+
+  def hidden(self, tokens, pixels, image_token_id: int):
+    """float[T, D] after the final norm; `<image>` is repeated for each of an image's tokens."""
+    x = self.lang_embed(tokens)
+    if pixels is not None:
+      features = self.projection(self.vis_encoder(pixels).last_hidden_state)
+      x = x.masked_scatter((tokens == image_token_id)[:, None], features)
+    return self.lang_decoder.model(inputs_embeds=x[None]).last_hidden_state[0]
+
+  def logits(self, tokens, pixels, image_token_id: int):
+    """float[T, V]."""
+    return self.lang_decoder.lm_head(self.hidden(tokens, pixels, image_token_id))
+
+
+class Reward(torch.nn.Module):
+  """Its ViRewardModel."""
+
+  def __init__(self, model: Original):
+    super().__init__()
+    self.rwtranrsformer = model
+    self.v_head = torch.nn.Linear(model.lang_embed.weight.shape[1], 1, bias=False)
+
+
+def noise(shape, generator, scale: float = 0.3) -> torch.nn.Parameter:
+  return torch.nn.Parameter(scale * torch.randn(shape, generator=generator))
+
+
+def make(root, projection=None, **text) -> Original:
+  """Writes the towers' directories, root/clip and root/llama, and makes a model of them.
+
+  Args:
+    root: pathlib.Path.
+    projection: its `projection`; None: linear map and LayerNorm.
+    **text: of the language model's config.
+  """
+  vision = checkpoints.make_clip(root / "clip", whole=False)
+  language = checkpoints.make_llama(root / "llama", **text)
+  language.resize_token_embeddings(len(tokenizer()))
+  width = vision.config.hidden_size, language.config.hidden_size
+  if projection is None:
+    norm = torch.nn.LayerNorm(width[1], eps=1e-12)
+    projection = torch.nn.Sequential(torch.nn.Linear(*width), norm)
+  model = Original(vision, language, projection)
+  generator = torch.Generator().manual_seed(3)
+  for param in (*projection.parameters(), model.lang_embed.weight, language.lm_head.weight):
+    param.data += 0.3 * torch.randn(param.shape, generator=generator)
+  return model.eval()
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+  """The LLaMA directory's, with what the original adds."""
+  made = checkpoints.make_tokenizer(image_token=False)
+  made.add_tokens(list(ADDED), special_tokens=True)
+  made.add_special_tokens({"pad_token": "<PAD>"})
+  return made
+
+
+def adapt(model: Original, rank: int = 2) -> list[Adapted]:
+  """Adapters in every linear map of the decoder's layers, in place."""
+  generator, made = torch.Generator().manual_seed(4), []
+  for layer in model.lang_decoder.model.layers:
+    for part in (layer.self_attn, layer.mlp):
+      for name, module in list(part.named_children()):
+        if isinstance(module, torch.nn.Linear):
+          made.append(Adapted(module, rank, generator))
+          setattr(part, name, made[-1])
+  return made
+
+
+def save(model: torch.nn.Module, directory, with_tokenizer: bool = True, **changes) -> None:
+  """Writes what the original's save_hf_format and torch.save do; `changes` are further tensors."""
+  os.makedirs(directory, exist_ok=True)
+  state = {  # the spelling of transformers 4, which the original runs on
+    name.replace("vis_encoder.", "vis_encoder.vision_model.", 1): tensor
+    for name, tensor in model.state_dict().items()
+  }
+  torch.save(state | changes, os.path.join(directory, original.WEIGHTS))
+  if with_tokenizer:
+    tokenizer().save_pretrained(directory)
+
+
+def example_of(config):
+  """(example with two images, pictures, tokens and pixels for torch)."""
+  pictures = reference.make_pictures(2, config.vision.image_size)
+  example = reference.make_example(config, 20, tuple(pictures))
+  pixels = reference.pixel_values(config, [pictures[path] for path in example.images])
+  return example, pictures, torch.tensor(example.tokens).long(), pixels
+
+
+def heading_in(directory: str) -> bool:
+  """Whether a tokenizer's files hold the heading as a token."""
+  with open(os.path.join(directory, "tokenizer.json"), encoding="utf-8") as file:
+    return ADDED[0] in {token["content"] for token in json.load(file)["added_tokens"]}
