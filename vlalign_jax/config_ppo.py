@@ -30,6 +30,7 @@ def add(c: ConfigDict) -> None:
   ppo.missing_end_penalty = 0.0  # off the score of an answer without an end token (TRL: None)
   ppo.score_queue = 0  # last scores by which new ones are normalised (original: 1000); 0: off
   ppo.score_scale = 10.0  # standard deviation of what is normalised (original: 10)
+  ppo.blank_images = False  # reward model and critic see grey pictures: those that do not look
   # Sampling of answers.
   ppo.num_samples = 1  # answers to each prompt; rloo and grpo need two
   ppo.max_new_tokens = 384  # TRL: 53; original: 384

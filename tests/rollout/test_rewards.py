@@ -139,6 +139,9 @@ def test_an_empty_answer_is_scored_as_any_other(files, tmp_path):
   reader = tiny.text_reader(run, images=2, answers=2)
   empty = reader.rows(records, [["", ""]] * len(records))
   assert (empty["answers"] >= 0).all()
+  grey = dataclasses.replace(reader, blank=True).rows(records, [["", ""]] * len(records))
+  there = empty["images"].any(axis=(2, 3, 4), keepdims=True)
+  np.testing.assert_array_equal(grey["images"], np.broadcast_to(127 * there, grey["images"].shape))
 
 
 def test_prompts_that_do_not_fit_are_skipped_and_counted(files, tmp_path, caplog):

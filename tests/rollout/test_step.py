@@ -16,6 +16,7 @@ from vlalign_jax.sharding import hosts
 
 SETTINGS = {
   "gae": {"ppo.num_samples": 2},
+  "blank": {"ppo.blank_images": True},
   "rloo": {"ppo.estimator": "rloo", "ppo.num_samples": 3, "ppo.loss_level": "sequence"},
   "grpo": {
     "ppo.estimator": "grpo",
@@ -46,11 +47,14 @@ class Torch:
     self.order = np.argsort([plan.rows_of(0, row)[0] for row in range(plan.rows)])
     lengths, ended = jax.device_get((rollout.lengths, rollout.ended))
     for row, (example, pictures) in enumerate(tiny.prompts_of(run)):
-      group = []
+      group, judged = [], pictures
+      if self.p.blank_images:
+        judged = [np.full_like(picture, 127) for picture in pictures]
       for n, length in enumerate(lengths[row]):
         tokens = rollout.tokens[row, n, :length]
         given = tiny.inputs(run.model, example, pictures, tokens)
         answer = types.SimpleNamespace(inputs=given, tokens=tokens, ended=bool(ended[row, n]))
+        answer.judged = tiny.inputs(run.model, example, judged, tokens)
         group.append(answer)
       self.answers.append(group)
 
@@ -62,7 +66,7 @@ class Torch:
     return chosen, -(logs.exp() * logs).sum(-1)
 
   def values(self, answer):
-    hidden = self.critic.model(**answer.inputs).last_hidden_state[0]
+    hidden = self.critic.model(**answer.judged).last_hidden_state[0]
     return hidden[-len(answer.tokens) - 1 : -1] @ self.kernel
 
   def observe(self):
@@ -70,7 +74,7 @@ class Torch:
       for answer in (answer for group in self.answers for answer in group):
         answer.old = self.log_probabilities(self.actor, answer)[0]
         answer.reference = self.log_probabilities(self.reference, answer)[0]
-        hidden = self.scorer.model(**answer.inputs).last_hidden_state[0, -1]
+        hidden = self.scorer.model(**answer.judged).last_hidden_state[0, -1]
         answer.score = hidden @ self.scorer_kernel
         placed = answer.score - (0 if answer.ended else self.p.missing_end_penalty)
         answer.clipped = placed.clamp(-self.p.score_clip, self.p.score_clip)
@@ -196,7 +200,7 @@ def test_a_step_equals_torch(name, files, tmp_path):
   for key, wanted in plain.learn().items():
     assert metrics[key] == pytest.approx(wanted, rel=1e-4, abs=1e-5), key
   compare(run.model, trees.flatten(state.params), plain.actor.state_dict())
-  if name == "gae":
+  if config.ppo.estimator == "gae":
     critic = trees.flatten(state.critic.params)
     kernel = critic.pop("score/kernel")
     assert reference.relative_error(kernel[:, 0], plain.kernel.detach()) < 1e-4

@@ -140,11 +140,6 @@ def _for_sampling(prompts: dict) -> dict:
   return {name: prompts[name] for name in names if name in prompts}
 
 
-def without_features(rows: dict, same_tower: bool) -> dict:
-  """Rows for a model that may not have the actor's vision tower."""
-  return {name: x for name, x in rows.items() if same_tower or name != "vision_features"}
-
-
 def _scores(roles: Roles, rows, shape, tokens, lengths, records) -> np.ndarray:
   settings, texts = roles.config.ppo, None
   there = lengths > 0
@@ -156,7 +151,8 @@ def _scores(roles: Roles, rows, shape, tokens, lengths, records) -> np.ndarray:
     if roles.reader is None:
       row_length = rows["tokens"].shape[1]
       places = layout.last_places(lengths, row_length, shape[1])
-      rows = without_features(rows, roles.same_tower_reward)
+      seen = {"same_tower": roles.same_tower_reward, "blank": settings.blank_images}
+      rows = layout.for_judge(rows, **seen)
     else:
       live = [record if there[row].any() else None for row, record in enumerate(records)]
       rows = roles.reader.rows(live, texts)

@@ -14,6 +14,7 @@ from vlalign_jax.data.prepare import Prepared
 from vlalign_jax.losses import kl, sums
 from vlalign_jax.losses.score_queue import ScoreQueue
 from vlalign_jax.rollout import collect
+from vlalign_jax.rollout import rows as layout
 from vlalign_jax.steps.ppo import GAE, State
 
 # Of the updates of a step, these are reported as they were last, and the gap as it was at first:
@@ -102,7 +103,8 @@ def _learn_from(roles: collect.Roles, state: State, rollout: collect.Rollout, le
     scores = scores.copy()
     scores[there] = learner.queue.normalise(scores[there])
   if roles.config.ppo.estimator == GAE:
-    rows = collect.without_features(rollout.rows, roles.same_tower_critic)
+    seen = {"same_tower": roles.same_tower_critic, "blank": roles.config.ppo.blank_images}
+    rows = layout.for_judge(rollout.rows, **seen)
     critic = state.critic.params, roles.critic_frozen
     values = roles.program.values(critic, rows, rollout.shape)
   return roles.program.learn_from(

@@ -24,6 +24,7 @@ class TextReader:
     image_root: the config's data.images.
     images: of every row.
     answers: N, to each prompt.
+    blank: whether it sees grey pictures, `ppo.blank_images`.
   """
 
   source: Source
@@ -31,6 +32,7 @@ class TextReader:
   image_root: str
   images: int
   answers: int
+  blank: bool = False
 
   def check(self) -> None:
     """Raises an InputError unless template and tokenizer go together."""
@@ -58,7 +60,7 @@ class TextReader:
       length *= 2  # few lengths, so that little is compiled
     model, height = self.source.config, self.source.images.height
     pixels = np.zeros((len(records), self.images, height, self.source.images.width, 3), np.uint8)
-    rows, load = [], LoadImage(self.source.images, blank=False)
+    rows, load = [], LoadImage(self.source.images, self.blank)
     for place, row in enumerate(examples):
       arrays, paths = build_row(
         row,

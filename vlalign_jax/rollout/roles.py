@@ -145,7 +145,9 @@ def find_scorers(config: ConfigDict, sources: Sources, records):
     return None, function
   logging.info("the reward model reads answers as text, in its own tokens (%s)", template)
   images = max((len(set(record.images)) for record in records), default=0)
-  reader = TextReader(reward, template, config.data.images, images, config.ppo.num_samples)
+  reader = TextReader(
+    reward, template, config.data.images, images, config.ppo.num_samples, config.ppo.blank_images
+  )
   reader.check()
   return reader, function
 

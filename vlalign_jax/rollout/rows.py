@@ -8,6 +8,8 @@ an answer leaves of its columns stays in its branch, behind all that it may see.
 
 import jax.numpy as jnp
 
+from vlalign_jax.data.images import GREY
+
 # Rows of a rollout are cut to this share of max_new_tokens, or to all, by its longest answer.
 SHARES = (4, 2, 1)
 
@@ -70,6 +72,19 @@ def answer_rows(prompts, tokens, lengths):
     "image_slots": row("image_slots", -1, jnp.full((1, 1, 1), -1, jnp.int32)),
     **{name: prompts[name] for name in ("images", "vision_features") if name in prompts},
   }
+
+
+def for_judge(rows: dict, *, same_tower: bool, blank: bool) -> dict:
+  """Rows as the reward model or the critic reads them.
+
+  Args:
+    rows: of `answer_rows`, maybe with the actor's `vision_features`.
+    same_tower: whether the one who reads has the actor's vision tower.
+    blank: whether it sees grey pictures, `ppo.blank_images`.
+  """
+  if not same_tower or blank:
+    rows = {name: x for name, x in rows.items() if name != "vision_features"}
+  return rows | {"images": jnp.full_like(rows["images"], GREY)} if blank else rows
 
 
 def of_answers(x, answers: int, length: int):

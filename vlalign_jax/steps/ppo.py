@@ -202,12 +202,11 @@ def update_step(
   }
   logged = {}
   if critic is not None:
-    left_out = () if same_tower else ("vision_features",)
-    critic_rows = {name: x for name, x in rows.items() if name not in left_out}
+    seen = {"same_tower": same_tower, "blank": config.ppo.blank_images}
     critic_state, found = update.train_step(
       state.critic,
       critic_frozen,
-      critic_rows,
+      layout.for_judge(rows, **seen),
       make_loss=functools.partial(make_value_loss, graphdef=critic.graphdef, settings=config.ppo),
       count=functools.partial(count, level="token"),
       **common,
