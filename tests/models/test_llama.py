@@ -1,8 +1,11 @@
 """What parity in float32 does not show of the language model."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from vlalign_jax.models import llama, rope
@@ -18,6 +21,7 @@ CONFIG = llama.LanguageConfig(
   norm_epsilon=1e-6,
   rope=rope.RopeConfig(),
 )
+TYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
 
 def test_embedding_gradient_of_a_frequent_token_is_summed_in_float32():
@@ -35,3 +39,19 @@ def test_embedding_gradient_of_a_frequent_token_is_summed_in_float32():
   # bfloat16 counts to 256 only.
   np.testing.assert_array_equal(gradient[3], 4096)
   np.testing.assert_array_equal(np.delete(gradient, 3, axis=0), 0)
+
+
+@pytest.mark.parametrize(
+  ("keys", "with_bias"),
+  [
+    ({}, ""),
+    ({"attention_bias": True}, "query key value out"),
+    ({"qkv_bias": True}, "query key value"),
+  ],
+)
+def test_biases_of_attention(keys, with_bias):
+  config = dataclasses.replace(CONFIG, **keys)
+  build = lambda: llama.LanguageModel(config, **TYPES, rngs=nnx.Rngs(0))  # noqa: E731
+  params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(build)))
+  maps = params["layers"]["attention"]
+  assert {name for name, held in maps.items() if "bias" in held} == set(with_bias.split())

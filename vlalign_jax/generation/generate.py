@@ -106,6 +106,7 @@ def generate(
   N, M = sampling.num_samples, sampling.max_new_tokens
   B, V = rows["tokens"].shape[0], model.config.language.vocab_size
   lengths = jnp.sum(rows["segments"] > 0, axis=1)
+  images = model.image_tokens(rows)
   keys = samplings.row_keys(seed, prompts, N)
 
   def write(state: _State, hidden) -> _State:
@@ -137,12 +138,15 @@ def generate(
     x = model.language.embed(state.newest)
     earlier = state.step - 1
     positions = jnp.broadcast_to(lengths[:, None] + earlier, (B, N))
-    hidden, newest = model.language.decode(x, positions, state.held, lengths, earlier, mesh=mesh)
+    hidden, newest = model.language.decode(
+      x, positions, state.held, lengths, earlier, images=images, mesh=mesh
+    )
     held = cache.append(state.held, newest, earlier, mesh)
     return write(state._replace(held=held), hidden)
 
   x = model.embed(rows)
-  hidden, prompt_cache = model.language.prefill(x, rows["positions"], rows["segments"], mesh=mesh)
+  places = (rows[name] for name in ("positions", "segments"))
+  hidden, prompt_cache = model.language.prefill(x, *places, images=images, mesh=mesh)
   last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
   empty = jnp.zeros((B, N), jnp.int32)
   none = jnp.zeros((B, N, M), jnp.float32)

@@ -1,7 +1,12 @@
 """Attention over rows that hold several examples, each with a shared prompt and several answers.
 
 One rule covers padding, packing and shared prompts: query q sees key k iff both are of the same
-segment, k belongs to the prompt (branch 0) or to q's own branch, and k is not after q.
+segment, k belongs to the prompt (branch 0) or to q's own branch, and k is not after q. A sliding
+window adds that k is fewer positions behind q than it is wide.
+
+Multi-modal causal attention (Yao et al. 2023, "DeepSpeed-VisualChat") is that rule with two classes
+of keys, text and images, each with a softmax of its own; what the two give is added. An image token
+sees no other image token. A query that sees no key of a class gets zero of it.
 """
 
 import jax
@@ -11,27 +16,46 @@ from vlalign_jax.models import splash, tiles
 from vlalign_jax.sharding.mesh import row_blocks
 
 
-def attend(query, key, value, segments=None, branches=None, *, mesh: Mesh | None = None):
-  """Softmax self-attention with grouped key/value heads and float32 statistics.
+def attend(
+  query,
+  key,
+  value,
+  segments=None,
+  branches=None,
+  *,
+  positions=None,
+  window: int | None = None,
+  images=None,
+  mesh: Mesh | None = None,
+):
+  """Softmax attention with grouped key/value heads and float32 statistics.
 
   Args:
     query: float[B, T, H, D].
-    key, value: float[B, T, K, D] with H a multiple of K; head h reads key head h // (H / K).
+    key, value: float[B, S, K, D] with H a multiple of K; head h reads key head h // (H / K). S = T
+      if there are segments.
     segments, branches: int32[B, T], for the rule above. Without branches all is branch 0; without
       segments everything sees everything.
+    positions: int32[B, T], counted from 0 in every example; read if there is a window.
+    window: how many positions a query sees, its own included; None: all before it.
+    images: bool[B, T], an image's tokens, for multi-modal causal attention; None: without.
     mesh: over which B is split; None: one device of JAX's default platform.
 
   Returns:
     float[B, T, H, D] in the query's dtype.
   """
   platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-  if platform == "tpu" and segments is not None and branches is None:
-    return splash.attend(query, key, value, segments, mesh=mesh)
   B, T, H, D = query.shape
+  if window and window >= T:
+    window = None
+  if platform == "tpu" and segments is not None and branches is None:
+    return splash.attend(query, key, value, segments, window=window, images=images, mesh=mesh)
   K = key.shape[2]
   query = query.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
   key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-  layout = None if segments is None else tiles.Layout(segments, branches)
+  layout = None
+  if segments is not None:
+    layout = tiles.Layout(segments, branches, None if window is None else positions, images)
   on_cpu = platform == "cpu"
   mixed = tiles.attend(
     query,
@@ -40,5 +64,6 @@ def attend(query, key, value, segments=None, branches=None, *, mesh: Mesh | None
     layout,
     tile=tiles.CPU_TILE if on_cpu else tiles.TILE,
     row_shards=row_blocks(mesh) if on_cpu else 0,
+    window=window,
   )
   return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)

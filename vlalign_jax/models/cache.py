@@ -61,7 +61,18 @@ def _placed(cache: Cache, mesh: Mesh | None) -> Cache:
   return jax.lax.with_sharding_constraint(cache, place)
 
 
-def attend(query, key, value, cache: Cache, prompt_lengths, step, mesh: Mesh | None):
+def attend(
+  query,
+  key,
+  value,
+  cache: Cache,
+  prompt_lengths,
+  step,
+  *,
+  window: int | None = None,
+  images=None,
+  mesh: Mesh | None = None,
+):
   """Attention of the samples' newest tokens over their prompt, their earlier tokens and themselves.
 
   Args:
@@ -70,6 +81,9 @@ def attend(query, key, value, cache: Cache, prompt_lengths, step, mesh: Mesh | N
     cache: of one layer.
     prompt_lengths: int32[B]; what the cache holds of a prompt behind its length is padding.
     step: int32[], how many earlier tokens the samples have.
+    window: how many positions a query sees, its own included; None: all.
+    images: bool[B, S], which of the prompts' tokens are an image's, for multi-modal causal
+      attention; None: without.
     mesh: over which B and K are split.
 
   Returns:
@@ -87,22 +101,46 @@ def attend(query, key, value, cache: Cache, prompt_lengths, step, mesh: Mesh | N
 
   # All samples of a prompt go through one product with its keys, Q = N * G.
   of_prompt = product("BKQD,BKSD->BKQS", query.reshape(B, K, N * G, D), cache.prompt_keys)
-  in_prompt = jnp.arange(S) < prompt_lengths[:, None, None, None]
-  of_prompt = jnp.where(in_prompt, of_prompt, _HIDDEN).reshape(B, K, N, G, S)
+  of_prompt = of_prompt.reshape(B, K, N, G, S)
   of_earlier = product("BKNGD,BKNMD->BKNGM", query, cache.keys)
-  of_earlier = jnp.where(jnp.arange(M) < step, of_earlier, _HIDDEN)
   of_itself = product("BKNGD,BKND->BKNG", query, key)[..., None]
   scores = jnp.concatenate([of_prompt, of_earlier, of_itself], axis=-1) * D**-0.5
-  weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-  total = jnp.sum(weights, axis=-1, keepdims=True)
+  seen = _seen(prompt_lengths, S, step, M, window)[:, None, None, None]
+  scores = jnp.where(seen, scores, _HIDDEN)
+  if images is None:
+    weights = _softmax(scores)
+  else:
+    of_images = jnp.pad(images, ((0, 0), (0, M + 1)))[:, None, None, None]
+    weights = _softmax(jnp.where(of_images, _HIDDEN, scores))
+    weights += _softmax(jnp.where(of_images, scores, _HIDDEN))
   weights = weights.astype(value.dtype)
   of_prompt = weights[..., :S].reshape(B, K, N * G, S)
   of_prompt = product("BKQS,BKSD->BKQD", of_prompt, cache.prompt_values)
   of_earlier = product("BKNGM,BKNMD->BKNGD", weights[..., S:-1], cache.values)
   of_itself = weights[..., -1:].astype(jnp.float32) * value[:, :, :, None]
-  mixed = (of_prompt.reshape(B, K, N, G, D) + of_earlier + of_itself) / total
+  mixed = of_prompt.reshape(B, K, N, G, D) + of_earlier + of_itself
   mixed = mixed.astype(query.dtype).swapaxes(1, 2).reshape(B, N, H, D)
   return constrain_tensor(mixed, mesh, axis=2)
+
+
+def _seen(prompt_lengths, prompt_length: int, step, tokens: int, window: int | None):
+  """bool[B, S + M + 1], which of their prompt's, the earlier and the newest tokens queries see."""
+  prompt, earlier = jnp.arange(prompt_length), jnp.arange(tokens)
+  lengths = prompt_lengths[:, None]
+  of_prompt, of_earlier = prompt < lengths, earlier < step
+  if window is not None:  # a prompt's token has the position of its place
+    of_prompt &= lengths + step - prompt < window
+    of_earlier &= step - earlier < window
+  of_earlier = jnp.broadcast_to(of_earlier, (len(lengths), tokens))
+  return jnp.concatenate([of_prompt, of_earlier, jnp.ones_like(lengths, bool)], axis=1)
+
+
+def _softmax(scores):
+  """Over the last axis; zeros where all is hidden."""
+  highest = jnp.max(scores, axis=-1, keepdims=True)
+  weights = jnp.exp(scores - jnp.maximum(highest, _HIDDEN / 2))
+  # The highest score alone gives 1.
+  return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1)
 
 
 def run_layers(layers: nnx.Module, x, call, cache: Cache | None, mesh: Mesh | None):

@@ -79,25 +79,23 @@ class VisionLayer(nnx.Module):
     return x + self.mlp(self.mlp_norm(x), mesh)
 
 
+def parts(config: VisionConfig, **types):
+  """(linear, norm), what layers are made of; types: dtype and param_dtype."""
+  normal = nnx.initializers.normal(config.width**-0.5)
+  linear = functools.partial(nnx.Linear, kernel_init=normal, **types)
+  norm = functools.partial(
+    nnx.LayerNorm, epsilon=config.norm_epsilon, use_fast_variance=False, **types
+  )
+  return linear, norm
+
+
 class VisionTower(nnx.Module):
   """Pixels to patch features."""
 
   def __init__(self, config: VisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
     self.config = config
     self.dtype = dtype
-    linear = functools.partial(
-      nnx.Linear,
-      dtype=dtype,
-      param_dtype=param_dtype,
-      kernel_init=nnx.initializers.normal(config.width**-0.5),
-    )
-    norm = functools.partial(
-      nnx.LayerNorm,
-      epsilon=config.norm_epsilon,
-      dtype=dtype,
-      param_dtype=param_dtype,
-      use_fast_variance=False,
-    )
+    linear, norm = parts(config, dtype=dtype, param_dtype=param_dtype)
     # Weights of the patch convolution, flattened in the order row, column, channel.
     self.patch_embedding = linear(config.patch_size**2 * 3, config.width, use_bias=False, rngs=rngs)
     normal = nnx.initializers.normal(config.width**-0.5)

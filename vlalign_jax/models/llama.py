@@ -23,19 +23,23 @@ class LanguageConfig:
   norm_epsilon: float
   rope: rope.RopeConfig
   tied_embeddings: bool = False
-  attention_bias: bool = False
+  attention_bias: bool = False  # of all four maps
+  qkv_bias: bool = False  # of query, key and value, as Qwen2 has it
   mlp_bias: bool = False
   activation: str = "silu"
+  sliding_window: int | None = None  # positions that a query sees, its own included; None: all
 
 
 class LanguageAttention(nnx.Module):
   def __init__(self, config: LanguageConfig, linear, rngs):
     self.head_dim = config.head_dim
-    linear = functools.partial(linear, use_bias=config.attention_bias)
-    self.query = linear(config.width, config.heads * config.head_dim, rngs=rngs)
-    self.key = linear(config.width, config.kv_heads * config.head_dim, rngs=rngs)
-    self.value = linear(config.width, config.kv_heads * config.head_dim, rngs=rngs)
-    self.out = linear(config.heads * config.head_dim, config.width, rngs=rngs)
+    into = functools.partial(linear, use_bias=config.attention_bias or config.qkv_bias)
+    self.query = into(config.width, config.heads * config.head_dim, rngs=rngs)
+    self.key = into(config.width, config.kv_heads * config.head_dim, rngs=rngs)
+    self.value = into(config.width, config.kv_heads * config.head_dim, rngs=rngs)
+    self.out = linear(
+      config.heads * config.head_dim, config.width, use_bias=config.attention_bias, rngs=rngs
+    )
 
   def __call__(self, x, rotation, mix, mesh):
     """[B, T, D] and what `mix`, `(query, key, value) -> (mixed, kept)`, keeps of this layer."""
@@ -105,6 +109,7 @@ class LanguageModel(nnx.Module):
     segments,
     branches,
     *,
+    images=None,
     remat: str = "none",
     mesh: Mesh | None = None,
     dropout_key=None,
@@ -114,6 +119,7 @@ class LanguageModel(nnx.Module):
     Args:
       x: float[B, T, D], token embeddings with image features in their places.
       positions, segments, branches: int32[B, T], see ARCHITECTURE.md, "Rows"; branches None: all 0.
+      images: bool[B, T], image tokens, for multi-modal causal attention; None: without.
       remat: see `stack.REMAT_NAMES`.
       mesh: over which B is split.
       dropout_key: for the dropout of adapters; None: without.
@@ -124,7 +130,7 @@ class LanguageModel(nnx.Module):
     rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
 
     def mix(query, key, value):
-      return attention.attend(query, key, value, segments, branches, mesh=mesh), None
+      return self._attend(query, key, value, positions, segments, branches, images, mesh), None
 
     def call(layer, x):
       return layer(x, rotation, mix, mesh)[0]
@@ -132,13 +138,17 @@ class LanguageModel(nnx.Module):
     x, _ = stack.run_stack(self.layers, x, call, remat=remat, mesh=mesh, dropout_key=dropout_key)
     return self.norm(constrain_rows(x, mesh))
 
-  def prefill(self, x, positions, segments, *, mesh: Mesh | None = None):
+  def _attend(self, query, key, value, positions, segments, branches, images, mesh):
+    places = {"positions": positions, "window": self.config.sliding_window, "images": images}
+    return attention.attend(query, key, value, segments, branches, **places, mesh=mesh)
+
+  def prefill(self, x, positions, segments, *, images=None, mesh: Mesh | None = None):
     """As `__call__` with one branch; also the keys and values, [L, B, K, T, head_dim] each."""
     rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
 
     def mix(query, key, value):
       kept = [constrain_tensor(part.swapaxes(1, 2), mesh, axis=1) for part in (key, value)]
-      return attention.attend(query, key, value, segments, mesh=mesh), kept
+      return self._attend(query, key, value, positions, segments, None, images, mesh), kept
 
     def call(layer, x, _):
       return layer(x, rotation, mix, mesh)
@@ -147,7 +157,15 @@ class LanguageModel(nnx.Module):
     return self.norm(constrain_rows(x, mesh)), kept
 
   def decode(
-    self, x, positions, held: cache.Cache, prompt_lengths, step, *, mesh: Mesh | None = None
+    self,
+    x,
+    positions,
+    held: cache.Cache,
+    prompt_lengths,
+    step,
+    *,
+    images=None,
+    mesh: Mesh | None = None,
   ):
     """Hidden states of the samples' newest tokens.
 
@@ -157,16 +175,18 @@ class LanguageModel(nnx.Module):
       held: keys and values of prompts and earlier tokens.
       prompt_lengths: int32[B].
       step: int32[], how many earlier tokens the samples have.
+      images: bool[B, S], image tokens of the prompts, for multi-modal causal attention.
       mesh: over which B is split.
 
     Returns:
       [B, N, D] after the final norm, and the tokens' own keys and values, [L, B, N, K, head_dim].
     """
     rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
+    options = {"window": self.config.sliding_window, "images": images, "mesh": mesh}
 
     def call(layer, x, of_layer):
       def mix(query, key, value):
-        mixed = cache.attend(query, key, value, of_layer, prompt_lengths, step, mesh)
+        mixed = cache.attend(query, key, value, of_layer, prompt_lengths, step, **options)
         return mixed, (key, value)
 
       return layer(x, rotation, mix, mesh)

@@ -5,10 +5,11 @@ import dataclasses
 from flax import nnx
 from jax.sharding import Mesh
 
-from vlalign_jax.models import activations
+from vlalign_jax.errors import InputError
+from vlalign_jax.models import activations, clip, perceiver
 from vlalign_jax.sharding.mesh import constrain_rows
 
-PROJECTORS = ("linear", "mlp")
+PROJECTORS = ("linear", "mlp", "vit", "perceiver")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,21 +17,44 @@ class ProjectorConfig:
   kind: str  # one of PROJECTORS
   in_width: int
   out_width: int
-  activation: str = "gelu"
-  use_bias: bool = True
+  activation: str = "gelu"  # of `mlp`
+  use_bias: bool = True  # of `mlp` and `linear`
+
+
+def tokens_per_image(config: ProjectorConfig, vision: clip.VisionConfig) -> int:
+  """Embeddings that an image becomes."""
+  return perceiver.QUERIES if config.kind == "perceiver" else vision.tokens_per_image
+
+
+def check(config: ProjectorConfig, vision: clip.VisionConfig, where: str) -> None:
+  """Raises an InputError if the projector does not fit between the towers of a model."""
+  if config.kind not in PROJECTORS:
+    kinds = ", ".join(PROJECTORS)
+    raise InputError(f"{where}: projector {config.kind!r}; choose from {kinds}")
+  if config.kind == "vit" and len(vision.feature_layers) > 1:
+    raise InputError(
+      f"{where}: the vit projector is one more layer of the vision tower and takes the features of "
+      f"one; vision_feature_layer names {len(vision.feature_layers)}: give one"
+    )
+  if config.kind == "perceiver" and config.out_width % perceiver.HEAD_DIM:
+    raise InputError(
+      f"{where}: the perceiver projector has heads of {perceiver.HEAD_DIM}, and the language "
+      f"model's width {config.out_width} is no multiple of that; choose another projector"
+    )
+
+
+def _linear_and_norm(config: ProjectorConfig, rngs: nnx.Rngs, **types):
+  widths = config.in_width, config.out_width
+  linear = nnx.Linear(*widths, use_bias=config.use_bias, rngs=rngs, **types)
+  norm = nnx.LayerNorm(widths[1], epsilon=1e-12, use_fast_variance=False, rngs=rngs, **types)
+  return linear, norm
 
 
 class LinearProjector(nnx.Module):
   """Linear map and LayerNorm: Vision-LLM-Alignment's "baseline"."""
 
-  def __init__(self, config: ProjectorConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-    types = {"dtype": dtype, "param_dtype": param_dtype}
-    self.linear = nnx.Linear(
-      config.in_width, config.out_width, use_bias=config.use_bias, rngs=rngs, **types
-    )
-    self.norm = nnx.LayerNorm(
-      config.out_width, epsilon=1e-12, use_fast_variance=False, rngs=rngs, **types
-    )
+  def __init__(self, config: ProjectorConfig, vision, *, rngs: nnx.Rngs, **types):
+    self.linear, self.norm = _linear_and_norm(config, rngs, **types)
 
   def __call__(self, features, mesh: Mesh | None = None):
     return self.norm(constrain_rows(self.linear(features), mesh))
@@ -39,8 +63,8 @@ class LinearProjector(nnx.Module):
 class MlpProjector(nnx.Module):
   """Linear, activation, linear: LLaVA-1.5 (Liu et al. 2023, "Improved baselines")."""
 
-  def __init__(self, config: ProjectorConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-    types = {"dtype": dtype, "param_dtype": param_dtype, "use_bias": config.use_bias}
+  def __init__(self, config: ProjectorConfig, vision, *, rngs: nnx.Rngs, **types):
+    types["use_bias"] = config.use_bias
     self.activation = config.activation
     self.first = nnx.Linear(config.in_width, config.out_width, rngs=rngs, **types)
     self.second = nnx.Linear(config.out_width, config.out_width, rngs=rngs, **types)
@@ -50,7 +74,38 @@ class MlpProjector(nnx.Module):
     return constrain_rows(self.second(activations.ACTIVATIONS[self.activation](hidden)), mesh)
 
 
-def build_projector(config: ProjectorConfig, *, dtype, param_dtype, rngs: nnx.Rngs) -> nnx.Module:
-  """A module that maps [N, P, in_width] to [N, P, out_width]; N is split over `mesh`, if given."""
-  kinds = {"linear": LinearProjector, "mlp": MlpProjector}
-  return kinds[config.kind](config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+class VitProjector(nnx.Module):
+  """One more layer like the vision tower's, then linear map and LayerNorm."""
+
+  def __init__(self, config: ProjectorConfig, vision, *, rngs: nnx.Rngs, **types):
+    self.block = clip.VisionLayer(vision, *clip.parts(vision, **types), rngs)
+    self.linear, self.norm = _linear_and_norm(config, rngs, **types)
+
+  def __call__(self, features, mesh: Mesh | None = None):
+    features = constrain_rows(self.block(constrain_rows(features, mesh), mesh), mesh)
+    return self.norm(constrain_rows(self.linear(features), mesh))
+
+
+def build_projector(
+  config: ProjectorConfig, vision: clip.VisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs
+) -> nnx.Module:
+  """The module of a projector.
+
+  Args:
+    config: of the projector.
+    vision: of the tower before it.
+    dtype: of activations.
+    param_dtype: of parameters.
+    rngs: for the initial parameters.
+
+  Returns:
+    A module that maps [N, P, in_width] to [N, `tokens_per_image`, out_width]; N is split over
+    `mesh`, its second argument, if given.
+  """
+  kinds = {
+    "linear": LinearProjector,
+    "mlp": MlpProjector,
+    "vit": VitProjector,
+    "perceiver": perceiver.PerceiverProjector,
+  }
+  return kinds[config.kind](config, vision, dtype=dtype, param_dtype=param_dtype, rngs=rngs)

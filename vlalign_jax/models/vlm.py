@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from vlalign_jax.models import lora as adapters
 from vlalign_jax.models.clip import VisionConfig, VisionTower
 from vlalign_jax.models.llama import LanguageConfig, LanguageModel
-from vlalign_jax.models.projector import ProjectorConfig, build_projector
+from vlalign_jax.models.projector import ProjectorConfig, build_projector, tokens_per_image
 
 # What a model says at a position: the next token, or, of reward models and critics, one number.
 LANGUAGE, SCORE = "language", "score"
@@ -27,11 +27,12 @@ class ModelConfig:
   image_std: tuple[float, float, float]
   rescale_factor: float = 1 / 255
   head: str = LANGUAGE
+  mmca: bool = False  # multi-modal causal attention, see `models.attention`
   lora: adapters.LoraConfig | None = None
 
   @property
   def tokens_per_image(self) -> int:
-    return self.vision.tokens_per_image
+    return tokens_per_image(self.projector, self.vision)
 
 
 class VisionLanguageModel(nnx.Module):
@@ -59,7 +60,7 @@ class VisionLanguageModel(nnx.Module):
     self.options = {"remat": remat, "mesh": mesh}
     types = {"dtype": dtype, "param_dtype": param_dtype}
     self.vision = VisionTower(config.vision, rngs=rngs, **types)
-    self.projector = build_projector(config.projector, rngs=rngs, **types)
+    self.projector = build_projector(config.projector, config.vision, rngs=rngs, **types)
     self.language = LanguageModel(
       config.language, with_head=config.head == LANGUAGE, rngs=rngs, **types
     )
@@ -75,6 +76,10 @@ class VisionLanguageModel(nnx.Module):
     if config.lora:
       adapters.attach(self, config.lora, rngs)
 
+  def image_tokens(self, rows):
+    """bool[B, T], which tokens are an image's, where attention asks for it; else None."""
+    return rows["image_slots"] >= 0 if self.config.mmca else None
+
   def vision_features(self, images, dropout_key=None):
     """What the vision tower makes of the images of rows.
 
@@ -83,7 +88,7 @@ class VisionLanguageModel(nnx.Module):
       dropout_key: see `__call__`.
 
     Returns:
-      [B * I, P, W] with P = config.tokens_per_image and W = config.vision.feature_width.
+      [B * I, P, W] with P and W config.vision's tokens_per_image and feature_width.
     """
     pixels = images.reshape(-1, *images.shape[2:])
     if pixels.dtype == jnp.uint8:
@@ -142,7 +147,8 @@ class VisionLanguageModel(nnx.Module):
     image_key, key = (None, None) if key is None else jax.random.split(key)
     x = self.embed(rows, image_key)
     places = (rows[name] for name in ("positions", "segments", "branches"))
-    return self.language(x, *places, dropout_key=key, **self.options)
+    images = self.image_tokens(rows)
+    return self.language(x, *places, images=images, dropout_key=key, **self.options)
 
   def head_kernel(self):
     """[D, V], see LanguageModel.head_kernel."""

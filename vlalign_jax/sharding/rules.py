@@ -16,12 +16,12 @@ from jax.sharding import Mesh, PartitionSpec
 RULES = (
   (r"language/embedding/embedding", ("tensor", "fsdp")),  # [V, D]
   (r"language/head/kernel", ("fsdp", "tensor")),  # [D, V]
-  (r".*/layers/.*/(query|key|value|gate|up)/kernel", ("fsdp", "tensor")),
-  (r".*/layers/.*/(query|key|value|gate|up)/bias", ("tensor",)),
-  (r".*/layers/.*/(out|down)/kernel", ("tensor", "fsdp")),
+  (r".*/(query|key|value|gate|up)/kernel", ("fsdp", "tensor")),
+  (r".*/(query|key|value|gate|up)/bias", ("tensor",)),
+  (r".*/(out|down)/kernel", ("tensor", "fsdp")),
   # Adapters split where their map does; the rank, which is small, is the last choice.
-  (r".*/layers/.*/(query|key|value|gate|up)/lora_b", (None, "tensor")),
-  (r".*/layers/.*/(out|down)/lora_a", ("tensor", None)),
+  (r".*/(query|key|value|gate|up)/lora_b", (None, "tensor")),
+  (r".*/(out|down)/lora_a", ("tensor", None)),
   (r".*/lora_a", ("fsdp", None)),
   (r".*/lora_b", (None, "fsdp")),
   (r".*/kernel", (None, "fsdp")),
