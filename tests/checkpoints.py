@@ -18,6 +18,15 @@ from tests.data import tokenizers
 
 IMAGE_SIZE, PATCH_SIZE = 12, 4
 
+# Language models with sliding windows, as `text` of `make_llava`.
+MISTRAL_WINDOW = {"model_type": "mistral", "sliding_window": 7}
+QWEN2_WINDOW = {
+  "model_type": "qwen2",
+  "use_sliding_window": True,
+  "sliding_window": 7,
+  "max_window_layers": 0,
+}
+
 # transformers 5 name -> the name that earlier versions wrote.
 LAYOUTS = {
   # Up to 4.51, and every LLaVA on the hub.
@@ -69,24 +78,25 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
         param.copy_(0.3 * noise + (1 if scale_of_norm else 0))
 
 
-def text_config(tokenizer, **overrides) -> transformers.LlamaConfig:
-  """Grouped-query attention, and heads that do not add up to the width."""
-  return transformers.LlamaConfig(
-    **{
-      "vocab_size": 512,
-      "hidden_size": 32,
-      "intermediate_size": 48,
-      "num_hidden_layers": 2,
-      "num_attention_heads": 4,
-      "num_key_value_heads": 2,
-      "head_dim": 12,
-      "max_position_embeddings": 256,
-      "bos_token_id": tokenizer.bos_token_id,
-      "eos_token_id": tokenizer.eos_token_id,
-      "pad_token_id": tokenizer.pad_token_id,
-      **overrides,
-    }
-  )
+def text_config(tokenizer, model_type: str = "llama", **overrides):
+  """Grouped-query attention, and heads that do not add up to the width, unless head_dim is None."""
+  values = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 256,
+    "bos_token_id": tokenizer.bos_token_id,
+    "eos_token_id": tokenizer.eos_token_id,
+    "pad_token_id": tokenizer.pad_token_id,
+    **overrides,
+  }
+  if values["head_dim"] is None:  # Qwen2's config has no such field
+    del values["head_dim"]
+  return transformers.AutoConfig.for_model(model_type, **values)
 
 
 def vision_config(**overrides) -> transformers.CLIPVisionConfig:
@@ -182,11 +192,17 @@ def make_clip(directory: str, *, whole: bool, seed: int = 1, **vision) -> torch.
   return model
 
 
-def make_llama(directory: str, *, seed: int = 2, **overrides) -> transformers.LlamaForCausalLM:
-  """Writes a LLaMA directory whose tokenizer knows neither `<image>` nor a pad token."""
+def make_llama(directory: str, *, seed: int = 2, **overrides) -> torch.nn.Module:
+  """Writes a LLaMA directory whose tokenizer knows neither `<image>` nor a pad token.
+
+  Args:
+    directory: where to.
+    seed: of the weights.
+    **overrides: of `text_config`; model_type names another language model.
+  """
   tokenizer = make_tokenizer(image_token=False)
   config = text_config(tokenizer, **{"vocab_size": len(tokenizer), **overrides})
-  model = transformers.LlamaForCausalLM(config)
+  model = transformers.AutoModelForCausalLM.from_config(config)
   randomise(model.eval(), seed)
   model.save_pretrained(directory)
   tokenizer.save_pretrained(directory)

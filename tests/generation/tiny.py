@@ -66,8 +66,9 @@ def make_prompts(config: vlm.ModelConfig) -> tuple[Example, ...]:
   )
 
 
-def make(directory: str) -> Tiny:
-  torch_model = checkpoints.make_llava(directory)
+def make(directory: str, **options) -> Tiny:
+  """Writes a LLaVA directory; `options` are of `checkpoints.make_llava`."""
+  torch_model = checkpoints.make_llava(directory, **options)
   torch_model.generation_config.eos_token_id = None  # tests say what ends an answer
   opened, graphdef, params = reference.open_model(directory)
   config = opened.config

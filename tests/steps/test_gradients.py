@@ -174,6 +174,8 @@ ARCHITECTURES = {
     "vision_feature_select_strategy": "full",
   },
   "linear_projector": {"projector": "linear", "vision": {"hidden_act": "gelu"}},
+  "qwen2": {"text": checkpoints.QWEN2_WINDOW},
+  "mistral": {"text": checkpoints.MISTRAL_WINDOW},
 }
 
 

@@ -96,6 +96,8 @@ VARIANTS = {
     "multimodal_projector_bias": False,
   },
   "one_layer_of_three_in_a_list": {"vision_feature_layer": [-3], "layout": "old"},
+  "qwen2": {"text": checkpoints.QWEN2_WINDOW},
+  "mistral": {"text": checkpoints.MISTRAL_WINDOW},
 }
 
 

@@ -10,8 +10,8 @@ from vlalign_jax.models.clip import VisionConfig
 from vlalign_jax.models.llama import LanguageConfig
 from vlalign_jax.models.projector import ProjectorConfig
 from vlalign_jax.models.rope import ROPE_KINDS, RopeConfig
+from vlalign_jax.weights.decoders import DECODERS
 
-LANGUAGE_TYPES = ("llama",)
 VISION_TYPES = ("clip_vision_model",)
 # How transformers ends the names of models with a linear map to scores instead of a language head.
 REWARD_ARCHITECTURE = "ForSequenceClassification"
@@ -36,7 +36,7 @@ def read_config(directory: str):
 def check_types(vision, vision_where: str, language, language_where: str) -> None:
   """Raises an InputError unless two towers' configs are of types that a model is made of."""
   _check_type(vision, VISION_TYPES, "vision tower", vision_where)
-  _check_type(language, LANGUAGE_TYPES, "language model", language_where)
+  _check_type(language, tuple(DECODERS), "language model", language_where)
 
 
 def _check_type(hf, types: tuple[str, ...], part: str, where: str) -> None:
@@ -107,8 +107,8 @@ def rope_config(hf, where: str) -> RopeConfig:
 
 
 def language_config(hf, where: str, *, tied: bool, vocab_size: int) -> LanguageConfig:
-  """From a LlamaConfig."""
-  _check_type(hf, LANGUAGE_TYPES, "language model", where)
+  """From the config of a language model, of one of DECODERS."""
+  _check_type(hf, tuple(DECODERS), "language model", where)
   return LanguageConfig(
     vocab_size=vocab_size,
     width=hf.hidden_size,
@@ -116,13 +116,12 @@ def language_config(hf, where: str, *, tied: bool, vocab_size: int) -> LanguageC
     layers=hf.num_hidden_layers,
     heads=hf.num_attention_heads,
     kv_heads=hf.num_key_value_heads,
-    head_dim=hf.head_dim,
+    head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
     norm_epsilon=hf.rms_norm_eps,
     rope=rope_config(hf, where),
     tied_embeddings=tied,
-    attention_bias=hf.attention_bias,
-    mlp_bias=hf.mlp_bias,
     activation=_check_activation(hf.hidden_act, where),
+    **DECODERS[hf.model_type](hf, where),
   )
 
 

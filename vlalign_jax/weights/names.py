@@ -47,12 +47,20 @@ def _vision(config: ModelConfig) -> list[Name]:
   ]
   if not config.vision.layers:
     return names
-  ours, theirs = "vision/layers", "vision.encoder.layers.{}"
-  for part, tensor in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-    names += _linear(f"{ours}/attention/{part}", f"{theirs}.self_attn.{tensor}", True)
+  return names + _vision_layer("vision/layers", "vision.encoder.layers.{}")
+
+
+def _attention(ours: str, theirs: str) -> list[Name]:
+  """Of a tower and projectors: as CLIP calls it, all with biases."""
+  names = []
+  for part, tensor in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "out")):
+    names += _linear(f"{ours}/{part}", f"{theirs}.{tensor}_proj", True)
+  return names
+
+
+def _vision_layer(ours: str, theirs: str) -> list[Name]:
   return [
-    *names,
-    *_linear(f"{ours}/attention/out", f"{theirs}.self_attn.out_proj", True),
+    *_attention(f"{ours}/attention", f"{theirs}.self_attn"),
     *_linear(f"{ours}/mlp/up", f"{theirs}.mlp.fc1", True),
     *_linear(f"{ours}/mlp/down", f"{theirs}.mlp.fc2", True),
     *_layer_norm(f"{ours}/attention_norm", f"{theirs}.layer_norm1"),
@@ -61,11 +69,23 @@ def _vision(config: ModelConfig) -> list[Name]:
 
 
 def _projector(config: ModelConfig) -> list[Name]:
-  use_bias = config.projector.use_bias
-  if config.projector.kind == "linear":
+  kind, use_bias = config.projector.kind, config.projector.use_bias
+  last = [
+    *_linear("projector/linear", "projector.linear", use_bias or kind == "perceiver"),
+    *_layer_norm("projector/norm", "projector.norm"),
+  ]
+  if kind == "linear":
+    return last
+  if kind == "vit":
+    return _vision_layer("projector/block", "projector.block") + last
+  if kind == "perceiver":
     return [
-      *_linear("projector/linear", "projector.linear", use_bias),
-      *_layer_norm("projector/norm", "projector.norm"),
+      Name("projector/queries", "projector.queries"),
+      *_layer_norm("projector/query_norm", "projector.query_norm"),
+      *_linear("projector/input", "projector.input", True),
+      *_layer_norm("projector/input_norm", "projector.input_norm"),
+      *_attention("projector/attention", "projector.attention"),
+      *last,
     ]
   return [
     *_linear("projector/first", "projector.linear_1", use_bias),
@@ -78,9 +98,8 @@ def _language(config: ModelConfig) -> list[Name]:
   ours, theirs = "language/layers", "language.layers.{}"
   names = [Name("language/embedding/embedding", "language.embed_tokens.weight", "vocabulary")]
   for part, tensor in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
-    names += _linear(
-      f"{ours}/attention/{part}", f"{theirs}.self_attn.{tensor}_proj", language.attention_bias
-    )
+    use_bias = language.attention_bias or (language.qkv_bias and part != "out")
+    names += _linear(f"{ours}/attention/{part}", f"{theirs}.self_attn.{tensor}_proj", use_bias)
   for part in ("gate", "up", "down"):
     names += _linear(f"{ours}/mlp/{part}", f"{theirs}.mlp.{part}_proj", language.mlp_bias)
   names += [

@@ -1,0 +1,21 @@
+"""Greedy answers with a sliding window are transformers', past the window too."""
+
+import pytest
+
+from tests import checkpoints
+from tests.generation import tiny
+from tests.generation.test_greedy import NEW_TOKENS, answers
+
+WINDOWS = {"qwen2": checkpoints.QWEN2_WINDOW, "mistral": checkpoints.MISTRAL_WINDOW}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_greedy_answers_past_the_window(name, tmp_path):
+  model = tiny.make(str(tmp_path), text=WINDOWS[name])
+  window = model.config.language.sliding_window
+  assert window < NEW_TOKENS
+  lengths = [len(prompt.tokens) for prompt in model.prompts]
+  assert min(lengths) < window < max(lengths)  # it ends in answers, and in prompts
+  expected = [model.torch_answer(prompt, max_new_tokens=NEW_TOKENS) for prompt in model.prompts]
+  found, _ = answers(model, model.rows())
+  assert found == expected

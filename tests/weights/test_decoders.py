@@ -1,0 +1,71 @@
+"""Language models other than LLaMA: towers of their own, adapters, and those that are refused."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests import adapters, checkpoints, reference
+from vlalign_jax import trees
+from vlalign_jax.errors import InputError
+from vlalign_jax.weights import export_adapters, load, source
+
+
+def test_a_tower_of_its_own(tmp_path):
+  checkpoints.make_clip(tmp_path / "clip", whole=False)
+  model = checkpoints.make_llama(tmp_path / "qwen2", **checkpoints.QWEN2_WINDOW)
+  group = reference.model_group(vision=f"{tmp_path}/clip", language=f"{tmp_path}/qwen2")
+  opened = source.open_source(group)
+  assert (opened.config.language.sliding_window, opened.config.language.qkv_bias) == (7, True)
+  load.check_weights(opened)
+  _, params = reference.load_all(opened)
+  found = trees.flatten(params)["language/layers/attention/key/bias"]
+  torch_layers = model.model.layers
+  expected = [layer.self_attn.k_proj.bias.detach().numpy() for layer in torch_layers]
+  np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("text", [checkpoints.QWEN2_WINDOW, checkpoints.MISTRAL_WINDOW])
+def test_adapters_are_those_of_peft(text, tmp_path):
+  torch_model = checkpoints.make_llava(tmp_path, text=text)
+  adapted = adapters.add(
+    torch_model, r=3, lora_alpha=6, lora_dropout=0.0, target_modules=adapters.LANGUAGE
+  )
+  adapted.save_pretrained(tmp_path / "peft")
+  opened, graphdef, params = adapters.open_model(
+    str(tmp_path), rank=3, alpha=6.0, targets="language/layers", init_from=f"{tmp_path}/peft"
+  )
+  config = opened.config
+  pictures = reference.make_pictures(1, config.vision.image_size)
+  example = reference.make_example(config, 20, tuple(pictures))
+  rows = reference.make_rows(config, [[example]], pictures, len(example.tokens), 1)
+  with torch.no_grad():
+    expected = reference.torch_logits(adapted, config, example, pictures)
+  assert reference.relative_error(reference.logits(graphdef, params, rows)[0], expected) < 1e-5
+  kept = {path: x for path, x in trees.flatten(params).items() if "lora_" in path}
+  export_adapters.export_adapters(config, kept, str(tmp_path / "out"))
+  base = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+  again = adapters.peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+  with torch.no_grad():
+    found = reference.torch_logits(again, config, example, pictures)
+  assert reference.relative_error(found, expected) < 1e-5
+
+
+def test_windows_in_some_layers_only_are_refused(tmp_path):
+  mixed = checkpoints.QWEN2_WINDOW | {"max_window_layers": 1}
+  checkpoints.make_llava(tmp_path, text=mixed)
+  message = r"attention of several kinds \(full_attention, sliding_attention\)"
+  with pytest.raises(InputError, match=message):
+    reference.open_model(tmp_path)
+
+
+def test_a_window_that_is_not_used(tmp_path):
+  unused = checkpoints.QWEN2_WINDOW | {"use_sliding_window": False}
+  checkpoints.make_llava(tmp_path, text=unused)
+  assert reference.open_model(tmp_path)[0].config.language.sliding_window is None
+
+
+def test_other_language_models_are_refused(tmp_path):
+  checkpoints.make_llava(tmp_path, text={"model_type": "gemma"})
+  with pytest.raises(InputError, match="type 'gemma'; supported: llama, mistral, qwen2"):
+    reference.open_model(tmp_path)
