@@ -49,11 +49,12 @@ def shared() -> ConfigDict:
   # Published sizes that scripts/plan.py goes by while no weights are named; training never does.
   c.model.architecture = ""  # llava15_7b, llava15_13b, llama3_8b, llama3_70b
   # Only for a model made of two towers; a LLaVA directory brings its own.
-  c.model.projector = "mlp"  # linear, mlp
+  c.model.projector = "mlp"  # linear, mlp, vit, perceiver
   c.model.vision_feature_layer = "-2"  # several: comma-separated
   c.model.vision_feature_select_strategy = "default"  # default: without the class token; full
   # Of activations and matrix products: float32, bfloat16; float16, with a loss that is scaled
   # dynamically, on hardware without bfloat16.
+  c.model.mmca = False  # multi-modal causal attention; a model that has it keeps it
   c.model.dtype = "bfloat16"
   c.model.param_dtype = "float32"  # of trained parameters; frozen ones are kept in model.dtype
   c.model.remat = "full"  # none, full, save_matmuls, save_weight_matmuls

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTraine
 
 from vlalign_jax.data.images import ImagePreprocessor
 from vlalign_jax.errors import InputError
+from vlalign_jax.models.projector import check as check_projector
 from vlalign_jax.models.vlm import LANGUAGE, SCORE, ModelConfig
 from vlalign_jax.weights import adapters, hf_config, tensors
 
@@ -118,6 +119,7 @@ def _model_config(
   hf: LlavaConfig, images: ImagePreprocessor, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> ModelConfig:
   vision, projector, language = hf_config.parts_of(hf, where)
+  check_projector(projector, vision, where)
   if (images.height, images.width) != (vision.image_size, vision.image_size):
     raise InputError(
       f"{where}: its image processor makes {images.height} x {images.width} pictures, its vision "
@@ -143,6 +145,7 @@ def _model_config(
     image_std=tuple(images.std),
     rescale_factor=images.rescale_factor,
     head=SCORE if hf_config.is_reward_model(hf) else LANGUAGE,
+    mmca=getattr(hf, "mmca", False),
   )
 
 

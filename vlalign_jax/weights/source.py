@@ -97,7 +97,8 @@ def open_source(model, aspect: str = "auto") -> Source:
 
   Args:
     model: has `init_from`, or `vision` and `language` with `projector`, `vision_feature_layer` and
-      `vision_feature_select_strategy`.
+      `vision_feature_select_strategy`; and `mmca`. A model that has multi-modal causal attention
+      keeps it, whatever a later run says.
     aspect: see ImagePreprocessor.
 
   Raises:
@@ -108,6 +109,12 @@ def open_source(model, aspect: str = "auto") -> Source:
       "give either model.init_from (a LLaVA directory or a run directory) or both model.vision "
       "and model.language (a CLIP and a LLaMA directory)"
     )
+  opened = _open(model, aspect)
+  mmca = opened.config.mmca or model.get("mmca", False)  # runs may be older than the key
+  return dataclasses.replace(opened, config=dataclasses.replace(opened.config, mmca=mmca))
+
+
+def _open(model, aspect: str) -> Source:
   if not model.init_from:
     return assemble.open_towers(model, aspect)
   storage.check(model.init_from, "model.init_from")
