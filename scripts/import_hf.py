@@ -32,6 +32,7 @@ def import_original(
   language: str,
   allow_pickle: bool = False,
   lora: str | None = None,
+  mmca: bool = False,
   dtype: str | None = None,
 ) -> None:
   """Writes a checkpoint of Vision-LLM-Alignment as a Hugging Face directory.
@@ -39,7 +40,7 @@ def import_original(
   Args:
     directory: has pytorch_model.bin.
     output: a directory that does not exist yet or is empty.
-    vision, language, lora: see `original.open_original`.
+    vision, language, lora, mmca: see `original.open_original`.
     allow_pickle: must be true.
     dtype: of the written weights; None: as in the checkpoint.
 
@@ -60,7 +61,7 @@ def import_original(
       "whoever made it, add --allow-pickle (only tensors are read even so)"
     )
   export.check_output(output)
-  opened = original.open_original(directory, vision, language, lora)
+  opened = original.open_original(directory, vision, language, lora=lora, mmca=mmca)
   kept = original.dtype_of(opened)
   _, abstract = vlm.abstract_params(opened.config, param_dtype=kept)
   mesh = meshes.make_mesh(ConfigDict({"data": 1, "fsdp": -1, "tensor": 1}))
@@ -79,6 +80,7 @@ def main(_):
     language=given.language,
     allow_pickle=given["allow-pickle"].value,
     lora=given.lora,
+    mmca=given.mmca,
     dtype=given.dtype,
   )
 
@@ -90,5 +92,6 @@ if __name__ == "__main__":
   flags.DEFINE_string("language", "", "The language model's directory that it was made of.")
   flags.DEFINE_bool("allow-pickle", False, "Read a pickle, which may hide code.")
   flags.DEFINE_enum("lora", None, original.LORA, "What adapters beside the weights are.")
+  flags.DEFINE_bool("mmca", False, "It was trained with --enable_mmca_attention.")
   flags.DEFINE_enum("dtype", None, DTYPES, "Of the weights; default: as in the checkpoint.")
   cli.run(main)

@@ -6,8 +6,10 @@ import os
 
 import torch
 import transformers
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from tests import checkpoints, reference
+from tests.models import test_projectors as definitions
 from vlalign_jax.weights import original
 
 # What the original adds to a LLaMA tokenizer, in its order.
@@ -46,7 +48,7 @@ class Original(torch.nn.Module):
     """float[T, D] after the final norm; `<image>` is repeated for each of an image's tokens."""
     x = self.lang_embed(tokens)
     if pixels is not None:
-      features = self.projection(self.vis_encoder(pixels).last_hidden_state)
+      features = self.projection(self.vis_encoder(pixels).last_hidden_state).flatten(0, 1)
       x = x.masked_scatter((tokens == image_token_id)[:, None], features)
     return self.lang_decoder.model(inputs_embeds=x[None]).last_hidden_state[0]
 
@@ -64,28 +66,71 @@ class Reward(torch.nn.Module):
     self.v_head = torch.nn.Linear(model.lang_embed.weight.shape[1], 1, bias=False)
 
 
+class Vit(torch.nn.Module):
+  """Its VisProjection_vit."""
+
+  def __init__(self, vision, width: int):
+    super().__init__()
+    self.vis_layer = CLIPEncoderLayer(vision)
+    self.projection = linear_and_norm(vision.hidden_size, width)
+
+  def forward(self, x):
+    return self.projection(self.vis_layer(x, None))
+
+
+class Perceiver(torch.nn.Module):
+  """Its VisProjection_perceiver."""
+
+  def __init__(self, vision, width: int):
+    super().__init__()
+    places = torch.tensor(definitions.sines_and_cosines(width)).float()
+    self.pos_embed = torch.nn.Parameter(places, requires_grad=False)
+    self.query = torch.nn.Parameter(torch.zeros(256, width))
+    self.kv_proj = torch.nn.Linear(vision.hidden_size, width)
+    self.attn = torch.nn.MultiheadAttention(width, width // 128)
+    self.ln_q, self.ln_kv, last = (torch.nn.LayerNorm(width, eps=1e-12) for _ in range(3))
+    self.projection = torch.nn.Sequential(last, torch.nn.Linear(width, width))
+
+  def forward(self, x):
+    x = self.ln_kv(self.kv_proj(x[:, 1:])).transpose(0, 1)
+    places = definitions.resized(self.pos_embed.double().numpy(), round(len(x) ** 0.5))
+    query = self.ln_q(self.query)[:, None].repeat(1, x.shape[1], 1) + self.pos_embed[:, None]
+    mixed = self.attn(query, x + torch.tensor(places).float()[:, None], x)[0]
+    return self.projection(mixed.transpose(0, 1))
+
+
+def linear_and_norm(in_width: int, width: int) -> torch.nn.Sequential:
+  norm = torch.nn.LayerNorm(width, eps=1e-12)
+  return torch.nn.Sequential(torch.nn.Linear(in_width, width), norm)
+
+
+PROJECTIONS = {
+  "linear": lambda vision, width: linear_and_norm(vision.hidden_size, width),
+  "vit": Vit,
+  "perceiver": Perceiver,
+}
+
+
 def noise(shape, generator, scale: float = 0.3) -> torch.nn.Parameter:
   return torch.nn.Parameter(scale * torch.randn(shape, generator=generator))
 
 
-def make(root, projection=None, **text) -> Original:
+def make(root, projector: str = "linear", **text) -> Original:
   """Writes the towers' directories, root/clip and root/llama, and makes a model of them.
 
   Args:
     root: pathlib.Path.
-    projection: its `projection`; None: linear map and LayerNorm.
+    projector: one of PROJECTIONS.
     **text: of the language model's config.
   """
   vision = checkpoints.make_clip(root / "clip", whole=False)
   language = checkpoints.make_llama(root / "llama", **text)
   language.resize_token_embeddings(len(tokenizer()))
-  width = vision.config.hidden_size, language.config.hidden_size
-  if projection is None:
-    norm = torch.nn.LayerNorm(width[1], eps=1e-12)
-    projection = torch.nn.Sequential(torch.nn.Linear(*width), norm)
+  projection = PROJECTIONS[projector](vision.config, language.config.hidden_size)
   model = Original(vision, language, projection)
   generator = torch.Generator().manual_seed(3)
-  for param in (*projection.parameters(), model.lang_embed.weight, language.lm_head.weight):
+  changed = [param for param in projection.parameters() if param.requires_grad]
+  for param in (*changed, model.lang_embed.weight, language.lm_head.weight):
     param.data += 0.3 * torch.randn(param.shape, generator=generator)
   return model.eval()
 

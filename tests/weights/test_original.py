@@ -62,6 +62,19 @@ def test_the_same_logits(tmp_path):
   assert source.config.image_token_id == source.tokenizer.convert_tokens_to_ids("<image>")
 
 
+@pytest.mark.parametrize("projector", ["vit", "perceiver"])
+def test_other_projectors_and_multi_modal_causal_attention(projector, tmp_path):
+  model = original_model.make(tmp_path, projector, hidden_size=128)
+  original_model.save(model, tmp_path / "saved")
+  imported = import_from(tmp_path)
+  assert error_of(model, imported) < 1e-5
+  source = reference.open_model(imported)[0]
+  assert source.config.projector.kind == projector
+  assert not source.config.mmca
+  again = import_from(tmp_path, "mmca", mmca=True)
+  assert reference.open_model(again)[0].config.mmca
+
+
 def test_without_a_tokenizer_and_in_bfloat16(tmp_path):
   """A tied language model's head and embedding are two tensors in the original."""
   model = original_model.make(tmp_path, tie_word_embeddings=True).bfloat16()

@@ -17,7 +17,7 @@ from transformers import LlavaConfig
 
 from vlalign_jax.data.images import ImagePreprocessor
 from vlalign_jax.errors import InputError
-from vlalign_jax.weights import assemble, hf_config, names, original_tokenizer
+from vlalign_jax.weights import assemble, hf_config, original_names, original_tokenizer
 from vlalign_jax.weights.parts import IMAGE_TOKEN, Source, from_parts, load_generation
 from vlalign_jax.weights.pickled import PickledTensor, read_pickle
 
@@ -25,40 +25,11 @@ WEIGHTS = "pytorch_model.bin"
 # What is to be done with adapters beside the weights.
 LORA = ("merged", "separate")
 _RIGHT, _LEFT = ".lora_right_weight", ".lora_left_weight"
-_PARTS = (
-  ("vis_encoder.", "vision_tower."),
-  ("lang_embed.", "language_model.model.embed_tokens."),
-  ("lang_decoder.", "language_model."),
-  ("v_head.", "score."),
-)
-# The decoder's own embedding, which is never read where there is an image.
-_UNUSED = ("lang_decoder.model.embed_tokens.weight",)
-# A tensor that only this projector has, and its modules here.
-_PROJECTIONS = {
-  "linear": (
-    "projection.0.weight",
-    (("projection.0.", "projector.linear."), ("projection.1.", "projector.norm.")),
-  ),
-}
 
 
-def canonical(name: str, kind: str) -> str | None:
-  """A tensor's name as `names.canonical` gives it; None: the model does without it.
-
-  Args:
-    name: in pytorch_model.bin.
-    kind: of the projector.
-  """
-  name = name.removeprefix("rwtranrsformer.")
-  if name in _UNUSED:
-    return None
-  for theirs, ours in (*_PROJECTIONS[kind][1], *_PARTS):
-    if name.startswith(theirs):
-      return names.canonical(ours + name.removeprefix(theirs))
-  return name
-
-
-def open_original(directory: str, vision: str, language: str, lora: str | None = None) -> Source:
+def open_original(
+  directory: str, vision: str, language: str, *, lora: str | None = None, mmca: bool = False
+) -> Source:
   """Opens a checkpoint; `export.export_model` writes what it becomes.
 
   Args:
@@ -67,20 +38,23 @@ def open_original(directory: str, vision: str, language: str, lora: str | None =
       image processor and, if need be, the tokenizer are taken.
     lora: what the adapters beside the weights are, one of LORA: "merged" into the weights already,
       as the original's own scripts save them, or "separate", to be merged now.
+    mmca: whether it has multi-modal causal attention, which nothing in the checkpoint says.
 
   Raises:
     InputError: something is missing or damaged, or does not fit together; or there are adapters,
       and `lora` is None.
   """
   path = os.path.join(directory, WEIGHTS)
-  stored = read_pickle(path)
-  found = _tensors(path, stored, _projector_of(path, stored), lora)
+  stored = original_names.split(read_pickle(path))
+  kind = original_names.projector_of(path, stored)
+  found = _tensors(path, stored, kind, lora)
   embedding = found.get("language.embed_tokens.weight")
   if embedding is None:
     raise InputError(
       f"{path}: no lang_embed.weight, which is what the model's tokens are read from"
     )
-  hf = _config(vision, language, embedding.shape[0], _projector_of(path, stored))
+  hf = _config(vision, language, embedding.shape[0], kind)
+  hf.mmca = mmca
   if "score.weight" in found:
     hf.architectures = [f"Vlalign{hf_config.REWARD_ARCHITECTURE}"]
   tokenizer = original_tokenizer.load(directory, language)
@@ -94,18 +68,6 @@ def open_original(directory: str, vision: str, language: str, lora: str | None =
 def dtype_of(source: Source) -> np.dtype:
   """The dtype that holds all tensors of an opened checkpoint without loss."""
   return functools.reduce(jnp.promote_types, {t.dtype for t in source.tensors.values()})
-
-
-def _projector_of(path: str, stored: dict) -> str:
-  known = {name.removeprefix("rwtranrsformer.") for name in stored}
-  for kind, (own, _) in _PROJECTIONS.items():
-    if own in known:
-      return kind
-  listed = ", ".join(sorted(known)[:5])
-  raise InputError(
-    f"{path}: no tensors of a `projection` of Vision-LLM-Alignment ({listed}, ...); name the "
-    "directory that it saved, such as OUTPUT/epoch-2"
-  )
 
 
 def _config(vision: str, language: str, rows: int, kind: str) -> LlavaConfig:
@@ -134,7 +96,7 @@ def _tensors(path: str, stored: dict, kind: str, lora: str | None) -> dict[str, 
     )
   found = {}
   for name, tensor in stored.items():
-    ours = canonical(name, kind)
+    ours = original_names.canonical(name, kind)
     if ours is None or name.endswith((_RIGHT, _LEFT)):
       continue
     module = name.removesuffix(".weight")
