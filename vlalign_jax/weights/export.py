@@ -1,9 +1,16 @@
 """A trained model as a Hugging Face directory.
 
-With the `mlp` projector the result is what LlavaForConditionalGeneration loads. transformers has no
-name for the `linear` projector: such a model keeps the same files and names, with
-`"architectures": ["VlalignForConditionalGeneration"]` and `"projector_type": "linear"` in
-config.json and its tensors under `multi_modal_projector.linear` and `.norm`; it imports again here.
+With the `mlp` projector the result is what LlavaForConditionalGeneration loads. Other projectors
+and multi-modal causal attention are unknown to transformers: such a model has a layout of its own,
+which imports again here, and whose towers transformers loads.
+
+    config.json        as LLaVA's, with "architectures": ["VlalignForConditionalGeneration"],
+                       "projector_type" and, if it is so, "mmca": true
+    model.safetensors  the projector's tensors, multi_modal_projector.*, see `names`
+    vision/            the vision tower, for CLIPVisionModel, and its image processor
+    language/          the language model, for LlamaForCausalLM or as its kind is called, with
+                       tokenizer; of a reward model for LlamaForSequenceClassification
+
 A reward model has `score.weight` [1, D] in place of the language head, read at an answer's last
 token, and "LlavaForSequenceClassification", as transformers would call it if it had one.
 """
@@ -22,12 +29,13 @@ from safetensors.numpy import save_file
 from vlalign_jax import json_files, trees
 from vlalign_jax.data import jinja_template
 from vlalign_jax.errors import InputError
-from vlalign_jax.models.vlm import SCORE
+from vlalign_jax.models.vlm import SCORE, ModelConfig
 from vlalign_jax.weights import names
-from vlalign_jax.weights.hf_config import REWARD_ARCHITECTURE
+from vlalign_jax.weights.hf_config import OWN_FAMILY, PARTS, REWARD_ARCHITECTURE
 from vlalign_jax.weights.parts import IMAGE_TOKEN, Source
 
 MAX_SHARD_BYTES = 5 * 10**9
+_SCORE_LABELS = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
 
 
 def save_model_files(
@@ -46,34 +54,12 @@ def save_model_files(
     template: the prompt template of training, which becomes the tokenizer's chat template; None,
       "auto" and "plain" (which is no conversation) leave it as it is.
   """
-  os.makedirs(directory, exist_ok=True)
-  tokenizer = source.tokenizer
-  if template not in (None, "auto", "plain"):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = jinja_template.chat_template(template, tokenizer)
-  tokenizer.save_pretrained(directory)
-  _name_tokenizer_for_version_4(os.path.join(directory, "tokenizer_config.json"))
+  _save_tokenizer(source, directory, template)
   source.images.save(directory)
-  source.generation.save_pretrained(directory)
-  hf, vision = source.hf.to_dict(), source.config.vision
-  for part in (hf, hf["text_config"], hf["vision_config"]):
-    part.pop("_name_or_path", None)  # a directory of this machine
-  hf["text_config"] |= _version_4_rope(hf["text_config"]["rope_parameters"])
-  hf["vision_config"]["num_hidden_layers"] = vision.layers
-  single = len(vision.feature_layers) == 1
-  hf["vision_feature_layer"] = -1 if single else list(vision.feature_layers)
-  hf["image_seq_length"] = source.config.tokens_per_image
-  hf["dtype"] = hf["text_config"]["dtype"] = hf["vision_config"]["dtype"] = dtype
-  family = "Llava" if source.config.projector.kind == "mlp" else "Vlalign"
-  hf["architectures"] = [f"{family}ForConditionalGeneration"]
-  if family == "Vlalign":
-    hf["projector_type"] = source.config.projector.kind
-  else:
-    hf.pop("projector_type", None)
-  if source.config.head == SCORE:
-    hf["architectures"] = [f"{family}{REWARD_ARCHITECTURE}"]
-    hf["id2label"], hf["label2id"] = {"0": "score"}, {"score": 0}
-  json_files.write(os.path.join(directory, "config.json"), hf)
+  json_files.write(os.path.join(directory, "config.json"), _config(source, dtype))
+  if source.config.projector.kind == "perceiver":
+    return  # transformers' processor counts patches
+  vision = source.config.vision
   processor = {
     "processor_class": "LlavaProcessor",
     "image_token": IMAGE_TOKEN,
@@ -82,6 +68,66 @@ def save_model_files(
     "vision_feature_select_strategy": "full" if vision.keep_class_token else "default",
   }
   json_files.write(os.path.join(directory, "processor_config.json"), processor)
+
+
+def _save_tokenizer(source: Source, directory: str, template: str | None) -> None:
+  """Tokenizer and generation config."""
+  os.makedirs(directory, exist_ok=True)
+  tokenizer = source.tokenizer
+  if template not in (None, "auto", "plain"):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = jinja_template.chat_template(template, tokenizer)
+  tokenizer.save_pretrained(directory)
+  _name_tokenizer_for_version_4(os.path.join(directory, "tokenizer_config.json"))
+  source.generation.save_pretrained(directory)
+
+
+def _is_llava(config: ModelConfig) -> bool:
+  return config.projector.kind == "mlp" and not config.mmca
+
+
+def _config(source: Source, dtype: str) -> dict:
+  """The content of config.json."""
+  config = source.config
+  hf, vision = source.hf.to_dict(), config.vision
+  for part in (hf, hf["text_config"], hf["vision_config"]):
+    part.pop("_name_or_path", None)  # a directory of this machine
+  hf["text_config"] |= _version_4_rope(hf["text_config"]["rope_parameters"])
+  hf["vision_config"]["num_hidden_layers"] = vision.layers
+  single = len(vision.feature_layers) == 1
+  hf["vision_feature_layer"] = -1 if single else list(vision.feature_layers)
+  hf["image_seq_length"] = config.tokens_per_image
+  hf["dtype"] = hf["text_config"]["dtype"] = hf["vision_config"]["dtype"] = dtype
+  family = "Llava" if _is_llava(config) else OWN_FAMILY
+  hf["architectures"] = [f"{family}ForConditionalGeneration"]
+  for key in ("projector_type", "mmca"):
+    hf.pop(key, None)
+  if family == OWN_FAMILY:
+    hf |= {"projector_type": config.projector.kind, "mmca": config.mmca}
+  if config.head == SCORE:
+    hf |= {"architectures": [f"{family}{REWARD_ARCHITECTURE}"], **_SCORE_LABELS}
+  return hf
+
+
+def _save_parts(source: Source, directory: str, dtype: str) -> None:
+  """Writes everything but the weights of the towers' own directories."""
+  hf, own = _config(source, dtype), {}
+  for part, key in (("vision", "vision_config"), ("language", "text_config")):
+    os.makedirs(os.path.join(directory, part))
+    own[part] = hf[key] | {"transformers_version": hf["transformers_version"]}
+  own["vision"]["architectures"] = ["CLIPVisionModel"]
+  kind = type(source.hf.text_config).__name__.removesuffix("Config")
+  own["language"] |= {
+    "architectures": [f"{kind}ForCausalLM"],
+    "pad_token_id": source.tokenizer.pad_token_id,
+    "tie_word_embeddings": source.config.language.tied_embeddings,
+  }
+  if source.config.head == SCORE:
+    own["language"] |= {"architectures": [f"{kind}{REWARD_ARCHITECTURE}"], **_SCORE_LABELS}
+  for part, content in own.items():
+    json_files.write(os.path.join(directory, part, "config.json"), content)
+  source.images.save(os.path.join(directory, "vision"))
+  _save_tokenizer(source, os.path.join(directory, "language"), None)
 
 
 def _name_tokenizer_for_version_4(path: str) -> None:
@@ -130,7 +176,17 @@ def export_model(
   with appearing(output) as partial:
     if partial:
       save_model_files(source, partial, dtype.name)
-    _save_weights(_tensors(source, flat, dtype), partial, max_shard_bytes)
+    table = names.names_of(source.config)
+    if _is_llava(source.config):
+      tensors = _tensors(source, table, flat, dtype, names.exported)
+      _save_weights(tensors, partial, max_shard_bytes)
+      return
+    if partial:
+      _save_parts(source, partial, dtype.name)
+    for part, prefixes in PARTS.items():
+      own = [name for name in table if name.path.startswith(prefixes)]
+      tensors = _tensors(source, own, flat, dtype, names.exported_part)
+      _save_weights(tensors, partial and os.path.join(partial, part), max_shard_bytes)
 
 
 @contextlib.contextmanager
@@ -189,14 +245,14 @@ def _name_shards(directory: str, shards: list[tuple[str, list[str]]], total: int
   json_files.write(os.path.join(directory, "model.safetensors.index.json"), index)
 
 
-def _tensors(source: Source, flat, dtype: np.dtype):
-  """(name, tensor) of a whole model, one at a time."""
-  for name, tensor in gather(names.names_of(source.config), flat, dtype):
-    yield names.exported(name), tensor
-  width = source.config.vision.width
-  for part, value in (("weight", 1), ("bias", 0)):
-    name = names.exported(f"vision.post_layernorm.{part}")
-    yield name, np.full((width,), value, dtype)
+def _tensors(source: Source, table: list[names.Name], flat, dtype: np.dtype, exported):
+  """(name as `exported` has it, tensor) of a model or a part of it, one at a time."""
+  for name, tensor in gather(table, flat, dtype):
+    yield exported(name), tensor
+  if any(name.path.startswith("vision/") for name in table):
+    for part, value in (("weight", 1), ("bias", 0)):
+      name = exported(f"vision.post_layernorm.{part}")
+      yield name, np.full((source.config.vision.width,), value, dtype)
 
 
 def gather(table: list[names.Name], flat, dtype: np.dtype):

@@ -181,6 +181,19 @@ def exported(tensor: str) -> str:
   raise ValueError(f"no exported name for {tensor}")
 
 
+def exported_part(tensor: str) -> str:
+  """The name in the directory of its part (see `weights.export`), which is a model by itself."""
+  for ours, theirs in (
+    ("vision.", "vision_model."),
+    ("projector.", "multi_modal_projector."),
+    ("language.lm_head.", "lm_head."),
+    ("language.", "model."),
+  ):
+    if tensor.startswith(ours):
+      return theirs + tensor[len(ours) :]
+  return tensor
+
+
 def to_param(kind: str, tensor: np.ndarray) -> np.ndarray:
   """The parameter of one layer from its tensor, as a view where possible.
 

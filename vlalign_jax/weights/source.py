@@ -5,6 +5,7 @@ found without reading weights; `weights.load` then reads them.
 """
 
 import dataclasses
+import os
 
 from transformers import LlavaConfig
 
@@ -133,11 +134,13 @@ def _open_llava(directory: str, aspect: str) -> Source:
   tokenizer = load_tokenizer(directory)
   images = ImagePreprocessor.from_directory(directory, aspect)
   generation = load_generation(directory, tokenizer)
-  return dataclasses.replace(
-    from_parts(hf, generation, tokenizer, images, directory),
-    tensors=tensors.find_tensors(directory),
-    fresh=(),
-  )
+  opened = from_parts(hf, generation, tokenizer, images, directory)
+  found = tensors.find_tensors(directory)
+  if opened.hf.architectures and opened.hf.architectures[0].startswith(hf_config.OWN_FAMILY):
+    parts = (os.path.join(directory, part) for part in hf_config.PARTS if part)
+    for part in filter(os.path.isdir, parts):  # earlier versions put all into one directory
+      found |= tensors.find_tensors(part)
+  return dataclasses.replace(opened, tensors=found, fresh=())
 
 
 def _open_run(directory: str, which: str, aspect: str) -> Source:

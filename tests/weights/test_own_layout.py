@@ -1,0 +1,136 @@
+"""Models that transformers has no class for: out, in again, and their towers as directories."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests import checkpoints, reference
+from tests.weights.test_round_trip import assert_same_bits, example_of, our_logits
+from vlalign_jax.errors import InputError
+from vlalign_jax.models import vlm
+from vlalign_jax.weights import export, source
+
+KINDS = {
+  "vit": {"projector": "vit"},
+  "perceiver": {"projector": "perceiver"},
+  "mmca": {"mmca": True},
+}
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+  """Keys of `model` that name a CLIP and a LLaMA that is wide enough for a perceiver."""
+  root = tmp_path_factory.mktemp("towers")
+  checkpoints.make_clip(root / "clip", whole=True)
+  checkpoints.make_llama(root / "llama", hidden_size=128)
+  return {"vision": str(root / "clip"), "language": str(root / "llama")}
+
+
+def load_in_torch(kind: type, directory):
+  """A model of a transformers class, not one weight of which was amiss."""
+  model, info = kind.from_pretrained(directory, output_loading_info=True)
+  assert not any(info.values()), info
+  return model.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_imports_again_and_its_towers_are_models(kind, towers, tmp_path):
+  opened = source.open_source(reference.model_group(**towers, **KINDS[kind]))
+  graphdef, params = reference.load_all(opened, seed=3)
+  # Fresh parameters at special values would hide a mistake.
+  params["projector"] = jax.tree.map(lambda x: x + 0.1, params["projector"])
+  out = tmp_path / "out"
+  export.export_model(opened, params, str(out))
+  again, _, reread = reference.open_model(out)
+  config = opened.config
+  assert (again.config, again.fresh) == (config, ())
+  assert (config.mmca, config.tokens_per_image) == (
+    kind == "mmca",
+    256 if kind == "perceiver" else 9,
+  )
+  assert_same_bits(reread, params)
+  stored = json.loads((out / "config.json").read_text())
+  assert stored["architectures"] == ["VlalignForConditionalGeneration"]
+  assert (out / "processor_config.json").exists() == (kind != "perceiver")
+
+  clip = load_in_torch(transformers.CLIPVisionModel, out / "vision")
+  pictures = list(reference.make_pictures(2, config.vision.image_size).values())
+  with torch.no_grad():
+    pixels = reference.pixel_values(config, pictures)
+    theirs = clip(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+  graphdef, _ = vlm.abstract_params(config)
+  model = jax.tree.map(np.asarray, params)
+  features = reference.nnx.merge(graphdef, model).vision_features(np.stack(pictures)[None])
+  assert reference.relative_error(features, theirs) < 1e-5
+
+  llama = load_in_torch(transformers.LlamaForCausalLM, out / "language")
+  tokenizer = transformers.AutoTokenizer.from_pretrained(out / "language")
+  assert tokenizer.convert_tokens_to_ids("<image>") == config.image_token_id
+  example = reference.make_example(config, 9)
+  rows = reference.make_rows(config, [[example]], {}, 9, 0)
+  with torch.no_grad():
+    theirs = llama(torch.tensor(example.tokens)[None].long()).logits
+  assert reference.relative_error(reference.logits(graphdef, params, rows), theirs) < 1e-5
+
+
+def test_a_reward_model(towers, tmp_path):
+  opened = source.open_source(reference.model_group(**towers, mmca=True))
+  opened = source._with_head(opened, vlm.SCORE, "")
+  graphdef, params = reference.load_all(opened, seed=3)
+  out = tmp_path / "out"
+  export.export_model(opened, params, str(out))
+  again, _, reread = reference.open_model(out)
+  assert (again.config, again.fresh) == (opened.config, ())
+  assert_same_bits(reread, params)
+  llama = load_in_torch(transformers.LlamaForSequenceClassification, out / "language")
+  tokens = np.arange(5, 14)
+  with torch.no_grad():
+    theirs = llama(torch.tensor(tokens)[None]).logits[0, 0]
+  example = dataclasses.replace(reference.make_example(opened.config, 9), tokens=tokens)
+  rows = reference.make_rows(opened.config, [[example]], {}, 9, 0)
+  model = reference.nnx.merge(graphdef, params)
+  score = model.scores(model(rows), np.array([[[8]]]))
+  assert reference.relative_error(score[0, 0, 0], theirs) < 1e-5
+
+
+def test_a_model_keeps_its_attention(towers, tmp_path):
+  """A flag of the model, not of the run: whoever takes it up need not give it again."""
+  opened = source.open_source(reference.model_group(**towers, mmca=True))
+  _, params = reference.load_all(opened)
+  export.export_model(opened, params, str(tmp_path / "out"))
+  plain = checkpoints.make_llava(tmp_path / "plain")
+  assert plain is not None
+  for directory, given, expected in (
+    ("out", False, True),
+    ("plain", True, True),
+    ("plain", False, False),
+  ):
+    group = reference.model_group(init_from=str(tmp_path / directory), mmca=given)
+    assert source.open_source(group).config.mmca == expected
+
+
+def test_what_attention_it_is_shows_in_the_logits(towers):
+  opened = source.open_source(reference.model_group(**towers))
+  graphdef, params = reference.load_all(opened)
+  plain = our_logits(opened.config, graphdef, params)
+  config = dataclasses.replace(opened.config, mmca=True)
+  other = our_logits(config, vlm.abstract_params(config)[0], params)
+  tokens = example_of(config)[0].tokens
+  before = np.argmax(tokens == config.image_token_id)
+  np.testing.assert_allclose(other[:before], plain[:before], rtol=1e-5, atol=1e-5)
+  assert reference.relative_error(other[before:], plain[before:]) > 0.05
+
+
+def test_a_perceiver_needs_heads_of_128(tmp_path):
+  checkpoints.make_clip(tmp_path / "clip", whole=False)
+  checkpoints.make_llama(tmp_path / "llama")
+  group = reference.model_group(
+    vision=str(tmp_path / "clip"), language=str(tmp_path / "llama"), projector="perceiver"
+  )
+  with pytest.raises(InputError, match="heads of 128, and the language model's width 32 is no"):
+    source.open_source(group)
