@@ -142,8 +142,9 @@ def test_good_command_line(parse):
 
 
 def _documented_commands() -> list[str]:
-  """Every command of the README and of the configs' docstrings that has a config."""
-  texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "configs").glob("*.py"))]
+  """Every command of README, docs and the docstrings of configs that has a config."""
+  pages = ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").glob("*.py")
+  texts = [path.read_text() for path in pages]
   lines = "\n".join(texts).replace("\\\n", " ").splitlines()
   found = (line.partition("python scripts/")[1:] for line in lines if "--config=" in line)
   return [f"{python}{rest}" for python, rest in found if python]
