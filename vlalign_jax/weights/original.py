@@ -56,7 +56,7 @@ def open_original(
   hf = _config(vision, language, embedding.shape[0], kind)
   hf.mmca = mmca
   if "score.weight" in found:
-    hf.architectures = [f"Vlalign{hf_config.REWARD_ARCHITECTURE}"]
+    hf.architectures = [hf_config.OWN_FAMILY + hf_config.REWARD_ARCHITECTURE]
   tokenizer = original_tokenizer.load(directory, language)
   hf.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
   images = ImagePreprocessor.from_directory(vision)
