@@ -66,7 +66,8 @@ def train_and_evaluate(c, workdir: str) -> None:
     evaluates_first=True,
     lag=0,
   )
-  with train.batches(start_step=progress.get("step", 0)) as batches:
+  share = start.my_share(mesh)
+  with train.batches(start_step=progress.get("step", 0), **share) as batches:
     loop.run(c, workdir, stage, state, progress, batches, manager, train.plan.steps)
 
 
@@ -77,4 +78,4 @@ def main(_):
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "Such as configs/ppo.py:llava15_7b.")
   flags.DEFINE_string("workdir", "", "The run directory.")
-  cli.run(main)
+  cli.run(main, several_hosts=True)

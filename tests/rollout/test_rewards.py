@@ -1,7 +1,6 @@
 """What scores answers: models with other tokenizers, functions, sums, and scores that are none."""
 
 import dataclasses
-import json
 import os
 
 import jax
@@ -11,8 +10,6 @@ import torch
 
 from scripts import train_ppo
 from tests import reference
-from tests.data.tokenizers import sentencepiece_style_tokenizer
-from tests.prediction.tiny import make_reward_model
 from tests.rollout import tiny
 from vlalign_jax.data.encode import encode
 from vlalign_jax.errors import InputError
@@ -44,20 +41,7 @@ def make_rollout(run):
 
 def test_a_reward_model_with_another_tokenizer_reads_the_text(files, tmp_path):
   directory = str(tmp_path / "other")
-  scorer, kernel = make_reward_model(directory, seed=6, text={"vocab_size": 640})
-  tokenizer = sentencepiece_style_tokenizer(legacy=False)
-  for name in os.listdir(directory):
-    if name.startswith(("tokenizer", "special_tokens")):
-      os.remove(os.path.join(directory, name))
-  tokenizer.save_pretrained(directory)
-  image = tokenizer.convert_tokens_to_ids("<image>")
-  path = os.path.join(directory, "config.json")
-  with open(path, encoding="utf-8") as file:
-    content = json.load(file) | {"image_token_index": image, "image_token_id": image}
-  with open(path, "w", encoding="utf-8") as file:
-    json.dump(content, file)
-  scorer.config.image_token_id = image
-
+  scorer, kernel, tokenizer = tiny.make_text_reward(directory)
   config = files.config(**GRPO, **{"ppo.reward_model": directory})
   run = tiny.make_run(files, config, str(tmp_path / "run"))
   rollout, records = make_rollout(run)
@@ -68,7 +52,12 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(files, tmp_path):
       *before, last = record.turns
       answered = dataclasses.replace(record, turns=(*before, dataclasses.replace(last, gpt=text)))
       example = encode(
-        answered, "vicuna", tokenizer, image, opened.config.tokens_per_image, 10_000
+        answered,
+        "vicuna",
+        tokenizer,
+        opened.config.image_token_id,
+        opened.config.tokens_per_image,
+        10_000,
       ).example
       load_image = run.train.pipeline["load_image"]
       shown = [load_image(os.path.join(files.directory, path)) for path in record.images]

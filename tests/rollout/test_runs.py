@@ -11,6 +11,7 @@ import pytest
 
 from scripts import train_ppo
 from tests import reference, sft_run
+from tests.processes import Processes
 from tests.rollout import tiny
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import vlm
@@ -25,6 +26,7 @@ SETTINGS = {
   "train.vision": False,
   "train.projector": False,
   "ppo.num_samples": 2,
+  "ppo.reward_function": "tests.rollout.scorers:some",
   "ppo.critic_init": "actor",
   "ppo.critic_warmup": 1,
   "ppo.score_queue": 20,
@@ -44,7 +46,8 @@ def files(tmp_path_factory, compile_cache):
 @pytest.fixture(scope="module")
 def finished(files, tmp_path_factory):
   """(config, run directory) of a finished run."""
-  config = files.config(**SETTINGS)
+  tiny.make_text_reward(f"{files.directory}/text")
+  config = files.config(**SETTINGS, **{"ppo.reward_model": f"{files.directory}/text"})
   workdir = tmp_path_factory.mktemp("run")
   train_ppo.train_and_evaluate(config, str(workdir))
   return config, workdir
@@ -77,6 +80,26 @@ def test_a_run_goes_on_exactly_where_a_checkpoint_stands(finished, tmp_path):
   assert any("critic" in path and "score" in path for path in checkpoint(done, "optimizer"))
 
 
+def test_two_processes_go_on_as_one(finished, compile_cache, tmp_path):
+  config, done = finished
+  workdir = shutil.copytree(done, tmp_path / "run")
+  shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+  command = sft_run.command_line(config, str(workdir))
+  run = Processes(command, compile_cache, devices=2)
+  assert run.end(timeout=400) == [0, 0], run.text(0) + run.text(1)
+  assert "going on from step 2" in run.text(0)
+  near = lambda value: pytest.approx(value, rel=1e-4, abs=1e-5)  # noqa: E731
+  for line, wanted in zip(metrics_of(workdir), metrics_of(done), strict=True):
+    assert line == {name: near(value) for name, value in wanted.items()}
+  for line, wanted in zip(samples_of(workdir), samples_of(done), strict=True):
+    numbers = {name: wanted[name] and near(wanted[name]) for name in ("kl", "score")}
+    assert line == wanted | numbers
+
+
+def samples_of(workdir) -> list[dict]:
+  return [json.loads(line) for line in (workdir / "rollouts.jsonl").read_text().splitlines()]
+
+
 def test_metrics_of_a_run(finished):
   lines = metrics_of(finished[1])
   assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
@@ -93,9 +116,9 @@ def test_metrics_of_a_run(finished):
 
 def test_sample_answers_are_shown(finished):
   _, workdir = finished
-  lines = [json.loads(line) for line in (workdir / "rollouts.jsonl").read_text().splitlines()]
+  lines = samples_of(workdir)
   assert [line["step"] for line in lines] == [1, 1, 1, 3, 3, 3]
-  assert all(isinstance(line["score"], float) and line["images"] is not None for line in lines)
+  assert all(isinstance(line["kl"], float) and line["images"] is not None for line in lines)
 
 
 def test_a_finished_run_is_a_policy_as_any_other(finished):
@@ -108,11 +131,11 @@ def test_other_weights_of_the_reward_model_are_refused(files, finished, tmp_path
   config, done = finished
   workdir = shutil.copytree(done, tmp_path / "run")
   shutil.rmtree(workdir / "checkpoints" / str(STEPS))
-  path = pathlib.Path(files.directory, "reward", "model.safetensors")
+  path = pathlib.Path(files.directory, "text", "model.safetensors")
   before = path.read_bytes()
   path.write_bytes(before[:-4] + b"\0\0\0\0")
   try:
-    with pytest.raises(InputError, match="started from other weights .*reward/model.safetensors"):
+    with pytest.raises(InputError, match="started from other weights .*text/model.safetensors"):
       train_ppo.train_and_evaluate(config, str(workdir))
   finally:
     path.write_bytes(before)

@@ -1,6 +1,7 @@
 """A tiny PPO run: an actor, another model as its reference, a reward model, and prompts."""
 
 import dataclasses
+import json
 import os
 
 import numpy as np
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import ppo
 from tests import checkpoints, reference, sft_run
+from tests.data.tokenizers import sentencepiece_style_tokenizer
 from tests.prediction.tiny import make_reward_model
 from vlalign_jax.generation.generate import make_generate
 from vlalign_jax.generation.sampling import Sampling
@@ -66,6 +68,24 @@ def make(directory: str) -> Files:
   sft_run.write_json(f"{directory}/train.json", records[:8])
   sft_run.write_json(f"{directory}/eval.json", records[8:])
   return Files(directory, actor, other, scorer, kernel)
+
+
+def make_text_reward(directory: str):
+  """(torch model, score weights, tokenizer) of a reward model whose tokens are not the actor's."""
+  scorer, kernel = make_reward_model(directory, seed=6, text={"vocab_size": 640})
+  tokenizer = sentencepiece_style_tokenizer(legacy=False)
+  for name in os.listdir(directory):
+    if name.startswith(("tokenizer", "special_tokens")):
+      os.remove(os.path.join(directory, name))
+  tokenizer.save_pretrained(directory)
+  image = tokenizer.convert_tokens_to_ids("<image>")
+  path = os.path.join(directory, "config.json")
+  with open(path, encoding="utf-8") as file:
+    content = json.load(file) | {"image_token_index": image, "image_token_id": image}
+  with open(path, "w", encoding="utf-8") as file:
+    json.dump(content, file)
+  scorer.config.image_token_id = image
+  return scorer, kernel, tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,82 +3,24 @@
 import http.server
 import json
 import os
-import pathlib
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
-import time
 
 import jax
 import numpy as np
 import pytest
 
 from tests import checkpoints, sft_run
+from tests.processes import Processes, free_port
 from vlalign_jax.errors import InputError
 from vlalign_jax.sharding import processes
 
-ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 12
 
 
-def _free_port() -> int:
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    return probe.getsockname()[1]
-
-
-class _Processes:
-  """The processes of one run, each with its part of eight CPU devices."""
-
-  def __init__(self, command, environment=(), count=2, alone=False, **flags):
-    flags = {"coordinator": f"127.0.0.1:{_free_port()}", "processes": count} | flags
-    shown = [f"--{name}={value}" for name, value in flags.items()] if count > 1 else []
-    environment = os.environ | dict(environment)
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // count}"
-    started = 1 if alone else count
-    self.outputs = [tempfile.TemporaryFile("w+") for _ in range(started)]  # noqa: SIM115
-    self.all = [
-      subprocess.Popen(
-        [sys.executable, *command, *shown, *([f"--process={index}"] if count > 1 else [])],
-        cwd=ROOT,
-        env=environment,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-      )
-      for index, output in enumerate(self.outputs)
-    ]
-
-  def text(self, index: int) -> str:
-    self.outputs[index].seek(0)
-    return self.outputs[index].read()
-
-  def wait_for(self, ready) -> None:
-    """Returns when `ready()`; fails if a process ends before, or after two minutes."""
-    deadline = time.monotonic() + 120
-    while not ready():
-      if any(one.poll() is not None for one in self.all) or time.monotonic() > deadline:
-        self.kill()
-        pytest.fail("\n".join(self.text(index) for index in range(len(self.all))))
-      time.sleep(0.01)
-
-  def end(self, timeout: float = 120) -> list[int]:
-    """The exit codes, once all have ended by themselves."""
-    try:
-      return [one.wait(timeout) for one in self.all]
-    finally:
-      self.kill()
-
-  def kill(self) -> None:
-    for one in self.all:
-      one.kill()
-      one.wait()
-
-
 def test_rows_counts_and_errors_are_shared():
-  run = _Processes(["-m", "tests.sharding.host_steps"])
+  run = Processes(["-m", "tests.sharding.host_steps"])
   codes = run.end()
   assert codes == [1, 1], run.text(0) + run.text(1)
   first, second = run.text(0), run.text(1)
@@ -99,7 +41,7 @@ def test_rows_counts_and_errors_are_shared():
 
 
 def test_those_that_do_not_come_are_missed():
-  run = _Processes(["-m", "tests.sharding.host_steps"], alone=True, start_timeout=1)
+  run = Processes(["-m", "tests.sharding.host_steps"], alone=True, start_timeout=1)
   assert run.end() == [1]
   expected = "not all processes came within 1 s; give every host the same command"
   assert expected in run.text(0)
@@ -113,7 +55,7 @@ def test_port_that_is_taken():
 
 
 def test_coordinator_that_does_not_answer():
-  port = _free_port()
+  port = free_port()
   with pytest.raises(InputError) as caught:
     processes.start(f"127.0.0.1:{port}", 2, 1, start_timeout=1)
   for part in (
@@ -263,14 +205,14 @@ def _metrics(workdir, steps) -> dict[str, np.ndarray]:
 def test_run_of_two_processes(config, compile_cache, tmp_path):
   """...has the metrics of one process, whichever is killed, and stops if either is asked to."""
   one = tmp_path / "one"
-  whole = _Processes(sft_run.command_line(config, str(one)), compile_cache, count=1)
+  whole = Processes(sft_run.command_line(config, str(one)), compile_cache, count=1)
   assert whole.end() == [0], whole.text(0)
   workdir = tmp_path / "two"
   log = workdir / "metrics.jsonl"
 
   def start():
     command = sft_run.command_line(config, str(workdir))
-    return _Processes(command, compile_cache, heartbeat_timeout=10)
+    return Processes(command, compile_cache, heartbeat_timeout=10)
 
   def reach(run, step):
     run.wait_for(lambda: log.exists() and f'{{"step": {step}, ' in log.read_text())

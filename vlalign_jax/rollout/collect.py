@@ -52,30 +52,29 @@ class Roles:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rollout:
-  """Answers to B prompts, N to each of up to M tokens; on the devices, if nothing else is said.
+  """Answers to B prompts, N to each of up to M tokens; those of all hosts.
 
   Attributes:
-    rows: see `rollout.rows`, maybe with `vision_features`.
+    rows: see `rollout.rows`, maybe with `vision_features`; on the devices.
     shape: (N, M).
-    log_probabilities, reference: float32[B, N, M].
-    lengths: int32[B, N]; ended: bool[B, N].
-    scores: float32[B, N], on the host; of no meaning where lengths is 0.
-    tokens: int32[B, N, M], on the host.
+    log_probabilities, reference: float32[B, N, M], on the devices.
+    lengths: int32[B, N]; ended: bool[B, N]; the same on every host, as what follows.
+    scores: float32[B, N], of no meaning where lengths is 0.
+    tokens: int32[B, N, M].
   """
 
   rows: dict
   shape: tuple[int, int]
   log_probabilities: jax.Array
   reference: jax.Array
-  lengths: jax.Array
-  ended: jax.Array
+  lengths: np.ndarray
+  ended: np.ndarray
   scores: np.ndarray
   tokens: np.ndarray
 
   def texts(self, tokenizer) -> list[list[str]]:
     """The answers without special tokens, stripped."""
-    lengths = jax.device_get(self.lengths)
-    return decode(tokenizer, self.tokens, lengths)
+    return decode(tokenizer, self.tokens, self.lengths)
 
 
 def decode(tokenizer, tokens: np.ndarray, lengths: np.ndarray) -> list[list[str]]:
@@ -103,8 +102,8 @@ def collect(
     roles: of the run.
     state: the actor as it is.
     prompts: rows of one prompt each.
-    records: of each row; None for rows that only pad.
-    streams: int32[B], what chooses the random numbers of each row.
+    records: of each row of all hosts; None for rows that only pad.
+    streams: int32[B], also of all hosts, what chooses the random numbers of each row.
     seed: chooses them all.
 
   Raises:
@@ -115,9 +114,9 @@ def collect(
   actor = trees.merge(state.params, frozen)
   if roles.shares_features and prompts["images"].shape[1]:
     prompts = prompts | {"vision_features": program.vision_features(actor, prompts, None)}
-  streams = hosts.to_device(roles.mesh, {"streams": streams.astype(np.int32)})["streams"]
+  streams = hosts.whole_to_device(roles.mesh, {"streams": streams.astype(np.int32)})["streams"]
   generated = program.sample(actor, _for_sampling(prompts), streams, seed)
-  tokens, lengths = jax.device_get((generated.tokens, generated.lengths))
+  tokens, lengths, ended = hosts.fetch((generated.tokens, generated.lengths, generated.ended))
   shape = tokens.shape[1], layout.answer_length(int(lengths.max()), settings.max_new_tokens)
   tokens = tokens[:, :, : shape[1]]
   logps = generated.log_probabilities[:, :, : shape[1]]
@@ -128,8 +127,8 @@ def collect(
     shape=shape,
     log_probabilities=logps,
     reference=program.reference(roles.frozen, rows, shape),
-    lengths=generated.lengths,
-    ended=generated.ended,
+    lengths=lengths,
+    ended=ended,
     scores=scores,
     tokens=tokens,
   )
@@ -152,20 +151,21 @@ def _scores(roles: Roles, rows, shape, tokens, lengths, records) -> np.ndarray:
       row_length = rows["tokens"].shape[1]
       places = layout.last_places(lengths, row_length, shape[1])
       seen = {"same_tower": roles.same_tower_reward, "blank": settings.blank_images}
-      rows = layout.for_judge(rows, **seen)
+      places = hosts.whole_to_device(roles.mesh, {"answers": np.asarray(places, np.int32)})
+      rows = layout.for_judge(rows, **seen) | places
     else:
-      live = [record if there[row].any() else None for row, record in enumerate(records)]
-      rows = roles.reader.rows(live, texts)
-      places = rows.pop("answers")
-      rows = hosts.to_device(roles.mesh, rows)
-    places = hosts.to_device(roles.mesh, {"answers": np.asarray(places, np.int32)})
-    found = roles.program.scores(roles.reward, rows | places, None)
-  if roles.function is not None:
-    for row, sample in np.argwhere(there):
+      here = hosts.rows_here(roles.mesh, len(records))
+      live = [records[row] if there[row].any() else None for row in here]
+      rows = hosts.to_device(roles.mesh, roles.reader.rows(live, [texts[row] for row in here]))
+    found = roles.program.scores(roles.reward, rows, None)
+  if roles.function is not None:  # a host calls it for its own rows, and hears of the others'
+    mine = hosts.rows_owned(roles.mesh, len(records))
+    for row, sample in np.argwhere(there & mine[:, None]):
       given = roles.function(records[row], texts[row][sample])
       total[row, sample] += settings.function_weight * given
+    total = hosts.joined(total, mine)
   if found is not None:
-    total += settings.reward_weight * jax.device_get(found).astype(np.float64)
+    total += settings.reward_weight * hosts.fetch(found).astype(np.float64)
   _check_finite(total[there])
   return total.astype(np.float32)
 
@@ -192,8 +192,6 @@ def find_function(config) -> Callable | None:
 
 def divergence(rollout: Rollout) -> np.ndarray:
   """float64[B, N], of each answer the sum over its tokens of log(policy / reference): k1."""
-  logps, reference, lengths = jax.device_get(
-    (rollout.log_probabilities, rollout.reference, rollout.lengths)
-  )
-  mask = np.arange(logps.shape[-1]) < lengths[..., None]
+  logps, reference = hosts.fetch((rollout.log_probabilities, rollout.reference))
+  mask = np.arange(logps.shape[-1]) < rollout.lengths[..., None]
   return np.sum(np.where(mask, logps - reference, 0.0), axis=-1, dtype=np.float64)

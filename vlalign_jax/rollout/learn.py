@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vlalign_jax.data import prompts
@@ -15,11 +14,12 @@ from vlalign_jax.losses import kl, sums
 from vlalign_jax.losses.score_queue import ScoreQueue
 from vlalign_jax.rollout import collect
 from vlalign_jax.rollout import rows as layout
+from vlalign_jax.sharding import hosts
 from vlalign_jax.steps.ppo import GAE, State
 
 # Of the updates of a step, these are reported as they were last, and the gap as it was at first:
 # the actor has not moved then since it sampled.
-LAST = ("learning_rate", "skipped_steps", "skipped_in_a_row")
+LAST = ("learning_rate", "skipped_steps", "skipped_in_a_row", "loss_scale")
 FIRST = ("val/sampler_gap",)
 
 
@@ -77,7 +77,7 @@ def make_train_step(
     order, streams = by_record(numbers)
     rollout = collect.collect(roles, state, rows, of_rows, streams, seed)
     show(step + 1, rollout, numbers)
-    fields, found = _learn_from(roles, state, rollout, learner)
+    fields, found = _learn_from(roles, state, rollout, order, learner)
     rows = rollout.rows | fields
     state, logged = _update(roles, state, rows, order, learner.kl_coefficient, step)
     found, logged = jax.device_get((found, logged))
@@ -85,7 +85,7 @@ def make_train_step(
     metrics["objective/kl_coefficient"] = learner.kl_coefficient
     learner.kl_coefficient = kl.next_coefficient(
       learner.kl_coefficient,
-      float(metrics["objective/kl"]),
+      float(hosts.of_first(metrics["objective/kl"])),
       int(found["objective/kl"][1]),
       target=settings.kl_target or None,
       horizon=settings.kl_horizon,
@@ -96,12 +96,13 @@ def make_train_step(
   return train_step
 
 
-def _learn_from(roles: collect.Roles, state: State, rollout: collect.Rollout, learner: Learner):
+def _learn_from(roles: collect.Roles, state: State, rollout: collect.Rollout, order, learner):
   scores, values = rollout.scores, None
   if learner.queue is not None:
-    there = jax.device_get(rollout.lengths) > 0
-    scores = scores.copy()
-    scores[there] = learner.queue.normalise(scores[there])
+    ordered, there = scores[order], rollout.lengths[order] > 0
+    ordered[there] = learner.queue.normalise(ordered[there])
+    scores = np.empty_like(scores)
+    scores[order] = ordered
   if roles.config.ppo.estimator == GAE:
     seen = {"same_tower": roles.same_tower_critic, "blank": roles.config.ppo.blank_images}
     rows = layout.for_judge(rollout.rows, **seen)
@@ -114,7 +115,7 @@ def _learn_from(roles: collect.Roles, state: State, rollout: collect.Rollout, le
     values,
     rollout.lengths,
     rollout.ended,
-    jnp.float32(learner.kl_coefficient),
+    np.float32(learner.kl_coefficient),
   )
 
 
@@ -157,14 +158,14 @@ def _update(
         roles.critic_frozen,
         rows,
         index,
-        jnp.float32(kl_coefficient),
+        np.float32(kl_coefficient),
         with_policy=with_policy,
         same_tower=roles.same_tower_critic,
       )
       logged.append(found)
     if settings.stop_kl and with_policy:
       newest = [found["policy/approxkl_avg"] for found in logged[-settings.minibatches :]]
-      if np.mean(jax.device_get(newest)) > settings.stop_kl:
+      if hosts.of_first(np.mean(jax.device_get(newest))) > settings.stop_kl:
         break
   return state, logged
 
@@ -190,6 +191,6 @@ def _summary(logged: list[dict]) -> dict:
 
 def _raw(rollout: collect.Rollout) -> dict:
   """Mean and standard deviation of the scores as they were given."""
-  scores = rollout.scores[jax.device_get(rollout.lengths) > 0].astype(np.float64)
+  scores = rollout.scores[rollout.lengths > 0].astype(np.float64)
   scores = scores[np.isfinite(scores)]
   return {"scores/mean": scores.mean(), "scores/std": scores.std()} if len(scores) else {}

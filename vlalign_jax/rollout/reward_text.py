@@ -11,6 +11,7 @@ from vlalign_jax.data.plan import LENGTH_MULTIPLE
 from vlalign_jax.data.prepare import LoadImage
 from vlalign_jax.data.records import Record
 from vlalign_jax.data.rows import answer_places, build_row
+from vlalign_jax.sharding import hosts
 from vlalign_jax.weights.source import Source
 
 
@@ -41,7 +42,8 @@ class TextReader:
   def rows(self, records: list[Record | None], texts: list[list[str]]) -> dict[str, np.ndarray]:
     """A batch with one row a prompt and `answers` int32[B, 1, N]; see ARCHITECTURE.md, "Rows".
 
-    An answer that was cut gets the end token that the template writes behind every answer.
+    All hosts call it together, each for its own rows; these have one length on all of them. An
+    answer that was cut gets the end token that the template writes behind every answer.
 
     Args:
       records: of each row; None for rows that only pad.
@@ -55,7 +57,7 @@ class TextReader:
       for record, answers in zip(records, texts, strict=True)
     ]
     longest = max((len(example.tokens) for row in examples for example in row), default=1)
-    length = LENGTH_MULTIPLE
+    longest, length = hosts.greatest(longest), LENGTH_MULTIPLE
     while length < longest:
       length *= 2  # few lengths, so that little is compiled
     model, height = self.source.config, self.source.images.height

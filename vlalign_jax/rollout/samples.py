@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from etils import epath
 
 from vlalign_jax import storage
@@ -59,7 +60,8 @@ def make_show(workdir: str, config, tokenizer, records, first: int) -> Callable:
     if not writes:
       return
     texts, lengths = rollout.texts(tokenizer), rollout.lengths
-    places = [(b, n) for b, of_row in enumerate(lengths) for n, m in enumerate(of_row) if m]
+    order = np.argsort(numbers, kind="stable")  # by record: rows depend on the mesh
+    places = [(b, n) for b in order for n, m in enumerate(lengths[b]) if m]
     found = []
     for b, n in places[: config.ppo.log_samples]:
       record, line = records[numbers[b]], data.shown(int(numbers[b]), records[numbers[b]])
