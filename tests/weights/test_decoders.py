@@ -25,9 +25,8 @@ def test_a_tower_of_its_own(tmp_path):
   np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("text", [checkpoints.QWEN2_WINDOW, checkpoints.MISTRAL_WINDOW])
-def test_adapters_are_those_of_peft(text, tmp_path):
-  torch_model = checkpoints.make_llava(tmp_path, text=text)
+def test_adapters_are_those_of_peft(tmp_path):
+  torch_model = checkpoints.make_llava(tmp_path, text=checkpoints.QWEN2_WINDOW)
   adapted = adapters.add(
     torch_model, r=3, lora_alpha=6, lora_dropout=0.0, target_modules=adapters.LANGUAGE
   )
@@ -59,10 +58,17 @@ def test_windows_in_some_layers_only_are_refused(tmp_path):
     reference.open_model(tmp_path)
 
 
-def test_a_window_that_is_not_used(tmp_path):
-  unused = checkpoints.QWEN2_WINDOW | {"use_sliding_window": False}
-  checkpoints.make_llava(tmp_path, text=unused)
-  assert reference.open_model(tmp_path)[0].config.language.sliding_window is None
+@pytest.mark.parametrize(
+  "text",
+  [
+    checkpoints.QWEN2_WINDOW | {"use_sliding_window": False},
+    checkpoints.MISTRAL_WINDOW | {"sliding_window": None},
+  ],
+)
+def test_a_window_that_is_not_used(text, tmp_path):
+  checkpoints.make_llava(tmp_path, text=text)
+  opened = source.open_source(reference.model_group(init_from=str(tmp_path)))
+  assert opened.config.language.sliding_window is None
 
 
 def test_other_language_models_are_refused(tmp_path):

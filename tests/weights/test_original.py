@@ -10,7 +10,7 @@ import torch
 from flax import nnx
 
 from scripts import import_hf
-from tests import reference
+from tests import reference, sft_run
 from tests.weights import original_model
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
@@ -101,6 +101,10 @@ def test_a_reward_model_gives_the_same_scores(tmp_path):
   # With adapters the original keeps its decoder twice, under two names.
   twice = {f"lang_decoder.{k}": v for k, v in model.lang_decoder.state_dict().items()}
   original_model.save(reward, tmp_path / "saved", **twice)
+  # Of reward models it writes the language model's config, which says what attention there was.
+  sft_run.write_json(tmp_path / "saved" / "config.json", {"enable_mmca_attention": True})
+  assert reference.open_model(import_from(tmp_path, "mmca"))[0].config.mmca
+  sft_run.write_json(tmp_path / "saved" / "config.json", {"enable_mmca_attention": False})
   source, graphdef, params = reference.open_model(import_from(tmp_path))
   assert source.config.head == SCORE
   example, pictures, tokens, pixels = original_model.example_of(source.config)
@@ -212,10 +216,11 @@ def test_bad_checkpoints(name, saved):
 
 
 def test_command_line(saved):
-  """As it is written in the documentation, values apart from their flags and not."""
+  """Values apart from their flags and not; what is refused is all that is printed."""
   command = [sys.executable, "scripts/import_hf.py", "--from-original", str(saved / "saved")]
   command += [f"--vision={saved}/clip", "--language", f"{saved}/llama"]
-  command += [f"--output={saved}/script", "--allow-pickle"]
+  command += [f"--output={saved}/script", "--noallow-pickle", "--mmca", "--lora=merged"]
   done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-  assert (done.returncode, done.stdout) == (0, "")
-  assert reference.open_model(f"{saved}/script")[0].config.projector.kind == "linear"
+  assert (done.returncode, done.stdout) == (1, "")
+  assert done.stderr.startswith(f"error: {saved}/saved/pytorch_model.bin is a pickle, and a pickle")
+  assert done.stderr.count("\n") == 1

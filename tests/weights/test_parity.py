@@ -68,7 +68,6 @@ GRID = {
   },
   "qwen2_tied": {"text": {"model_type": "qwen2", "tie_word_embeddings": True, "head_dim": None}},
   "qwen2_window": {"text": checkpoints.QWEN2_WINDOW},
-  "mistral": {"text": {"model_type": "mistral", "sliding_window": None}},
   "mistral_window": {"text": checkpoints.MISTRAL_WINDOW},
 }
 

@@ -15,6 +15,7 @@ import numpy as np
 from absl import logging
 from transformers import LlavaConfig
 
+from vlalign_jax import json_files
 from vlalign_jax.data.images import ImagePreprocessor
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights import assemble, hf_config, original_names, original_tokenizer
@@ -38,7 +39,7 @@ def open_original(
       image processor and, if need be, the tokenizer are taken.
     lora: what the adapters beside the weights are, one of LORA: "merged" into the weights already,
       as the original's own scripts save them, or "separate", to be merged now.
-    mmca: whether it has multi-modal causal attention, which nothing in the checkpoint says.
+    mmca: whether it has multi-modal causal attention, which only reward models' checkpoints say.
 
   Raises:
     InputError: something is missing or damaged, or does not fit together; or there are adapters,
@@ -54,7 +55,9 @@ def open_original(
       f"{path}: no lang_embed.weight, which is what the model's tokens are read from"
     )
   hf = _config(vision, language, embedding.shape[0], kind)
-  hf.mmca = mmca
+  # A reward model is saved with the config of its language model, a policy without any.
+  said = json_files.read(os.path.join(directory, "config.json")) or {}
+  hf.mmca = mmca or bool(said.get("enable_mmca_attention"))
   if "score.weight" in found:
     hf.architectures = [hf_config.OWN_FAMILY + hf_config.REWARD_ARCHITECTURE]
   tokenizer = original_tokenizer.load(directory, language)
