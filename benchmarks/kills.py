@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tests import checkpoints, sft_run
+from tests.rollout import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 SAVE_EVERY, EVAL_EVERY = 4, 10
@@ -98,6 +99,15 @@ class Run:
 
 def make_command(directory: pathlib.Path, stage: str, steps: int) -> list[str]:
   """Writes model and data; returns the command of a run, but for its --workdir."""
+  often = {
+    "steps": steps,
+    "save_every": SAVE_EVERY,
+    "eval_every": EVAL_EVERY,
+    "keep": 3,
+    "keep_best": 2,
+  }
+  if stage == "ppo":
+    return _command(tiny.make(str(directory)).config(**_ppo(directory), **often))
   checkpoints.make_llava(str(directory / "model"))
   records = sft_run.make_records(str(directory / "data"), 40)
   if stage != "sft":
@@ -108,13 +118,28 @@ def make_command(directory: pathlib.Path, stage: str, steps: int) -> list[str]:
     stage,
     **{
       "data.eval": sft_run.write_json(directory / "data" / "eval.json", records[32:]),
-      "steps": steps,
-      "save_every": SAVE_EVERY,
-      "eval_every": EVAL_EVERY,
-      "keep": 3,
-      "keep_best": 2,
+      **often,
     },
   )
+  return _command(config)
+
+
+def _ppo(directory: pathlib.Path) -> dict:
+  """Settings that make a run carry all that it can from step to step."""
+  return {
+    "ppo.epochs": 2,
+    "ppo.critic_warmup": 3,
+    "ppo.score_queue": 30,
+    "ppo.kl_target": 0.01,
+    "ppo.kl_horizon": 50.0,
+    "ppo.stop_kl": 1e-7,
+    "ppo.sft_weight": 0.1,
+    "ppo.sft_data": f"{directory}/answered.json",
+    "ppo.log_samples_every": 3,
+  }
+
+
+def _command(config) -> list[str]:
   return [flag for flag in sft_run.command_line(config, "") if not flag.startswith("--workdir=")]
 
 
@@ -163,6 +188,9 @@ def content_of(step: pathlib.Path) -> dict[str, bytes]:
 def differences(killed: pathlib.Path, alone: pathlib.Path) -> list[str]:
   """What differs between two finished runs."""
   found = [] if metrics_of(killed) == metrics_of(alone) else ["metrics.jsonl"]
+  shown = [run / "rollouts.jsonl" for run in (killed, alone)]
+  if shown[1].exists() and shown[0].read_bytes() != shown[1].read_bytes():
+    found.append("rollouts.jsonl")
   names = [sorted(os.listdir(run / "checkpoints"), key=int) for run in (killed, alone)]
   if names[0] != names[1]:
     return [*found, f"checkpoints {names[0]} and {names[1]}"]
@@ -178,7 +206,7 @@ def differences(killed: pathlib.Path, alone: pathlib.Path) -> list[str]:
 
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument("--stage", choices=("sft", "reward", "dpo"), default="sft")
+  parser.add_argument("--stage", choices=("sft", "reward", "dpo", "ppo"), default="sft")
   parser.add_argument("--kills", type=int, default=20)
   parser.add_argument("--steps", type=int, default=240)
   parser.add_argument("--seed", type=int, default=0)

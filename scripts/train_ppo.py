@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vlalign_jax import cli
-from vlalign_jax.rollout import data, evaluation, learn, roles, samples
+from vlalign_jax.rollout import data, evaluation, learn, pretraining, roles, samples
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import ppo_program
@@ -28,7 +28,8 @@ def train_and_evaluate(c, workdir: str) -> None:
   rows = meshes.row_blocks(mesh) * c.grad_accumulation * c.ppo.minibatches
   train = data.prepare_train(c, actor, records, rows)
   held_out = data.prepare_eval(c, actor, eval_records, rows)
-  start.check_same_data(train, held_out)
+  mixed = pretraining.prepare(c, actor, mesh, train.plan.steps)
+  start.check_same_data(train, held_out, mixed)
 
   # --- The compiled functions and the shapes of what they take; nothing is allocated yet ---
   program = ppo_program.make_program(
@@ -57,17 +58,20 @@ def train_and_evaluate(c, workdir: str) -> None:
 
   # --- The loop: a step is a rollout and the updates that learn from it ---
   show = samples.make_show(workdir, c, actor.tokenizer, records.records, int(state.step))
-  stage = loop.Stage(
-    train_step=learn.make_train_step(held, train, records.records, progress, show),
-    to_device=functools.partial(hosts.to_device, mesh),
-    count=hosts.make_counter(mesh),
-    evaluate=evaluation.make_evaluate(held, held_out, eval_records),
-    records=train.records,
-    evaluates_first=True,
-    lag=0,
-  )
-  share = start.my_share(mesh)
-  with train.batches(start_step=progress.get("step", 0), **share) as batches:
+  first, share = progress.get("step", 0), start.my_share(mesh)
+  with (
+    train.batches(start_step=first, **share) as batches,
+    pretraining.opened(c, mesh, mixed, progress) as conversations,
+  ):
+    stage = loop.Stage(
+      train_step=learn.make_train_step(held, train, records.records, progress, show, conversations),
+      to_device=functools.partial(hosts.to_device, mesh),
+      count=hosts.make_counter(mesh),
+      evaluate=evaluation.make_evaluate(held, held_out, eval_records),
+      records=train.records,
+      evaluates_first=True,
+      lag=0,
+    )
     loop.run(c, workdir, stage, state, progress, batches, manager, train.plan.steps)
 
 

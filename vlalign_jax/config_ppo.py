@@ -52,6 +52,9 @@ def add(c: ConfigDict) -> None:
   ppo.whiten_advantages = True  # original: false
   ppo.scale_by_std = True  # of grpo; false: Dr. GRPO
   ppo.entropy_coefficient = 0.0
+  # The supervised loss of conversations, per token, added to every update of the actor: PPO-ptx.
+  ppo.sft_weight = 0.0  # 0: none
+  ppo.sft_data = ""  # LLaVA files with answers, comma-separated
   ppo.kl_coefficient = 0.1  # TRL: 0.05; original: 0.1
   ppo.kl_estimator = "k1"  # k1, k3, of the penalty in rewards; grpo has k3 in its loss instead
   ppo.kl_target = 0.0  # of an adaptive coefficient; 0: it is fixed
@@ -92,8 +95,8 @@ def check(config: ConfigDict) -> None:
   ones = ("num_samples", "max_new_tokens", "sample_parts", "epochs", "minibatches")
   zeros = (
     "score_clip missing_end_penalty score_queue min_new_tokens temperature top_k clip value_clip "
-    "entropy_coefficient kl_coefficient kl_target stop_kl critic_learning_rate critic_warmup "
-    "log_samples_every log_samples"
+    "entropy_coefficient sft_weight kl_coefficient kl_target stop_kl critic_learning_rate "
+    "critic_warmup log_samples_every log_samples"
   )
   check_at_least(config, {f"ppo.{key}": 1 for key in ones})
   check_at_least(config, {f"ppo.{key}": 0 for key in zeros.split()})
@@ -128,6 +131,11 @@ def check(config: ConfigDict) -> None:
     raise InputError(
       f"config.ppo.critic_warmup is {ppo.critic_warmup}, and {ppo.estimator} has no critic; set it "
       "to 0"
+    )
+  if bool(ppo.sft_weight) != bool(ppo.sft_data):
+    raise InputError(
+      f"config.ppo.sft_weight is {ppo.sft_weight}, and config.ppo.sft_data {ppo.sft_data!r}; give "
+      "both or neither"
     )
   shares = config.grad_accumulation * ppo.minibatches
   if config.batch_size % shares:

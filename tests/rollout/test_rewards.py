@@ -15,6 +15,7 @@ from vlalign_jax.data.encode import encode
 from vlalign_jax.errors import InputError
 from vlalign_jax.rollout import collect, data, learn
 from vlalign_jax.sharding import hosts
+from vlalign_jax.steps import rollout as steps
 
 FUNCTION = "tests.rollout.scorers:"
 GRPO = {"ppo.estimator": "grpo", "ppo.num_samples": 2}
@@ -131,6 +132,46 @@ def test_an_empty_answer_is_scored_as_any_other(files, tmp_path):
   grey = dataclasses.replace(reader, blank=True).rows(records, [["", ""]] * len(records))
   there = empty["images"].any(axis=(2, 3, 4), keepdims=True)
   np.testing.assert_array_equal(grey["images"], np.broadcast_to(127 * there, grey["images"].shape))
+
+
+def test_answers_of_which_none_ends_keep_their_scores(files, tmp_path):
+  """All are cut, which costs each of them the penalty."""
+  config = files.config(**GRPO, **{"ppo.missing_end_penalty": 0.5})
+  run = tiny.make_run(files, config, str(tmp_path))
+  program = tiny.with_sampling(run, dataclasses.replace(run.sampling, stop_tokens=()))
+  held, seen = dataclasses.replace(run.held, program=program), []
+  step = learn.make_train_step(
+    held, run.train, run.records, {}, lambda step, rollout, numbers: seen.append(rollout)
+  )
+  state, metrics = step(run.state, first_prompts(run)[0])
+  (rollout,) = seen
+  assert not rollout.ended.any()
+  assert (rollout.lengths == config.ppo.max_new_tokens).all()
+  assert metrics["val/num_eos_tokens"] == 0
+  assert metrics["val/bad_scores"] == 0
+  assert metrics["scores/mean"] == pytest.approx(rollout.scores.mean(), rel=1e-5)
+  less = np.clip(rollout.scores - 0.5, -config.ppo.score_clip, config.ppo.score_clip)
+  assert metrics["objective/scores"] == pytest.approx(less.mean(), rel=1e-5)
+  assert np.isfinite(list(map(float, metrics.values()))).all()
+  assert metrics["skipped_steps"] == 0
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+  # Without discount, penalty of KL and critic a token returns what its answer got at its last one.
+  gae = {"estimator": "gae", "gamma": 1.0, "lam": 1.0, "whiten_advantages": False}
+  config.ppo.update(gae)
+  logps = rollout.log_probabilities
+  fields, _ = steps.learn_from(
+    rollout.scores,
+    logps,
+    logps,
+    np.zeros(logps.shape, np.float32),
+    rollout.lengths,
+    rollout.ended,
+    0.1,
+    settings=config.ppo,
+  )
+  wanted = np.broadcast_to(less[..., None], logps.shape)
+  np.testing.assert_allclose(fields["returns"], wanted, rtol=1e-5)
+  np.testing.assert_allclose(fields["advantages"], wanted, rtol=1e-5)
 
 
 def test_prompts_that_do_not_fit_are_skipped_and_counted(files, tmp_path, caplog):

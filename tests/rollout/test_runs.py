@@ -30,6 +30,7 @@ SETTINGS = {
   "ppo.critic_init": "actor",
   "ppo.critic_warmup": 1,
   "ppo.score_queue": 20,
+  "ppo.sft_weight": 0.5,
   "ppo.kl_target": 0.01,
   "ppo.kl_horizon": 20.0,
   "ppo.stop_kl": 1e-9,
@@ -47,7 +48,9 @@ def files(tmp_path_factory, compile_cache):
 def finished(files, tmp_path_factory):
   """(config, run directory) of a finished run."""
   tiny.make_text_reward(f"{files.directory}/text")
-  config = files.config(**SETTINGS, **{"ppo.reward_model": f"{files.directory}/text"})
+  paths = {"ppo.reward_model": "text", "ppo.sft_data": "answered.json"}
+  paths = {key: f"{files.directory}/{name}" for key, name in paths.items()}
+  config = files.config(**SETTINGS, **paths)
   workdir = tmp_path_factory.mktemp("run")
   train_ppo.train_and_evaluate(config, str(workdir))
   return config, workdir
@@ -106,7 +109,8 @@ def test_metrics_of_a_run(finished):
   before, first, *_, last = lines
   assert abs(before["eval/objective/kl"]) < 1e-5  # the actor is the reference yet
   assert last["eval/objective/kl"] != before["eval/objective/kl"]
-  assert "loss/policy_avg" not in first  # only the critic learns
+  assert not {"loss/policy_avg", "loss/sft"} & first.keys()  # only the critic learns
+  assert all(line["loss/sft"] > 0 for line in lines[2:])
   assert abs(lines[2]["val/sampler_gap"]) < 1e-5
   coefficients = [line["objective/kl_coefficient"] for line in lines[1:]]
   assert len(set(coefficients)) > 1

@@ -11,7 +11,7 @@ import torch
 from tests import reference
 from tests.rollout import tiny
 from vlalign_jax import trees
-from vlalign_jax.rollout import learn
+from vlalign_jax.rollout import learn, pretraining
 from vlalign_jax.sharding import hosts
 
 SETTINGS = {
@@ -23,6 +23,7 @@ SETTINGS = {
     "ppo.num_samples": 3,
     "ppo.loss_level": "answer",
     "ppo.entropy_coefficient": 0.03,
+    "ppo.sft_weight": 0.7,
     "grad_accumulation": 2,
   },
 }
@@ -44,9 +45,17 @@ class Torch:
     self.critic = copy.deepcopy(files.scorer)
     self.kernel = torch.nn.Parameter(files.kernel.clone())
     self.answers, plan = [], run.train.plan
+    self.updates = config.ppo.epochs * config.ppo.minibatches
+    self.conversations = [
+      [
+        (example, tiny.inputs(run.model, example, pictures, ()))
+        for example, pictures in tiny.examples_of(run.mixed, update)
+      ]
+      for update in range(self.updates if run.mixed else 0)
+    ]
     self.order = np.argsort([plan.rows_of(0, row)[0] for row in range(plan.rows)])
     lengths, ended = jax.device_get((rollout.lengths, rollout.ended))
-    for row, (example, pictures) in enumerate(tiny.prompts_of(run)):
+    for row, (example, pictures) in enumerate(tiny.examples_of(run.train)):
       group, judged = [], pictures
       if self.p.blank_images:
         judged = [np.full_like(picture, 127) for picture in pictures]
@@ -129,6 +138,16 @@ class Torch:
       terms.append(share * (loss.sum() if self.p.loss_level == "token" else loss.mean()))
     return sum(terms)
 
+  def sft_loss(self, conversations):
+    """Mean over the learnt tokens of all conversations."""
+    total = count = 0.0
+    for example, given in conversations:
+      logs = torch.log_softmax(self.actor(**given).logits[0], dim=-1)
+      chosen = logs.gather(1, torch.tensor(example.targets)[:, None].long())[:, 0]
+      weights = torch.tensor(example.weights)
+      total, count = total - (chosen * weights).sum(), count + weights.sum()
+    return total / count
+
   def value_loss(self, answers):
     errors = []
     for answer in answers:
@@ -141,7 +160,8 @@ class Torch:
 
   def learn(self):
     """The mean loss of policy and critic over all updates."""
-    optim, losses = self.c.optim, {"loss": [], "critic/loss": []}
+    optim, losses = self.c.optim, {"loss": [], "critic/loss": [], "loss/sft": []}
+    conversations = iter(self.conversations)
 
     def optimizer(params, rate):
       options = {"betas": (optim.b1, optim.b2), "eps": optim.eps, "weight_decay": 0.0}
@@ -159,6 +179,10 @@ class Torch:
         for name, loss_of, params, adam in sides:
           adam.zero_grad()
           loss = loss_of(answers)
+          if self.conversations:
+            mixed = self.sft_loss(next(conversations))
+            losses["loss/sft"].append(mixed.item())
+            loss = loss + self.p.sft_weight * mixed
           loss.backward()
           losses[name].append(loss.item())
           grads = [p.grad for p in params if p.grad is not None]
@@ -172,15 +196,17 @@ class Torch:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_step_equals_torch(name, files, tmp_path):
   config = files.config(**COMMON, **SETTINGS[name])
+  if config.ppo.sft_weight:
+    config.ppo.sft_data = f"{files.directory}/answered.json"
   run = tiny.make_run(files, config, str(tmp_path), with_other=True)
   seen = []
-  step = learn.make_train_step(
-    run.held, run.train, run.records, {}, lambda *found: seen.append(found)
-  )
   with run.train.batches() as batches:
     rows = next(batches)
   del rows["skipped"]
-  state, metrics = step(run.state, hosts.to_device(run.held.mesh, rows))
+  show = lambda *found: seen.append(found)  # noqa: E731
+  with pretraining.opened(config, run.held.mesh, run.mixed, {}) as mixed:
+    step = learn.make_train_step(run.held, run.train, run.records, {}, show, mixed)
+    state, metrics = step(run.state, hosts.to_device(run.held.mesh, rows))
   rollout = seen[0][1]
   plain = Torch(files, config, run, rollout)
   plain.observe()

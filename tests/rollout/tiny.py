@@ -14,7 +14,7 @@ from tests.data.tokenizers import sentencepiece_style_tokenizer
 from tests.prediction.tiny import make_reward_model
 from vlalign_jax.generation.generate import make_generate
 from vlalign_jax.generation.sampling import Sampling
-from vlalign_jax.rollout import data, roles
+from vlalign_jax.rollout import data, pretraining, roles
 from vlalign_jax.rollout.reward_text import TextReader
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import ppo_program
@@ -67,6 +67,7 @@ def make(directory: str) -> Files:
   records = sft_run.make_records(directory, 10)
   sft_run.write_json(f"{directory}/train.json", records[:8])
   sft_run.write_json(f"{directory}/eval.json", records[8:])
+  sft_run.write_json(f"{directory}/answered.json", records[2:9])
   return Files(directory, actor, other, scorer, kernel)
 
 
@@ -99,6 +100,7 @@ class Run:
   model: object  # the actor's ModelConfig
   sampling: Sampling
   sources: roles.Sources
+  mixed: object  # Prepared of ppo.sft_data, or None
 
 
 def make_run(
@@ -129,7 +131,8 @@ def make_run(
     params = load.load_params(opened, placed)
     held = dataclasses.replace(held, frozen=held.frozen | {"reference": params})
   sampling = data.make_sampling(config, actor)
-  return Run(held, state, train, records.records, actor.config, sampling, sources)
+  mixed = pretraining.prepare(config, actor, mesh, train.plan.steps)
+  return Run(held, state, train, records.records, actor.config, sampling, sources, mixed)
 
 
 def with_sampling(run: Run, sampling: Sampling):
@@ -143,10 +146,11 @@ def text_reader(run: Run, images: int, answers: int) -> TextReader:
   return TextReader(run.sources.reward, "vicuna", "", images, answers)
 
 
-def prompts_of(run: Run) -> list:
-  """(Example, its pictures) of each row of the first step, in order."""
-  load_example, load_image = (run.train.pipeline[name] for name in ("load_example", "load_image"))
-  numbers = [run.train.plan.rows_of(0, row)[0] for row in range(run.train.plan.rows)]
+def examples_of(prepared, step: int = 0) -> list:
+  """(Example, its pictures) of all rows of a step, in order."""
+  load_example, load_image = (prepared.pipeline[name] for name in ("load_example", "load_image"))
+  plan = prepared.plan
+  numbers = [number for row in range(plan.rows) for number in plan.rows_of(step, row)]
   examples = [load_example(int(number)) for number in numbers]
   return [(example, [load_image(path) for path in example.images]) for example in examples]
 

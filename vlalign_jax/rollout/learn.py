@@ -14,6 +14,7 @@ from vlalign_jax.losses import kl, sums
 from vlalign_jax.losses.score_queue import ScoreQueue
 from vlalign_jax.rollout import collect
 from vlalign_jax.rollout import rows as layout
+from vlalign_jax.rollout.pretraining import Stream
 from vlalign_jax.sharding import hosts
 from vlalign_jax.steps.ppo import GAE, State
 
@@ -56,6 +57,7 @@ def make_train_step(
   records,
   progress: dict,
   show: Callable = lambda step, rollout, numbers: None,
+  mixed: Stream | None = None,
 ) -> Callable:
   """The function `(state, prompts) -> (state, metrics)` that the loop calls.
 
@@ -65,6 +67,7 @@ def make_train_step(
     records: that `prepared` numbers.
     progress: of the run; its "ppo" is kept up to date, so that checkpoints hold it.
     show: called with the step from 1, its Rollout and the record of each row, before learning.
+    mixed: the conversations that updates also learn from.
   """
   config, settings = roles.config, roles.config.ppo
   learner = Learner.make(settings, progress)
@@ -79,7 +82,7 @@ def make_train_step(
     show(step + 1, rollout, numbers)
     fields, found = _learn_from(roles, state, rollout, order, learner)
     rows = rollout.rows | fields
-    state, logged = _update(roles, state, rows, order, learner.kl_coefficient, step)
+    state, logged = _update(roles, state, rows, order, learner.kl_coefficient, step, mixed)
     found, logged = jax.device_get((found, logged))
     metrics = _summary(logged) | sums.quotients(found) | _raw(rollout)
     metrics["objective/kl_coefficient"] = learner.kl_coefficient
@@ -90,7 +93,7 @@ def make_train_step(
       target=settings.kl_target or None,
       horizon=settings.kl_horizon,
     )
-    progress["ppo"] = learner.progress()
+    progress["ppo"] = learner.progress() | ({"sft": mixed.progress()} if mixed else {})
     return roles.program.finish(state), metrics
 
   return train_step
@@ -145,6 +148,7 @@ def _update(
   order: np.ndarray,
   kl_coefficient: float,
   step: int,
+  mixed: Stream | None,
 ):
   """(state after all updates of a rollout, list of their metrics); `order` as of `by_record`."""
   config, settings, logged = roles.config, roles.config.ppo, []
@@ -159,6 +163,7 @@ def _update(
         rows,
         index,
         np.float32(kl_coefficient),
+        mixed.take() if mixed and with_policy else None,
         with_policy=with_policy,
         same_tower=roles.same_tower_critic,
       )

@@ -154,6 +154,18 @@ def make_value_loss(frozen, counts, key, *, graphdef, settings):
   return loss
 
 
+def mixed_loss(rows, *, graphdef, settings, mesh: Mesh | None, chunk: int) -> update.Mixed:
+  """The supervised loss of conversations, added to the policy's (Ouyang et al. 2022, equation 2).
+
+  Args:
+    rows: as supervised fine-tuning learns from.
+    graphdef: of the actor.
+    settings: the config's `ppo` group.
+  """
+  make_loss = functools.partial(sft.make_loss, graphdef=graphdef, mesh=mesh, chunk=chunk)
+  return update.Mixed("loss/sft", settings.sft_weight, make_loss, sft.count, rows)
+
+
 def metrics(found, counts):
   """What is logged of a mini-batch."""
   del counts
@@ -167,6 +179,7 @@ def update_step(
   rows,
   index,
   kl_coefficient,
+  sft_rows=None,
   *,
   actor,
   critic,
@@ -184,6 +197,7 @@ def update_step(
     rows: of a whole rollout of B prompts, with the fields of this file's first lines.
     index: int32[b], the rows of the mini-batch.
     kl_coefficient: float32[].
+    sft_rows: of `mixed_loss`; None: nothing is mixed in.
     actor, critic: program.Learner; critic may be None.
     config: of the run.
     mesh: over which rows are split.
@@ -220,19 +234,19 @@ def update_step(
     )
     state = state._replace(critic=critic_state)
   if with_policy:
+    options = {
+      "graphdef": actor.graphdef,
+      "settings": config.ppo,
+      "mesh": mesh,
+      "chunk": meshes.head_chunk(mesh),
+    }
     actor_state, found = update.train_step(
       actor_of(state),
       frozen,
       rows,
-      make_loss=functools.partial(
-        make_policy_loss,
-        graphdef=actor.graphdef,
-        settings=config.ppo,
-        kl_coefficient=kl_coefficient,
-        mesh=mesh,
-        chunk=meshes.head_chunk(mesh),
-      ),
+      make_loss=functools.partial(make_policy_loss, kl_coefficient=kl_coefficient, **options),
       count=functools.partial(count, level=config.ppo.loss_level),
+      mixed=None if sft_rows is None else mixed_loss(sft_rows, **options),
       **common,
       **actor.update,
     )

@@ -52,8 +52,8 @@ class Program:
     values: (the critic's trained and frozen parameters, rows, shape) -> float32[B, N, M].
     scores: (the reward model's parameters, rows with `answers` [B, 1, N]) -> float32[B, N].
     learn_from: see `steps.rollout`.
-    update_step: (state, frozen, the critic's frozen, rows, index, kl_coefficient, with_policy,
-      same_tower).
+    update_step: (state, frozen, the critic's frozen, rows, index, kl_coefficient, sft_rows,
+      with_policy, same_tower).
     finish: State -> State, with one more rollout learnt from; the state is given up.
   """
 

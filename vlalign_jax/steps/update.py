@@ -1,5 +1,8 @@
 """One optimizer update, whatever the stage: gradients of a sum, divided by what it counts."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -7,6 +10,19 @@ from jax.sharding import Mesh
 from vlalign_jax.steps import accumulate
 from vlalign_jax.training import loss_scale
 from vlalign_jax.training import state as training_state
+
+
+class Mixed(NamedTuple):
+  """A second loss, of other rows, whose mean times `weight` is added; reported as `name`.
+
+  `make_loss` and `count` are as of `train_step`.
+  """
+
+  name: str
+  weight: float
+  make_loss: Callable
+  count: Callable
+  rows: dict
 
 
 def train_step(
@@ -23,6 +39,7 @@ def train_step(
   seed: int,
   mesh: Mesh | None = None,
   constrain_gradients=lambda gradients: gradients,
+  mixed: Mixed | None = None,
 ):
   """One update.
 
@@ -39,25 +56,41 @@ def train_step(
     seed: of what is random in a step.
     mesh: over which rows are split.
     constrain_gradients: tree -> tree, places gradients over devices.
+    mixed: what else is learnt from in this step.
 
   Returns:
     (next state, dict of float32[] metrics).
   """
-  counts = count(rows)
   key = jax.random.fold_in(jax.random.key(seed), state.step)
-  loss = make_loss(frozen, counts, key)
-  divisor = jnp.maximum(counts["loss"], 1.0)
   factor = loss_scale.factor(state.optimizer)
-  scale = 1.0 if factor is None else factor / divisor
-  total, sums, grads = accumulate.sum_gradients(
-    loss, state.params, rows, accumulation, mesh, constrain_gradients, scale
-  )
+
+  def mean(make_loss, counts, rows):
+    """(mean loss, sums, gradients of the mean)."""
+    divisor = jnp.maximum(counts["loss"], 1.0)
+    scale = 1.0 if factor is None else factor / divisor
+    loss = make_loss(frozen, counts, key)
+    total, sums, grads = accumulate.sum_gradients(
+      loss, state.params, rows, accumulation, mesh, constrain_gradients, scale
+    )
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / (divisor * scale), grads)
+    return total / divisor, sums, grads
+
+  extra = {}
+  if mixed is not None:
+    added, _, more = mean(mixed.make_loss, mixed.count(mixed.rows), mixed.rows)
+    # One after the other, as in steps.dpo.
+    state, rows, added, more = jax.lax.optimization_barrier((state, rows, added, more))
+    extra = {mixed.name: added}
+  counts = count(rows)
+  loss, sums, grads = mean(make_loss, counts, rows)
+  if mixed is not None:
+    loss += mixed.weight * added
+    grads = jax.tree.map(lambda g, other: g + mixed.weight * other, grads, more)
   rate = learning_rate(state.step - state.skipped)
-  grads = jax.tree.map(lambda g: g.astype(jnp.float32) / (divisor * scale), grads)
-  state, logged = training_state.apply_gradients(state, optimizer, grads, total / divisor)
+  state, logged = training_state.apply_gradients(state, optimizer, grads, loss)
   if factor is not None:
-    logged |= {"loss_scale": factor}
-  return state, logged | {"learning_rate": rate} | metrics(sums, counts)
+    extra |= {"loss_scale": factor}
+  return state, logged | extra | {"learning_rate": rate} | metrics(sums, counts)
 
 
 def dropout(model, key, number) -> dict:

@@ -45,9 +45,9 @@ def open_run(
   return mesh, opened
 
 
-def check_same_data(train: Prepared, evaluation: Prepared | None) -> None:
+def check_same_data(*prepared: Prepared | None) -> None:
   """Raises an InputError unless all hosts have read the same records."""
-  planned = f"{train.identity} {evaluation and evaluation.identity}"
+  planned = " ".join(f"{one and one.identity}" for one in prepared)
   hosts.check_same("the records they read", planned, "give all hosts the same data files")
 
 

@@ -1,0 +1,93 @@
+"""Conversations whose supervised loss is mixed into PPO's updates (Ouyang et al. 2022, PPO-ptx)."""
+
+import contextlib
+import dataclasses
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vlalign_jax.data import sft
+from vlalign_jax.data.prepare import Prepared
+from vlalign_jax.sharding import hosts
+from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.training import loop, start
+from vlalign_jax.weights.source import Source
+
+KEY = "ppo.sft_data"
+
+
+def prepare(config, source: Source, mesh: Mesh, steps: int) -> Prepared | None:
+  """Plans a batch for each update of the actor, as many examples as it has prompts.
+
+  Args:
+    config: of the run.
+    source: the actor.
+    mesh: over which rows are split.
+    steps: rollouts of the whole run.
+
+  Returns:
+    None if nothing is mixed in.
+
+  Raises:
+    InputError: a file or record is bad, or there is nothing to learn.
+  """
+  settings, rollouts = config.ppo, steps - config.ppo.critic_warmup
+  if not settings.sft_weight or rollouts <= 0:
+    return None
+  own = config.copy_and_resolve_references()
+  own.data.update({"train": settings.sft_data, "samples": "", "weights": "", "pack": True})
+  own.data.update({"eval": "", "eval_samples": "", "eval_fraction": 0.0})
+  own.batch_size = config.batch_size // settings.minibatches
+  own.steps = rollouts * settings.epochs * settings.minibatches
+  records, _ = sft.load_records_of(own)
+  multiple = meshes.row_blocks(mesh) * config.grad_accumulation
+  found = sft.prepare_train(own, source, records, multiple)
+  # All batches have the rows of the fullest: an update is compiled for each shape.
+  rows = np.full_like(found.plan.row_counts, found.plan.rows)
+  return dataclasses.replace(found, plan=dataclasses.replace(found.plan, row_counts=rows))
+
+
+class Stream:
+  """The batches of updates, one after the other; what it was saved with goes through JSON."""
+
+  def __init__(self, config, mesh: Mesh, prepared: Prepared, batches, kept: dict):
+    """Goes on where `kept`, an earlier `progress`, stopped; use `opened`.
+
+    Raises:
+      InputError: the batches until there had other examples.
+    """
+    self._config, self._mesh, self._prepared, self._batches = config, mesh, prepared, batches
+    self._count, self._pending = hosts.make_counter(mesh), []
+    self._bad = kept.get("bad_records", 0)
+    if kept:
+      batches.set_state(kept["data"])
+
+  def take(self) -> dict[str, jax.Array]:
+    """The rows of the next update, on the devices."""
+    rows = hosts.to_device(self._mesh, next(self._batches))
+    self._pending.append(self._count(rows, rows.pop("skipped")))
+    return rows
+
+  def progress(self) -> dict:
+    """What goes on from here.
+
+    Raises:
+      InputError: too many records could not be read.
+    """
+    found, self._pending = jax.device_get(self._pending), []
+    self._bad += sum(int(counts["bad_records"]) for counts in found)
+    state = self._batches.get_state()
+    examples = max(self._prepared.records, state["step"] * self._prepared.plan.batch_size)
+    loop.check_bad_records(KEY, self._bad, examples, self._config.data.on_bad_record)
+    return {"data": state, "bad_records": self._bad}
+
+
+@contextlib.contextmanager
+def opened(config, mesh: Mesh, prepared: Prepared | None, progress: dict):
+  """The Stream of a run that goes on from `progress`; None if nothing is mixed in."""
+  if prepared is None:
+    yield None
+    return
+  with prepared.batches(**start.my_share(mesh)) as batches:
+    yield Stream(config, mesh, prepared, batches, progress.get("ppo", {}).get("sft", {}))
