@@ -76,6 +76,9 @@ def test_a_checkpoint_knows_its_config(workdir):
 def test_lines_that_are_logged_again_are_dropped(tmp_path):
   path = tmp_path / "metrics.jsonl"
   assert run_directory.metrics_until(path, 9) == ""
+  path.write_text('{"step": 0, "eval/loss": 2.0}\n{"step": 1, "loss": 1.5}\n')
+  assert run_directory.metrics_until(path, 0) == ""
+  assert len(run_directory.metrics_until(path, 1).splitlines()) == 2
   lines = [f'{{"step": {step}}}\n' for step in (1, 2, 3)]
   path.write_text("".join(lines) + '{"step": 3, "lo')
   assert run_directory.metrics_until(path, 2) == "".join(lines[:2])

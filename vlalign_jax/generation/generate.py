@@ -197,7 +197,15 @@ def _gathered(params, mesh: Mesh | None, dtype):
   return params | together
 
 
-def log_memory(model: ModelConfig, sampling: Sampling, rows: int, length: int, dtype, mesh: Mesh):
+def log_memory(
+  model: ModelConfig,
+  sampling: Sampling,
+  rows: int,
+  length: int,
+  dtype,
+  mesh: Mesh,
+  mend: str = "lower batch_size, generation.num_samples or generation.max_new_tokens",
+) -> int:
   """States the cache of a batch before it is allocated, and refuses one that cannot fit.
 
   Args:
@@ -207,6 +215,7 @@ def log_memory(model: ModelConfig, sampling: Sampling, rows: int, length: int, d
     length: S, tokens of its rows.
     dtype: of activations.
     mesh: over which it runs.
+    mend: what to change, for the error.
 
   Returns:
     Bytes on each device.
@@ -237,7 +246,7 @@ def log_memory(model: ModelConfig, sampling: Sampling, rows: int, length: int, d
   if "bytes_limit" in known and each > free:
     raise InputError(
       f"the keys and values of {rows} prompts x {sampling.num_samples} answers take "
-      f"{each / 1e9:.1f} GB on each device, and {free / 1e9:.1f} GB are free; lower batch_size, "
-      "generation.num_samples or generation.max_new_tokens, or split over more devices"
+      f"{each / 1e9:.1f} GB on each device, and {free / 1e9:.1f} GB are free; {mend}, or "
+      "split over more devices"
     )
   return each

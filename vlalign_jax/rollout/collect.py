@@ -107,7 +107,8 @@ def collect(
     seed: chooses them all.
 
   Raises:
-    InputError: the reward function fails, or no answer has a finite score.
+    InputError: the reward function fails, no answer has a finite score, or the devices say that
+      keys and values do not fit.
   """
   program, settings = roles.program, roles.config.ppo
   frozen = {part: tree for part, tree in roles.frozen.items() if part != "reference"}
@@ -115,6 +116,7 @@ def collect(
   if roles.shares_features and prompts["images"].shape[1]:
     prompts = prompts | {"vision_features": program.vision_features(actor, prompts, None)}
   streams = hosts.whole_to_device(roles.mesh, {"streams": streams.astype(np.int32)})["streams"]
+  program.check_memory(*prompts["tokens"].shape)
   generated = program.sample(actor, _for_sampling(prompts), streams, seed)
   tokens, lengths, ended = hosts.fetch((generated.tokens, generated.lengths, generated.ended))
   shape = tokens.shape[1], layout.answer_length(int(lengths.max()), settings.max_new_tokens)

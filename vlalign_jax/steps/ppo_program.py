@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vlalign_jax import trees
-from vlalign_jax.generation.generate import make_generate
+from vlalign_jax.generation.generate import log_memory, make_generate
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models.vlm import ModelConfig, abstract_params
 from vlalign_jax.rollout import rows as layout
@@ -45,6 +45,8 @@ class Program:
     reward: None: a function alone scores.
     state: shapes of the ppo.State.
     init_state: (actor's trained parameters, critic's or None; both given up) -> State.
+    check_memory: (rows, tokens of each) -> bytes that sampling holds on each device, stated once;
+      see `generate.log_memory`.
     sample: (all parameters, prompts, int32[B] streams, seed) -> Generated.
     answer_rows: see `rollout.rows`.
     vision_features: (the actor's vision parameters, rows) -> float[B, I, P, W].
@@ -62,6 +64,7 @@ class Program:
   reward: Scorer | None
   state: ppo.State
   init_state: Callable
+  check_memory: Callable
   sample: Callable
   answer_rows: Callable
   vision_features: Callable
@@ -142,6 +145,12 @@ def make_program(
     pad_id=pad_id,
   )
 
+  @functools.cache
+  def check_memory(rows, length):
+    mend = "raise ppo.sample_parts, or lower batch_size, ppo.num_samples or ppo.max_new_tokens"
+    rows //= settings.sample_parts
+    return log_memory(model, sampling, rows, length, config.model.dtype, mesh, mend)
+
   state = jax.eval_shape(init_state, actor.state.params, critic and critic.state.params)
   placement = ppo.make_state(actor.placement, critic.placement if critic else ())
   placement = placement._replace(step=everywhere)
@@ -154,6 +163,7 @@ def make_program(
     reward=reward,
     state=meshes.place(state, placement),
     init_state=jax.jit(init_state, out_shardings=placement, donate_argnums=(0, 1)),
+    check_memory=check_memory,
     sample=_sample_by_parts(generate, mesh, settings.sample_parts, rows_place),
     answer_rows=jax.jit(layout.answer_rows, out_shardings=rows_place),
     vision_features=of_parts(vision_features),

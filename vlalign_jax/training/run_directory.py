@@ -195,7 +195,12 @@ def check_progress(progress: dict, config: ConfigDict, plan: dict, workdir: str)
 
 
 def metrics_until(path: epath.Path, step: int) -> str:
-  """The lines of metrics.jsonl up to a step, without a half-written last one."""
+  """The lines of metrics.jsonl up to a step, without a half-written last one.
+
+  A run that begins anew, at step 0, keeps none: it writes that of step 0 again.
+  """
+  if not step:
+    return ""
   kept = []
   for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
     try:
