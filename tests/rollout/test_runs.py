@@ -15,6 +15,7 @@ from tests.processes import Processes
 from tests.rollout import tiny
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import vlm
+from vlalign_jax.prediction import html
 from vlalign_jax.weights import source
 
 STEPS = 4
@@ -74,7 +75,8 @@ def test_a_run_goes_on_exactly_where_a_checkpoint_stands(finished, tmp_path):
   shutil.rmtree(workdir / "checkpoints" / str(STEPS))
   train_ppo.train_and_evaluate(config, str(workdir))
   assert metrics_of(workdir) == metrics_of(done)
-  assert (workdir / "rollouts.jsonl").read_text() == (done / "rollouts.jsonl").read_text()
+  for name in ("rollouts.jsonl", "rollouts.html"):
+    assert (workdir / name).read_text() == (done / name).read_text()
   for item in ("params", "optimizer"):
     found, expected = checkpoint(workdir, item), checkpoint(done, item)
     assert found.keys() == expected.keys()
@@ -123,6 +125,13 @@ def test_sample_answers_are_shown(finished):
   lines = samples_of(workdir)
   assert [line["step"] for line in lines] == [1, 1, 1, 3, 3, 3]
   assert all(isinstance(line["kl"], float) and line["images"] is not None for line in lines)
+  page = (workdir / "rollouts.html").read_text()
+  assert page.index("<h2>step 3</h2>") < page.index("<h2>step 1</h2>")
+  pictures = [len(line["images"]) for line in lines if line["sample"] == 0]
+  assert page.count('src="data:image/jpeg;base64,') == sum(pictures)
+  for line in lines:
+    shown = [html.text(line["prompt"]), html.text(line["answer"]), f">{line['kl']:.4g}<"]
+    assert all(part in page for part in shown)
 
 
 def test_a_finished_run_is_a_policy_as_any_other(finished):
