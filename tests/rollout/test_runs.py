@@ -154,6 +154,20 @@ def test_other_weights_of_the_reward_model_are_refused(files, finished, tmp_path
     path.write_bytes(before)
 
 
+def test_other_conversations_are_refused(files, finished, tmp_path):
+  config, done = finished
+  workdir = shutil.copytree(done, tmp_path / "run")
+  shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+  path = pathlib.Path(files.directory, "answered.json")
+  before = path.read_text()
+  sft_run.write_json(path, json.loads(before)[:-1])
+  try:
+    with pytest.raises(InputError, match="ppo.sft_data: the checkpoint's first 2 .* examples"):
+      train_ppo.train_and_evaluate(config, str(workdir))
+  finally:
+    path.write_text(before)
+
+
 def test_only_adapters_and_heads_are_kept(finished):
   _, workdir = finished
   assert all("lora_" in path for path in checkpoint(workdir, "params"))

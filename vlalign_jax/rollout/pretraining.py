@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from vlalign_jax.data import sft
 from vlalign_jax.data.prepare import Prepared
+from vlalign_jax.errors import InputError
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.training import loop, start
@@ -60,8 +61,11 @@ class Stream:
     self._config, self._mesh, self._prepared, self._batches = config, mesh, prepared, batches
     self._count, self._pending = hosts.make_counter(mesh), []
     self._bad = kept.get("bad_records", 0)
-    if kept:
-      batches.set_state(kept["data"])
+    try:
+      if kept:
+        batches.set_state(kept["data"])
+    except InputError as error:
+      raise InputError(f"config.{KEY}: {error}") from error
 
   def take(self) -> dict[str, jax.Array]:
     """The rows of the next update, on the devices."""
