@@ -56,12 +56,32 @@ def share(shape, order) -> dict:
     "bad_records": int(whole["skipped"].sum()),
     "stop": 4,  # the devices of process 1
   }
-  return {"blocks": mine.blocks, "same": all(same.values()), "counts": counts == expected}
+  # Each row from the one host that answers for it, float64 and nan bit for bit.
+  values = rng.normal(size=(16, 3))
+  values[3, 1] = np.nan
+  owned = hosts.rows_owned(mesh, 16)
+  joined = hosts.joined(np.where(owned[:, None], values, -1.0), owned)
+  fetched = hosts.fetch(hosts.whole_to_device(mesh, whole))
+  here = hosts.rows_here(mesh, 16)
+  agreed = [
+    values.tobytes() == joined.tobytes(),
+    all(np.array_equal(fetched[name], array) for name, array in whole.items()),
+    np.array_equal(whole["segments"][here], local["segments"]),
+    set(np.flatnonzero(owned)) <= set(here),
+  ]
+  return {
+    "blocks": mine.blocks,
+    "same": all(same.values()),
+    "counts": counts == expected,
+    "agreed": all(agreed),
+  }
 
 
 def main(_):
   found = {name: share(*mesh) for name, mesh in MESHES.items()}
   hosts.check_same("what is the same", "x", "")
+  number = jax.process_index() + 3
+  found["decided"] = [float(hosts.of_first(np.float32(number))), hosts.greatest(number)]
   try:
     hosts.check_same("the seed", str(jax.process_index()), "give both the same")
   except InputError as error:

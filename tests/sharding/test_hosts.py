@@ -33,7 +33,8 @@ def test_rows_counts_and_errors_are_shared():
     "tensor over all": [0],
   }
   for name, own in blocks.items():
-    assert found[name] == {"blocks": own, "same": True, "counts": True}, name
+    assert found[name] == {"blocks": own, "same": True, "counts": True, "agreed": True}, name
+  assert found["decided"] == [3.0, 4]
   assert found["differ"] == "process 1 and process 0 differ in the seed; give both the same"
   assert "error: the disk of this host is full\n" in second
   assert "error: ended, as process 1 ended: the disk of this host is full\n" in first
