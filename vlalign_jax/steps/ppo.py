@@ -226,7 +226,7 @@ def update_step(
       **common,
       **critic.update,
     )
-    own = ("loss", "grad_norm", "learning_rate", "skipped_steps", "skipped_in_a_row")
+    own = ("loss", "grad_norm", "learning_rate", "skipped_steps", "skipped_in_a_row", "loss_scale")
     logged = {f"critic/{name}" if name in own else name: found[name] for name in found}
     # One after the other, as in steps.dpo.
     state, rows, critic_state, logged = jax.lax.optimization_barrier(
