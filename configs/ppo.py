@@ -9,7 +9,10 @@ are LLaVA JSON, whose last answers are absent or read by reward functions alone.
 model, or beside it, a function may score: --config.ppo.reward_function=module:name.
 
 Presets, and what to expect of them:
-  demo             a tiny model on drawn pictures, see scripts/demo.sh: the held-out score rises.
+  demo             a tiny model on drawn pictures, see scripts/demo.sh: from a policy that is right
+                   about two questions of three, the held-out score rises from 4.3 to 5.1 in a
+                   minute on two CPU cores. With --config.ppo.critic_warmup=0 also for
+                   --config.ppo.estimator=rloo and grpo.
   llava15_7b       projector and language model of a 7B model, and as much again as its critic.
   llava15_7b_lora  adapters for actor and critic; the reference is the actor with its adapters off.
   rloo             as llava15_7b without a critic: four answers to a prompt are compared.
@@ -65,17 +68,19 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
 
 def _demo(c: ConfigDict) -> ConfigDict:
   c.batch_size = 128
-  c.steps = 30
-  c.save_every = 15
+  c.steps = 20
+  c.save_every = 10
   c.model.dtype = "float32"
   c.model.remat = "none"
   c.train.vision = True
   c.data.max_length = 256
-  c.optim.learning_rate = 1e-4
+  c.optim.learning_rate = 2e-4
   c.optim.warmup = 0.0
+  c.ppo.num_samples = 4
+  c.ppo.epochs = 2
   c.ppo.minibatches = 4
   c.ppo.critic_learning_rate = 5e-4
-  c.ppo.critic_warmup = 3
+  c.ppo.critic_warmup = 2
   c.ppo.value_clip = 0.0  # scores reach 9, and a rollout would move values by 0.2
   c.ppo.max_new_tokens = 12
   c.ppo.kl_coefficient = 0.05

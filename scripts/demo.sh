@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole road on a set that is drawn here: a tiny LLaVA checkpoint with random weights learns to
-# answer questions about pictures (and the same with the pictures blanked, for comparison), then a
-# reward model and DPO learn from ranked answers.
+# answer questions about pictures (and the same with the pictures blanked, for comparison). From
+# ranked answers a reward model and DPO learn; PPO improves a policy that has learnt for a shorter
+# time, as the other one leaves it nothing to gain.
 # Ends with exit code 1 if a stage has not learnt what it should.
 # usage: bash scripts/demo.sh [DIRECTORY]     (default runs/demo, which is made anew)
 set -euo pipefail
@@ -31,18 +32,28 @@ train() { # STAGE NAME START RECORDS [FLAGS]: one training run
     --config.data.train="$out/data/${records}train.json" \
     --config.data.eval="$out/data/${records}eval.json" "$@"
 }
-answer() { # NAME: what a policy says about the held-out pictures
-  python scripts/predict.py --config=configs/predict.py --workdir="$out/answers_$1" \
-    --config.model.init_from="$out/$1" --config.model.dtype=float32 \
-    --config.data.eval="$out/data/eval.json" --config.data.images="$out/data/images" \
-    --config.generation.max_new_tokens=16
+answer() { # POLICY NAME RECORDS [FLAGS]: what a policy says to the last questions of records
+  local policy=$1 name=$2 records=$3
+  shift 3
+  python scripts/predict.py --config=configs/predict.py --workdir="$out/$name" \
+    --config.model.init_from="$out/$policy" --config.model.dtype=float32 \
+    --config.data.eval="$records" --config.data.images="$out/data/images" \
+    --config.generation.max_new_tokens=16 "$@"
 }
+questions=$out/data/preferences_eval.json
 train sft sft "$out/data/model" ""
 train sft sft_blind "$out/data/model" "" --config.data.blank_images=true
+train sft sft_short "$out/data/model" "" --config.epochs=3
 train reward reward "$out/sft" preferences_
 train dpo dpo "$out/sft" preferences_
-answer sft
-answer dpo
-python scripts/export_hf.py --checkpoint="$out/dpo" --output="$out/export"
+train ppo ppo "$out/sft_short" preferences_ --config.ppo.reward_model="$out/reward"
+for policy in sft dpo sft_short ppo; do
+  answer $policy answers_$policy "$questions" --config.reward_model="$out/reward"
+done
+for pair in dpo:sft ppo:sft_short; do
+  python scripts/demo_divergence.py --policy="$out/${pair%:*}" --start="$out/${pair#*:}" \
+    --data="$out/data" --output="$out/divergence_${pair%:*}"
+done
+python scripts/export_hf.py --checkpoint="$out/ppo" --output="$out/export"
 python scripts/demo_result.py "$out"
 echo "exported to $out/export after $((SECONDS - start)) s in all"

@@ -11,8 +11,12 @@ from collections.abc import Iterator
 
 LEAST_EXACT, LEAST_GAIN = 0.9, 0.4
 LEAST_PAIRS = 0.9
-# Of 300 answers, what may change by chance: about one standard error.
+# Of 900 answers, what may change by chance: about one standard error.
 EXACT_NOISE = 0.02
+LEAST_SCORE_GAIN = 0.2  # of PPO; a right answer scores some 7 more than a wrong one
+# Policy -> the one that it began as; None: it began with random weights.
+POLICIES = {"sft": None, "dpo": "sft", "sft_short": None, "ppo": "sft_short"}
+LABELS = {"sft": "SFT", "dpo": "  DPO", "sft_short": "SFT, 3 epochs", "ppo": "  PPO"}
 
 
 def last_evaluation(run: str) -> dict[str, float]:
@@ -22,19 +26,18 @@ def last_evaluation(run: str) -> dict[str, float]:
   return {key.removeprefix("eval/"): value for key, value in last.items() if "eval/" in key}
 
 
-def exact_answers(directory: str) -> float:
-  """The share of held-out questions answered word for word."""
-  with open(f"{directory}/metrics.json", encoding="utf-8") as file:
-    return json.load(file)["exact_match"]
+def read(path: str) -> dict[str, float]:
+  """The content of a JSON file."""
+  with open(path, encoding="utf-8") as file:
+    return json.load(file)
 
 
 def faults(directory: str) -> Iterator[str]:
   """Prints the table; yields what is wrong with it."""
-  names = ("sft", "sft_blind", "reward", "dpo")
-  sft, blind, reward, dpo = (last_evaluation(f"{directory}/{name}") for name in names)
-  before, after = (exact_answers(f"{directory}/answers_{name}") for name in ("sft", "dpo"))
+  sft, blind, reward, dpo = (
+    last_evaluation(f"{directory}/{name}") for name in ("sft", "sft_blind", "reward", "dpo")
+  )
   preferred = dpo["logps/reference_accuracies"], dpo["logps/accuracies"]
-
   print(f"\n{'held out':50}{'share':>8}")
   for label, share in (
     ("whole conversations word for word, with pictures", sft["exact_match"]),
@@ -42,11 +45,16 @@ def faults(directory: str) -> Iterator[str]:
     ("pairs that the reward model ranks right", reward["accuracy"]),
     ("pairs whose right answer is likelier, SFT", preferred[0]),
     ("  DPO", preferred[1]),
-    ("last answers word for word, SFT", before),
-    ("  DPO", after),
   ):
     print(f"{label:50}{share:8.1%}")
   print(f"{'DPO, rewards/margins':50}{dpo['rewards/margins']:8.3f}")
+
+  answers = {name: read(f"{directory}/answers_{name}/metrics.json") for name in POLICIES}
+  print(f"\n{'answers to held-out questions':32}{'word for word':>14}{'score':>8}{'KL':>8}")
+  for name, start in POLICIES.items():
+    kl = f"{read(f'{directory}/divergence_{name}/divergence.json')['kl']:8.2f}" if start else ""
+    found = answers[name]
+    print(f"{LABELS[name]:32}{found['exact_match']:14.1%}{found['reward']:8.2f}{kl}")
 
   if sft["exact_match"] < LEAST_EXACT:
     yield f"{sft['exact_match']:.1%} with pictures; at least {LEAST_EXACT:.0%} is expected"
@@ -60,8 +68,16 @@ def faults(directory: str) -> Iterator[str]:
     yield f"the reward model ranks {reward['accuracy']:.1%} right; {LEAST_PAIRS:.0%} are expected"
   if preferred[1] <= preferred[0] or dpo["rewards/margins"] <= 0:
     yield "DPO does not prefer right answers more than SFT did"
-  if after < before - EXACT_NOISE:
-    yield f"DPO answers {after:.1%} word for word, SFT {before:.1%}: it has lost what SFT learnt"
+  for name, start in POLICIES.items():
+    before, after = (answers[one]["exact_match"] for one in (start or name, name))
+    if after < before - EXACT_NOISE:
+      yield (
+        f"{name.upper()} answers {after:.1%} word for word, and what it began as {before:.1%}: it"
+        " has lost what SFT learnt"
+      )
+  gain = answers["ppo"]["reward"] - answers["sft_short"]["reward"]
+  if gain < LEAST_SCORE_GAIN:
+    yield f"PPO raises the score by {gain:.2f}; at least {LEAST_SCORE_GAIN} is expected"
 
 
 def main(directory: str) -> int:

@@ -31,7 +31,10 @@ def test_an_unknown_preset_is_named():
     ({"ppo.estimator": "ppo"}, "ppo.estimator is 'ppo'; choose from gae, rloo, grpo"),
     ({"ppo.reward_model": ""}, "nothing scores answers: give config.ppo.reward_model"),
     ({"ppo.reward_model": "", "ppo.reward_function": "a:b"}, 'critic_init is "reward".*"actor"'),
-    ({"ppo.estimator": "rloo"}, "num_samples is 1; rloo compares answers .* at least 2"),
+    (
+      {"ppo.estimator": "rloo", "ppo.num_samples": 1},
+      "num_samples is 1; rloo compares answers .* at least 2",
+    ),
     (
       {"ppo.estimator": "grpo", "ppo.num_samples": 2, "ppo.critic_warmup": 1},
       "critic_warmup is 1, and grpo has no critic",

@@ -36,8 +36,12 @@ GOOD = {
     "logps/accuracies": 0.98,
     "rewards/margins": 0.3,
   },
-  "answers_sft": {"exact_match": 0.95},
-  "answers_dpo": {"exact_match": 0.95},
+  "answers_sft": {"exact_match": 0.95, "reward": 6.5},
+  "answers_dpo": {"exact_match": 0.95, "reward": 6.5},
+  "answers_sft_short": {"exact_match": 0.65, "reward": 4.8},
+  "answers_ppo": {"exact_match": 0.7, "reward": 5.4},
+  "divergence_dpo": {"kl": 0.1},
+  "divergence_ppo": {"kl": 0.5},
 }
 
 
@@ -51,22 +55,26 @@ GOOD = {
     ("reward", "accuracy", 0.85, "error: the reward model ranks 85.0% right; 90% are expected"),
     ("dpo", "logps/accuracies", 0.95, "error: DPO does not prefer right answers more than SFT"),
     ("dpo", "rewards/margins", -0.1, "error: DPO does not prefer right answers more than SFT"),
-    ("answers_dpo", "exact_match", 0.92, "error: DPO answers 92.0% word for word, SFT 95.0%"),
+    ("answers_dpo", "exact_match", 0.92, "error: DPO answers 92.0% word for word, and what it"),
+    ("answers_ppo", "exact_match", 0.62, "error: PPO answers 62.0% word for word, and what it"),
+    ("answers_ppo", "reward", 4.9, "error: PPO raises the score by 0.10; at least 0.2 is expected"),
   ],
 )
 def test_the_result_is_judged(run_name, metric, value, fault, tmp_path):
   for name, metrics in GOOD.items():
     metrics = metrics | ({metric: value} if name == run_name else {})
     (tmp_path / name).mkdir()
-    if name.startswith("answers_"):
-      (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+    if name.startswith(("answers_", "divergence_")):
+      file = "metrics" if name.startswith("answers_") else "divergence"
+      (tmp_path / name / f"{file}.json").write_text(json.dumps(metrics))
       continue
     evaluated = {f"eval/{key}": number for key, number in metrics.items()}
     lines = [{"step": 1, "loss": 3.0}, {"step": 2, **evaluated}]
     (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
   ended = run(sys.executable, "scripts/demo_result.py", str(tmp_path))
-  assert f"{value:8.1%}\n" in ended.stdout or metric == "rewards/margins"
-  assert ended.stdout.count("\n") == 10
+  shown = f"{value:.1%}" if metric not in ("rewards/margins", "reward") else f"{value:.1f}"
+  assert shown in ended.stdout
+  assert ended.stdout.count("\n") == 14
   assert ended.returncode == (1 if fault else 0)
   assert ended.stderr.startswith(fault or "")
   assert ended.stderr.count("\n") == (1 if fault else 0)

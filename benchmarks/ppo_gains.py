@@ -1,0 +1,127 @@
+"""What PPO, RLOO and GRPO gain on the demo's held-out questions, over seeds; blind scorers gain less.
+
+JAX_PLATFORMS=cpu python -m benchmarks.ppo_gains --demo=runs/demo --output=DIR [--seeds=3]
+
+Trains the demo's preset from its short SFT run with its reward model, for each seed with each
+estimator, and with reward model and critic that see grey pictures. Afterwards the seeing reward
+model scores answers that are sampled from the policies, at temperature 1, before and after. Prints
+mean gains, their standard errors over seeds and the KL divergence, and fails if an estimator's gain
+is not above three standard errors, or blind scorers gain as much. What is there already in the
+output directory is not made again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+from absl import app, flags
+
+DEMO = flags.DEFINE_string("demo", "runs/demo", "A directory of scripts/demo.sh.")
+OUTPUT = flags.DEFINE_string("output", None, "Where runs and predictions go.", required=True)
+SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each kind.", lower_bound=2)
+
+NO_CRITIC = ["--config.ppo.critic_warmup=0"]
+VARIANTS = {
+  "PPO": [],
+  "RLOO": ["--config.ppo.estimator=rloo", *NO_CRITIC],
+  "GRPO": ["--config.ppo.estimator=grpo", *NO_CRITIC],
+  "PPO, blind scorers": ["--config.ppo.blank_images=true"],
+  "RLOO, blind scorers": [
+    "--config.ppo.estimator=rloo",
+    "--config.ppo.blank_images=true",
+    *NO_CRITIC,
+  ],
+}
+TIMES = 3.0  # standard errors
+
+
+def run(script: str, *arguments: str) -> None:
+  """Runs a script of the repository; fails if it does."""
+  subprocess.run([sys.executable, f"scripts/{script}.py", *arguments], check=True)
+
+
+def data(part: str) -> list[str]:
+  """Flags that name the questions of a part, `train` or `eval`, and the pictures."""
+  return [
+    f"--config.data.{part}={DEMO.value}/data/preferences_{part}.json",
+    f"--config.data.images={DEMO.value}/data/images",
+  ]
+
+
+def train(name: str, seed: int, settings: list[str]) -> str:
+  """The run of a variant, trained now if it is not there."""
+  directory = os.path.join(OUTPUT.value, f"{name}_{seed}".replace(", ", "_").replace(" ", "_"))
+  run(
+    "train_ppo",
+    "--config=configs/ppo.py:demo",
+    f"--workdir={directory}",
+    f"--config.seed={seed}",
+    f"--config.model.init_from={DEMO.value}/sft_short",
+    f"--config.ppo.reward_model={DEMO.value}/reward",
+    *data("train"),
+    *data("eval")[:1],
+    *settings,
+  )
+  return directory
+
+
+def score(policy: str, seed: int) -> float:
+  """The mean score of one sampled answer to each held-out question."""
+  directory = os.path.join(OUTPUT.value, f"answers_{os.path.basename(policy)}_by_{seed}")
+  run(
+    "predict",
+    "--config=configs/predict.py",
+    f"--workdir={directory}",
+    f"--config.seed={seed}",
+    f"--config.model.init_from={policy}",
+    "--config.model.dtype=float32",
+    f"--config.reward_model={DEMO.value}/reward",
+    "--config.batch_size=60",
+    "--config.gallery=0",
+    "--config.generation.max_new_tokens=16",
+    "--config.generation.temperature=1.0",
+    *data("eval"),
+  )
+  with open(os.path.join(directory, "metrics.json"), encoding="utf-8") as file:
+    return json.load(file)["reward"]
+
+
+def divergence(directory: str) -> float:
+  """KL to the policy at the start, in nats per answer, as evaluated at a run's end."""
+  with open(os.path.join(directory, "metrics.jsonl"), encoding="utf-8") as file:
+    return json.loads(file.readlines()[-1])["eval/objective/kl"]
+
+
+def main(_) -> None:
+  before = [score(f"{DEMO.value}/sft_short", seed) for seed in range(SEEDS.value)]
+  gains, kls = {}, {}
+  for name, settings in VARIANTS.items():
+    runs = [train(name, seed, settings) for seed in range(SEEDS.value)]
+    gains[name] = [score(directory, seed) - before[seed] for seed, directory in enumerate(runs)]
+    kls[name] = np.mean([divergence(directory) for directory in runs])
+
+  print(f"\n{SEEDS.value} seeds; mean score before: {np.mean(before):.3f}")
+  print(f"{'':22}{'gain':>8}{'error':>8}{'KL':>8}   of each seed")
+  errors = {name: np.std(found, ddof=1) / SEEDS.value**0.5 for name, found in gains.items()}
+  for name, found in gains.items():
+    each = " ".join(f"{gain:.3f}" for gain in found)
+    print(f"{name:22}{np.mean(found):8.3f}{errors[name]:8.3f}{kls[name]:8.3f}   {each}")
+
+  faults = []
+  for name, found in gains.items():
+    seeing, _, blind = name.partition(", ")
+    if not blind and np.mean(found) <= TIMES * errors[name]:
+      faults.append(f"{name} gains no more than {TIMES:g} standard errors")
+    if blind:
+      less, error = np.mean(gains[seeing]) - np.mean(found), np.hypot(errors[seeing], errors[name])
+      if less <= TIMES * error:
+        faults.append(f"{seeing} with blind scorers gains as much")
+  for fault in faults:
+    print(f"error: {fault}", file=sys.stderr)
+  sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+  app.run(main)
