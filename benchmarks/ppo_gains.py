@@ -1,4 +1,4 @@
-"""What PPO, RLOO and GRPO gain on the demo's held-out questions, over seeds; blind scorers gain less.
+"""What PPO, RLOO and GRPO gain on the demo over seeds; with scorers that do not look it is less.
 
 JAX_PLATFORMS=cpu python -m benchmarks.ppo_gains --demo=runs/demo --output=DIR [--seeds=3]
 
