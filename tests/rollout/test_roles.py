@@ -1,5 +1,8 @@
 """Four roles as adapters over one base: it is on the devices once, and the numbers are the same."""
 
+import dataclasses
+import gc
+
 import jax
 import numpy as np
 import pytest
@@ -55,8 +58,34 @@ def size(*trees_of_arrays) -> int:
   return sum(arrays.values())
 
 
+def bytes_since(before: list) -> int:
+  """Bytes of all arrays on devices that were not there before."""
+  gc.collect()
+  known = {id(array) for array in before}
+  return sum(array.nbytes for array in jax.live_arrays() if id(array) not in known)
+
+
+def with_whole_reward(open_sources):
+  """As `roles.open_sources`, with the reward model's adapters merged into weights of its own."""
+
+  def opened(*arguments):
+    sources = open_sources(*arguments)
+    reward = sources.reward
+    reward = dataclasses.replace(
+      reward,
+      config=dataclasses.replace(reward.config, lora=None),
+      runs=(*reward.runs, reward.start.run),
+      start=None,
+    )
+    return dataclasses.replace(sources, reward=reward)
+
+  return opened
+
+
 def test_one_base_for_all(files, tmp_path, monkeypatch):
   config = files.config(**ADAPTERS, **{"ppo.reward_model": f"{files.directory}/reward_run"})
+  gc.collect()
+  before = jax.live_arrays()
   run = tiny.make_run(files, config, str(tmp_path / "shared"))
   held = run.held
   base = size(held.frozen)
@@ -65,6 +94,10 @@ def test_one_base_for_all(files, tmp_path, monkeypatch):
   assert held.frozen["reference"] == {}
   more = size(held.frozen, held.critic_frozen, held.reward) - base
   assert more == sum(trees.flatten(held.reward)[path].size for path in [*own, "score/kernel"])
+  # Of what is trained also two moments; all in float32.
+  trained = size(run.state.params, run.state.critic.params)
+  assert trained == 2 * more - run.model.language.width  # the actor has no score head
+  assert bytes_since(before) == pytest.approx(4 * (base + more + 3 * trained), rel=0.05)
   assert held.same_tower_critic
   assert held.same_tower_reward
   start = trees.flatten(run.state.critic.params)
@@ -72,10 +105,13 @@ def test_one_base_for_all(files, tmp_path, monkeypatch):
     np.testing.assert_array_equal(start[path], trees.flatten(held.reward)[path])
 
   _, metrics = first_step(run)
-  monkeypatch.setattr(roles, "identities", lambda opened: {})
-  monkeypatch.setattr(roles, "_with_adapters_apart", lambda opened: opened)
+  monkeypatch.setattr(roles.identity, "identities", lambda opened: {})
+  monkeypatch.setattr(roles, "open_sources", with_whole_reward(roles.open_sources))
   apart = tiny.make_run(files, config, str(tmp_path / "apart"))
-  assert size(apart.held.frozen, apart.held.critic_frozen, apart.held.reward) > 2.4 * base
+  head = size(held.frozen["language"]["head"])  # which reward model and critic are without
+  whole = size(apart.held.frozen, apart.held.critic_frozen, apart.held.reward)
+  assert whole == 3 * base - 2 * head + run.model.language.width
   _, expected = first_step(apart)
-  for name in ("scores/mean", "scores/std", "objective/kl", "loss/policy_avg"):
-    assert metrics[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+  assert metrics.keys() == expected.keys()
+  for name, value in expected.items():
+    assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name

@@ -19,9 +19,8 @@ from vlalign_jax.rollout.reward_text import TextReader
 from vlalign_jax.steps.ppo import State
 from vlalign_jax.steps.ppo_program import Program
 from vlalign_jax.training import checkpoints, optimizer, run_directory, start
-from vlalign_jax.weights import pin
+from vlalign_jax.weights import identity, pin
 from vlalign_jax.weights.adapters import Start
-from vlalign_jax.weights.identity import identities
 from vlalign_jax.weights.load import check_weights, load_params
 from vlalign_jax.weights.source import Source, check_head, open_source
 
@@ -176,15 +175,22 @@ def load(config: ConfigDict, sources: Sources, program: Program, mesh: Mesh, sco
     mesh: over which it runs.
     scorers: of `find_scorers`.
   """
-  pool = {}
+  pool, known = {}, identity.identities(sources.actor)
   frozen = start.load_frozen(config, sources.actor, program.actor)
-  _add(pool, sources.actor, {part: x for part, x in frozen.items() if part != "reference"})
-  critic = reward = None
+  stays = {part: x for part, x in frozen.items() if part != "reference"}
+  identity.add(pool, known, trees.flatten(stays))
+
+  def load(opened: Source, shapes: dict, wanted=lambda path: True):
+    own = identity.identities(opened)
+    params = _load(pool, own, config, opened, shapes, wanted)
+    return params, identity.same_tower(known, program.actor.params, own, shapes)
+
+  critic, reward, of_critic, of_reward = None, None, False, False
   if sources.critic is not None:
-    stays = lambda path: not optimizer.is_trained(path, config)  # noqa: E731
-    critic = _load(pool, config, sources.critic, program.critic.params, stays)
+    is_frozen = lambda path: not optimizer.is_trained(path, config)  # noqa: E731
+    critic, of_critic = load(sources.critic, program.critic.params, is_frozen)
   if sources.reward is not None:
-    reward = _load(pool, config, sources.reward, program.reward.params)
+    reward, of_reward = load(sources.reward, program.reward.params)
   return collect.Roles(
     program=program,
     frozen=frozen,
@@ -196,33 +202,18 @@ def load(config: ConfigDict, sources: Sources, program: Program, mesh: Mesh, sco
     config=config,
     mesh=mesh,
     shares_features=not (config.train.vision or config.lora.vision_rank),
-    same_tower_critic=_same_tower(frozen, critic),
-    same_tower_reward=_same_tower(frozen, reward),
+    same_tower_critic=of_critic,
+    same_tower_reward=of_reward,
   )
 
 
-def _add(pool: dict, opened: Source, params: dict) -> None:
-  known = identities(opened)
-  for path, leaf in trees.flatten(params).items():
-    if path in known:
-      pool.setdefault((path, known[path], leaf.dtype, leaf.sharding), leaf)
-
-
-def _load(pool: dict, config: ConfigDict, opened: Source, shapes: dict, wanted=lambda path: True):
+def _load(pool: dict, known: dict, config: ConfigDict, opened: Source, shapes: dict, wanted):
   """The wanted parameters; those in the pool are not loaded, the others join it."""
-  known = identities(opened)
   leaves = {path: leaf for path, leaf in trees.flatten(shapes).items() if wanted(path)}
-  keys = {p: (p, known.get(p), leaf.dtype, leaf.sharding) for p, leaf in leaves.items()}
-  shared = {path: pool[key] for path, key in keys.items() if key in pool}
+  shared = identity.find(pool, known, leaves)
   missing = leaves.keys() - shared.keys()
-  params = load_params(opened, shapes, config.seed, lambda path: path in missing)
-  _add(pool, opened, params)
+  params = trees.flatten(load_params(opened, shapes, config.seed, lambda path: path in missing))
+  identity.add(pool, known, params)
   sizes = (trees.size(trees.unflatten(x)) / 1e6 for x in (leaves, shared))
   logging.info("%.1f M parameters more, of which %.1f M are shared", *sizes)
-  return trees.unflatten({**trees.flatten(params), **shared})
-
-
-def _same_tower(actor: dict, other: dict | None) -> bool:
-  """Whether both have the very arrays of one vision tower among what stays."""
-  mine, its = (trees.flatten((tree or {}).get("vision", {})) for tree in (actor, other))
-  return bool(mine) and mine.keys() == its.keys() and all(mine[p] is its[p] for p in mine)
+  return trees.unflatten({**params, **shared})

@@ -1,4 +1,4 @@
-"""Which parameters of two models are the same, told before any is read."""
+"""Which parameters of several models are the same, told before any is read."""
 
 from vlalign_jax import trees
 from vlalign_jax.models import lora, vlm
@@ -40,3 +40,40 @@ def identities(source: Source) -> dict[str, tuple]:
     found |= {path: (source.start.run,) for path in trained if path in shapes}
   given = load.start_entries(source)
   return {path: origin for path, origin in found.items() if path not in given}
+
+
+def _key(path: str, known: dict, leaf) -> tuple:
+  """Parameters of one key are one on the devices."""
+  return path, known.get(path), leaf.dtype, leaf.sharding
+
+
+def add(pool: dict, known: dict, leaves: dict) -> None:
+  """Puts parameters that stay where later models find them; fresh ones are nobody else's.
+
+  Args:
+    pool: key -> array or shape with its sharding, of all models so far.
+    known: of `identities`.
+    leaves: path -> array or shape.
+  """
+  for path, leaf in leaves.items():
+    if path in known:
+      pool.setdefault(_key(path, known, leaf), leaf)
+
+
+def find(pool: dict, known: dict, leaves: dict) -> dict:
+  """path -> what the pool has of another model's parameters, where it has it; see `add`."""
+  keys = {path: _key(path, known, leaf) for path, leaf in leaves.items()}
+  return {path: pool[key] for path, key in keys.items() if key in pool}
+
+
+def same_tower(known: dict, params: dict, other: dict, others_params: dict) -> bool:
+  """Whether the vision towers of two models are the same, wherever their parameters are.
+
+  Args:
+    known, other: of `identities`.
+    params, others_params: of the models, or their shapes.
+  """
+  mine, its = (trees.flatten(tree["vision"]) for tree in (params, others_params))
+  paths = [f"vision/{path}" for path in mine]
+  same = (path in known and known[path] == other.get(path) for path in paths)
+  return mine.keys() == its.keys() and all(same)
