@@ -32,10 +32,16 @@ def directory(tmp_path_factory, compile_cache):
   return directory
 
 
-def _live() -> int:
-  """Bytes of all arrays on devices."""
+def _bytes_since(before: list) -> int:
+  """Bytes of all arrays on devices that were not there before."""
   gc.collect()
-  return sum(shard.data.nbytes for x in jax.live_arrays() for shard in x.addressable_shards)
+  # Not of shards: to look at one of another test's array makes one more array.
+  known = {id(x) for x in before}
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * len(x.sharding.device_set)
+    for x in jax.live_arrays()
+    if id(x) not in known
+  )
 
 
 def _device_bytes(tree) -> int:
@@ -58,14 +64,15 @@ def test_bytes_that_a_run_holds(name, directory, tmp_path, monkeypatch):
     state, metrics = stage.train_step(state, rows)
     assert math.isfinite(metrics["loss"])
     found["rows"] = sum(x.nbytes for x in rows.values())
-    found["live"] = _live() - before
+    found["live"] = _bytes_since(before)
     found["trained"] = state.params
 
   monkeypatch.setattr(train_dpo.loop, "run", run)
   config = sft_run.make_config(
     directory / "model", directory / "data" / "train.json", "dpo", **overrides
   )
-  before = _live()
+  gc.collect()
+  before = jax.live_arrays()
   train_dpo.train_and_evaluate(config, str(tmp_path))
   model = planner.model_config(config)
   plan = planner.plan(config, model, topology.open_topology("cpu:1"))
