@@ -13,9 +13,9 @@ from scripts import train_ppo
 from tests import reference, sft_run
 from tests.processes import Processes
 from tests.rollout import tiny
+from vlalign_jax import html
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import vlm
-from vlalign_jax.prediction import html
 from vlalign_jax.weights import source
 
 STEPS = 4

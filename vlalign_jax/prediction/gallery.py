@@ -2,8 +2,8 @@
 
 import os
 
+from vlalign_jax import html
 from vlalign_jax.data.records import Record
-from vlalign_jax.prediction import html
 from vlalign_jax.prediction.metrics import normalised
 
 _VALUES = ("reward", "logprob", "num_tokens")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlalign_jax.prediction.html import text
+from vlalign_jax.html import text
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 560, 240, 48, 30, 22
 COLORS = ("#2b7a5d", "#c0504d", "#5b7db1")

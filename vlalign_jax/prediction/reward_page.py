@@ -2,8 +2,9 @@
 
 import os
 
+from vlalign_jax import html
 from vlalign_jax.data.records import Record
-from vlalign_jax.prediction import html, plots
+from vlalign_jax.prediction import plots
 
 _HEAD = ("", "pairs", "accuracy", "standard error", "ties", "loss", "margin")
 

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from vlalign_jax import storage
-from vlalign_jax.prediction import directory, gallery, html
+from vlalign_jax import html, storage
+from vlalign_jax.prediction import directory, gallery
 from vlalign_jax.prediction import records as data
 from vlalign_jax.rollout import collect
 from vlalign_jax.training import run_directory

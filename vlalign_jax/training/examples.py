@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from vlalign_jax import html
 from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER
 from vlalign_jax.data.encode import Example
 from vlalign_jax.data.prepare import Prepared
-from vlalign_jax.prediction import html
 
 FILE = "examples.html"
 SHOWN = 10
