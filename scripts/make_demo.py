@@ -5,7 +5,7 @@
 writes DIR/train.json, DIR/eval.json (other pictures), DIR/images/*.png and DIR/model, a directory
 in the layout of LlavaForConditionalGeneration with a tokenizer trained on the set's own words.
 DIR/preferences_train.json and DIR/preferences_eval.json are about the same pictures: a question
-with its right answer, a wrong one, and often an answer to another question, ranked in this order.
+with its right answer, a wrong one, and often one beside the point, ranked in this order.
 """
 
 import json
@@ -86,9 +86,11 @@ def question_about(kind: str, scene: dict[str, str], rng: random.Random) -> tupl
 
 
 def ranked_answers(kind: str, scene: dict[str, str], rng: random.Random) -> list[str]:
-  """The right answer, a wrong one, and in two of three cases one that is to another question.
+  """The right answer, a wrong one, and in two of three cases one that is beside the point.
 
-  A wrong count is off by one: the others are too easily told.
+  A wrong count is off by one: the others are too easily told. Beside the point is the answer to
+  another question, or a sentence that the other one's value does not fit: a reward model that has
+  never seen such sentences may like them, and a policy finds that out.
   """
   values = VALUES[kind]
   at = values.index(scene[kind])
@@ -97,7 +99,8 @@ def ranked_answers(kind: str, scene: dict[str, str], rng: random.Random) -> list
   answers = [ANSWERS[kind].format(scene[kind]), ANSWERS[kind].format(wrong)]
   if rng.random() < 2 / 3:
     other = rng.choice([other for other in ANSWERS if other != kind])
-    answers.append(ANSWERS[other].format(scene[other]))
+    sentence = ANSWERS[rng.choice((kind, other))]
+    answers.append(sentence.format(rng.choice(VALUES[other])))
   return answers
 
 
