@@ -59,6 +59,8 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
   if preset == "llava15_7b":
     c.ppo.actor_zero_stage = 2
   else:
+    c.grad_accumulation = 4  # with this and the next, one device of 80 GB or eight of 16 GB suffice
+    c.ppo.sample_parts = 8
     c.lora.rank = 128
     c.lora.alpha = 256.0
     c.train.projector = False

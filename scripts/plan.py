@@ -3,8 +3,9 @@
 python scripts/plan.py --config=configs/STAGE.py:PRESET --topology=v5e:4x4 [--config.KEY=VALUE ...]
 
 Compiles the very step that training runs for that TPU slice (`pip install -r requirements-tpu.txt`;
-no TPU is needed) and prints bytes a device, FLOPs, collectives and an estimate of the time. GPUs
-(gpu:h100x8) go by formula; CPUs are cpu:8. `--search` looks for the fastest settings that fit.
+no TPU is needed) and prints bytes a device, FLOPs, collectives and an estimate of the time; of PPO
+every program of a step, sampling and scoring too. GPUs (gpu:h100x8) go by formula; CPUs are cpu:8.
+`--search` looks for the fastest settings that fit.
 """
 
 import json
@@ -14,7 +15,7 @@ from ml_collections import config_flags
 
 from vlalign_jax import cli
 from vlalign_jax.errors import InputError
-from vlalign_jax.planning import planner, report, search, topology
+from vlalign_jax.planning import planner, ppo, ppo_report, report, search, topology
 
 
 def main(_):
@@ -23,7 +24,15 @@ def main(_):
   planner.check(c)
   if not where:
     raise InputError(f"--topology is missing; there are {topology.KNOWN}")
-  model, devices = planner.model_config(c), topology.open_topology(where)
+  devices = topology.open_topology(where)
+  text, numbers = (_plan_ppo if c.stage == planner.PPO else _plan_step)(c, devices)
+  print(text)
+  if flags.FLAGS.json:
+    _write_json(flags.FLAGS.json, numbers)
+
+
+def _plan_step(c, devices) -> tuple[str, dict]:
+  model = planner.model_config(c)
   packed, answers = flags.FLAGS.examples_per_row, flags.FLAGS.answers
   if flags.FLAGS.search:
     plan = search.search(c, model, devices, packed, show=print, answers=answers)
@@ -31,9 +40,16 @@ def main(_):
     plan = planner.plan(c, model, devices, packed, answers)
     if devices.compiles:
       plan = planner.compile_plan(plan)
-  print(report.text(plan))
-  if flags.FLAGS.json:
-    _write_json(flags.FLAGS.json, report.as_json(plan))
+  return report.text(plan), report.as_json(plan)
+
+
+def _plan_ppo(c, devices) -> tuple[str, dict]:
+  if flags.FLAGS.search:
+    raise InputError("--search knows no PPO; leave it out, and give settings as --config.KEY=VALUE")
+  plan = ppo.plan(c, devices)
+  if devices.compiles:
+    plan = ppo.compile_plan(plan, lambda line: print(line, flush=True))
+  return ppo_report.text(plan), ppo_report.as_json(plan)
 
 
 def _write_json(path: str, content: dict) -> None:

@@ -39,18 +39,16 @@ class Compiled:
   refused: str = ""
 
 
-def compile_step(program, rows, devices: int, platform: str, unknown: hlo.Trips) -> Compiled:
-  """Compiles a program's train step.
+def compile_lowered(lowered, devices: int, platform: str, unknown: hlo.Trips) -> Compiled:
+  """Compiles a program.
 
   Args:
-    program: `steps.program.Program`.
-    rows: shapes of the batch.
+    lowered: what `jax.jit(...).lower(...)` gives.
     devices: of the mesh.
     platform: tpu or cpu.
     unknown: how often loops run whose count depends on data.
   """
   start = time.monotonic()
-  lowered = program.train_step.lower(program.state, program.frozen, rows)
   try:
     done = lowered.compile()
   except jax.errors.JaxRuntimeError as error:

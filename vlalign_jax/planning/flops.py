@@ -117,8 +117,8 @@ def _head(config, model: ModelConfig, workload: Workload, learns: Learning) -> W
   logits = 2 * workload.tokens * width * model.language.vocab_size
   kernel = "embedding/" if model.language.tied_embeddings else "head/"
   backward = logits * (learns.language + learns.any(f"language/{kernel}"))
-  # What DPO's loss makes of the log-probabilities is not known when they are first computed.
-  return Work(logits, backward, logits * (config.stage == "dpo"))
+  # What these losses make of the log-probabilities is not known when they are first computed.
+  return Work(logits, backward, logits * (config.stage in ("dpo", "ppo")))
 
 
 def _vision(model: ModelConfig, workload: Workload, learns: Learning, remat: str) -> Work:

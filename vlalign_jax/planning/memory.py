@@ -58,8 +58,8 @@ def count(program, config, model: ModelConfig, mesh, workload: Workload) -> Memo
     mesh: over which it runs.
     workload: of the step.
   """
-  moments = _bytes(program.state.optimizer)
-  host = _bytes(program.state.optimizer, on_host=True)
+  moments = device_bytes(program.state.optimizer)
+  host = device_bytes(program.state.optimizer, on_host=True)
   language, vision = (
     program.params["language"]["layers"],
     program.params["vision"].get("layers", {}),
@@ -68,18 +68,18 @@ def count(program, config, model: ModelConfig, mesh, workload: Workload) -> Memo
   gradients = _gradients(program, config, mesh)
   given = (config, model, workload, learning.of(program), meshes.tensor_size(mesh))
   return Memory(
-    params=_bytes(program.state.params) + _bytes(program.frozen),
+    params=device_bytes(program.state.params) + device_bytes(program.frozen),
     optimizer=moments,
     gradients=gradients,
     residuals=residuals.saved(*given),
     gathered=gathered,
     working=residuals.working(*given) + gradients * (workload.accumulation > 1),
-    reference=_bytes(program.frozen.get("reference", {})),
+    reference=device_bytes(program.frozen.get("reference", {})),
     host=host,
   )
 
 
-def _bytes(tree, on_host: bool = False) -> float:
+def device_bytes(tree, on_host: bool = False) -> float:
   """Bytes that one device holds of a tree of shapes with shardings, in its own memory or not."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -94,7 +94,7 @@ def _gradients(program, config, mesh) -> float:
   dtype = jnp.float32 if config.grad_accumulation > 1 else config.model.param_dtype
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), trained)
   split = zero.shardings(mesh, shapes, split=config.mesh.zero_stage >= 2)
-  return _bytes(meshes.place(shapes, split))
+  return device_bytes(meshes.place(shapes, split))
 
 
 def _gathered(stack, config, mesh) -> float:

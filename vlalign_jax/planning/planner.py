@@ -14,6 +14,7 @@ from vlalign_jax.steps import dpo, reward, sft
 from vlalign_jax.weights import source
 
 STAGES = {"sft": sft, "reward": reward, "dpo": dpo}
+PPO = "ppo"  # its steps are several programs: see `planning.ppo`
 # Of a learning-rate schedule that has no part in what is planned.
 _STEPS = 1000
 
@@ -88,13 +89,15 @@ def check(config) -> None:
   """
   if config is None:
     raise InputError("--config is missing: such as --config=configs/sft.py:llava15_7b")
-  if config.stage not in STAGES:
+  if config.stage not in (*STAGES, PPO):
     raise InputError(
       f"config.stage is {config.stage!r}, which has no step to plan; choose from "
-      f"{', '.join(STAGES)}"
+      f"{', '.join((*STAGES, PPO))}"
     )
   planned = copy.deepcopy(config)
   planned.data.train = planned.data.train or "unknown yet"
+  if config.stage == PPO and not config.ppo.reward_function:
+    planned.ppo.reward_model = planned.ppo.reward_model or "unknown yet"
   configs.check(planned, config.stage)
 
 
@@ -156,7 +159,8 @@ def compile_plan(planned: Plan) -> Plan:
     from_unknown=(math.ceil(work.length / work.tile) + 1) / 2,
     to_counter=(math.ceil(work.length / work.tile) + 1) / 2,
   )
-  done = compiled.compile_step(program, rows, mesh.size, planned.topology.kind, trips)
+  lowered = program.train_step.lower(program.state, program.frozen, rows)
+  done = compiled.compile_lowered(lowered, mesh.size, planned.topology.kind, trips)
   time = planned.time
   if time is not None and not done.refused:
     sent = sum(kind.bytes for kind in done.traffic.values())

@@ -87,7 +87,7 @@ def _head(plan: Plan) -> str:
   return "\n".join(lines)
 
 
-def _table(rows: list[list[str]], indent: str = "  ") -> str:
+def table(rows: list[list[str]], indent: str = "  ") -> str:
   """Columns, the first to the left, the others to the right."""
   widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
   lines = []
@@ -103,7 +103,7 @@ def _parameters(plan: Plan) -> str:
   for kind in ("all", "trained"):
     numbers = [part[kind] / 1e6 for part in counts.values()]
     rows.append([f"  {kind}", *(f"{number:,.1f}" for number in (*numbers, sum(numbers)))])
-  return _table(rows, "")
+  return table(rows, "")
 
 
 def _bytes(plan: Plan) -> str:
@@ -123,7 +123,7 @@ def _bytes(plan: Plan) -> str:
   if done and not done.refused:
     rows[1][2] = f"arguments {gib(done.arguments)}"
     rows[3][2] = f"temporaries {gib(done.temporaries)}"
-  lines = [_table(rows, "")]
+  lines = [table(rows, "")]
   if "reference" in plan.program.frozen:
     lines.append(f"  of the parameters, the reference's copy is {gib(needed.reference)}")
   if needed.host:
@@ -156,7 +156,7 @@ def _flops(plan: Plan) -> str:
     for name in ("forward", "backward", "recomputed", "total")
   ]
   rows.append(["  = total", *map(tera, columns)])
-  lines = [_table(rows, "")]
+  lines = [table(rows, "")]
   done = plan.compiled
   if done and not done.refused:
     counted, without = plan.device_flops, ""
@@ -183,7 +183,7 @@ def _collectives(plan: Plan) -> str:
   rows = [["collectives, one device", "times a step", "GiB sent"]]
   for kind, traffic in sorted(done.traffic.items(), key=lambda item: -item[1].bytes):
     rows.append([f"  {kind}", f"{traffic.count:,}", f"{traffic.bytes / GIB:,.2f}"])
-  return _table(rows, "")
+  return table(rows, "")
 
 
 def _time(plan: Plan) -> str:

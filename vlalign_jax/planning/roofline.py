@@ -62,6 +62,38 @@ def seconds_to_send(chip: Chip, sent: float) -> float:
   return sent / (chip.interconnect * UTILISATION["interconnect"])
 
 
+def of_passes(
+  chip: Chip,
+  flops: float,
+  weights: int,
+  config,
+  mesh,
+  passes: int,
+  *,
+  gathers: int | None = None,
+  moved: float = 0.0,
+) -> Time | None:
+  """Seconds of passes that learn nothing; None where the chip's speed is not known.
+
+  Each reads all weights. Activations, and the sums of `tensor`, are left out: they take less.
+
+  Args:
+    chip: the device.
+    flops: operations over all devices.
+    weights: parameters of the model.
+    config: that it is placed by.
+    mesh: over which it runs.
+    passes: how many.
+    gathers: how often ZeRO 3 brings all layers together; None: in each pass.
+    moved: further bytes between HBM and cores on one device.
+  """
+  size = jnp.dtype(config.model.dtype).itemsize
+  read = weights * size / mesh.shape["tensor"]
+  times = passes if gathers is None else gathers
+  sent = times * read * (1 - 1 / mesh.shape["fsdp"]) * (config.mesh.zero_stage >= 3)
+  return estimate(chip, flops / mesh.size, passes * read + moved, sent)
+
+
 def moved(program, config, memory, workload, language, attention) -> float:
   """Bytes between HBM and cores in a step on one device, by formula.
 

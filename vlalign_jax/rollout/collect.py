@@ -117,7 +117,7 @@ def collect(
     prompts = prompts | {"vision_features": program.vision_features(actor, prompts, None)}
   streams = hosts.whole_to_device(roles.mesh, {"streams": streams.astype(np.int32)})["streams"]
   program.check_memory(*prompts["tokens"].shape)
-  generated = program.sample(actor, _for_sampling(prompts), streams, seed)
+  generated = program.sample(actor, for_sampling(prompts), streams, seed)
   tokens, lengths, ended = hosts.fetch((generated.tokens, generated.lengths, generated.ended))
   shape = tokens.shape[1], layout.answer_length(int(lengths.max()), settings.max_new_tokens)
   tokens = tokens[:, :, : shape[1]]
@@ -136,7 +136,8 @@ def collect(
   )
 
 
-def _for_sampling(prompts: dict) -> dict:
+def for_sampling(prompts: dict) -> dict:
+  """What of rows of prompts is given to the sampler."""
   names = ("tokens", "positions", "segments", "image_slots", "images", "vision_features")
   return {name: prompts[name] for name in names if name in prompts}
 

@@ -4,6 +4,7 @@ import functools
 
 from vlalign_jax.data import prepare, prompts
 from vlalign_jax.generation.sampling import Sampling
+from vlalign_jax.models.vlm import ModelConfig
 from vlalign_jax.weights.source import Source
 
 load_records_of = functools.partial(prepare.load_records_of, prompts.KIND)
@@ -13,13 +14,17 @@ prepare_eval = functools.partial(prepare.prepare_eval, prompts.KIND)
 
 def make_sampling(config, source: Source) -> Sampling:
   """How the actor answers; never with pictures of its own."""
-  settings = config.ppo
+  return sampling_of(config.ppo, source.config, prompts.stop_tokens(source, config.data.template))
+
+
+def sampling_of(settings, model: ModelConfig, stop_tokens: tuple[int, ...]) -> Sampling:
+  """As `make_sampling`, of the config's `ppo` group and an architecture alone."""
   return Sampling(
     max_new_tokens=settings.max_new_tokens,
     num_samples=settings.num_samples,
-    stop_tokens=prompts.stop_tokens(source, config.data.template),
+    stop_tokens=stop_tokens,
     min_new_tokens=settings.min_new_tokens,
-    suppress=(source.config.image_token_id,),
+    suppress=(model.image_token_id,),
     temperature=settings.temperature,
     top_k=settings.top_k,
     top_p=settings.top_p,

@@ -44,8 +44,13 @@ class Sources:
   reward_template: str
 
 
-def open_sources(config: ConfigDict, workdir: str, actor: Source) -> Sources:
+def open_sources(config: ConfigDict, workdir: str | None, actor: Source) -> Sources:
   """Opens what the run needs besides its actor; reads no weights.
+
+  Args:
+    config: of the run.
+    workdir: its directory; None: it is only planned.
+    actor: what it starts from.
 
   Raises:
     InputError: a model is missing, damaged or of the wrong kind, has changed since the run started,
@@ -54,7 +59,7 @@ def open_sources(config: ConfigDict, workdir: str, actor: Source) -> Sources:
   reward, template = None, config.data.template
   if config.ppo.reward_model:
     reward, template = _open_reward(config, template)
-    if run_directory.has_saved(epath.Path(workdir)):
+    if workdir is not None and run_directory.has_saved(epath.Path(workdir)):
       reward = pin.check(reward, workdir, REWARD)
     reward = _with_adapters_apart(reward)
     check_weights(reward)
