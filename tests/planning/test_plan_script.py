@@ -25,11 +25,11 @@ def directory(tmp_path_factory):
   return directory
 
 
-def _plan(*arguments, preset="demo"):
+def _plan(*arguments, stage="sft", preset="demo"):
   """What `python scripts/plan.py` prints; with the demo's preset in a fraction of its time."""
   # As users have it: nothing keeps JAX to the CPU but the script.
   kept = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
-  command = [sys.executable, "scripts/plan.py", f"--config=configs/sft.py:{preset}", *arguments]
+  command = [sys.executable, "scripts/plan.py", f"--config=configs/{stage}.py:{preset}", *arguments]
   return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=kept)
 
 
@@ -80,6 +80,22 @@ def test_a_tpu_slice(directory):
   assert "a step takes about" in done.stdout
   assert not done.stderr.strip(), done.stderr
   assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_ppo(tmp_path):
+  path = tmp_path / "plan.json"
+  given = ("--topology=gpu:h100x1", f"--json={path}")
+  done = _plan(*given, stage="ppo", preset="llava15_7b_lora")
+  assert done.returncode == 0, done.stderr
+  assert "fits: the chip has 60.00, sampling takes" in done.stdout
+  numbers = json.loads(path.read_text())
+  assert numbers["fits"]
+  assert list(numbers["phases"]) == [
+    *("pictures", "sampling", "reference", "reward model", "values", "update")
+  ]
+  done = _plan(*given, "--search", stage="ppo", preset="llava15_7b_lora")
+  assert done.returncode == 1
+  assert "--search knows no PPO" in done.stderr
 
 
 def test_search(directory):

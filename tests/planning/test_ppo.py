@@ -1,5 +1,6 @@
 """The plan of PPO: its formulas against compiled programs, and what its models share."""
 
+import dataclasses
 import json
 
 import pytest
@@ -55,6 +56,20 @@ def test_flops_are_those_of_the_compiled_programs(tiny, keys):
   assert "fits: the chip has" in text
   numbers = json.loads(json.dumps(ppo_report.as_json(plan)))
   assert numbers["total_device_bytes"] == plan.total(plan.largest)
+
+
+def test_a_tpu_slice(tiny):
+  """The compiler for TPUs, asked about sampling."""
+  c = config(mesh__data=1, mesh__fsdp=-1, mesh__zero_stage=3)
+  plan = ppo.plan(c, topology.open_topology("v5e:2x2"))
+  sampling = next(phase for phase in plan.phases if phase.name == "sampling")
+  plan = ppo.compile_plan(dataclasses.replace(plan, phases=(sampling,)))
+  sampling = plan.phases[0]
+  assert plan.fits
+  assert plan.cache < sampling.compiled.temporaries
+  assert sampling.compiled.traffic["all-gather"].bytes > 0
+  assert plan.seconds == sampling.time.step > 0
+  assert "sampling" in ppo_report.text(plan)
 
 
 def held(preset: str, where: str, **settings):

@@ -13,6 +13,7 @@ from tests import sft_run
 from tests.rollout import tiny
 from vlalign_jax import trees
 from vlalign_jax.models import lora
+from vlalign_jax.planning import ppo, topology
 from vlalign_jax.rollout import learn, roles
 from vlalign_jax.sharding import hosts
 
@@ -98,6 +99,8 @@ def test_one_base_for_all(files, tmp_path, monkeypatch):
   trained = size(run.state.params, run.state.critic.params)
   assert trained == 2 * more - run.model.language.width  # the actor has no score head
   assert bytes_since(before) == pytest.approx(4 * (base + more + 3 * trained), rel=0.05)
+  planned = ppo.plan(config, topology.open_topology("cpu:1"))
+  assert sum(planned.held.values()) == pytest.approx(4 * (base + more + 3 * trained), rel=1e-3)
   assert held.same_tower_critic
   assert held.same_tower_reward
   start = trees.flatten(run.state.critic.params)

@@ -44,7 +44,8 @@ def as_json(plan: Plan) -> dict:
 def text(plan: Plan) -> str:
   """The report that scripts/plan.py prints."""
   indents = {"initial_indent": "  - ", "subsequent_indent": "    "}
-  said = "\n".join(["assumed", *(textwrap.fill(x, 98, **indents) for x in _assumptions(plan))])
+  filled = (textwrap.fill(" ".join(x.split()), 98, **indents) for x in _assumptions(plan))
+  said = "\n".join(["assumed", *filled])
   return "\n\n".join([_head(plan), _held(plan), _phases(plan), _verdict(plan), _time(plan), said])
 
 
