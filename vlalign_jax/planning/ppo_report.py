@@ -70,8 +70,8 @@ def _head(plan: Plan) -> str:
   lines = [
     f"{plan.topology.name}: {plan.mesh.size} x {plan.topology.chip.name}, mesh {axes}",
     f"stage ppo ({ppo.estimator}): {', '.join(stages)}, remat {config.model.remat}",
-    f"sampled in {ppo.sample_parts} part{'s' * (ppo.sample_parts > 1)}; {ppo.epochs} x {ppo.minibatches} updates, "
-    f"micro-batches of each: {config.grad_accumulation}",
+    f"sampled in {ppo.sample_parts} part{'s' * (ppo.sample_parts > 1)}; "
+    f"{ppo.epochs} x {ppo.minibatches} updates, micro-batches of each: {config.grad_accumulation}",
   ]
   return "\n".join(lines + [plan.topology.note] * bool(plan.topology.note))
 
