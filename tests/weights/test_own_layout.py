@@ -78,6 +78,22 @@ def test_imports_again_and_its_towers_are_models(kind, towers, tmp_path):
   assert reference.relative_error(reference.logits(graphdef, params, rows), theirs) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["linear", "vit", "perceiver"])
+def test_features_that_come_with_rows(kind, towers):
+  """...are those of its tower, row by row, the class token included."""
+  keys = {"projector": kind, "vision_feature_select_strategy": "full"}
+  opened = source.open_source(reference.model_group(**towers, **keys))
+  graphdef, params = reference.load_all(opened, seed=3)
+  model = reference.nnx.merge(graphdef, params)
+  images = np.stack([*reference.make_pictures(4, opened.config.vision.image_size).values()])
+  rows = {"images": images.reshape(2, 2, *images.shape[1:])}
+  features = model.vision_features(rows["images"])
+  by_row = features.reshape(2, 2, *features.shape[1:])
+  found = model.image_features(rows | {"vision_features": by_row})
+  assert found.shape == (2, 2 * opened.config.tokens_per_image, 128)
+  np.testing.assert_allclose(found, model.image_features(rows), rtol=1e-5, atol=1e-6)
+
+
 def test_a_reward_model(towers, tmp_path):
   opened = source.open_source(reference.model_group(**towers, mmca=True))
   opened = source._with_head(opened, vlm.SCORE, "")

@@ -113,7 +113,8 @@ class VisionLanguageModel(nnx.Module):
     if features is None:
       features = self.vision_features(rows["images"], vision_key)
     projector = adapters.with_dropout(self.projector, projector_key)
-    features = projector(features, self.options["mesh"])
+    # Those of rows come row by row, [B, I, P, W].
+    features = projector(features.reshape(-1, *features.shape[-2:]), self.options["mesh"])
     return features.reshape(rows["images"].shape[0], -1, features.shape[-1])
 
   def embed(self, rows, dropout_key=None):

@@ -1,0 +1,151 @@
+"""From two bare towers through every stage, as one script: tiny random models, a few steps each.
+
+JAX_PLATFORMS=cpu python -m benchmarks.towers [--projector=perceiver] [--mmca] [--lora]
+
+A CLIP and a LLaMA are joined by a fresh projector. Then come pretraining (projector and
+embeddings), SFT, reward model, DPO, PPO, prediction, export, and a run that starts from the export.
+Fails if a stage fails, a loss is not finite, what should stay has moved, or a weight has not come
+back from the export bit for bit.
+"""
+
+import math
+import os
+import subprocess
+import sys
+import tempfile
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from tests import checkpoints, reference, sft_run
+from vlalign_jax import trees
+from vlalign_jax.models.projector import PROJECTORS
+
+PROJECTOR = flags.DEFINE_enum("projector", "linear", PROJECTORS, "Of the joined model.")
+MMCA = flags.DEFINE_bool("mmca", False, "With multi-modal causal attention.")
+LORA = flags.DEFINE_bool("lora", False, "SFT, reward model, DPO and PPO with adapters.")
+
+RECORDS, STEPS = 24, 3
+# Perceivers have heads of 128.
+LANGUAGE_WIDTH = 128
+
+
+def run(script: str, *arguments: str) -> None:
+  """Runs a script of the repository; fails if it does."""
+  subprocess.run([sys.executable, f"scripts/{script}.py", *arguments], check=True)
+
+
+def train(stage: str, directory: str, name: str, *settings: str) -> str:
+  """Trains for a few steps; the run directory."""
+  kind = {"sft": "sft", "ppo": "sft"}.get(stage, "ranked")
+  out = f"{directory}/{name}"
+  run(
+    f"train_{stage}",
+    f"--config=configs/{stage}.py:demo",
+    f"--workdir={out}",
+    f"--config.data.train={directory}/{kind}.json",
+    f"--config.data.eval={directory}/{kind}_eval.json",
+    f"--config.steps={STEPS}",
+    "--config.batch_size=8",
+    "--config.log_every=1",
+    # Room for the perceiver's 256 tokens of each of two pictures.
+    "--config.data.max_length=768",
+    "--config.train.vision=false",
+    *settings,
+  )
+  lines = [line for line in sft_run.read_metrics(out) if "loss" in line]
+  assert len(lines) == STEPS, f"{name} has logged {len(lines)} steps"
+  assert all(math.isfinite(line["loss"]) for line in lines), f"a loss of {name} is not finite"
+  return out
+
+
+def weights(place: str) -> dict[str, np.ndarray]:
+  """All parameters of a model directory, or of a run with its adapters merged."""
+  *_, params = reference.open_model(place)
+  return trees.flatten(jax.device_get(params))
+
+
+def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], part: str = "") -> bool:
+  """Whether all parameters below a path have the same bits."""
+  paths = [path for path in expected if path.startswith(part)]
+  assert paths, f"no parameter below {part}"
+  return all(path in found and np.array_equal(found[path], expected[path]) for path in paths)
+
+
+def check(what: str, holds: bool) -> None:
+  """Prints what holds; fails if it does not."""
+  if not holds:
+    sys.exit(f"error: not so: {what}")
+  print(what)
+
+
+def export(run_directory: str) -> str:
+  """The directory that a run is exported to, as which it must come back."""
+  out = f"{run_directory}_export"
+  run("export_hf", f"--checkpoint={run_directory}", f"--output={out}")
+  name = os.path.basename(run_directory)
+  found, expected = weights(out), weights(run_directory)
+  check(
+    f"{name}: all {len(expected)} tensors of the export have the same bits",
+    found.keys() == expected.keys() and same(found, expected),
+  )
+  return out
+
+
+def main(_) -> None:
+  with tempfile.TemporaryDirectory() as directory:
+    checkpoints.make_clip(f"{directory}/clip", whole=True)
+    checkpoints.make_llama(f"{directory}/llama", hidden_size=LANGUAGE_WIDTH)
+    records = sft_run.make_records(directory, RECORDS)
+    for name, found in (("sft", records), ("ranked", sft_run.ranked(records))):
+      sft_run.write_json(f"{directory}/{name}.json", found[:-4])
+      sft_run.write_json(f"{directory}/{name}_eval.json", found[-4:])
+    towers = (
+      f"--config.model.vision={directory}/clip",
+      f"--config.model.language={directory}/llama",
+      f"--config.model.projector={PROJECTOR.value}",
+      f"--config.model.mmca={str(MMCA.value).lower()}",
+    )
+    adapters = ("--config.lora.rank=4", "--config.lora.alpha=8") if LORA.value else ()
+
+    only = ("--config.train.language=false", "--config.train.embeddings=true")
+    pretrained = train("sft", directory, "pretrain", *towers, *only)
+    sft = train("sft", directory, "sft", f"--config.model.init_from={pretrained}", *adapters)
+    start = (f"--config.model.init_from={sft}", *adapters)
+    reward = train("reward", directory, "reward", *start)
+    train("dpo", directory, "dpo", *start)
+    ppo = train(
+      "ppo",
+      directory,
+      "ppo",
+      f"--config.model.init_from={directory}/dpo",
+      f"--config.ppo.reward_model={reward}",
+      "--config.ppo.num_samples=2",
+      "--config.ppo.minibatches=2",
+      "--config.ppo.critic_warmup=0",
+      "--config.ppo.max_new_tokens=6",
+      *adapters,
+    )
+    before, after = weights(pretrained), weights(sft)
+    check("pretraining and SFT leave the vision tower", same(after, before, "vision/"))
+    check("SFT moves the language model", not same(after, before, "language/layers/"))
+
+    answers = f"{directory}/answers"
+    run(
+      "predict",
+      "--config=configs/predict.py",
+      f"--workdir={answers}",
+      f"--config.model.init_from={ppo}",
+      "--config.generation.max_new_tokens=6",
+      f"--config.data.eval={directory}/sft_eval.json",
+    )
+    with open(f"{answers}/predictions.jsonl", encoding="utf-8") as file:
+      check("every question has an answer", len(file.readlines()) == 4)
+    export(reward)
+    train("sft", directory, "again", f"--config.model.init_from={export(ppo)}")
+    print("the export trains on")
+
+
+if __name__ == "__main__":
+  app.run(main)
