@@ -82,6 +82,19 @@ def test_with_adapters(model):
   assert np.abs(generated.log_probabilities - without).max() > 0.1
 
 
+@pytest.mark.parametrize(("mmca", "window"), [(True, None), (True, 6)])
+def test_with_another_attention(mmca, window, model):
+  """The cache, one token at a time, against answers as branches of one row."""
+  language = dataclasses.replace(model.config.language, sliding_window=window)
+  config = dataclasses.replace(model.config, mmca=mmca, language=language)
+  graphdef, _ = vlm.abstract_params(config)
+  generated = sampled(config, model.params, model)
+  expected = forward(config, graphdef, model.params, model, generated)
+  without = forward(model.config, model.graphdef, model.params, model, generated)
+  np.testing.assert_allclose(generated.log_probabilities, expected, atol=1e-4)
+  assert np.abs(generated.log_probabilities - without).max() > 0.1
+
+
 @pytest.mark.parametrize("gather", [False, True])
 def test_in_bfloat16(model, gather):
   generated = sampled(model.config, model.params, model, dtype="bfloat16", gather=gather)
