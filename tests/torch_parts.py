@@ -32,7 +32,7 @@ PROJECTORS = {"linear": LinearProjector, "vit": VitProjector}
 
 
 def use_mmca(model: transformers.LlavaForConditionalGeneration) -> None:
-  """Gives the language model multi-modal causal attention, from its definition; one example a call."""
+  """Gives the language model multi-modal causal attention, as defined; one example a call."""
   images = None
 
   def look(module, args, kwargs):
