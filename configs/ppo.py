@@ -43,7 +43,7 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
   c.optim.learning_rate = 1e-6
   c.data.image_aspect = "pad"
   c.model.architecture = "llava15_7b"
-  c.save_every = 50
+  c.save_every = 25
   c.ppo.temperature = 0.75
   c.ppo.top_k = 50
   c.ppo.top_p = 0.95
@@ -59,6 +59,7 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
   if preset == "llava15_7b":
     c.ppo.actor_zero_stage = 2
   else:
+    c.save_every = 5  # its steps are long, its checkpoints small
     c.grad_accumulation = 4  # with this and the next, one device of 80 GB or eight of 16 GB suffice
     c.ppo.sample_parts = 8
     c.lora.rank = 128

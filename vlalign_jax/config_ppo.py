@@ -27,7 +27,8 @@ def add(c: ConfigDict) -> None:
   ppo.reward_function = ""  # module:name, called with prompt, answer, reference and record
   ppo.function_weight = 1.0
   ppo.score_clip = 10.0  # bound of a score's size; 0: none (TRL: none; original: 10)
-  ppo.missing_end_penalty = 0.0  # off the score of an answer without an end token (TRL: None)
+  # Off the score of an answer without an end token, before it is clipped (TRL: None).
+  ppo.missing_end_penalty = 0.0
   ppo.score_queue = 0  # last scores by which new ones are normalised (original: 1000); 0: off
   ppo.score_scale = 10.0  # standard deviation of what is normalised (original: 10)
   ppo.blank_images = False  # reward model and critic see grey pictures: those that do not look
@@ -35,7 +36,9 @@ def add(c: ConfigDict) -> None:
   ppo.num_samples = 1  # answers to each prompt; rloo and grpo need two
   ppo.max_new_tokens = 384  # TRL: 53; original: 384
   ppo.min_new_tokens = 0
-  ppo.temperature = 1.0  # TRL: 0.7; original: 0.75. At 1 what is sampled is what is learnt
+  # What is learnt, and compared with the reference, is the policy at its temperature (as in TRL);
+  # what top_k and top_p cut off is as if it might have been sampled (as in the original).
+  ppo.temperature = 1.0  # TRL: 0.7; original: 0.75
   ppo.top_k = 0  # 0: all (original: 50)
   ppo.top_p = 1.0  # original: 0.95
   ppo.gather = False  # bring parameters together over fsdp before sampling
@@ -50,7 +53,7 @@ def add(c: ConfigDict) -> None:
   ppo.gamma = 1.0  # original: 0.99
   ppo.lam = 0.95
   ppo.whiten_advantages = True  # original: false
-  ppo.scale_by_std = True  # of grpo; false: Dr. GRPO
+  ppo.scale_by_std = True  # of grpo; false: advantages as of Dr. GRPO
   ppo.entropy_coefficient = 0.0
   # The supervised loss of conversations, per token, added to every update of the actor: PPO-ptx.
   ppo.sft_weight = 0.0  # 0: none
@@ -131,6 +134,11 @@ def check(config: ConfigDict) -> None:
     raise InputError(
       f"config.ppo.critic_warmup is {ppo.critic_warmup}, and {ppo.estimator} has no critic; set it "
       "to 0"
+    )
+  if ppo.kl_target and not ppo.kl_coefficient:
+    raise InputError(
+      f"config.ppo.kl_target is {ppo.kl_target}, and ppo.kl_coefficient 0, which no factor moves; "
+      "let it start above 0"
     )
   if bool(ppo.sft_weight) != bool(ppo.sft_data):
     raise InputError(

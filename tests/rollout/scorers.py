@@ -21,6 +21,15 @@ def some(prompt, answer, reference, record):
   return len(answer) / 10 if len(answer) % 2 else float("nan")
 
 
+def until(prompt, answer, reference, record, left=[6]):  # noqa: B006
+  """Fails at the seventh answer."""
+  del prompt, reference, record
+  left[0] -= 1
+  if left[0] < 0:
+    raise ConnectionError("the judge does not answer")
+  return float(len(answer))
+
+
 def fails(prompt, answer, reference, record):
   """A mistake of the user."""
   return {}[answer]

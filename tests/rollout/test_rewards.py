@@ -116,6 +116,17 @@ def test_a_function_that_cannot_be_used_is_named(name, message, files, tmp_path)
     train_ppo.train_and_evaluate(config, str(tmp_path))
 
 
+def test_steps_before_a_rollout_that_fails_are_saved(files, tmp_path):
+  function = {"ppo.reward_model": "", "ppo.reward_function": FUNCTION + "until"}
+  settings = {"batch_size": 2, "steps": 4, "save_every": 0, "data.eval": ""}
+  config = files.config(**GRPO, **function, **settings)
+  with pytest.raises(InputError, match="the judge does not answer"):
+    train_ppo.train_and_evaluate(config, str(tmp_path))
+  assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+  with pytest.raises(InputError, match="the judge does not answer"):
+    train_ppo.train_and_evaluate(config, str(tmp_path))  # goes on from there, with the same prompts
+
+
 def test_an_empty_answer_is_scored_as_any_other(files, tmp_path):
   """The first token ends every answer."""
   run = tiny.make_run(files, files.config(**GRPO), str(tmp_path / "a"))

@@ -35,6 +35,7 @@ def files(tmp_path_factory, compile_cache):
     | {
       "model.init_from": f"{directory}/actor",
       "data.train": sft_run.write_json(directory / "ranked.json", records),
+      "lora.dropout": 0.05,  # which PPO has not
       "data.max_length": 192,
       "batch_size": 4,
       "steps": 2,
@@ -108,7 +109,7 @@ def test_one_base_for_all(files, tmp_path, monkeypatch):
     np.testing.assert_array_equal(start[path], trees.flatten(held.reward)[path])
 
   _, metrics = first_step(run)
-  monkeypatch.setattr(roles.identity, "identities", lambda opened: {})
+  monkeypatch.setattr(roles.identity, "identities", lambda opened, files: {})
   monkeypatch.setattr(roles, "open_sources", with_whole_reward(roles.open_sources))
   apart = tiny.make_run(files, config, str(tmp_path / "apart"))
   head = size(held.frozen["language"]["head"])  # which reward model and critic are without

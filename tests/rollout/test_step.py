@@ -17,7 +17,12 @@ from vlalign_jax.sharding import hosts
 SETTINGS = {
   "gae": {"ppo.num_samples": 2},
   "blank": {"ppo.blank_images": True},
-  "rloo": {"ppo.estimator": "rloo", "ppo.num_samples": 3, "ppo.loss_level": "sequence"},
+  "rloo": {
+    "ppo.estimator": "rloo",
+    "ppo.num_samples": 3,
+    "ppo.loss_level": "sequence",
+    "ppo.temperature": 0.7,
+  },
   "grpo": {
     "ppo.estimator": "grpo",
     "ppo.num_samples": 3,
@@ -70,7 +75,8 @@ class Torch:
   def log_probabilities(self, model, answer):
     """(log-probabilities, entropies) of the tokens."""
     M = len(answer.tokens)
-    logs = torch.log_softmax(model(**answer.inputs).logits[0, -M - 1 : -1], dim=-1)
+    logits = model(**answer.inputs).logits[0, -M - 1 : -1] / self.p.temperature
+    logs = torch.log_softmax(logits, dim=-1)
     chosen = logs.gather(1, torch.tensor(answer.tokens)[:, None].long())[:, 0]
     return chosen, -(logs.exp() * logs).sum(-1)
 

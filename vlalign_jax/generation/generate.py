@@ -26,8 +26,9 @@ class Generated(NamedTuple):
     tokens: int32[B, N, M], a stop token included; padding behind an answer's end.
     lengths: int32[B, N], tokens of each answer, its stop token included.
     ended: bool[B, N], whether it has one; otherwise it was cut at M.
-    log_probabilities: float32[B, N, M], of the tokens under the model itself, before temperature,
-      penalties and truncation: what a training forward pass gives. 0 behind the end.
+    log_probabilities: float32[B, N, M], of the tokens under the model itself, before penalties and
+      truncation: what a training forward pass gives. Before temperature, too, unless what is asked
+      for is `tempered`. 0 behind the end.
     drawn_log_probabilities: float32[B, N, M], under the distribution that they were drawn from.
   """
 

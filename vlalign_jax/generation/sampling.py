@@ -24,6 +24,7 @@ class Sampling:
     top_k: only the k likeliest tokens are candidates (of equal ones, the lowest ids); 0: all.
     top_p: only the fewest likeliest candidates whose probabilities sum to it or more (Holtzman et
       al. 2020, "nucleus"); 1: all.
+    tempered: whether what is reported as a token's log-probability is that at the temperature.
   """
 
   max_new_tokens: int
@@ -35,6 +36,7 @@ class Sampling:
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+  tempered: bool = False
 
 
 def check(sampling: Sampling, vocab_size: int) -> None:
@@ -98,8 +100,9 @@ def choose(logits, seen, keys, step, sampling: Sampling):
     sampling: see there.
 
   Returns:
-    tokens int32[B, N]; float32[B, N] their log-probabilities under the model itself, which are what
-    a training forward pass gives; float32[B, N] those under the distribution that was drawn from.
+    tokens int32[B, N]; float32[B, N] their log-probabilities under the model itself (`tempered`:
+    with its logits divided by the temperature), which are what a training forward pass gives;
+    float32[B, N] those under the distribution that was drawn from.
   """
   allowed = _allowed(logits, seen, step, sampling)
   if sampling.temperature == 0:
@@ -108,6 +111,8 @@ def choose(logits, seen, keys, step, sampling: Sampling):
   else:
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, step)
     tokens, drawn = _draw(allowed / sampling.temperature, keys, sampling)
+  if sampling.tempered:
+    logits = logits / sampling.temperature
   chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
   return tokens, chosen - jax.nn.logsumexp(logits, axis=-1), drawn
 

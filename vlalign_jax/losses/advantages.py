@@ -79,13 +79,12 @@ def gae(rewards, values, mask, *, gamma: float = 1.0, lam: float = 0.95):
   return advantages, advantages + values
 
 
-def whiten(advantages, mask, *, shift_mean: bool = True):
+def whiten(advantages, mask):
   """Advantages of variance 1 over all tokens (unbiased, as TRL's masked_whiten), and of mean 0.
 
   Args:
     advantages: float32[N, M] of the whole rollout, so that mini-batches share mean and variance.
     mask: bool[N, M].
-    shift_mean: whether to take the mean away.
 
   Returns:
     float32[N, M].
@@ -95,8 +94,7 @@ def whiten(advantages, mask, *, shift_mean: bool = True):
   mean = jnp.sum(advantages) / jnp.maximum(count, 1)
   centred = jnp.where(mask, advantages - mean, 0.0)
   variance = jnp.sum(centred**2) / jnp.maximum(count - 1, 1)
-  scaled = centred * jax.lax.rsqrt(variance + 1e-8)
-  return scaled if shift_mean else jnp.where(mask, scaled + mean, 0.0)
+  return centred * jax.lax.rsqrt(variance + 1e-8)
 
 
 def rloo(scores, valid):

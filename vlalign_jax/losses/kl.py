@@ -21,10 +21,12 @@ def check_kind(kind: str) -> None:
 def estimate(logps, reference, kind: str = "k1"):
   """Estimate of KL(policy || reference) from each token that the policy sampled.
 
+  Unbiased of what the policy itself samples: not where top-k or top-p cut something off.
+
   With r = reference - logps (Schulman 2020, "Approximating KL divergence"):
-    k1: -r, unbiased; may be below 0.
-    k3: e^r - 1 - r, unbiased, never below 0 and of less variance; the estimator of GRPO (Shao et
-      al. 2024, equation 4). It grows exponentially where the reference is the far likelier one.
+    k1: -r; may be below 0.
+    k3: e^r - 1 - r, never below 0 and of less variance; the estimator of GRPO (Shao et al. 2024,
+      equation 4). It grows exponentially where the reference is the far likelier one.
 
   Args:
     logps: float32[N, M], log-probabilities of the tokens by the policy.

@@ -52,12 +52,13 @@ def open_models(config) -> Models:
     origin = dict.fromkeys(trees.flatten(abstract_params(actor)[1]), ("the base",))
     return _with_assumed(config, actor, sampling, origin)
   opened = source.open_for(config)
-  sampling, origin = data.make_sampling(config, opened), identity.identities(opened)
+  files = identity.Files()
+  sampling, origin = data.make_sampling(config, opened), identity.identities(opened, files)
   if not settings.reward_model:
     return _with_assumed(config, opened.config, sampling, origin)
   found = roles.open_sources(config, None, opened)
   others = {"critic": found.critic, "reward": found.reward}
-  origins = {name: identity.identities(other) for name, other in others.items() if other}
+  origins = {name: identity.identities(other, files) for name, other in others.items() if other}
   critic, reward = (other and other.config for other in others.values())
   return Models(opened.config, critic, reward, sampling, {"actor": origin} | origins)
 
@@ -123,13 +124,10 @@ def held(models: Models, program, config) -> dict[str, float]:
   return found
 
 
-def same_towers(models: Models, program) -> dict[str, bool]:
+def same_towers(models: Models) -> dict[str, bool]:
   """Role -> whether it has the actor's vision tower."""
-  others = {"critic": program.critic, "reward": program.reward}
   return {
-    role: identity.same_tower(
-      models.origins["actor"], program.actor.params, models.origins[role], other.params
-    )
-    for role, other in others.items()
+    role: identity.same_tower(models.actor, models.origins["actor"], other, models.origins[role])
+    for role, other in (("critic", models.critic), ("reward", models.reward))
     if other is not None
   }

@@ -108,7 +108,7 @@ class Given:
 
   @functools.cached_property
   def same_towers(self) -> dict[str, bool]:
-    return ppo_models.same_towers(self.models, self.program)
+    return ppo_models.same_towers(self.models)
 
   def has_features(self, role: str) -> bool:
     """Whether a role is given what the actor's tower made of pictures."""

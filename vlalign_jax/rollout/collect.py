@@ -72,6 +72,11 @@ class Rollout:
   scores: np.ndarray
   tokens: np.ndarray
 
+  @property
+  def valid(self) -> np.ndarray:
+    """bool[B, N], which answers there are and count: their scores are finite."""
+    return (self.lengths > 0) & np.isfinite(self.scores)
+
   def texts(self, tokenizer) -> list[list[str]]:
     """The answers without special tokens, stripped."""
     return decode(tokenizer, self.tokens, self.lengths)

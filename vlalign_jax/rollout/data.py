@@ -3,13 +3,29 @@
 import functools
 
 from vlalign_jax.data import prepare, prompts
+from vlalign_jax.errors import InputError
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models.vlm import ModelConfig
 from vlalign_jax.weights.source import Source
 
 load_records_of = functools.partial(prepare.load_records_of, prompts.KIND)
-prepare_train = functools.partial(prepare.prepare_train, prompts.KIND)
 prepare_eval = functools.partial(prepare.prepare_eval, prompts.KIND)
+
+
+def prepare_train(config, source: Source, records, row_multiple: int) -> prepare.Prepared:
+  """As `prepare.prepare_train`, of prompts.
+
+  Raises:
+    InputError: no prompt fits, or the run ends before its actor learns.
+  """
+  prepared = prepare.prepare_train(prompts.KIND, config, source, records, row_multiple)
+  steps, warmup = prepared.plan.steps, config.ppo.critic_warmup
+  if warmup >= steps:
+    raise InputError(
+      f"config.ppo.critic_warmup is {warmup}, and the run has {steps} steps: its actor would never "
+      "learn; lower it, or raise epochs or steps"
+    )
+  return prepared
 
 
 def make_sampling(config, source: Source) -> Sampling:
@@ -28,4 +44,5 @@ def sampling_of(settings, model: ModelConfig, stop_tokens: tuple[int, ...]) -> S
     temperature=settings.temperature,
     top_k=settings.top_k,
     top_p=settings.top_p,
+    tempered=True,  # as `steps.ppo` computes them
   )

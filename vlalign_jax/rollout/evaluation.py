@@ -34,7 +34,8 @@ def make_evaluate(roles: collect.Roles, prepared: Prepared | None, records) -> C
   config = roles.config
   share = start.my_share(roles.mesh)
   bad = evaluation.read_all(config, roles.mesh, prepared, share)
-  streams = np.array([zlib.crc32(record.id.encode()) & 0x7FFFFFFF for record in records])
+  names = [f"{number} {record.id}" for number, record in enumerate(records)]
+  streams = np.array([zlib.crc32(name.encode()) & 0x7FFFFFFF for name in names])
 
   def evaluate(state) -> dict[str, float]:
     scores, divergences, ended, tokens = [], [], [], []
@@ -47,7 +48,7 @@ def make_evaluate(roles: collect.Roles, prepared: Prepared | None, records) -> C
           roles, state, rows, of_rows, streams[np.maximum(numbers, 0)], config.seed
         )
         found = collect.divergence(rollout)
-        valid = (rollout.lengths > 0) & np.isfinite(rollout.scores)
+        valid = rollout.valid
         scores += rollout.scores[valid].tolist()
         divergences += found[valid].tolist()
         ended += rollout.ended[valid].tolist()

@@ -11,6 +11,7 @@ import numpy as np
 from vlalign_jax.data import prompts
 from vlalign_jax.data.prepare import Prepared
 from vlalign_jax.losses import kl, sums
+from vlalign_jax.losses import ppo as losses
 from vlalign_jax.losses.score_queue import ScoreQueue
 from vlalign_jax.rollout import collect
 from vlalign_jax.rollout import rows as layout
@@ -82,17 +83,22 @@ def make_train_step(
     show(step + 1, rollout, numbers)
     fields, found = _learn_from(roles, state, rollout, order, learner)
     rows = rollout.rows | fields
-    state, logged = _update(roles, state, rows, order, learner.kl_coefficient, step, mixed)
+    learnt = order[rollout.valid[order].any(axis=1)]
+    with_policy = step >= settings.critic_warmup
+    state, logged = _update(
+      roles, state, rows, learnt, learner.kl_coefficient, step, mixed if with_policy else None
+    )
     found, logged = jax.device_get((found, logged))
     metrics = _summary(logged) | sums.quotients(found) | _raw(rollout)
     metrics["objective/kl_coefficient"] = learner.kl_coefficient
-    learner.kl_coefficient = kl.next_coefficient(
-      learner.kl_coefficient,
-      float(hosts.of_first(metrics["objective/kl"])),
-      int(found["objective/kl"][1]),
-      target=settings.kl_target or None,
-      horizon=settings.kl_horizon,
-    )
+    if with_policy:  # before, it is at the reference
+      learner.kl_coefficient = kl.next_coefficient(
+        learner.kl_coefficient,
+        float(hosts.of_first(metrics["objective/kl"])),
+        int(found["objective/kl"][1]),
+        target=settings.kl_target or None,
+        horizon=settings.kl_horizon,
+      )
     progress["ppo"] = learner.progress() | ({"sft": mixed.progress()} if mixed else {})
     return roles.program.finish(state), metrics
 
@@ -141,21 +147,52 @@ def by_record(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return order, streams
 
 
+def mini_batches(learnt: np.ndarray, rows: int, count: int) -> list[np.ndarray]:
+  """Deals rows out alike, whatever the others are: these only fill up, as shapes are fixed.
+
+  Args:
+    learnt: int[R], rows that have something to learn from, in the order in which they come.
+    rows: B, of the rollout; a multiple of `count`.
+    count: mini-batches.
+
+  Returns:
+    int32[B / count] rows of each mini-batch; those that would only be filled are left out.
+  """
+  fill = np.setdiff1d(np.arange(rows), learnt)
+  found = []
+  for part in np.array_split(learnt, count):
+    missing = rows // count - len(part)
+    if len(part):
+      found.append(np.concatenate([part, fill[:missing]]).astype(np.int32))
+      fill = fill[missing:]
+  return found
+
+
 def _update(
   roles: collect.Roles,
   state: State,
   rows: dict,
-  order: np.ndarray,
+  learnt: np.ndarray,
   kl_coefficient: float,
   step: int,
   mixed: Stream | None,
 ):
-  """(state after all updates of a rollout, list of their metrics); `order` as of `by_record`."""
+  """(state after all updates of a rollout, list of what is reported of them).
+
+  Args:
+    roles, state: of the run.
+    rows: of the rollout, with `learn_from`'s fields.
+    learnt: int[R], rows with an answer that counts, in the order of their records.
+    kl_coefficient: of the rollout.
+    step: rollouts before this one.
+    mixed: what the actor also learns from, if it does.
+  """
   config, settings, logged = roles.config, roles.config.ppo, []
   with_policy = step >= settings.critic_warmup
   for epoch in range(settings.epochs):
-    shuffled = np.random.default_rng([config.seed, step, epoch]).permutation(order)
-    for index in np.split(shuffled.astype(np.int32), settings.minibatches):
+    shuffled = np.random.default_rng([config.seed, step, epoch]).permutation(learnt)
+    parts = mini_batches(shuffled, len(rows["tokens"]), settings.minibatches)
+    for index in parts:
       state, found = roles.program.update_step(
         state,
         {part: tree for part, tree in roles.frozen.items() if part != "reference"},
@@ -163,26 +200,33 @@ def _update(
         rows,
         index,
         np.float32(kl_coefficient),
-        mixed.take() if mixed and with_policy else None,
+        mixed.take() if mixed else None,
         with_policy=with_policy,
         same_tower=roles.same_tower_critic,
       )
       logged.append(found)
-    if settings.stop_kl and with_policy:
-      newest = [found["policy/approxkl_avg"] for found in logged[-settings.minibatches :]]
-      if hosts.of_first(np.mean(jax.device_get(newest))) > settings.stop_kl:
+    if settings.stop_kl and with_policy and parts:
+      name = "policy/approxkl_avg"
+      newest = jax.device_get([{name: found[name]} for found in logged[-len(parts) :]])
+      if hosts.of_first(sums.quotients(sums.total(newest))[name]) > settings.stop_kl:
         break
   return state, logged
 
 
 def _summary(logged: list[dict]) -> dict:
-  """One value of each metric of the updates of a step."""
-  found = {name: np.mean([one[name] for one in logged], dtype=np.float64) for name in logged[0]}
-  for name in found:
+  """One value of each metric of the updates of a step; what is a mean is one over all of them."""
+  if not logged:
+    return {"skipped_in_a_row": 0, "val/updates": 0}
+  pairs = [name for name, value in logged[0].items() if isinstance(value, tuple)]
+  found = sums.quotients(sums.total({name: one[name] for name in pairs} for one in logged))
+  found = losses.summary(found)
+  for name, first in logged[0].items():
+    if name not in found:
+      found[name] = np.mean([one[name] for one in logged], dtype=np.float64)
     if name.removeprefix("critic/") in LAST:
       found[name] = logged[-1][name]
     if name in FIRST:
-      found[name] = logged[0][name]
+      found[name] = sums.quotients({name: first})[name]
   if "loss" not in found:  # only the critic has learnt
     found |= {
       name.removeprefix("critic/"): value
@@ -196,6 +240,5 @@ def _summary(logged: list[dict]) -> dict:
 
 def _raw(rollout: collect.Rollout) -> dict:
   """Mean and standard deviation of the scores as they were given."""
-  scores = rollout.scores[rollout.lengths > 0].astype(np.float64)
-  scores = scores[np.isfinite(scores)]
+  scores = rollout.scores[rollout.valid].astype(np.float64)
   return {"scores/mean": scores.mean(), "scores/std": scores.std()} if len(scores) else {}

@@ -34,7 +34,7 @@ def prepare(config, source: Source, mesh: Mesh, steps: int) -> Prepared | None:
     InputError: a file or record is bad, or there is nothing to learn.
   """
   settings, rollouts = config.ppo, steps - config.ppo.critic_warmup
-  if not settings.sft_weight or rollouts <= 0:
+  if not settings.sft_weight:
     return None
   own = config.copy_and_resolve_references()
   own.data.update({"train": settings.sft_data, "samples": "", "weights": "", "pack": True})

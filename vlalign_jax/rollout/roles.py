@@ -92,8 +92,10 @@ def _critic(config: ConfigDict, actor: Source, reward: Source | None) -> Source:
       'config.ppo.critic_init="actor"'
     )
   if reward.start:
-    if reward.config.lora == adapters:
-      return reward
+    # Dropout is of training: the run may have had some.
+    if dataclasses.replace(reward.config.lora, dropout=0.0) == adapters:
+      model = dataclasses.replace(reward.config, lora=adapters)
+      return dataclasses.replace(reward, config=model)
     reward = dataclasses.replace(reward, runs=(*reward.runs, reward.start.run), start=None)
   return dataclasses.replace(reward, config=dataclasses.replace(reward.config, lora=adapters))
 
@@ -180,15 +182,16 @@ def load(config: ConfigDict, sources: Sources, program: Program, mesh: Mesh, sco
     mesh: over which it runs.
     scorers: of `find_scorers`.
   """
-  pool, known = {}, identity.identities(sources.actor)
+  pool, files = {}, identity.Files()
+  known = identity.identities(sources.actor, files)
   frozen = start.load_frozen(config, sources.actor, program.actor)
   stays = {part: x for part, x in frozen.items() if part != "reference"}
   identity.add(pool, known, trees.flatten(stays))
 
   def load(opened: Source, shapes: dict, wanted=lambda path: True):
-    own = identity.identities(opened)
+    own = identity.identities(opened, files)
     params = _load(pool, own, config, opened, shapes, wanted)
-    return params, identity.same_tower(known, program.actor.params, own, shapes)
+    return params, identity.same_tower(sources.actor.config, known, opened.config, own)
 
   critic, reward, of_critic, of_reward = None, None, False, False
   if sources.critic is not None:

@@ -54,7 +54,9 @@ def lengths(rows):
   return per_answer((rows["weights"] != 0).astype(jnp.float32), rows)
 
 
-def token_log_probabilities(model, rows, *, mesh: Mesh | None = None, chunk: int = 128):
+def token_log_probabilities(
+  model, rows, *, mesh: Mesh | None = None, chunk: int = 128, temperature: float = 1.0
+):
   """float32[B, T], of each answer's tokens, where `weights` is not 0; else 0.
 
   Args:
@@ -62,15 +64,21 @@ def token_log_probabilities(model, rows, *, mesh: Mesh | None = None, chunk: int
     rows: of preferences.
     mesh: over which rows are split.
     chunk: see `losses.head.cross_entropy_sum`.
+    temperature: by which logits are divided.
   """
   return head.token_log_probabilities(
-    model(rows),
+    tempered(model(rows), temperature),
     model.head_kernel(),
     rows["targets"],
     rows["weights"],
     scatter=functools.partial(meshes.scatter_head_gradient, mesh=mesh),
     **sft.chunking(mesh, chunk),
   )
+
+
+def tempered(hidden, temperature: float):
+  """Hidden states whose logits are those of `hidden` divided by the temperature."""
+  return hidden if temperature == 1 else hidden / temperature
 
 
 def log_probabilities(model, rows, **options):

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vlalign_jax import trees
-from vlalign_jax.losses import entropy, kl, sums
+from vlalign_jax.losses import entropy, kl
 from vlalign_jax.losses import ppo as losses
 from vlalign_jax.rollout import rows as layout
 from vlalign_jax.sharding import mesh as meshes
@@ -66,10 +66,15 @@ def as_read(rows, count: int):
   return rows | sft.ONE_ANSWER if count == 1 else rows
 
 
-def log_probabilities(model, rows, shape, *, mesh: Mesh | None = None, chunk: int = 128):
-  """float32[B, N, M], of the answers' tokens; `shape` is (N, M)."""
-  rows = as_read(rows, shape[0])
-  found = answers.token_log_probabilities(model, rows, mesh=mesh, chunk=chunk)
+def log_probabilities(model, rows, shape, **options):
+  """float32[B, N, M], of the answers' tokens; `shape` is (N, M).
+
+  Args:
+    model, rows: see `answers.token_log_probabilities`, which takes the options.
+    shape: (N, M).
+    **options: see there.
+  """
+  found = answers.token_log_probabilities(model, as_read(rows, shape[0]), **options)
   return layout.of_answers(found, *shape)
 
 
@@ -111,7 +116,7 @@ def make_policy_loss(
     logps, entropies = (
       layout.of_answers(x, *shape).reshape(-1, shape[1])
       for x in entropy.token_log_probabilities_and_entropies(
-        model(as_read(rows, shape[0])),
+        answers.tempered(model(as_read(rows, shape[0])), settings.temperature),
         model.head_kernel(),
         rows["targets"],
         rows["weights"],
@@ -167,9 +172,9 @@ def mixed_loss(rows, *, graphdef, settings, mesh: Mesh | None, chunk: int) -> up
 
 
 def metrics(found, counts):
-  """What is logged of a mini-batch."""
+  """What is reported of a mini-batch, as in `losses.sums`: a rollout has several."""
   del counts
-  return losses.summary(sums.quotients(found))
+  return found
 
 
 def update_step(
@@ -205,7 +210,7 @@ def update_step(
     same_tower: whether `vision_features` of the actor are the critic's, too.
 
   Returns:
-    (State, dict of float32[] metrics; the critic's own begin with `critic/`).
+    (State, dict of values as in `losses.sums`; the critic's own begin with `critic/`).
   """
   rows = {name: meshes.constrain_rows(jnp.take(x, index, axis=0), mesh) for name, x in rows.items()}
   common = {

@@ -108,7 +108,11 @@ def make_program(
   )
   reward = reward_model and _make_scorer(config, reward_model, mesh)
   reference_graphdef = program.reference_graphdef(config, model, mesh)
-  chunking = {"mesh": mesh, "chunk": meshes.head_chunk(mesh)}
+  of_head = {
+    "mesh": mesh,
+    "chunk": meshes.head_chunk(mesh),
+    "temperature": settings.temperature,
+  }
   rows_place, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
   # As many rows at a time as an update takes.
   of_parts = functools.partial(_by_parts, mesh=mesh, parts=parts, placement=rows_place)
@@ -116,7 +120,7 @@ def make_program(
   def reference(frozen, rows, shape):
     rest = {part: tree for part, tree in frozen.items() if part != "reference"}
     whole = nnx.merge(reference_graphdef, trees.merge(frozen["reference"], rest))
-    return ppo.log_probabilities(whole, rows, shape, **chunking)
+    return ppo.log_probabilities(whole, rows, shape, **of_head)
 
   def values(params, rows, shape):
     return ppo.values(nnx.merge(critic.graphdef, trees.merge(*params)), rows, shape)

@@ -144,27 +144,38 @@ def run(
     measured[step] = found
     throughput.rates()  # the time of evaluation is nobody's throughput
 
-  def save(step: int) -> None:
+  def save(step: int, position: dict | None = None) -> None:
     settle(0)
     log.flush()  # a checkpoint never knows of steps that the log does not
     here = {
       "step": step,
       "bad_records": bad_records,
-      "data": batches.get_state(),
+      "data": position or batches.get_state(),
       "config": config.to_dict(),
       "metrics": measured.get(step, {}),
     }
     checkpoints.save(manager, step, state, progress | here)
+
+  def save_before(step: int, position: dict) -> None:
+    """Saves what was reached before a step that has failed, unless it had begun to learn."""
+    gone = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    if alone and saved < step - 1 and not gone:
+      save(step - 1, position)
 
   saved = first
   try:
     if stage.evaluates_first and stage.evaluate is not None and not first:
       evaluate(0)
     for step in range(first + 1, total_steps + 1):
+      position = batches.get_state()
       rows = stage.to_device(next(batches))
       skipped = rows.pop("skipped")
       counts = stage.count(rows, skipped, stop.asked)
-      state, metrics = stage.train_step(state, rows)
+      try:
+        state, metrics = stage.train_step(state, rows)
+      except InputError:  # a rollout that cannot be scored shall not cost those before it
+        save_before(step, position)
+        raise
       pending.append((step, metrics, counts))
       settle(stage.lag)
       if evaluated(step):

@@ -42,6 +42,7 @@ ROUNDING = (
   "ppo.actor_zero_stage",
   "ppo.critic_zero_stage",
   "ppo.gather",
+  "ppo.sample_parts",
 )
 
 

@@ -1,4 +1,8 @@
-"""Which parameters of several models are the same, told before any is read."""
+"""Which parameters of several models are the same, told before any is loaded."""
+
+import collections
+import filecmp
+import os
 
 from vlalign_jax import trees
 from vlalign_jax.models import lora, vlm
@@ -7,24 +11,40 @@ from vlalign_jax.weights import load, pin
 from vlalign_jax.weights.parts import Source
 
 
-def identities(source: Source) -> dict[str, tuple]:
+class Files:
+  """Names files so that those of equal content have one name; a copy is read whole to be sure."""
+
+  def __init__(self):
+    self._names: dict[str, str] = {}
+    self._alike = collections.defaultdict(list)  # fingerprint -> files of different content
+
+  def name(self, file: str) -> str:
+    """The first of the files so far with the content of this one."""
+    file = os.path.realpath(file)
+    if file not in self._names:
+      alike = self._alike[pin.fingerprint(file)]  # of samples, which may miss a difference
+      same = (other for other in alike if filecmp.cmp(file, other, shallow=False))
+      self._names[file] = next(same, file)
+      if self._names[file] == file:
+        alike.append(file)
+    return self._names[file]
+
+
+def identities(source: Source, files: Files) -> dict[str, tuple]:
   """path -> what a parameter's values come from; equal ones are equal, and fresh ones have none.
 
-  That is the fingerprint of the file with its tensors, or the checkpoint of the run that trained it
-  last, with the runs whose adapters are merged into it behind.
+  That is the file with its tensors, or the checkpoint of the run that trained it last, with the
+  runs whose adapters are merged into it behind.
+
+  Args:
+    source: the model.
+    files: of all models that are compared.
   """
   shapes = {
     path: leaf.shape for path, leaf in trees.flatten(vlm.abstract_params(source.config)[1]).items()
   }
-  prints = {}  # each file once
-
-  def of_file(file: str) -> str:
-    if file not in prints:
-      prints[file] = pin.fingerprint(file)
-    return prints[file]
-
   found = {
-    path: tuple((tensor.name, of_file(tensor.file)) for tensor in entry.tensors)
+    path: tuple((tensor.name, files.name(tensor.file)) for tensor in entry.tensors)
     for path, entry in load.resolve(source, shapes).items()
   }
   for run in source.runs:
@@ -44,7 +64,7 @@ def identities(source: Source) -> dict[str, tuple]:
 
 def _key(path: str, known: dict, leaf) -> tuple:
   """Parameters of one key are one on the devices."""
-  return path, known.get(path), leaf.dtype, leaf.sharding
+  return path, known.get(path), leaf.shape, leaf.dtype, leaf.sharding
 
 
 def add(pool: dict, known: dict, leaves: dict) -> None:
@@ -66,14 +86,16 @@ def find(pool: dict, known: dict, leaves: dict) -> dict:
   return {path: pool[key] for path, key in keys.items() if key in pool}
 
 
-def same_tower(known: dict, params: dict, other: dict, others_params: dict) -> bool:
-  """Whether the vision towers of two models are the same, wherever their parameters are.
+def same_tower(model: vlm.ModelConfig, known: dict, other: vlm.ModelConfig, others: dict) -> bool:
+  """Whether the vision towers of two models give the same, wherever their parameters are.
 
   Args:
-    known, other: of `identities`.
-    params, others_params: of the models, or their shapes.
+    model, other: the architectures.
+    known, others: of `identities`.
   """
-  mine, its = (trees.flatten(tree["vision"]) for tree in (params, others_params))
-  paths = [f"vision/{path}" for path in mine]
-  same = (path in known and known[path] == other.get(path) for path in paths)
-  return mine.keys() == its.keys() and all(same)
+  mine, its = (
+    [f"vision/{path}" for path in trees.flatten(vlm.abstract_params(one)[1]["vision"])]
+    for one in (model, other)
+  )
+  same = (path in known and known[path] == others.get(path) for path in mine)
+  return model.vision == other.vision and mine == its and all(same)
