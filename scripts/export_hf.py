@@ -8,9 +8,14 @@ the run's config.best_metric) name others.
 LlavaForConditionalGeneration.from_pretrained and AutoProcessor.from_pretrained load the result.
 A LoRA run's adapters are merged into the weights. With --adapters they are written alone, for
 peft.PeftModel.from_pretrained on the model that the run started from.
+
+A model that transformers has no class for (see vlalign_jax/weights/export.py) is written in parts:
+its projector, and its towers as models of their own, as which transformers loads vision/ and
+language/; so are its adapters.
 """
 
 import dataclasses
+import os
 
 import numpy as np
 from absl import flags, logging
@@ -23,7 +28,7 @@ from vlalign_jax.models import lora, vlm
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import zero
 from vlalign_jax.training import checkpoints, run_directory
-from vlalign_jax.weights import export, export_adapters, load, source
+from vlalign_jax.weights import export, export_adapters, hf_config, load, source
 
 
 def export_run(run: str, output: str, dtype: str | None, adapters: bool = False) -> None:
@@ -51,24 +56,26 @@ def export_run(run: str, output: str, dtype: str | None, adapters: bool = False)
     leaves = trees.flatten(abstract)
     placement = {path: leaf.sharding for path, leaf in leaves.items()}
     trained = checkpoints.restore_params(directory, step, leaves, placement)
-    base = _base_of(config["model"])
-    export_adapters.export_adapters(model, trained, output, base=base, dtype=dtype)
+    bases = _bases_of(config["model"], export.is_llava(model))
+    export_adapters.export_adapters(model, trained, output, bases=bases, dtype=dtype)
   else:
     export.export_model(opened, load.load_params(opened, abstract), output, dtype=dtype)
   logging.info("exported step %d of %s to %s", step, run, output)
 
 
-def _base_of(model: dict) -> str | None:
-  """The Hugging Face directory that a run's adapters belong to, if it is one."""
+def _bases_of(model: dict, is_llava: bool) -> dict[str, str]:
+  """Tower (or "": a LLaVA) -> the Hugging Face model that adapters belong to, if it is one."""
   start = model["init_from"]
   if start and not checkpoints.find_run(start):
-    return start
+    return {"": start} | {tower: os.path.join(start, tower) for tower in hf_config.TOWERS}
+  if not start and not is_llava:
+    return {tower: model[tower] for tower in hf_config.TOWERS}
   logging.info(
     "these adapters belong to what the run started from (%s), which is no Hugging Face model; "
     "export without --adapters for a model that needs no other",
     start or f"{model['vision']} with {model['language']}",
   )
-  return None
+  return {}
 
 
 def main(_):

@@ -7,7 +7,7 @@ import re
 from ml_collections import ConfigDict, config_dict
 
 from vlalign_jax import config_ppo
-from vlalign_jax.config_checks import check_at_least, check_choices, value
+from vlalign_jax.config_checks import check_at_least, check_choices, check_seed, value
 from vlalign_jax.errors import InputError
 from vlalign_jax.losses import dpo
 from vlalign_jax.models.stack import REMAT_NAMES
@@ -247,6 +247,7 @@ def check_shared(config: ConfigDict) -> None:
   }
   check_choices(config, choices)
   check_at_least(config, at_least)
+  check_seed(config)
   for key in ("optim.b1", "optim.b2", "lora.dropout"):
     if not 0 <= value(config, key) < 1:
       raise InputError(f"config.{key} is {value(config, key)}; it must be from 0 to below 1")
@@ -273,7 +274,8 @@ def check_shared(config: ConfigDict) -> None:
     )
   adapters = config.lora.rank or config.lora.vision_rank
   parts = ("vision", "projector", "language", "embeddings")
-  if not adapters and not any(config.train[part] for part in parts):
+  # A reward model's head is trained in any case.
+  if not (adapters or any(config.train[part] for part in parts) or config.stage == "reward"):
     raise InputError("nothing to train: set one of config.train.vision, .projector, .language")
   _check_lora(config.lora, adapters)
 

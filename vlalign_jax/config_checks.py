@@ -21,6 +21,12 @@ def check_at_least(config: ConfigDict, at_least: dict[str, float]) -> None:
       raise InputError(f"config.{key} is {given}; it must be at least {least}")
 
 
+def check_seed(config: ConfigDict) -> None:
+  """Refuses a seed that not all random generators take."""
+  if not 0 <= config.seed < 2**31:
+    raise InputError(f"config.seed is {config.seed}; give 0 or more, and less than 2^31")
+
+
 def value(config: ConfigDict, key: str):
   """The value behind a dotted key."""
   for part in key.split("."):

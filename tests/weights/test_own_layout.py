@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
+import warnings
 
 import jax
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 
-from tests import checkpoints, reference
+from tests import adapters, checkpoints, reference
 from tests.weights.test_round_trip import assert_same_bits, example_of, our_logits
+from vlalign_jax import trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import vlm
-from vlalign_jax.weights import export, source
+from vlalign_jax.weights import export, export_adapters, source
 
 KINDS = {
   "vit": {"projector": "vit"},
@@ -76,6 +79,65 @@ def test_imports_again_and_its_towers_are_models(kind, towers, tmp_path):
   with torch.no_grad():
     theirs = llama(torch.tensor(example.tokens)[None].long()).logits
   assert reference.relative_error(reference.logits(graphdef, params, rows), theirs) < 1e-5
+
+
+def test_transformers_does_not_take_it_for_a_llava(towers, tmp_path):
+  opened = source.open_source(reference.model_group(**towers, projector="linear"))
+  export.export_model(opened, reference.load_all(opened)[1], str(tmp_path / "out"))
+  with pytest.raises(OSError, match=r"no file named .*model.safetensors"):
+    transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+
+
+def test_adapters_alone_belong_to_the_towers(towers, tmp_path):
+  """PEFT loads those of each tower on it; here they start what they came from, bit for bit."""
+  ranks = {"rank": 2, "vision_rank": 3, "alpha": 4.0, "rank_stabilised": True}
+  config = adapters.config_for("", **ranks)
+  config.train.embeddings = True
+  config.model.update(reference.model_group(**towers, projector="linear", mmca=True))
+  opened = source.open_for(config)
+  graphdef, params = reference.load_all(opened, seed=3)
+  params = trees.map_paths(lambda path, x: x + 0.1 if path.endswith("lora_b") else x, params)
+  params["projector"] = jax.tree.map(lambda x: x + 0.1, params["projector"])
+  flat = trees.flatten(params)
+  kept = {
+    path: x
+    for path, x in flat.items()
+    if "lora_" in path or path.startswith(("projector/", "language/embedding/"))
+  }
+  out = tmp_path / "peft"
+  export_adapters.export_adapters(opened.config, kept, str(out))
+  base = dataclasses.replace(opened, config=dataclasses.replace(opened.config, lora=None))
+  export.export_model(base, params, str(tmp_path / "base"))
+
+  config.lora.init_from = str(out)
+  _, again = reference.load_all(source.open_for(config), seed=5)
+  for path, array in kept.items():
+    np.testing.assert_array_equal(trees.flatten(again)[path], array, err_msg=path)
+
+  def adapted(kind: type, tower: str):
+    model = kind.from_pretrained(tmp_path / "base" / tower)
+    with warnings.catch_warnings():
+      warnings.simplefilter("error", UserWarning)
+      return peft.PeftModel.from_pretrained(model, out / tower).eval()
+
+  model = reference.nnx.merge(graphdef, jax.tree.map(np.asarray, params))
+  pictures = list(reference.make_pictures(2, opened.config.vision.image_size).values())
+  pixels = reference.pixel_values(opened.config, pictures)
+  example = reference.make_example(opened.config, 9)
+  rows = reference.make_rows(opened.config, [[example]], {}, 9, 0)
+  with torch.no_grad():
+    clip = adapted(transformers.CLIPVisionModel, "vision")
+    features = clip(pixel_values=pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+    llama = adapted(transformers.LlamaForCausalLM, "language")
+    logits = llama(input_ids=torch.tensor(example.tokens)[None].long()).logits
+  assert reference.relative_error(model.vision_features(np.stack(pictures)[None]), features) < 1e-5
+  assert reference.relative_error(reference.logits(graphdef, params, rows), logits) < 1e-5
+  with pytest.raises(
+    InputError, match="projector/linear/lora_a was trained, and PEFT has no"
+  ):
+    export_adapters.export_adapters(
+      opened.config, kept | {"projector/linear/lora_a": 0}, str(tmp_path / "no")
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "vit", "perceiver"])

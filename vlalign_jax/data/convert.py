@@ -121,11 +121,17 @@ def _messages(entry: dict[str, Any]) -> list[Any]:
   return messages
 
 
+def _path(found: Any) -> Any:
+  """A picture's path as `datasets` writes it; a picture itself, or a path, as it is."""
+  return found.get("path") if isinstance(found, dict) and not found.get("bytes") else found
+
+
 def _image(entry: dict[str, Any]) -> Any:
   """The picture's path, or list of paths; None where there is none."""
   found = entry.get("image") or entry.get("images")
-  if isinstance(found, dict) and not found.get("bytes"):  # as `datasets` writes a file's path
-    found = found.get("path")
+  found = [_path(one) for one in found] if isinstance(found, list) else _path(found)
+  if isinstance(found, list) and any(isinstance(one, dict) for one in found):
+    raise InputError('"images" has a picture, not its path; save it as a file and give the path')
   if isinstance(found, dict) or found is None:
     path = entry.get("image_path")
     if found is not None and not path:

@@ -243,12 +243,16 @@ def lay_out(
 ) -> Prepared:
   """Plans the examples of `order`; options for `plan.plan_batches` go before the config's."""
   data = config.data
-  options = {"pack": data.pack, "max_length": data.max_length} | options
+  options = {
+    "batch_size": config.batch_size,
+    "pack": data.pack,
+    "max_length": data.max_length,
+    **options,
+  }
   planned = plan.plan_batches(
     order,
     measured.lengths,
     measured.images,
-    batch_size=config.batch_size,
     row_multiple=row_multiple,
     max_images_per_row=data.max_images or None,
     **options,

@@ -96,7 +96,12 @@ def prepare_prompts(config, source: Source, records, row_multiple: int) -> prepa
     )
   order = usable[np.argsort(measured.lengths[usable], kind="stable")]
   lengths = measured.lengths[order]
-  options = {"pack": False, "max_length": int(lengths[-1]), "buckets": row_lengths(lengths)}
+  options = {
+    "batch_size": min(config.batch_size, len(order)),
+    "pack": False,
+    "max_length": int(lengths[-1]),
+    "buckets": row_lengths(lengths),
+  }
   return prepare.lay_out(config, source, load, measured, order, row_multiple, "prompts", **options)
 
 
@@ -130,8 +135,9 @@ def stop_tokens(source: Source, template: str) -> tuple[int, ...]:
   image = f"{IMAGE_PLACEHOLDER}\n" if template == "plain" else ""
   turns = [Turn(f"{image}question", "answer")]
   last = turn_pieces(turns, template, tokenizer, "a trial conversation")[-1]
+  end = last.text.rpartition("answer")[2]
   special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-  written = [token for token in vocabulary(tokenizer).ids(last.text) if token in special]
+  written = [token for token in vocabulary(tokenizer).ids(end) if token in special]
   own = source.generation.eos_token_id
   own = own if isinstance(own, list) else [own]
   ends = [*written[:1], tokenizer.eos_token_id, *own]

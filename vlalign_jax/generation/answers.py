@@ -1,7 +1,6 @@
 """Answers to records as text: from a model's parameters and a list of records to strings."""
 
 import dataclasses
-import functools
 import zlib
 from collections.abc import Collection, Iterator
 
@@ -87,9 +86,6 @@ def generate_answers(
     pad_id=source.tokenizer.pad_token_id,
   )
   share = hosts.row_share(mesh)
-  log = functools.cache(
-    lambda rows, length: log_memory(source.config, sampling, rows, length, config.model.dtype, mesh)
-  )
   streams = np.array([_stream(record) for record in records], np.int32)
   plan, pending = prepared.plan, None
   everyone = [
@@ -101,6 +97,10 @@ def generate_answers(
   needed = [step for step, numbers in enumerate(wanted) if numbers.max() >= 0]
   if not needed:
     return
+  # The largest batch, before the first: that it does not fit shall not be found out at the end.
+  sizes = [(int(plan.row_counts[step]), int(plan.lengths[step])) for step in needed]
+  rows, length = max(sizes, key=lambda size: size[0] * (size[1] + sampling.max_new_tokens))
+  log_memory(source.config, sampling, rows, length, config.model.dtype, mesh)
   options = {"start_step": needed[0], "blocks": share.blocks, "block_count": share.count}
   with prepared.batches(workers=0, **options) as batches:
     for step, rows in enumerate(batches, start=needed[0]):
@@ -111,7 +111,6 @@ def generate_answers(
       if not plan.row_images[step * plan.rows : (step + 1) * plan.rows].any():
         rows["images"] = rows["images"][:, :0]
       del rows["skipped"]
-      log(int(plan.row_counts[step]), int(plan.lengths[step]))
       rows = hosts.to_device(mesh, rows)
       streams_of_rows = rows.pop("prompts")
       running = program(params, rows, streams_of_rows, config.seed)
@@ -123,7 +122,8 @@ def generate_answers(
 
 def _stream(record: Record) -> int:
   """A number of the record that does not change with the list that it is in."""
-  return zlib.crc32(f"{record.index} {record.id}".encode()) & 0x7FFFFFFF
+  asked = [(turn.human, turn.gpt) for turn in record.turns[:-1]], record.turns[-1].human
+  return zlib.crc32(f"{record.index} {record.id} {record.images} {asked}".encode()) & 0x7FFFFFFF
 
 
 def _read(source: Source, numbers: np.ndarray, generated: Generated) -> Iterator[Answer]:

@@ -23,7 +23,7 @@ class Sampling:
     temperature: logits are divided by it; 0 is greedy decoding.
     top_k: only the k likeliest tokens are candidates (of equal ones, the lowest ids); 0: all.
     top_p: only the fewest likeliest candidates whose probabilities sum to it or more (Holtzman et
-      al. 2020, "nucleus"); 1: all.
+      al. 2020, "nucleus"), and without top_k those as likely as the last of them; 1: all.
     tempered: whether what is reported as a token's log-probability is that at the temperature.
   """
 
@@ -59,6 +59,8 @@ def check(sampling: Sampling, vocab_size: int) -> None:
       f"generation.min_new_tokens is {sampling.min_new_tokens}, above generation.max_new_tokens, "
       f"{sampling.max_new_tokens}; lower it"
     )
+  if sampling.tempered and not sampling.temperature:
+    raise InputError("generation.temperature is 0, which gives no tempered log-probabilities")
   if sampling.temperature == 0 and sampling.num_samples > 1:
     raise InputError(
       f"generation.num_samples is {sampling.num_samples} with generation.temperature 0, which "

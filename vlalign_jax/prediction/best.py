@@ -11,14 +11,13 @@ from vlalign_jax.data.records import Record
 from vlalign_jax.prediction import directory, models, scored
 from vlalign_jax.weights.source import Source
 
-REWARDS = "rewards.jsonl"  # scores while they come
-
 
 def reward_config(config: ConfigDict) -> ConfigDict:
   """The config by which the reward model reads prompts and answers.
 
   It goes by text, so its tokenizer may be another one; it reads in the template that it was trained
-  in, sees the pictures even if the policy does not, and has room for all that was generated.
+  in, sees the pictures even if the policy does not, and has room for all that was generated. An
+  answer that was cut is read as if it had ended there.
   """
   c = config.copy_and_resolve_references()
   c.data.template = models.trained_template(c.reward_model) or c.data.template
@@ -52,7 +51,7 @@ def add_rewards(
     The lines with "reward", and with "best" where a record has several answers: true for the one
     that scores the highest, of equal ones the first.
   """
-  path = os.path.join(workdir, REWARDS)
+  path = os.path.join(workdir, directory.REWARDS)
   answers: dict[int, list[dict]] = {}
   for line in lines:
     if line["answer"] is not None:

@@ -6,28 +6,41 @@ the letter ("B", "The answer is B: no") or says the option's text.
 
 import re
 
-_IN_BRACKETS = re.compile(r"\(([A-Z])\)[ \t]*")
-_ON_LINES = re.compile(r"^[ \t]*([A-Z])[.):][ \t]+", re.MULTILINE)
-_FIRST = re.compile(r"\(?([A-Z])(?:\)|[.:,;](?=\s|$)|$)")
+_MARKS = (
+  re.compile(r"\(([A-Z])\)[ \t]*"),
+  re.compile(r"^[ \t]*([A-Z])[.):][ \t]*", re.MULTILINE),
+  re.compile(r"\(([a-z])\)[ \t]*"),
+)
+_HEADING = re.compile(r"\b(?:options|choices)[ \t]*:", re.IGNORECASE)
+
+# How an answer names a letter, the surest way first. "A" and "I" before a space may be words.
+_ALONE = re.compile(r"\(?([A-Za-z])\)?\.?$")
+_FIRST = re.compile(r"\(?([A-Z])(?:\)|[.:,;](?=\s|$)|$)", re.MULTILINE)
 _NAMED = re.compile(
-  r"\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([A-Z])(?=[).:,;]|\s*$)",
-  re.IGNORECASE | re.MULTILINE,
+  r"\b(?i:answer|option|choice)(?:\s+(?i:is))?\s*:?\s*\(?([A-Za-z](?=[).:,;]|\s*$)|[B-HJ-Z](?=\s))",
+  re.MULTILINE,
+)
+_BEFORE_WORDS = re.compile(r"([B-HJ-Z])(?=\s)")
+_ANYWHERE = re.compile(
+  r"(?<!\w)(?:\(([A-Z])\)|([B-HJ-Z])(?![\w'])|(A)(?=[.,;:]?\s*$))", re.MULTILINE
 )
 
 
 def options(question: str) -> dict[str, str]:
   """Letter -> text of the options that a question lists, A first; empty if it lists none."""
-  for marks in (_IN_BRACKETS, _ON_LINES):
+  heading = max((found.end() for found in _HEADING.finditer(question)), default=0)
+  for marks in _MARKS:
     runs: list[list[re.Match]] = []
     for mark in marks.finditer(question):
-      if mark[1] == "A":
+      if mark[1] in "Aa":
         runs.append([mark])
       elif runs and ord(mark[1]) == ord(runs[-1][-1][1]) + 1:
         runs[-1].append(mark)
-    # The question itself may speak of (A) and (B), too.
-    run = max(reversed(runs), key=len, default=[])
-    if len(run) > 1:
-      return _texts(question, run)
+    runs = [run for run in runs if len(run) > 1]
+    if runs:
+      # The question itself may speak of (A) and (B), too.
+      listed = (run for run in runs if heading and run[0].start() >= heading)
+      return _texts(question, next(listed, max(reversed(runs), key=len)))
   return {}
 
 
@@ -35,7 +48,9 @@ def _texts(question: str, run: list[re.Match]) -> dict[str, str]:
   ends = [*(mark.start() for mark in run[1:]), len(question)]
   texts = (question[mark.end() : end].strip() for mark, end in zip(run, ends, strict=True))
   # Behind the last option the question may go on in the next line.
-  return {mark[1]: text.split("\n")[0].strip() for mark, text in zip(run, texts, strict=True)}
+  return {
+    mark[1].upper(): text.split("\n")[0].strip() for mark, text in zip(run, texts, strict=True)
+  }
 
 
 def choice(answer: str, given: dict[str, str]) -> str | None:
@@ -47,28 +62,33 @@ def choice(answer: str, given: dict[str, str]) -> str | None:
 
   Returns:
     The option that it names by its letter, or else the one whose text it is, or else the only one
-    whose text is in it (of texts that contain each other the longest); None if there is none.
+    whose text is in it (of texts that contain each other the longest), or else the only one whose
+    letter is in it; None if there is none.
   """
-  answer = answer.strip()
-  for pattern in (_FIRST.match(answer), _NAMED.search(answer)):
-    if pattern and pattern[1].upper() in given:
-      return pattern[1].upper()
+  answer = answer.replace("*", "").strip()
+  for found in (_ALONE.match(answer), _FIRST.match(answer), _NAMED.search(answer)):
+    if found and found[1].upper() in given:
+      return found[1].upper()
   plain = _plain(answer)
   texts = {letter: _plain(text) for letter, text in given.items() if _plain(text)}
   same = [letter for letter, text in texts.items() if text == plain]
   if same:
     return same[0]
+  first = _BEFORE_WORDS.match(answer)
+  if first and first[1] in given:
+    return first[1]
+  letters = {"".join(filter(None, found)) for found in _ANYWHERE.findall(answer)} & given.keys()
   inside = {
     letter: text
     for letter, text in texts.items()
     if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", plain)
   }
-  longest = [
+  longest = {
     letter
     for letter, text in inside.items()
     if not any(text != other and text in other for other in inside.values())
-  ]
-  return longest[0] if len(longest) == 1 else None
+  }
+  return next((min(found) for found in (longest, letters) if len(found) == 1), None)
 
 
 def _plain(text: str) -> str:

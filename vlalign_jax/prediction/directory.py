@@ -11,8 +11,17 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.prediction import settings
 
 PREDICTIONS, INPUTS, CONFIG = "predictions.jsonl", "inputs.json", "config.json"
+REWARDS = "rewards.jsonl"  # scores of predictions while they come
 # What may change before a prediction goes on: no answer depends on it, but for rounding.
-_HARMLESS = ("gallery", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor")
+_HARMLESS = (
+  "batch_size",
+  "gallery",
+  "generation.gather",
+  "data.workers",
+  "mesh.data",
+  "mesh.fsdp",
+  "mesh.tensor",
+)
 
 
 def open_directory(workdir: str, config, inputs: dict) -> None:
@@ -38,8 +47,10 @@ def open_directory(workdir: str, config, inputs: dict) -> None:
     stored = _read(workdir, CONFIG)
     if stored is not None:
       _check_stage(stored, workdir)
-    if stored is not None and os.path.exists(os.path.join(workdir, PREDICTIONS)):
-      _check_same(workdir, stored, config.to_dict(), inputs)
+    if read_lines(os.path.join(workdir, PREDICTIONS)):
+      _check_same(workdir, stored or {}, config.to_dict(), inputs)
+    elif os.path.exists(rewards := os.path.join(workdir, REWARDS)):
+      os.remove(rewards)  # of answers that are gone
     storage.write(os.path.join(workdir, CONFIG), json.dumps(config.to_dict(), indent=2) + "\n")
     storage.write(os.path.join(workdir, INPUTS), json.dumps(inputs, indent=2) + "\n")
   except OSError as error:
@@ -106,8 +117,8 @@ def read_lines(path: str) -> list[dict]:
   for number, line in enumerate(lines[:-1], start=1):
     try:
       found.append(json.loads(line))
-      if not isinstance(found[-1], dict):
-        raise ValueError("no object")
+      if not (isinstance(found[-1], dict) and isinstance(found[-1].get("record"), int)):
+        raise ValueError("no object with the number of a record")
     except ValueError as error:
       raise InputError(
         f"{path}, line {number}: damaged ({error}); delete this line, and it is computed again"

@@ -45,7 +45,7 @@ def of_generated(lines: list[dict]) -> dict[str, float | int]:
   for line in answered:
     if line["reference"] is not None:
       matches[line["record"]] = matches.get(line["record"], False) or exact_match(line)
-  if matches and len(answered) > len(records):
+  if matches and len(answered) > len({line["record"] for line in answered}):
     found["any_exact_match"] = _mean([*matches.values()])
   return found
 

@@ -82,6 +82,7 @@ def check(config: ConfigDict) -> None:
   }
   configs.check_choices(config, choices)
   configs.check_at_least(config, at_least)
+  configs.check_seed(config)
   for key, what in (
     ("model.init_from", "a Hugging Face directory or a run directory"),
     ("data.eval", "LLaVA-format JSON files"),

@@ -7,6 +7,7 @@ first. With adapters these are the same weights with the adapters off: there is 
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +177,9 @@ def make_reference(config, model, mesh: Mesh) -> Reference:
     return answers.log_probabilities(nnx.merge(graphdef, params), rows, **chunking)
 
   def log_probabilities(params, rows):
-    parts = accumulate.split_rows(rows, config.grad_accumulation)
+    # As training does; held-out rows may not divide into as many parts.
+    of_device = rows["tokens"].shape[0] // meshes.row_blocks(mesh)
+    parts = accumulate.split_rows(rows, math.gcd(config.grad_accumulation, of_device))
     found = jax.lax.map(functools.partial(micro_batch, params), parts)
     return rows["examples"], accumulate.join_rows(found)
 

@@ -1,11 +1,13 @@
 """The reference's log-probabilities, computed once before DPO and kept in the run directory.
 
 `RUN_DIR/reference/NAME.npz` holds one number per answer of a data set, under a fingerprint of the
-records, of how they become tokens, and of the weights. The reference is freed before training.
+records, of how they become tokens and pixels, and of the model. What is in picture files is not in
+it. The reference is freed before training.
 """
 
 import hashlib
 import io
+import zipfile
 
 import jax
 import numpy as np
@@ -18,6 +20,8 @@ from vlalign_jax.data.prepare import Prepared
 from vlalign_jax.errors import InputError
 from vlalign_jax.sharding import hosts
 from vlalign_jax.steps import dpo
+from vlalign_jax.steps.program import reference_model
+from vlalign_jax.training import loop
 from vlalign_jax.weights import load, pin, source
 
 DIRECTORY = "reference"
@@ -37,15 +41,17 @@ def log_probabilities(
     share: of `start.my_share`.
 
   Returns:
-    Name -> float32[N, K] by example and rank; 0 where there is no answer.
+    Name -> float32[N, K] by example and rank; 0 where there is no answer, NaN of examples that
+    could not be read.
 
   Raises:
-    InputError: what is kept there is of other data or weights, or damaged.
+    InputError: what is kept there is of other data or of another model, or damaged; or too many
+      records cannot be read.
   """
   tables = {}
   for name, prepared in data.items():
     place = epath.Path(workdir) / DIRECTORY / f"{name}.npz"
-    key = fingerprint(opened, prepared)
+    key = fingerprint(config, opened, prepared)
     tables[name] = _read(place, key) if place.exists() else None
   if all(table is not None for table in tables.values()):
     return tables
@@ -53,39 +59,55 @@ def log_probabilities(
   params = load.load_params(opened, reference.params, config.seed)
   for name, prepared in data.items():
     if tables[name] is None:
-      tables[name] = _compute(reference, params, mesh, prepared, name, share)
+      tables[name] = _compute(config, reference, params, mesh, prepared, name, share)
       if jax.process_index() == 0:
-        _write(epath.Path(workdir) / DIRECTORY, name, fingerprint(opened, prepared), tables[name])
+        key = fingerprint(config, opened, prepared)
+        _write(epath.Path(workdir) / DIRECTORY, name, key, tables[name])
   del params
   return tables
 
 
 def prepare_rows(table: np.ndarray, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """A host batch with `reference` float32[B, S, K] for its `examples`; 0 where there is none."""
+  """A host batch with `reference` float32[B, S, K] for its `examples`; 0 where there is none.
+
+  Raises:
+    InputError: the reference has not seen an example, whose picture could not be read then.
+  """
   found = np.where(rows["answers"] >= 0, table[rows["examples"]], 0).astype(np.float32)
+  if np.isnan(found).any():
+    number = rows["examples"][np.isnan(found).any(axis=-1)][0]
+    raise InputError(
+      f"example {number} has no log-probability by the reference: its picture could not be read "
+      f"when they were computed, and can be now; delete {DIRECTORY}/ in the run directory"
+    )
   return rows | {"reference": found}
 
 
-def fingerprint(opened: source.Source, prepared: Prepared) -> str:
-  """What the numbers depend on: records, template, tokenizer and the weights' files."""
-  example = prepared.pipeline["load_example"]
+def fingerprint(config, opened: source.Source, prepared: Prepared) -> str:
+  """What the numbers depend on: records, template, tokenizer, preprocessing and the model."""
+  example, pictures = (prepared.pipeline[name] for name in ("load_example", "load_image"))
   digest = hashlib.sha256(repr(sorted(example.data.items())).encode())
   digest.update(opened.tokenizer.backend_tokenizer.to_str().encode())
-  digest.update(repr(pin.content(opened)).encode())
-  digest.update(repr(prepared.pipeline["load_image"].blank).encode())
+  model = reference_model(config, opened.config)
+  seed = config.seed if opened.fresh else None
+  for part in (
+    *(pin.content(opened), model, seed, config.model.dtype),
+    *(pictures.blank, opened.images.config),
+  ):
+    digest.update(repr(part).encode())
   for number in np.unique(prepared.plan.examples):
     record = example.records[int(number)]
     digest.update(repr((record.images, record.turns, record.answers)).encode())
   return digest.hexdigest()
 
 
-def _compute(reference, params, mesh, prepared: Prepared, name: str, share: dict) -> np.ndarray:
+def _compute(config, reference, params, mesh, prepared, name: str, share: dict) -> np.ndarray:
   shown = np.unique(prepared.plan.examples)
-  table = np.zeros((int(shown.max()) + 1, prepared.max_answers), np.float32)
+  table = np.full((int(shown.max()) + 1, prepared.max_answers), np.nan, np.float32)
   missing = np.zeros(len(table), bool)
   missing[shown] = True
   logging.info("%s: the reference's log-probabilities of %d examples", name, len(shown))
-  pending = []
+  pending, counts, count = [], [], hosts.make_counter(mesh)
 
   def settle(keep: int) -> None:
     while len(pending) > keep:
@@ -95,15 +117,18 @@ def _compute(reference, params, mesh, prepared: Prepared, name: str, share: dict
   with prepared.batches(workers=0, **share) as batches:
     for step in tqdm(range(prepared.plan.steps), "reference", unit="step", delay=5):
       rows = next(batches)
-      rows.pop("skipped")
       of_step = _examples_of(prepared, step)
       if missing[of_step].any():  # later epochs show them again
         missing[of_step] = False
-        pending.append(reference.log_probabilities(params, hosts.to_device(mesh, rows)))
+        rows = hosts.to_device(mesh, rows)
+        counts.append(count(rows, rows.pop("skipped")))
+        pending.append(reference.log_probabilities(params, rows))
         settle(2)
       if not missing.any():
         break
   settle(0)
+  bad = sum(int(found["bad_records"]) for found in jax.device_get(counts))
+  loop.check_bad_records(f"data.{name}", bad, prepared.records, config.data.on_bad_record)
   return table
 
 
@@ -124,12 +149,12 @@ def _read(place: epath.Path, key: str) -> np.ndarray:
   try:
     with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as content:
       found, table = str(content["fingerprint"]), content["log_probabilities"]
-  except (OSError, ValueError, KeyError, EOFError) as error:
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
     raise InputError(f"{place}: damaged ({error}); delete it, and it is computed again") from error
   if found != key:
     raise InputError(
       f"{place}: the reference's log-probabilities there are of other data, another template or "
-      "other weights than this command's; delete it to compute them again, or start in a new "
+      "another model than this command's; delete it to compute them again, or start in a new "
       "--workdir"
     )
   return table

@@ -1,6 +1,8 @@
 """Where a run's adapters start from: a PEFT directory or a LoRA run, and what came beside them."""
 
 import dataclasses
+import os
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
@@ -8,11 +10,11 @@ from vlalign_jax import storage, trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora, vlm
 from vlalign_jax.training import checkpoints, optimizer, run_directory
-from vlalign_jax.weights import names, peft
-from vlalign_jax.weights.tensors import Tensor
+from vlalign_jax.weights import hf_config, names, peft, pin
+from vlalign_jax.weights.tensors import Tensor, read_headers
 
-# Learning-rate group of a parameter -> the key of `train` that moves it.
-KEYS = {"embeddings": "embeddings", "projector": "projector"}
+if TYPE_CHECKING:
+  from vlalign_jax.weights.parts import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,19 +30,21 @@ class Start:
   run: tuple[str, int] | None = None
 
 
-def open_start(config, model: vlm.ModelConfig) -> Start | None:
+def open_start(config, model: vlm.ModelConfig, base: "Source") -> Start | None:
   """Opens what `lora.init_from` names; reads configs and headers only.
 
   Args:
     config: of the run that the adapters are for.
     model: with the run's adapters.
+    base: the weights that they are added to.
 
   Returns:
     None if `lora.init_from` is empty.
 
   Raises:
     InputError: it is missing or damaged; its adapters sit elsewhere, have another rank or count
-      otherwise than the run's; or it brings parameters that the run does not train.
+      otherwise than the run's, or are a run's over other weights; or it brings parameters that the
+      run does not train.
   """
   where = config.lora.init_from
   if not where:
@@ -51,6 +55,7 @@ def open_start(config, model: vlm.ModelConfig) -> Start | None:
   own = {path: (rank, model.lora.scale(rank)) for path, rank in own.items() if rank}
   if run := checkpoints.find_run(where):
     start, found, beside = _open_run(*run, shapes)
+    _check_base(start.run[0], base, config.model.init_from)
   else:
     start, found, beside = _open_peft(where, model)
   _compare(found, own, where)
@@ -62,13 +67,43 @@ def open_start(config, model: vlm.ModelConfig) -> Start | None:
     )
   frozen = sorted(path for path in beside if not optimizer.is_trained(path, config))
   if frozen:
-    keys = {f"config.train.{KEYS.get(optimizer.group_of(path), 'language')}" for path in frozen}
     raise InputError(
       f"lora.init_from={where}: {', '.join(frozen)} were trained beside its adapters, and this run "
-      f"would not train them; set {' and '.join(sorted(keys))} to true"
+      f"would not train them; {_mend(frozen, config)}"
     )
   _check_shapes(start, model, shapes, where)
   return start
+
+
+def _mend(frozen: list[str], config) -> str:
+  """How parameters can be trained beside adapters, or what to do where they cannot."""
+  adapted = {"vision": config.lora.vision_rank, "language": config.lora.rank}
+  keys = set()
+  for path in frozen:
+    part = "embeddings" if optimizer.group_of(path) == "embeddings" else path.split("/", 1)[0]
+    if adapted.get(part):
+      return "merge all of them (merge_and_unload in peft), and name the result as model.init_from"
+    keys.add(f"config.train.{part}")
+  return f"set {' and '.join(sorted(keys))} to true"
+
+
+def _check_base(run: str, base: "Source", where: str) -> None:
+  """Refuses a run's adapters over weights that it did not start from."""
+  own = pin.stored(run)
+  if own is None:
+    return
+  if run in [directory for directory, _ in base.runs]:
+    raise InputError(
+      f"model.init_from={where} has the adapters of lora.init_from={run} already: they would count "
+      "twice; name what that run started from as model.init_from, or leave lora.init_from empty"
+    )
+  files = pin.content(base)["files"]
+  if sorted(files.values()) != sorted(own["files"].values()) or len(base.runs) != len(own["runs"]):
+    started = [f"{directory}/checkpoints/{step}" for directory, step in own["runs"]]
+    raise InputError(
+      f"the adapters of lora.init_from={run} belong to other weights than model.init_from={where}; "
+      f"name those: {', '.join(started or sorted(own['files']))}"
+    )
 
 
 def _check_shapes(start: Start, model: vlm.ModelConfig, shapes, where: str) -> None:
@@ -116,7 +151,14 @@ def _open_run(directory: str, which: str, shapes):
 
 
 def _open_peft(directory: str, model: vlm.ModelConfig):
-  config, tensors = peft.read_config(directory), peft.find_tensors(directory)
+  places = peft.directories(directory)
+  configs = {tower: peft.read_config(place) for tower, place in places.items()}
+  tensors = {}
+  for place in places.values():
+    tensors |= peft.find_tensors(place)
+  projector = os.path.join(directory, f"{hf_config.PROJECTOR}.safetensors")
+  if os.path.isfile(projector):
+    tensors |= read_headers(projector, names.canonical)
   table = peft.names_of(dataclasses.replace(model, lora=_everywhere(model)))
   adapters, wholes = (
     {name.tensor.format(i): name for name in part for i in names.layers_of(name, model)}
@@ -129,8 +171,9 @@ def _open_peft(directory: str, model: vlm.ModelConfig):
       path, kind = adapters[canonical].path.rsplit("/", 1)
       if kind == "lora_a" and len(tensor.shape) == 2:
         rank = tensor.shape[0]
-        module = peft.module_name(canonical.removesuffix(".lora_A.weight"))
-        here = (rank, peft.scale(config, module, rank))
+        tower = "" if "" in configs else canonical.split(".", 1)[0]
+        module = peft.module_name(canonical.removesuffix(".lora_A.weight"), tower)
+        here = (rank, peft.scale(configs[tower], module, rank))
         if found.setdefault(path, here) != here:
           wrong.append(f"{tensor.name}: rank or scale is not that of the layers before")
     elif canonical in wholes:

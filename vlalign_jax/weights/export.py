@@ -4,12 +4,12 @@ With the `mlp` projector the result is what LlavaForConditionalGeneration loads.
 and multi-modal causal attention are unknown to transformers: such a model has a layout of its own,
 which imports again here, and whose towers transformers loads.
 
-    config.json        as LLaVA's, with "architectures": ["VlalignForConditionalGeneration"],
-                       "projector_type" and, if it is so, "mmca": true
-    model.safetensors  the projector's tensors, multi_modal_projector.*, see `names`
-    vision/            the vision tower, for CLIPVisionModel, and its image processor
-    language/          the language model, for LlamaForCausalLM or as its kind is called, with
-                       tokenizer; of a reward model for LlamaForSequenceClassification
+    config.json            as LLaVA's, with "architectures": ["VlalignForConditionalGeneration"],
+                           "projector_type" and, if it is so, "mmca": true
+    projector.safetensors  the projector's tensors, multi_modal_projector.*, see `names`
+    vision/                the vision tower, for CLIPVisionModel, and its image processor
+    language/              the language model, for LlamaForCausalLM or as its kind is called, with
+                           tokenizer; of a reward model for LlamaForSequenceClassification
 
 A reward model has `score.weight` [1, D] in place of the language head, read at an answer's last
 token, and "LlavaForSequenceClassification", as transformers would call it if it had one.
@@ -31,7 +31,7 @@ from vlalign_jax.data import jinja_template
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.vlm import SCORE, ModelConfig
 from vlalign_jax.weights import names
-from vlalign_jax.weights.hf_config import OWN_FAMILY, PARTS, REWARD_ARCHITECTURE
+from vlalign_jax.weights.hf_config import OWN_FAMILY, PROJECTOR, REWARD_ARCHITECTURE, TOWERS
 from vlalign_jax.weights.parts import IMAGE_TOKEN, Source
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -82,7 +82,8 @@ def _save_tokenizer(source: Source, directory: str, template: str | None) -> Non
   source.generation.save_pretrained(directory)
 
 
-def _is_llava(config: ModelConfig) -> bool:
+def is_llava(config: ModelConfig) -> bool:
+  """Whether transformers has a class for the model."""
   return config.projector.kind == "mlp" and not config.mmca
 
 
@@ -98,7 +99,7 @@ def _config(source: Source, dtype: str) -> dict:
   hf["vision_feature_layer"] = -1 if single else list(vision.feature_layers)
   hf["image_seq_length"] = config.tokens_per_image
   hf["dtype"] = hf["text_config"]["dtype"] = hf["vision_config"]["dtype"] = dtype
-  family = "Llava" if _is_llava(config) else OWN_FAMILY
+  family = "Llava" if is_llava(config) else OWN_FAMILY
   hf["architectures"] = [f"{family}ForConditionalGeneration"]
   for key in ("projector_type", "mmca"):
     hf.pop(key, None)
@@ -177,16 +178,17 @@ def export_model(
     if partial:
       save_model_files(source, partial, dtype.name)
     table = names.names_of(source.config)
-    if _is_llava(source.config):
+    if is_llava(source.config):
       tensors = _tensors(source, table, flat, dtype, names.exported)
       _save_weights(tensors, partial, max_shard_bytes)
       return
     if partial:
       _save_parts(source, partial, dtype.name)
-    for part, prefixes in PARTS.items():
+    for part, prefixes in {"": f"{PROJECTOR}/", **TOWERS}.items():
       own = [name for name in table if name.path.startswith(prefixes)]
       tensors = _tensors(source, own, flat, dtype, names.exported_part)
-      _save_weights(tensors, partial and os.path.join(partial, part), max_shard_bytes)
+      place = partial and os.path.join(partial, part)
+      _save_weights(tensors, place, max_shard_bytes, "model" if part else PROJECTOR)
 
 
 @contextlib.contextmanager
@@ -210,7 +212,9 @@ def appearing(output: str):
     os.rename(partial, output)
 
 
-def _save_weights(tensors, directory: str | None, max_shard_bytes: int) -> None:
+def _save_weights(
+  tensors, directory: str | None, max_shard_bytes: int, stem: str = "model"
+) -> None:
   """Writes (name, tensor) pairs to shards; without a directory only takes them."""
   weight_map, shard, shard_bytes, shards = {}, {}, 0, []
 
@@ -229,20 +233,20 @@ def _save_weights(tensors, directory: str | None, max_shard_bytes: int) -> None:
     weight_map[name] = tensor.nbytes
   flush()
   if directory:
-    _name_shards(directory, shards, sum(weight_map.values()))
+    _name_shards(directory, shards, sum(weight_map.values()), stem)
 
 
-def _name_shards(directory: str, shards: list[tuple[str, list[str]]], total: int) -> None:
+def _name_shards(directory: str, shards: list[tuple[str, list[str]]], total: int, stem: str):
   if len(shards) == 1:
-    os.rename(os.path.join(directory, shards[0][0]), os.path.join(directory, "model.safetensors"))
+    os.rename(os.path.join(directory, shards[0][0]), os.path.join(directory, f"{stem}.safetensors"))
     return
   weight_map = {}
   for number, (temporary, tensors) in enumerate(shards, 1):
-    final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    final = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
     os.rename(os.path.join(directory, temporary), os.path.join(directory, final))
     weight_map |= dict.fromkeys(tensors, final)
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-  json_files.write(os.path.join(directory, "model.safetensors.index.json"), index)
+  json_files.write(os.path.join(directory, f"{stem}.safetensors.index.json"), index)
 
 
 def _tensors(source: Source, table: list[names.Name], flat, dtype: np.dtype, exported):

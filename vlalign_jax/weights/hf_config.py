@@ -13,9 +13,11 @@ from vlalign_jax.models.rope import ROPE_KINDS, RopeConfig
 from vlalign_jax.weights.decoders import DECODERS
 
 VISION_TYPES = ("clip_vision_model",)
-# How models are called that are no LLaVA, and the directories of their parts by parameters' paths.
+# How models are called that are no LLaVA, the directories of their towers by parameters' paths, and
+# the file of what is in none.
 OWN_FAMILY = "Vlalign"
-PARTS = {"": ("projector/",), "vision": ("vision/",), "language": ("language/", "score/")}
+TOWERS = {"vision": ("vision/",), "language": ("language/", "score/")}
+PROJECTOR = "projector"
 # How transformers ends the names of models with a linear map to scores instead of a language head.
 REWARD_ARCHITECTURE = "ForSequenceClassification"
 

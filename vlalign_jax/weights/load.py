@@ -161,18 +161,14 @@ def start_entries(source: Source) -> dict[str, Entry]:
 
 
 def _init(config: vlm.ModelConfig, leaves, placement, seed: int) -> dict[str, jax.Array]:
-  """Fresh parameters, drawn in the dtype that they are kept in."""
-  loaded = {}
-  for dtype in sorted({leaf.dtype for leaf in leaves.values()}, key=str):
-    paths = [path for path, leaf in leaves.items() if leaf.dtype == dtype]
+  """Fresh parameters: the same ones, but for rounding, in whatever dtype they are kept."""
 
-    def init(key, dtype=dtype, paths=paths):
-      params = trees.flatten(vlm.init_params(config, key, param_dtype=dtype)[1])
-      return {path: params[path] for path in paths}
+  def init(key):
+    params = trees.flatten(vlm.init_params(config, key)[1])
+    return {path: params[path].astype(leaf.dtype) for path, leaf in leaves.items()}
 
-    init = jax.jit(init, out_shardings={path: placement[path] for path in paths})
-    loaded |= init(jax.random.key(seed))
-  return loaded
+  init = jax.jit(init, out_shardings={path: placement[path] for path in leaves})
+  return init(jax.random.key(seed))
 
 
 def _place(leaf, sharding: NamedSharding, entry: Entry, vocabulary: int) -> jax.Array:

@@ -3,6 +3,10 @@
 Tensors are called as in the modules of transformers 5's LlavaForConditionalGeneration, below PEFT's
 `base_model.model.`. What was trained beside the adapters is in the same file, as PEFT keeps
 `modules_to_save`; a reward model's head is the module `score`.
+
+Of a model that is no LLaVA (see `weights.export`) the adapters of each tower are a PEFT directory
+for that tower, `vision/` and `language/`, and a trained projector lies beside these, in
+`projector.safetensors`.
 """
 
 import json
@@ -14,7 +18,7 @@ from vlalign_jax import json_files
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora
 from vlalign_jax.models.vlm import ModelConfig
-from vlalign_jax.weights import names, tensors
+from vlalign_jax.weights import hf_config, names, tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -43,17 +47,38 @@ def names_of(config: ModelConfig) -> list[names.Name]:
   return found
 
 
-def module_name(canonical: str) -> str:
-  """A canonical name in transformers 5's LlavaForConditionalGeneration."""
-  for ours, theirs in (
+_MODULES = {
+  "": (
     ("vision.", "model.vision_tower."),
     ("projector.", "model.multi_modal_projector."),
     ("language.lm_head.", "lm_head."),
     ("language.", "model.language_model."),
-  ):
+  ),
+  "vision": (("vision.", ""),),
+  "language": (("language.lm_head.", "lm_head."), ("language.", "model.")),
+}
+
+
+def module_name(canonical: str, tower: str = "") -> str:
+  """A canonical name in transformers 5's LlavaForConditionalGeneration, or in a tower's own class.
+
+  Args:
+    canonical: of `names.canonical`.
+    tower: "vision", "language", or "": the name in a LLaVA.
+  """
+  for ours, theirs in _MODULES[tower]:
     if canonical.startswith(ours):
       return theirs + canonical[len(ours) :]
   return canonical
+
+
+def directories(directory: str) -> dict[str, str]:
+  """Tower -> its PEFT directory, or "" -> the one directory of a LLaVA's adapters."""
+  towers = {tower: os.path.join(directory, tower) for tower in hf_config.TOWERS}
+  found = {
+    tower: path for tower, path in towers.items() if os.path.isfile(os.path.join(path, CONFIG))
+  }
+  return found if not os.path.exists(os.path.join(directory, CONFIG)) and found else {"": directory}
 
 
 def read_config(directory: str) -> dict[str, Any]:

@@ -52,6 +52,30 @@ def write(source: "Source", workdir: str, name: str = "weights") -> None:
     storage.write(f"{workdir}/{FILE.format(name)}", json.dumps(content(source), indent=2))
 
 
+def stored(workdir: str, name: str = "weights") -> dict | None:
+  """What `write` has written down in a run directory, as of `content`; None if it has not.
+
+  Raises:
+    InputError: it is damaged.
+  """
+  path = epath.Path(workdir) / FILE.format(name)
+  if not path.exists():
+    return None
+  try:
+    found = json.loads(path.read_text())
+    start = found.get("start", {"files": {}, "run": None})
+    return {
+      "files": dict(found["files"]),
+      "runs": tuple((run, int(step)) for run, step in found["runs"]),
+      "start": {
+        "files": dict(start["files"]),
+        "run": start["run"] and (start["run"][0], int(start["run"][1])),
+      },
+    }
+  except (ValueError, KeyError, TypeError, IndexError) as error:
+    raise InputError(f"{path}: damaged; restore it, or start in a new --workdir") from error
+
+
 def check(source: "Source", workdir: str, name: str = "weights") -> "Source":
   """The source as it was when the run in `workdir` started.
 
@@ -66,19 +90,13 @@ def check(source: "Source", workdir: str, name: str = "weights") -> "Source":
   Raises:
     InputError: a file has changed since.
   """
-  path = epath.Path(workdir) / FILE.format(name)
-  if not path.exists():
+  then = stored(workdir, name)
+  if then is None:
     return source
-  try:
-    then = json.loads(path.read_text())
-    files, runs = then["files"], tuple((run, int(step)) for run, step in then["runs"])
-    start = source.start
-    if start:  # else a later run asks, for which all that came from there is in the checkpoints
-      files |= then["start"]["files"]
-      run = then["start"]["run"]
-      start = dataclasses.replace(start, run=run and (run[0], int(run[1])))
-  except (ValueError, KeyError, TypeError) as error:
-    raise InputError(f"{path}: damaged; restore it, or start in a new --workdir") from error
+  files, start = then["files"], source.start
+  if start:  # else a later run asks, for which all that came from there is in the checkpoints
+    files |= then["start"]["files"]
+    start = dataclasses.replace(start, run=then["start"]["run"])
   now = _fingerprints(source.tensors | (start.tensors if start else {}))
   changed = sorted(file for file in files | now if files.get(file) != now.get(file))
   if changed:
@@ -86,4 +104,4 @@ def check(source: "Source", workdir: str, name: str = "weights") -> "Source":
       f"{workdir} was started from other weights than are there now ({', '.join(changed)}); put "
       "the old ones back: the parameters that it did not train are only there"
     )
-  return dataclasses.replace(source, runs=runs, start=start)
+  return dataclasses.replace(source, runs=then["runs"], start=start)

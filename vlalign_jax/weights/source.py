@@ -44,7 +44,7 @@ def open_for(config) -> Source:
   opened = open_source(config.model, config.data.image_aspect)
   opened = _with_head(opened, HEADS.get(config.stage, LANGUAGE), config.model.init_from)
   model = with_adapters(opened.config, config.lora)
-  return dataclasses.replace(opened, config=model, start=adapters.open_start(config, model))
+  return dataclasses.replace(opened, config=model, start=adapters.open_start(config, model, opened))
 
 
 def with_adapters(model: ModelConfig, group) -> ModelConfig:
@@ -135,11 +135,12 @@ def _open_llava(directory: str, aspect: str) -> Source:
   images = ImagePreprocessor.from_directory(directory, aspect)
   generation = load_generation(directory, tokenizer)
   opened = from_parts(hf, generation, tokenizer, images, directory)
-  found = tensors.find_tensors(directory)
   if opened.hf.architectures and opened.hf.architectures[0].startswith(hf_config.OWN_FAMILY):
-    parts = (os.path.join(directory, part) for part in hf_config.PARTS if part)
-    for part in filter(os.path.isdir, parts):  # earlier versions put all into one directory
-      found |= tensors.find_tensors(part)
+    found = tensors.find_tensors(directory, hf_config.PROJECTOR)
+    for tower in hf_config.TOWERS:
+      found |= tensors.find_tensors(os.path.join(directory, tower))
+  else:
+    found = tensors.find_tensors(directory)
   return dataclasses.replace(opened, tensors=found, fresh=())
 
 

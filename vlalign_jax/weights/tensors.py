@@ -30,8 +30,8 @@ class Tensor:
       return file.get_tensor(self.name)
 
 
-def _files(directory: str) -> list[str]:
-  index = os.path.join(directory, "model.safetensors.index.json")
+def _files(directory: str, stem: str) -> list[str]:
+  index = os.path.join(directory, f"{stem}.safetensors.index.json")
   if os.path.isfile(index):
     with open(index, encoding="utf-8") as file:
       try:
@@ -42,7 +42,7 @@ def _files(directory: str) -> list[str]:
     if absent:
       raise InputError(f"{index}: names files that are not there: {', '.join(absent)}")
     return [os.path.join(directory, name) for name in listed]
-  single = os.path.join(directory, "model.safetensors")
+  single = os.path.join(directory, f"{stem}.safetensors")
   if os.path.isfile(single):
     return [single]
   found = os.listdir(directory) if os.path.isdir(directory) else []
@@ -51,17 +51,21 @@ def _files(directory: str) -> list[str]:
       f"{directory}: only pickled weights there, which are not read; save them as safetensors "
       "(save_pretrained in transformers does)"
     )
-  raise InputError(f"{directory}: no model.safetensors and no model.safetensors.index.json there")
+  raise InputError(f"{directory}: no {stem}.safetensors and no {stem}.safetensors.index.json there")
 
 
-def find_tensors(directory: str) -> dict[str, Tensor]:
+def find_tensors(directory: str, stem: str = "model") -> dict[str, Tensor]:
   """All tensors of a directory by canonical name (see `names.canonical`); reads headers only.
+
+  Args:
+    directory: with STEM.safetensors, or its shards and their index.
+    stem: of the files' names.
 
   Raises:
     InputError: no safetensors, a missing shard, or a damaged or cut-off file.
   """
   tensors = {}
-  for path in _files(directory):
+  for path in _files(directory, stem):
     tensors |= read_headers(path, names.canonical)
   return tensors
 
