@@ -152,6 +152,7 @@ def make_config(stage: str):
   c = defaults(stage)
   c.batch_size = EXAMPLES
   c.model.dtype, c.model.param_dtype = "float32", "float32"
+  c.model.architecture = "llava15_7b"
   if stage == "dpo":
     c.dpo.reference = dpo.IN_STEP
   return c
@@ -182,7 +183,8 @@ def with_head(stage: str, model: vlm.ModelConfig) -> vlm.ModelConfig:
 
 def operations(stage: str, rows, *, shared: bool) -> tuple[float, float]:
   """(operations of a step of LLaVA-1.5 7B, the compiler's total with loops counted once)."""
-  c, model = make_config(stage), with_head(stage, architectures.published("llava15_7b"))
+  c = make_config(stage)
+  model = with_head(stage, architectures.published(c.model))
   mesh = meshes.make_mesh(c.mesh)
   program = make_program(stage, c, model, mesh, shared=shared)
   shapes = {

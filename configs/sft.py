@@ -88,10 +88,10 @@ def _original(c: ConfigDict, preset: str) -> ConfigDict:
   c.train.embeddings = True
   c.optim.warmup = 0.1
   if preset == "clip_llama3_8b":
-    c.model.architecture = "llama3_8b"
+    c.model.architecture = "clip_llama3_8b"
     c.data.template = "llama_3"
     return c
-  c.model.architecture = "llava15_7b"
+  c.model.architecture = "clip_llama2_7b"
   c.data.template = "llama_2"
   c.train.language = False
   c.optim.learning_rate = 2e-3

@@ -154,6 +154,7 @@ def test_nothing_to_train():
     config.check(_usable(**parts), "sft")
   config.check(_usable(**parts, **{"train.embeddings": True}), "sft")
   config.check(_usable(**parts, **{"lora.vision_rank": 4}), "sft")
+  config.check(_usable(stage="reward", **parts), "reward")  # its head
 
 
 def test_only_conversations_are_joined():

@@ -10,15 +10,17 @@ from vlalign_jax.models.vlm import ModelConfig
 LENGTH = 64
 
 
-def model(layers: int = 3, kind: str = "mlp", tied: bool = False, **fields) -> ModelConfig:
+def model(
+  layers: int = 3, kind: str = "mlp", tied: bool = False, width: int = 64, **fields
+) -> ModelConfig:
   """Grouped heads; heads do not add up to the width; one image is 16 of a row's 64 tokens.
 
   `fields` are others of ModelConfig: head, lora.
   """
   return ModelConfig(
     vision=VisionConfig(48, 112, layers - 1, 3, 16, 4, "quick_gelu", 1e-5, (layers - 1,), False),
-    projector=ProjectorConfig(kind, 48, 64),
-    language=LanguageConfig(320, 64, 176, layers, 8, 4, 24, 1e-5, RopeConfig(), tied),
+    projector=ProjectorConfig(kind, 48, width),
+    language=LanguageConfig(320, width, 176, layers, 8, 4, 24, 1e-5, RopeConfig(), tied),
     image_token_id=319,
     image_mean=(0.5, 0.5, 0.5),
     image_std=(0.2, 0.2, 0.2),

@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 from transformers import LlavaConfig
 
+from configs import sft
 from vlalign_jax import trees
+from vlalign_jax.config import defaults
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import vlm
-from vlalign_jax.planning import architectures
+from vlalign_jax.planning import architectures, planner
 from vlalign_jax.weights import hf_config
 
 # Parameters of the language models as on the hub, without the rows that <image> and padding add.
@@ -22,9 +24,15 @@ LANGUAGE = {
 VISION = 303_507_456 - 12_596_224 - 2 * 1024
 
 
-@pytest.mark.parametrize("name", architectures.LANGUAGE)
+def published(architecture: str, **keys):
+  group = defaults("sft").model
+  group.update(keys, architecture=architecture)
+  return architectures.published(group)
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
 def test_parameter_counts(name):
-  config = architectures.published(name)
+  config = published(name)
   _, params = vlm.abstract_params(config)
   width = config.language.width
   assert trees.size(params["language"]) == LANGUAGE[name]
@@ -34,7 +42,7 @@ def test_parameter_counts(name):
 
 def test_llava_is_what_transformers_has_as_default():
   vision, projector, language = hf_config.parts_of(LlavaConfig(), "transformers")
-  ours = architectures.published("llava15_7b")
+  ours = published("llava15_7b")
   assert vision == ours.vision
   assert projector == ours.projector
   changed = {"vocab_size": 32064, "norm_epsilon": 1e-5, "rope": ours.language.rope}
@@ -43,4 +51,23 @@ def test_llava_is_what_transformers_has_as_default():
 
 def test_unknown_name():
   with pytest.raises(InputError, match="'llava_7b'; choose from llava15_7b, llava15_13b"):
-    architectures.published("llava_7b")
+    published("llava_7b")
+
+
+def test_a_model_is_as_its_config_says():
+  """The original's towers with its projectors: their tokens, features and parameters."""
+  preset = sft.get_config("clip_llama2_7b_pretrain")
+  config = planner.model_config(preset)
+  assert (config.projector.kind, config.tokens_per_image) == ("linear", 257)
+  assert (config.vision.layers, config.vision.image_size) == (24, 224)
+  _, params = vlm.abstract_params(config)
+  assert trees.size(params["projector"]) == 1025 * 4096 + 2 * 4096
+  keys = {"vision_feature_select_strategy": "full", "projector": "perceiver", "mmca": True}
+  config = published("clip_llama3_8b", **keys)
+  assert (config.projector.kind, config.tokens_per_image, config.mmca) == ("perceiver", 256, True)
+  several = published("llava15_7b", vision_feature_layer="-2,-5")
+  assert (several.vision.feature_layers, several.projector.in_width) == ((23, 20), 2048)
+  with pytest.raises(InputError, match="vision_feature_layer -30 of a tower with 24 layers"):
+    published("llava15_7b", vision_feature_layer="-30")
+  with pytest.raises(InputError, match="the vit projector .* names 2: give one"):
+    published("llava15_7b", vision_feature_layer="-2,-5", projector="vit")

@@ -51,6 +51,15 @@ def test_flops_are_those_of_the_compiled_step(cpu, train, remat, micro, kind, ti
   assert not plan.compiled.traffic
 
 
+@pytest.mark.parametrize("kind", ["vit", "perceiver"])
+@pytest.mark.parametrize("train", ["all", "projector", "language"])
+def test_flops_of_other_projectors_are_those_of_the_compiled_step(cpu, kind, train):
+  config = small.config(grad_accumulation=2, data__max_length=320, **TRAIN[train])
+  model = small.model(kind=kind, width=128, mmca=True)
+  plan = planner.compile_plan(planner.plan(config, model, cpu))
+  assert plan.compiled.flops == pytest.approx(plan.device_flops, rel=0.02)
+
+
 ADAPTED = {"lora__rank": 8, "train__projector": False}
 
 

@@ -23,7 +23,7 @@ MIXED = {"ppo__sft_weight": 1.0, "ppo__sft_data": "chats.json"}
 @pytest.fixture
 def tiny(monkeypatch):
   """Where a published size is asked for, a tiny model is planned."""
-  monkeypatch.setattr(planner.architectures, "published", lambda name: small.model())
+  monkeypatch.setattr(planner.architectures, "published", lambda group: small.model())
 
 
 def config(**keys):

@@ -132,9 +132,7 @@ def test_adapters_alone_belong_to_the_towers(towers, tmp_path):
     logits = llama(input_ids=torch.tensor(example.tokens)[None].long()).logits
   assert reference.relative_error(model.vision_features(np.stack(pictures)[None]), features) < 1e-5
   assert reference.relative_error(reference.logits(graphdef, params, rows), logits) < 1e-5
-  with pytest.raises(
-    InputError, match="projector/linear/lora_a was trained, and PEFT has no"
-  ):
+  with pytest.raises(InputError, match="projector/linear/lora_a was trained, and PEFT has no"):
     export_adapters.export_adapters(
       opened.config, kept | {"projector/linear/lora_a": 0}, str(tmp_path / "no")
     )
@@ -202,6 +200,15 @@ def test_what_attention_it_is_shows_in_the_logits(towers):
   before = np.argmax(tokens == config.image_token_id)
   np.testing.assert_allclose(other[:before], plain[:before], rtol=1e-5, atol=1e-5)
   assert reference.relative_error(other[before:], plain[before:]) > 0.05
+
+
+def test_fresh_parameters_are_the_same_in_every_dtype(towers):
+  """A reference in bfloat16 is the policy that it is of."""
+  opened = source.open_source(reference.model_group(**towers, projector="linear"))
+  full = trees.flatten(reference.load_all(opened, seed=3)[1])
+  half = trees.flatten(reference.load_all(opened, seed=3, param_dtype="bfloat16")[1])
+  path = "projector/linear/kernel"
+  np.testing.assert_array_equal(full[path].astype("bfloat16"), half[path])
 
 
 def test_a_perceiver_needs_heads_of_128(tmp_path):

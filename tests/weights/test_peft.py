@@ -151,6 +151,21 @@ def test_adapters_on_adapters(run, tmp_path):
   assert reference.relative_error(torch_logits(adapted, merged.config), ours) < 1e-5
 
 
+def test_adapters_of_other_weights_are_refused(run, tmp_path):
+  config = config_for(run, run.run)
+  config.model.init_from = run.run
+  with pytest.raises(InputError, match="they would count twice; name what that run started from"):
+    source.open_for(config)
+  checkpoints.make_llava(tmp_path / "other", seed=8)
+  config.model.init_from = str(tmp_path / "other")
+  with pytest.raises(InputError, match="belong to other weights than .*other; name those: .*llava"):
+    source.open_for(config)
+  # The same weights in another place are the same.
+  shutil.copytree(run.llava, tmp_path / "moved")
+  config.model.init_from = str(tmp_path / "moved")
+  assert source.open_for(config).start.run[0] == run.run
+
+
 def test_pinned_adapters(run, tmp_path):
   """A resumed run finds the adapters it started from, or says that they are others."""
   copied = str(tmp_path / "peft")
@@ -242,6 +257,7 @@ def break_tensors(change):
 
 
 QUERY = "base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_A.weight"
+NORM = "base_model.model.model.language_model.norm.weight"
 BAD = {
   "DoRA": (break_config(use_dora=True), {}, "use_dora = true: only plain LoRA"),
   "bias": (break_config(bias="all"), {}, 'bias = "all": only plain LoRA'),
@@ -275,6 +291,11 @@ BAD = {
   "another rank": (None, {"rank": 8}, "query: rank 4 there, 8 by lora.rank"),
   "another scale": (None, {"alpha": 3.0}, "query: counts 3 there, 1.5 by lora.alpha"),
   "fewer targets": (None, {"targets": "/attention/"}, "mlp/up: an adapter there, none by"),
+  "a norm beside": (
+    break_tensors(lambda found: found | {NORM: found[QUERY][0].clone()}),
+    {},
+    r"language/norm/scale were trained .*; merge all of them \(merge_and_unload in peft\)",
+  ),
   "more targets": (None, {"targets": "/layers/|projector"}, "projector/first: no adapter there"),
 }
 

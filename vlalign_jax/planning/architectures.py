@@ -1,25 +1,30 @@
 """Published sizes of models, to plan a run before its weights are there."""
 
+import dataclasses
+
 from vlalign_jax.errors import InputError
+from vlalign_jax.models import projector as projectors
 from vlalign_jax.models.clip import VisionConfig
 from vlalign_jax.models.llama import LanguageConfig
 from vlalign_jax.models.projector import ProjectorConfig
 from vlalign_jax.models.rope import RopeConfig
 from vlalign_jax.models.vlm import ModelConfig
+from vlalign_jax.weights import assemble, hf_config
 
-# openai/clip-vit-large-patch14-336: 24 layers, of which LLaVA uses the features of the 23rd.
+# openai/clip-vit-large-patch14-336, whole; a run's config says which features are used.
 CLIP_L_336 = VisionConfig(
   width=1024,
   mlp_width=4096,
-  layers=23,
+  layers=24,
   heads=16,
   image_size=336,
   patch_size=14,
   activation="quick_gelu",
   norm_epsilon=1e-5,
-  feature_layers=(23,),
+  feature_layers=(24,),
   keep_class_token=False,
 )
+CLIP_L_224 = dataclasses.replace(CLIP_L_336, image_size=224)  # openai/clip-vit-large-patch14
 
 
 def _llama(width, mlp_width, layers, heads, kv_heads, vocab_size, rope=RopeConfig()):  # noqa: B008
@@ -38,28 +43,48 @@ def _llama(width, mlp_width, layers, heads, kv_heads, vocab_size, rope=RopeConfi
 
 _LLAMA_3 = RopeConfig(theta=500_000.0)
 # Vocabularies include <image> and a pad token, up to a multiple of 64.
-LANGUAGE = {
-  "llava15_7b": _llama(4096, 11008, 32, 32, 32, 32064),  # llava-hf/llava-1.5-7b-hf
-  "llava15_13b": _llama(5120, 13824, 40, 40, 40, 32064),  # llava-hf/llava-1.5-13b-hf
-  "llama3_8b": _llama(4096, 14336, 32, 32, 8, 128320, _LLAMA_3),  # meta-llama/Meta-Llama-3-8B
-  "llama3_70b": _llama(8192, 28672, 80, 64, 8, 128320, _LLAMA_3),  # meta-llama/Meta-Llama-3-70B
+_VICUNA_7B = _llama(4096, 11008, 32, 32, 32, 32064)
+_LLAMA_3_8B = _llama(4096, 14336, 32, 32, 8, 128320, _LLAMA_3)  # meta-llama/Meta-Llama-3-8B
+# Name -> (vision tower, language model).
+MODELS = {
+  "llava15_7b": (CLIP_L_336, _VICUNA_7B),  # llava-hf/llava-1.5-7b-hf
+  "llava15_13b": (CLIP_L_336, _llama(5120, 13824, 40, 40, 40, 32064)),  # llava-1.5-13b-hf
+  "llama3_8b": (CLIP_L_336, _LLAMA_3_8B),
+  # meta-llama/Meta-Llama-3-70B
+  "llama3_70b": (CLIP_L_336, _llama(8192, 28672, 80, 64, 8, 128320, _LLAMA_3)),
+  "clip_llama2_7b": (CLIP_L_224, _VICUNA_7B),  # Vision-LLM-Alignment's towers
+  "clip_llama3_8b": (CLIP_L_224, _LLAMA_3_8B),
 }
 
 
-def published(name: str) -> ModelConfig:
-  """CLIP-L/336, an MLP projector and a language model of published size.
+def published(group) -> ModelConfig:
+  """A model of published size with the projector and attention that a config asks for.
+
+  Args:
+    group: the config's `model` group.
 
   Raises:
-    InputError: no such model is known.
+    InputError: no such model is known, or the projector does not fit it.
   """
-  if name not in LANGUAGE:
-    raise InputError(f"config.model.architecture is {name!r}; choose from {', '.join(LANGUAGE)}")
-  language = LANGUAGE[name]
+  name, where = group.architecture, "config.model"
+  if name not in MODELS:
+    raise InputError(f"config.model.architecture is {name!r}; choose from {', '.join(MODELS)}")
+  tower, language = MODELS[name]
+  used = hf_config.feature_layers(assemble.feature_layers_of(group), tower.layers, where)
+  vision = dataclasses.replace(
+    tower,
+    layers=max(used),
+    feature_layers=used,
+    keep_class_token=hf_config.keeps_class_token(group.vision_feature_select_strategy, where),
+  )
+  projector = ProjectorConfig(group.projector, vision.feature_width, language.width)
+  projectors.check(projector, vision, where)
   return ModelConfig(
-    vision=CLIP_L_336,
-    projector=ProjectorConfig("mlp", CLIP_L_336.feature_width, language.width),
+    vision=vision,
+    projector=projector,
     language=language,
     image_token_id=language.vocab_size - 1,
     image_mean=(0.48145466, 0.4578275, 0.40821073),
     image_std=(0.26862954, 0.26130258, 0.27577711),
+    mmca=group.mmca,
   )

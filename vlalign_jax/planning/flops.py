@@ -2,10 +2,11 @@
 
 import dataclasses
 
+from vlalign_jax.models import perceiver
 from vlalign_jax.models.vlm import SCORE, ModelConfig
 from vlalign_jax.planning import learning
 from vlalign_jax.planning.learning import Learning, Map
-from vlalign_jax.planning.workload import Workload, tile_pairs
+from vlalign_jax.planning.workload import Workload, padded, tile_pairs
 
 # Products of an attention tile: scores and mix; and in the backward pass the scores again, then
 # gradients of weights, values, queries and keys.
@@ -101,11 +102,16 @@ def _attention(model: ModelConfig, workload: Workload, learns: Learning, remat: 
   language = model.language
   pairs = workload.rows * tile_pairs(workload.length, workload.tile, causal=True)
   tiles = 2 * pairs * language.layers * language.heads * language.head_dim
-  backward = KERNEL_BACKWARD_PRODUCTS if workload.has_kernel else BACKWARD_PRODUCTS
+  forward, backward = FORWARD_PRODUCTS, BACKWARD_PRODUCTS
+  if workload.has_kernel:
+    backward = KERNEL_BACKWARD_PRODUCTS
+    tiles *= 1 + model.mmca  # once over text, once over images
+  else:
+    forward += model.mmca  # values of text and of images are mixed apart
   return Work(
-    FORWARD_PRODUCTS * tiles,
+    forward * tiles,
     backward * tiles * learns.language,
-    FORWARD_PRODUCTS * tiles * (learns.language and remat != "none"),
+    forward * tiles * (learns.language and remat != "none"),
   )
 
 
@@ -140,13 +146,44 @@ def _vision(model: ModelConfig, workload: Workload, learns: Learning, remat: str
 
 
 def _projector(model: ModelConfig, workload: Workload, learns: Learning) -> Work:
-  features = workload.rows * workload.images * model.tokens_per_image
-  below, forward, backward = learns.any("vision/"), 0, 0
-  for found in learns.under("projector/").values():
-    forward += _forward(found)
-    backward += _weights(found) + _inputs(found, below)
+  images, kind = workload.rows * workload.images, model.projector.kind
+  maps = learns.under("projector/")
+  # In the order of the data; norms before its first map are trained as the vit projector is.
+  order = sorted(maps, key=lambda path: path != "projector/input")
+  below = learns.any("vision/") or (kind == "vit" and learns.any("projector/"))
+  forward = backward = 0
+  for path in order:
+    found = maps[path]
+    tokens = images * _projected(model, path)
+    if path.endswith("/attention/query") and kind == "perceiver":  # the same for all images
+      tokens = perceiver.QUERIES * workload.blocks * workload.accumulation
+    forward += 2 * tokens * _forward(found)
+    backward += 2 * tokens * (_weights(found) + _inputs(found, below))
     below = below or found.learns
-  return Work(2 * features * forward, 2 * features * backward)
+  tiles = 2 * images * _projector_pairs(model, workload)
+  learnt = learns.any("projector/", "vision/")
+  return Work(forward + FORWARD_PRODUCTS * tiles, backward + BACKWARD_PRODUCTS * tiles * learnt)
+
+
+def _projected(model: ModelConfig, path: str) -> int:
+  """Places of an image that a map of the projector works on."""
+  reads = ("/input", "/attention/key", "/attention/value")
+  if model.projector.kind == "perceiver" and path.endswith(reads):
+    return model.vision.patches
+  return model.tokens_per_image
+
+
+def _projector_pairs(model: ModelConfig, workload: Workload) -> float:
+  """(query, key) pairs of an image in the projector's attention, times the width."""
+  if model.projector.kind == "vit":
+    pairs = tile_pairs(model.vision.tokens_per_image, workload.tile, causal=False)
+    return pairs * model.vision.width
+  if model.projector.kind == "perceiver":
+    of_queries, of_keys = (
+      padded(n, workload.tile) for n in (perceiver.QUERIES, model.vision.patches)
+    )
+    return of_queries * of_keys * model.projector.out_width
+  return 0
 
 
 def _new_adapters(model: ModelConfig, workload: Workload, learns: Learning) -> float:
@@ -154,10 +191,8 @@ def _new_adapters(model: ModelConfig, workload: Workload, learns: Learning) -> f
   images = workload.rows * workload.images
   tokens = {
     "vision/": images * (model.vision.patches + 1) * learns.any("vision/"),
-    "projector/": images * model.tokens_per_image,
     "language/": workload.tokens,
   }
-  return sum(
-    2 * count * sum(found.down + found.up for found in learns.under(part).values())
-    for part, count in tokens.items()
-  )
+  found = [(x, images * _projected(model, path)) for path, x in learns.under("projector/").items()]
+  found += [(x, count) for part, count in tokens.items() for x in learns.under(part).values()]
+  return sum(2 * count * (x.down + x.up) for x, count in found)

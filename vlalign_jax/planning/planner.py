@@ -74,9 +74,9 @@ def model_config(config) -> ModelConfig:
   if not config.model.architecture:
     raise InputError(
       "the config names no model: give config.model.init_from, or config.model.architecture="
-      f"{' | '.join(architectures.LANGUAGE)} to plan before the weights are there"
+      f"{' | '.join(architectures.MODELS)} to plan before the weights are there"
     )
-  model = architectures.published(config.model.architecture)
+  model = architectures.published(config.model)
   model = dataclasses.replace(model, head=source.HEADS.get(config.stage, LANGUAGE))
   return source.with_adapters(model, config.lora)
 

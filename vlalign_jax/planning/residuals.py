@@ -105,9 +105,20 @@ def saved(config, model: ModelConfig, workload: Workload, learns: Learning, tens
     widths = vision_layer(model, workload, learns).saved(remat, size) * model.vision.layers
     total += widths * images * (model.vision.patches + 1)
   if learns.any("projector/"):
-    features = images * model.tokens_per_image
-    total += size * features * (model.projector.in_width + 2 * model.projector.out_width)
+    total += images * _projector(model, workload, learns, size)
   return total
+
+
+def _projector(model: ModelConfig, workload: Workload, learns: Learning, size: int) -> float:
+  """Bytes that an image leaves behind in the projector; of a perceiver a rough count."""
+  projector, tokens = model.projector, model.tokens_per_image
+  if projector.kind == "perceiver":  # what is read has three maps behind it, queries four
+    reads = model.vision.patches * (projector.in_width + 4 * projector.out_width)
+    return size * (reads + 5 * tokens * projector.out_width)
+  block = 0.0
+  if projector.kind == "vit":
+    block = vision_layer(model, workload, learns).saved("none", size)
+  return tokens * (size * (projector.in_width + 2 * projector.out_width) + block)
 
 
 def working(config, model: ModelConfig, workload: Workload, learns: Learning, tensor: int) -> float:

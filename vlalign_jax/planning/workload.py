@@ -148,6 +148,11 @@ def abstract_rows(config, model: ModelConfig, mesh, work: Workload) -> dict:
 
 def tile_pairs(length: int, tile: int, causal: bool) -> float:
   """(query, key) pairs of a row that attention computes: whole tiles, none above the diagonal."""
+  count, whole = math.ceil(length / tile), padded(length, tile)
+  return ((1 + 1 / count) / 2 if causal else 1) * whole**2
+
+
+def padded(length: int, tile: int) -> int:
+  """Queries, or keys, of equal tiles that hold so many."""
   count = math.ceil(length / tile)
-  size = math.ceil(length / count)
-  return (count * (count + 1) / 2 if causal else count**2) * size**2
+  return count * math.ceil(length / count)

@@ -43,13 +43,7 @@ def open_towers(model, aspect: str) -> Source:
     tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
   multiple = VOCABULARY_MULTIPLE
   language.vocab_size = max(language.vocab_size, -(-len(tokenizer) // multiple) * multiple)
-  try:
-    feature_layers = [int(layer) for layer in str(model.vision_feature_layer).split(",")]
-  except ValueError:
-    raise InputError(
-      f"model.vision_feature_layer is {model.vision_feature_layer!r}; give a layer number such as "
-      "-2, or several, comma-separated"
-    ) from None
+  feature_layers = feature_layers_of(model)
   hf = LlavaConfig(
     vision_config=vision,
     text_config=language,
@@ -84,3 +78,18 @@ def read_configs(vision: str, language: str):
   found = getattr(towers[0], "vision_config", towers[0]), towers[1]
   hf_config.check_types(found[0], vision, found[1], language)
   return found
+
+
+def feature_layers_of(model) -> list[int]:
+  """The layers that the config's `model.vision_feature_layer` names.
+
+  Raises:
+    InputError: it is no number, and no several of them.
+  """
+  try:
+    return [int(layer) for layer in str(model.vision_feature_layer).split(",")]
+  except ValueError:
+    raise InputError(
+      f"model.vision_feature_layer is {model.vision_feature_layer!r}; give a layer number such as "
+      "-2, or several, comma-separated"
+    ) from None

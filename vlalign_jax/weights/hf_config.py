@@ -69,15 +69,20 @@ def feature_layers(index: int | list[int], layers: int, where: str) -> tuple[int
   return resolved
 
 
+def keeps_class_token(strategy: str, where: str) -> bool:
+  """What `vision_feature_select_strategy` says; an InputError if it says nothing known."""
+  if strategy not in ("default", "full"):
+    raise InputError(
+      f"{where}: vision_feature_select_strategy {strategy!r} is not 'default' or 'full'"
+    )
+  return strategy == "full"
+
+
 def vision_config(hf, index: int | list[int], strategy: str, where: str) -> VisionConfig:
   """From a CLIPVisionConfig and the LLaVA settings that say which features are used."""
   _check_type(hf, VISION_TYPES, "vision tower", where)
   if hf.num_channels != 3:
     raise InputError(f"{where}: num_channels is {hf.num_channels}; only RGB towers are supported")
-  if strategy not in ("default", "full"):
-    raise InputError(
-      f"{where}: vision_feature_select_strategy {strategy!r} is not 'default' or 'full'"
-    )
   used = feature_layers(index, hf.num_hidden_layers, where)
   return VisionConfig(
     width=hf.hidden_size,
@@ -89,7 +94,7 @@ def vision_config(hf, index: int | list[int], strategy: str, where: str) -> Visi
     activation=_check_activation(hf.hidden_act, where),
     norm_epsilon=hf.layer_norm_eps,
     feature_layers=used,
-    keep_class_token=strategy == "full",
+    keep_class_token=keeps_class_token(strategy, where),
   )
 
 
