@@ -154,7 +154,10 @@ def test_nothing_to_train():
     config.check(_usable(**parts), "sft")
   config.check(_usable(**parts, **{"train.embeddings": True}), "sft")
   config.check(_usable(**parts, **{"lora.vision_rank": 4}), "sft")
-  config.check(_usable(stage="reward", **parts), "reward")  # its head
+  of_head = config.defaults("reward")
+  of_head.data.train = "ranked.json"
+  of_head.update_from_flattened_dict(parts)
+  config.check(of_head, "reward")
 
 
 def test_only_conversations_are_joined():

@@ -170,7 +170,7 @@ def test_an_example_that_the_reference_could_not_see_is_not_taken_for_one_it_did
 
 def test_a_picture_that_the_reference_cannot_see(directory, tmp_path):
   """Bad records are counted there, too, before training begins."""
-  config = make_config(directory, "dpo", **{"dpo.reference": "cache"})
+  config = make_config(directory, "dpo", **{"dpo.reference": "cache", "epochs": 1.0})
   records = json.loads((directory / "data" / "train.json").read_text())
   shutil.copytree(directory / "data", tmp_path / "data")
   first = next(record for record in records if record.get("image"))
