@@ -129,6 +129,14 @@ def test_too_many_images_of_a_record(model, tmp_path, data):
   assert "2 images, data.max_images is 1" in found.problems[0]
 
 
+def test_joined_records_are_checked_as_the_run_joins_them(model, tmp_path, data):
+  (found,) = _check(model, tmp_path, data, **{"data.max_images": 2, "data.concatenate": 6})
+  assert len(found.records) == 2
+  assert "4 images, data.max_images is 2; raise it or lower data.conc" in found.problems[0]
+  (found,) = _check(model, tmp_path, data, **{"data.concatenate": 6})
+  assert not found.problems
+
+
 def test_shown_examples_mark_what_is_learnt(model, tmp_path, data, capsys):
   _check(model, tmp_path, [data[3], data[4]], show=5)
   printed = capsys.readouterr().out

@@ -51,6 +51,28 @@ def both(hidden, kernel, targets, weights, shards, chunk):
   return gradient(hidden, kernel), statistics
 
 
+def test_in_float16_unlikely_tokens_have_gradients():
+  """They are made before the factor of the loss comes to them."""
+  hidden, kernel, _, weights = make_inputs(1.0)
+  kernel[:, 7:] *= 0.2
+  kernel[0, 7:] -= 0.65  # less likely than float16's smallest number
+  hidden[..., 0] = 30
+  hidden = hidden.astype(np.float16).astype(np.float32)
+  kernel = kernel.astype(np.float16).astype(np.float32)
+  targets = np.tile(np.arange(T) % 7, (B, 1)).astype(np.int32)
+
+  def gradient(hidden):
+    loss = lambda h, k: 64 * head.cross_entropy_sum(h, k, targets, weights)  # noqa: E731
+    return jax.jit(jax.grad(loss, (0, 1)))(hidden, kernel)
+
+  exact, found = gradient(hidden), gradient(hidden.astype(np.float16))
+  close(found[0], np.asarray(exact[0], np.float64), 5e-3)
+  likely = np.abs(exact[1][:, :7]).max()
+  for of_token, wanted in zip(np.asarray(found[1]).T, np.asarray(exact[1]).T, strict=True):
+    if np.abs(wanted).max() > 1e-9 * likely:
+      close(of_token, wanted.astype(np.float64), 5e-2)
+
+
 def close(found, wanted, tolerance):
   """Within the tolerance relative to the norm of what is wanted, which may be all 0."""
   difference = np.asarray(found, np.float64) - wanted

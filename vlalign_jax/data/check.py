@@ -1,6 +1,7 @@
 """Data checked as a run would read it, without a run: every record, every picture, what they make.
 
-Where training stops at the first bad record, this lists them all.
+Where training stops at the first bad record, this lists them all. It reads whole files, whatever
+data.samples and data.weights take of them.
 """
 
 import dataclasses
@@ -10,12 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from vlalign_jax.data import measure, plan, preferences, prepare, sft
+from vlalign_jax.data import measure, mixture, plan, preferences, prepare, prompts, sft
 from vlalign_jax.data.records import Record, scan_records
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights.source import Source
 
-KINDS = {"sft": sft.KIND, "reward": preferences.KIND, "dpo": preferences.KIND}
+KINDS = {
+  "sft": sft.KIND,
+  "reward": preferences.KIND,
+  "dpo": preferences.KIND,
+  "ppo": prompts.KIND,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Report:
   Attributes:
     name: the config key that names the files.
     files: file -> (records, bad ones among them).
-    records: those that can be read.
+    records: those that can be read; joined if the run joins them and none is bad.
     measured: of each of `records`.
     load: makes the examples of `records`.
     images: number of distinct pictures of all records, turns too long to be learnt left out.
@@ -101,6 +107,9 @@ def check(config, source: Source, name: str) -> Report:
     records += good
     problems += map(str, errors)
 
+  if config.data.concatenate > 1 and name == "data.train" and not problems:
+    whole = mixture.load_mixture(config.data.train, config.data.images, "", "", config.seed)
+    records = mixture.concatenate(whole, config.data.concatenate).records
   load = prepare.example_loader(kind, config, source, records)
   measured = measure.map_records(MeasureRecord(load), len(records), os.cpu_count() or 1)
   broken = undecodable({path for one in measured for path in one.images}, source)

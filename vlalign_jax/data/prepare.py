@@ -66,9 +66,10 @@ class LoadExample:
     root = data["images"] or os.path.dirname(record.file)
     paths = tuple(os.path.join(root, path) for path in found.example.images)
     if data["max_images"] and len(set(paths)) > data["max_images"]:
+      mend = "split the record" if data["concatenate"] == 1 else "lower data.concatenate"
       raise InputError(
         f"{record.where}: {len(set(paths))} images, data.max_images is {data['max_images']}; "
-        "raise it or split the record"
+        f"raise it or {mend}"
       )
     return dataclasses.replace(found, example=dataclasses.replace(found.example, images=paths))
 
@@ -213,6 +214,10 @@ def _nothing_fits(kind: Kind, config, name: str) -> InputError:
   )
 
 
+# What examples are made by, of the config's `data` group; prediction joins nothing.
+_OF_EXAMPLES = ("template", "max_length", "max_images", "images", "concatenate")
+
+
 def example_loader(kind: Kind, config, source: Source, records) -> LoadExample:
   """The examples of `records` as a config's `data` group and the model's tokenizer make them.
 
@@ -223,7 +228,7 @@ def example_loader(kind: Kind, config, source: Source, records) -> LoadExample:
   return LoadExample(
     kind,
     SharedList(records),
-    {key: config.data[key] for key in ("template", "max_length", "max_images", "images")},
+    {key: config.data.get(key, 1) for key in _OF_EXAMPLES},
     source.tokenizer,
     source.config.image_token_id,
     source.config.tokens_per_image,

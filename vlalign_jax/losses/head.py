@@ -97,19 +97,28 @@ def _cross_entropy_sum(hidden, kernel, targets, weights, shards, chunk, place, s
   return jnp.sum(losses * weights)
 
 
+def _own_scale(dtype) -> float:
+  """By which gradients are multiplied while they are made: before the loss's factor is known.
+
+  In float16 those of unlikely tokens would else be 0, whatever the loss is multiplied by.
+  """
+  return 2.0**12 if dtype == jnp.float16 else 1.0
+
+
 def _forward(hidden, kernel, targets, weights, shards, chunk, place, scatter):
+  scale = _own_scale(hidden.value.dtype)
   total, *gradients = _sum_and_gradients(
     hidden.value,
     kernel.value,
     targets.value,
-    weights.value,
+    weights.value * scale,
     with_kernel=kernel.perturbed,
     shards=shards,
     chunk=chunk,
     place=place,
     scatter=scatter,
   )
-  return total, gradients
+  return total / scale, gradients
 
 
 def _sum_and_gradients(
@@ -154,6 +163,7 @@ def _sum_and_gradients(
 def _backward(shards, chunk, place, scatter, residuals, cotangent):
   del shards, chunk, place, scatter
   hidden_grad, kernel_grad = residuals
+  cotangent = cotangent / _own_scale(hidden_grad.dtype)
   return (
     hidden_grad * cotangent.astype(hidden_grad.dtype),
     None if kernel_grad is None else kernel_grad * cotangent.astype(kernel_grad.dtype),

@@ -55,6 +55,11 @@ def open_original(
       f"{path}: no lang_embed.weight, which is what the model's tokens are read from"
     )
   hf = _config(vision, language, embedding.shape[0], kind)
+  own = stored.get(original_names.OWN_EMBEDDING)
+  tied = assemble.read_configs(vision, language)[1].tie_word_embeddings
+  headless = not {"language.lm_head.weight", "score.weight"} & found.keys()
+  if tied and headless and own is not None:  # under ZeRO 3 it saves what is tied once
+    found["language.lm_head.weight"] = PickledTensor(path, original_names.OWN_EMBEDDING, own)
   # A reward model is saved with the config of its language model, a policy without any.
   said = json_files.read(os.path.join(directory, "config.json")) or {}
   hf.mmca = mmca or bool(said.get("enable_mmca_attention"))

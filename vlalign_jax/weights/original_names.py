@@ -9,8 +9,9 @@ _PARTS = (
   ("lang_decoder.", "language_model."),
   ("v_head.", "score."),
 )
-# The decoder's own embedding, which is never read where there is an image; fixed positions.
-_UNUSED = ("lang_decoder.model.embed_tokens.weight", "projection.pos_embed")
+# The decoder's own embedding, which reads no token; of some decoders it is the output head.
+OWN_EMBEDDING = "lang_decoder.model.embed_tokens.weight"
+_UNUSED = (OWN_EMBEDDING, "projection.pos_embed")  # the second: fixed positions
 # A tensor that only this projector has, and its modules here.
 _PROJECTIONS = {
   "linear": (
