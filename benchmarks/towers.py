@@ -21,6 +21,7 @@ from absl import app, flags
 from tests import checkpoints, reference, sft_run
 from vlalign_jax import trees
 from vlalign_jax.models.projector import PROJECTORS
+from vlalign_jax.weights import source
 
 PROJECTOR = flags.DEFINE_enum("projector", "linear", PROJECTORS, "Of the joined model.")
 MMCA = flags.DEFINE_bool("mmca", False, "With multi-modal causal attention.")
@@ -60,9 +61,10 @@ def train(stage: str, directory: str, name: str, *settings: str) -> str:
   return out
 
 
-def weights(place: str) -> dict[str, np.ndarray]:
-  """All parameters of a model directory, or of a run with its adapters merged."""
-  *_, params = reference.open_model(place)
+def weights(place: str = "", **towers: str) -> dict[str, np.ndarray]:
+  """All parameters of a model directory, of a run with its adapters merged, or of two towers."""
+  opened = source.open_source(reference.model_group(init_from=place, **towers))
+  _, params = reference.load_all(opened)
   return trees.flatten(jax.device_get(params))
 
 
@@ -101,10 +103,13 @@ def main(_) -> None:
     for name, found in (("sft", records), ("ranked", sft_run.ranked(records))):
       sft_run.write_json(f"{directory}/{name}.json", found[:-4])
       sft_run.write_json(f"{directory}/{name}_eval.json", found[-4:])
+    parts = {
+      "vision": f"{directory}/clip",
+      "language": f"{directory}/llama",
+      "projector": PROJECTOR.value,
+    }
     towers = (
-      f"--config.model.vision={directory}/clip",
-      f"--config.model.language={directory}/llama",
-      f"--config.model.projector={PROJECTOR.value}",
+      *(f"--config.model.{key}={value}" for key, value in parts.items()),
       f"--config.model.mmca={str(MMCA.value).lower()}",
     )
     adapters = ("--config.lora.rank=4", "--config.lora.alpha=8") if LORA.value else ()
@@ -114,12 +119,12 @@ def main(_) -> None:
     sft = train("sft", directory, "sft", f"--config.model.init_from={pretrained}", *adapters)
     start = (f"--config.model.init_from={sft}", *adapters)
     reward = train("reward", directory, "reward", *start)
-    train("dpo", directory, "dpo", *start)
+    dpo = train("dpo", directory, "dpo", *start)
     ppo = train(
       "ppo",
       directory,
       "ppo",
-      f"--config.model.init_from={directory}/dpo",
+      f"--config.model.init_from={dpo}",
       f"--config.ppo.reward_model={reward}",
       "--config.ppo.num_samples=2",
       "--config.ppo.minibatches=2",
@@ -127,7 +132,11 @@ def main(_) -> None:
       "--config.ppo.max_new_tokens=6",
       *adapters,
     )
-    before, after = weights(pretrained), weights(sft)
+    bare, before, after = weights(**parts), weights(pretrained), weights(sft)
+    for part in ("vision/", "language/layers/", "language/norm/", "language/head/"):
+      check(f"pretraining leaves {part} as it was", same(before, bare, part))
+    for part in ("projector/", "language/embedding/"):
+      check(f"pretraining moves {part}", not same(before, bare, part))
     check("pretraining and SFT leave the vision tower", same(after, before, "vision/"))
     check("SFT moves the language model", not same(after, before, "language/layers/"))
 
@@ -142,7 +151,8 @@ def main(_) -> None:
     )
     with open(f"{answers}/predictions.jsonl", encoding="utf-8") as file:
       check("every question has an answer", len(file.readlines()) == 4)
-    export(reward)
+    for run_directory in (sft, reward, dpo):
+      export(run_directory)
     train("sft", directory, "again", f"--config.model.init_from={export(ppo)}")
     print("the export trains on")
 
