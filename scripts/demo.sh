@@ -21,6 +21,8 @@ elif [ -e "$out" ] && [ -n "$(ls -A "$out")" ]; then
 fi
 . scripts/environment.sh requirements.txt
 export JAX_PLATFORMS=cpu
+# Many of these processes run the same programs.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/compiled}
 start=$SECONDS
 
 python scripts/make_demo.py --output="$out/data"

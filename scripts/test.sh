@@ -6,4 +6,5 @@ cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements-dev.txt
 ruff check .
 ruff format --check .
-JAX_PLATFORMS=cpu python -m pytest "$@"
+# A process for each of two cores; the tests of a file share what they set up.
+JAX_PLATFORMS=cpu python -m pytest --numprocesses=2 --dist=loadfile "$@"

@@ -16,7 +16,9 @@ PROJECTOR = r"model\.multi_modal_projector\.linear_\d"
 
 def add(model: torch.nn.Module, seed: int = 0, **options) -> peft.PeftModel:
   """The model with adapters that change what it says; `options` are of peft.LoraConfig."""
-  adapted = peft.get_peft_model(model, peft.LoraConfig(**options)).eval()
+  with torch.random.fork_rng():
+    torch.manual_seed(seed)  # of the first matrices
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**options)).eval()
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for name, param in adapted.named_parameters():

@@ -1,6 +1,7 @@
 """What scores answers: models with other tokenizers, functions, sums, and scores that are none."""
 
 import dataclasses
+import json
 import os
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from scripts import train_ppo
-from tests import reference
+from tests import reference, sft_run
 from tests.rollout import tiny
 from vlalign_jax.data.encode import encode
 from vlalign_jax.errors import InputError
@@ -99,6 +100,23 @@ def test_a_function_alone_scores_and_sees_the_record(files, tmp_path):
   rollout, _ = make_rollout(run)
   texts = rollout.texts(run.held.tokenizer)
   np.testing.assert_array_equal(rollout.scores, [[len(text) for text in row] for row in texts])
+
+
+def test_prompts_without_pictures(files, tmp_path):
+  """The tower has no part in such a run, in any role."""
+  with open(f"{files.directory}/train.json", encoding="utf-8") as file:
+    records = json.load(file)
+  for record in records:
+    record.pop("image", None)
+    for turn in record["conversations"]:
+      turn["value"] = turn["value"].replace("<image>", "").strip()
+  path = sft_run.write_json(tmp_path / "text.json", records)
+  run = tiny.make_run(files, files.config(**{"data.train": path}), str(tmp_path / "run"))
+  rows, _ = first_prompts(run)
+  assert rows["images"].shape[1] == 0
+  _, metrics = learn.make_train_step(run.held, run.train, run.records, {})(run.state, rows)
+  assert metrics["val/sampler_gap"] < 1e-5
+  assert np.isfinite(list(map(float, metrics.values()))).all()
 
 
 @pytest.mark.parametrize(

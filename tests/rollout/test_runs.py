@@ -22,6 +22,7 @@ STEPS = 4
 TIMING = ("tokens_per_second", "examples_per_second")
 SETTINGS = {
   "steps": STEPS,
+  "batch_size": 8,  # four devices, two mini-batches
   "save_every": 2,
   "lora.rank": 2,
   "train.vision": False,
