@@ -28,11 +28,6 @@ VARIANTS = {
   "RLOO": ["--config.ppo.estimator=rloo", *NO_CRITIC],
   "GRPO": ["--config.ppo.estimator=grpo", *NO_CRITIC],
   "PPO, blind scorers": ["--config.ppo.blank_images=true"],
-  "RLOO, blind scorers": [
-    "--config.ppo.estimator=rloo",
-    "--config.ppo.blank_images=true",
-    *NO_CRITIC,
-  ],
 }
 TIMES = 3.0  # standard errors
 

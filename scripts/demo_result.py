@@ -41,7 +41,7 @@ def faults(directory: str) -> Iterator[str]:
   print(f"\n{'held out':50}{'share':>8}")
   for label, share in (
     ("whole conversations word for word, with pictures", sft["exact_match"]),
-    ("  with blanked pictures", blind["exact_match"]),
+    ("  with blanked pictures, 3 epochs", blind["exact_match"]),
     ("pairs that the reward model ranks right", reward["accuracy"]),
     ("pairs whose right answer is likelier, SFT", preferred[0]),
     ("  DPO", preferred[1]),

@@ -88,13 +88,14 @@ def question_about(kind: str, scene: dict[str, str], rng: random.Random) -> tupl
 def ranked_answers(kind: str, scene: dict[str, str], rng: random.Random) -> list[str]:
   """The right answer, a wrong one, and in two of three cases one that is beside the point.
 
-  A wrong count is off by one: the others are too easily told. Beside the point is the answer to
-  another question, or a sentence that the other one's value does not fit: a reward model that has
-  never seen such sentences may like them, and a policy finds that out.
+  A wrong count is off by one in half of the cases: the others are easily told. Beside the point is
+  the answer to another question, or a sentence that the other one's value does not fit. A reward
+  model may like whatever it has never seen to be wrong, and a policy finds that out.
   """
   values = VALUES[kind]
   at = values.index(scene[kind])
-  near = values[max(0, at - 1) : at + 2] if kind == "count" else values
+  is_near = kind == "count" and rng.random() < 0.5
+  near = values[max(0, at - 1) : at + 2] if is_near else values
   wrong = rng.choice([value for value in near if value != scene[kind]])
   answers = [ANSWERS[kind].format(scene[kind]), ANSWERS[kind].format(wrong)]
   if rng.random() < 2 / 3:
