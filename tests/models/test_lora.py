@@ -103,8 +103,8 @@ def test_gradients_of_adapters_are_those_of_peft(pair):
   wanted = adapters.as_params(pair.config, pair.torch, lambda param: param.grad)
   grads = trees.flatten(grads)
   assert grads.keys() == wanted.keys()
-  for path, grad in grads.items():
-    assert reference.relative_error(grad, wanted[path]) < 1e-5, path
+  for path, grad in grads.items():  # through many large adapters, in float32 on both sides
+    assert reference.relative_error(grad, wanted[path]) < 2e-5, path
 
 
 def test_fresh_adapters_change_nothing_and_are_drawn_by_the_seed(tmp_path):
