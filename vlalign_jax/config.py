@@ -10,6 +10,7 @@ from vlalign_jax import config_ppo
 from vlalign_jax.config_checks import check_at_least, check_choices, check_seed, value
 from vlalign_jax.errors import InputError
 from vlalign_jax.losses import dpo
+from vlalign_jax.models.backends import ATTENTION_NAMES
 from vlalign_jax.models.stack import REMAT_NAMES
 from vlalign_jax.training.preservation import METRICS
 
@@ -58,6 +59,9 @@ def shared() -> ConfigDict:
   c.model.dtype = "bfloat16"
   c.model.param_dtype = "float32"  # of trained parameters; frozen ones are kept in model.dtype
   c.model.remat = "full"  # none, full, save_matmuls, save_weight_matmuls
+  # The kernel of attention in tower and language model: auto (the fastest that can), tiles (plain
+  # JAX), cudnn (NVIDIA GPUs), splash (TPUs).
+  c.model.attention = "auto"
 
   c.train = ConfigDict()
   c.train.vision = False
@@ -215,6 +219,7 @@ def check_shared(config: ConfigDict) -> None:
     "model.dtype": DTYPES,
     "model.param_dtype": PARAM_DTYPES,
     "model.remat": REMAT_NAMES,
+    "model.attention": ATTENTION_NAMES,
     "optim.schedule": SCHEDULES,
     "data.on_bad_record": ("error", "skip"),
     "mesh.zero_stage": (0, 1, 2, 3),

@@ -10,7 +10,7 @@ import torch
 from tests.models import layouts
 from tests.models.layouts import H, K
 from tests.reference import relative_error
-from vlalign_jax.models import splash, tiles
+from vlalign_jax.models import cudnn, splash, tiles
 
 
 def expected(query, key, value, cotangent, mask):
@@ -89,3 +89,29 @@ def test_the_kernel_of_tpus_equals_torch(window):
   found, real = layouts.with_gradients(attend, *inputs), segments > 0
   for ours, theirs in zip(found, expected(*inputs, mask), strict=True):
     assert relative_error(ours[real], theirs[real]) < 1e-6
+
+
+@pytest.mark.parametrize("with_branches", [True, False])
+@pytest.mark.parametrize("window", [None, 6])
+def test_the_mask_for_cudnn_equals_torch(window, with_branches):
+  """jax.nn.dot_product_attention in plain JAX stands in for the kernel. T is odd: it is padded."""
+  inputs, (segments, branches) = layouts.make_inputs(), layouts.make_layout()
+  branches = branches if with_branches else np.zeros_like(branches)
+  layout = tiles.Layout(
+    segments,
+    branches if with_branches else None,
+    layouts.make_positions(segments, branches) if window else None,
+  )
+  attend = functools.partial(cudnn.attend, layout=layout, window=window, implementation="xla")
+  attended, real = layouts.with_gradients(attend, *inputs), segments > 0
+  mask = layouts.make_mask(segments, branches, window)
+  for ours, theirs in zip(attended, expected(*inputs, mask), strict=True):
+    assert relative_error(ours[real], theirs[real]) < 1e-6
+
+
+def test_cudnn_without_rows_sees_everything():
+  inputs = layouts.make_inputs()
+  attend = functools.partial(cudnn.attend, layout=None, implementation="xla")
+  attended = layouts.with_gradients(attend, *inputs)
+  for ours, theirs in zip(attended, expected(*inputs, None), strict=True):
+    assert relative_error(ours, theirs) < 1e-6

@@ -9,7 +9,7 @@ import torch
 from tests.models import layouts
 from tests.models.layouts import B, H, K, T
 from tests.reference import relative_error
-from vlalign_jax.models import cache, splash
+from vlalign_jax.models import cache, cudnn, splash, tiles
 
 
 def softmax_mix(scores, values):
@@ -95,6 +95,17 @@ def test_the_kernel_of_tpus(window):
   )
   found, real = layouts.with_gradients(attend, *inputs), segments > 0
   for ours, theirs in zip(found, with_torch(*inputs, mask, images), strict=True):
+    assert relative_error(ours[real], theirs[real]) < 1e-6
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_mask_for_cudnn(window):
+  """jax.nn.dot_product_attention in plain JAX stands in for the kernel."""
+  inputs, layout, options, mask, images = make_case(window)
+  rows = tiles.Layout(*layout, options.get("positions"), images)
+  attend = functools.partial(cudnn.attend, layout=rows, window=window, implementation="xla")
+  attended, real = layouts.with_gradients(attend, *inputs), layout[0] > 0
+  for ours, theirs in zip(attended, with_torch(*inputs, mask, images), strict=True):
     assert relative_error(ours[real], theirs[real]) < 1e-6
 
 

@@ -82,6 +82,7 @@ def generate_answers(
     sampling,
     mesh=mesh,
     dtype=config.model.dtype,
+    attention=config.model.attention,
     gather=gather,
     pad_id=source.tokenizer.pad_token_id,
   )

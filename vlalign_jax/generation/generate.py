@@ -55,7 +55,7 @@ def make_generate(model: ModelConfig, sampling: Sampling, *, mesh: Mesh | None =
     model: the architecture.
     sampling: what is asked for.
     mesh: over which rows are split.
-    **options: dtype of `vlm.abstract_params`; gather and pad_id of `generate`.
+    **options: dtype and attention of `vlm.abstract_params`; gather and pad_id of `generate`.
 
   Raises:
     InputError: the model has no language head, or the mesh or what is asked for does not suit it.
@@ -65,7 +65,7 @@ def make_generate(model: ModelConfig, sampling: Sampling, *, mesh: Mesh | None =
   samplings.check(sampling, model.language.vocab_size)
   if mesh is not None:
     meshes.check_heads(mesh, model.language.heads, model.language.kv_heads)
-  of_model = {name: options.pop(name) for name in ("dtype",) if name in options}
+  of_model = {name: options.pop(name) for name in ("dtype", "attention") if name in options}
   graphdef, _ = abstract_params(model, mesh=mesh, **of_model)
   program = functools.partial(generate, graphdef=graphdef, sampling=sampling, **options)
   placement = None if mesh is None else meshes.batch_sharding(mesh)
@@ -147,7 +147,8 @@ def generate(
 
   x = model.embed(rows)
   places = (rows[name] for name in ("positions", "segments"))
-  hidden, prompt_cache = model.language.prefill(x, *places, images=images, mesh=mesh)
+  options = {"images": images, "mesh": mesh, "attention": model.options["attention"]}
+  hidden, prompt_cache = model.language.prefill(x, *places, **options)
   last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
   empty = jnp.zeros((B, N), jnp.int32)
   none = jnp.zeros((B, N, M), jnp.float32)

@@ -12,7 +12,7 @@ sees no other image token. A query that sees no key of a class gets zero of it.
 import jax
 from jax.sharding import Mesh
 
-from vlalign_jax.models import splash, tiles
+from vlalign_jax.models import backends, cudnn, splash, tiles
 from vlalign_jax.sharding.mesh import row_blocks
 
 
@@ -27,6 +27,7 @@ def attend(
   window: int | None = None,
   images=None,
   mesh: Mesh | None = None,
+  backend: str = backends.AUTO,
 ):
   """Softmax attention with grouped key/value heads and float32 statistics.
 
@@ -40,24 +41,31 @@ def attend(
     window: how many positions a query sees, its own included; None: all before it.
     images: bool[B, T], an image's tokens, for multi-modal causal attention; None: without.
     mesh: over which B is split; None: one device of JAX's default platform.
+    backend: the kernel, one of `backends.ATTENTION_NAMES`.
 
   Returns:
     float[B, T, H, D] in the query's dtype.
+
+  Raises:
+    InputError: the kernel cannot do what is asked.
   """
   platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
   B, T, H, D = query.shape
   if window and window >= T:
     window = None
-  if platform == "tpu" and segments is not None and branches is None:
+  backend = backends.choose(backend, backends.request_for(platform, query, segments, branches))
+  if backend == backends.SPLASH:
     return splash.attend(query, key, value, segments, window=window, images=images, mesh=mesh)
-  K = key.shape[2]
-  query = query.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
-  key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
   layout = None
   if segments is not None:
     layout = tiles.Layout(segments, branches, None if window is None else positions, images)
+  if backend == backends.CUDNN:
+    return cudnn.attend(query, key, value, layout, window=window, mesh=mesh)
+  K = key.shape[2]
+  query = query.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
+  key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
   on_cpu = platform == "cpu"
-  mixed = tiles.attend(
+  attended = tiles.attend(
     query,
     key,
     value,
@@ -66,4 +74,4 @@ def attend(
     row_shards=row_blocks(mesh) if on_cpu else 0,
     window=window,
   )
-  return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
+  return attended.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)

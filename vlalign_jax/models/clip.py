@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from vlalign_jax.models import activations, attention, stack
+from vlalign_jax.models import activations, attention, backends, stack
 from vlalign_jax.sharding.mesh import constrain_rows, constrain_tensor
 
 
@@ -47,13 +47,13 @@ class VisionAttention(nnx.Module):
     self.value = linear(config.width, config.width, rngs=rngs)
     self.out = linear(config.width, config.width, rngs=rngs)
 
-  def __call__(self, x, mesh):
+  def __call__(self, x, mesh, attention_backend=backends.AUTO):
     def heads(projected):
       return constrain_tensor(projected.reshape(*x.shape[:-1], self.heads, -1), mesh, axis=2)
 
     query, key, value = (heads(part(x)) for part in (self.query, self.key, self.value))
-    mixed = attention.attend(query, key, value, mesh=mesh)
-    return self.out(constrain_tensor(mixed, mesh, axis=2).reshape(x.shape))
+    attended = attention.attend(query, key, value, mesh=mesh, backend=attention_backend)
+    return self.out(constrain_tensor(attended, mesh, axis=2).reshape(x.shape))
 
 
 class VisionMlp(nnx.Module):
@@ -74,8 +74,8 @@ class VisionLayer(nnx.Module):
     self.mlp_norm = norm(config.width, rngs=rngs)
     self.mlp = VisionMlp(config, linear, rngs)
 
-  def __call__(self, x, mesh):
-    x = x + self.attention(self.attention_norm(x), mesh)
+  def __call__(self, x, mesh, attention_backend=backends.AUTO):
+    x = x + self.attention(self.attention_norm(x), mesh, attention_backend)
     return x + self.mlp(self.mlp_norm(x), mesh)
 
 
@@ -109,13 +109,22 @@ class VisionTower(nnx.Module):
         lambda rngs: VisionLayer(config, linear, norm, rngs), config.layers, rngs
       )
 
-  def __call__(self, pixels, *, remat: str = "none", mesh: Mesh | None = None, dropout_key=None):
+  def __call__(
+    self,
+    pixels,
+    *,
+    remat: str = "none",
+    mesh: Mesh | None = None,
+    attention: str = backends.AUTO,
+    dropout_key=None,
+  ):
     """Features of images.
 
     Args:
       pixels: float[N, H, W, 3], normalised, H = W = config.image_size.
       remat: see `stack.REMAT_NAMES`.
       mesh: over which N is split.
+      attention: the kernel of attention, see `backends.ATTENTION_NAMES`.
       dropout_key: for the dropout of adapters; None: without.
 
     Returns:
@@ -139,7 +148,7 @@ class VisionTower(nnx.Module):
       last, outputs = stack.run_stack(
         self.layers,
         x,
-        lambda layer, x: layer(x, mesh),
+        lambda layer, x: layer(x, mesh, attention),
         remat=remat,
         mesh=mesh,
         collect=several,

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from vlalign_jax.models import activations, attention, cache, rope, stack
+from vlalign_jax.models import activations, backends, cache, rope, stack
+from vlalign_jax.models import attention as attentions
 from vlalign_jax.sharding.mesh import constrain_rows, constrain_tensor
 
 
@@ -112,6 +113,7 @@ class LanguageModel(nnx.Module):
     images=None,
     remat: str = "none",
     mesh: Mesh | None = None,
+    attention: str = backends.AUTO,
     dropout_key=None,
   ):
     """Hidden states after the final norm.
@@ -122,6 +124,7 @@ class LanguageModel(nnx.Module):
       images: bool[B, T], image tokens, for multi-modal causal attention; None: without.
       remat: see `stack.REMAT_NAMES`.
       mesh: over which B is split.
+      attention: the kernel of attention, see `backends.ATTENTION_NAMES`.
       dropout_key: for the dropout of adapters; None: without.
 
     Returns:
@@ -129,8 +132,10 @@ class LanguageModel(nnx.Module):
     """
     rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
 
+    attend = self._attention(positions, segments, branches, images, mesh, attention)
+
     def mix(query, key, value):
-      return self._attend(query, key, value, positions, segments, branches, images, mesh), None
+      return attend(query, key, value), None
 
     def call(layer, x):
       return layer(x, rotation, mix, mesh)[0]
@@ -138,17 +143,36 @@ class LanguageModel(nnx.Module):
     x, _ = stack.run_stack(self.layers, x, call, remat=remat, mesh=mesh, dropout_key=dropout_key)
     return self.norm(constrain_rows(x, mesh))
 
-  def _attend(self, query, key, value, positions, segments, branches, images, mesh):
-    places = {"positions": positions, "window": self.config.sliding_window, "images": images}
-    return attention.attend(query, key, value, segments, branches, **places, mesh=mesh)
+  def _attention(self, positions, segments, branches, images, mesh, backend):
+    """Returns `(query, key, value) -> attended`."""
+    return functools.partial(
+      attentions.attend,
+      segments=segments,
+      branches=branches,
+      positions=positions,
+      window=self.config.sliding_window,
+      images=images,
+      mesh=mesh,
+      backend=backend,
+    )
 
-  def prefill(self, x, positions, segments, *, images=None, mesh: Mesh | None = None):
+  def prefill(
+    self,
+    x,
+    positions,
+    segments,
+    *,
+    images=None,
+    mesh: Mesh | None = None,
+    attention: str = backends.AUTO,
+  ):
     """As `__call__` with one branch; also the keys and values, [L, B, K, T, head_dim] each."""
+    attend = self._attention(positions, segments, None, images, mesh, attention)
     rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
 
     def mix(query, key, value):
       kept = [constrain_tensor(part.swapaxes(1, 2), mesh, axis=1) for part in (key, value)]
-      return self._attend(query, key, value, positions, segments, None, images, mesh), kept
+      return attend(query, key, value), kept
 
     def call(layer, x, _):
       return layer(x, rotation, mix, mesh)

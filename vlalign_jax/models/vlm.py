@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from vlalign_jax.models import backends
 from vlalign_jax.models import lora as adapters
 from vlalign_jax.models.clip import VisionConfig, VisionTower
 from vlalign_jax.models.llama import LanguageConfig, LanguageModel
@@ -44,6 +45,7 @@ class VisionLanguageModel(nnx.Module):
     param_dtype=jnp.float32,
     remat: str = "none",
     mesh: Mesh | None = None,
+    attention: str = backends.AUTO,
     rngs: nnx.Rngs,
   ):
     """Builds the modules.
@@ -54,10 +56,11 @@ class VisionLanguageModel(nnx.Module):
       param_dtype: of the parameters.
       remat: what the backward pass computes again, see `stack.REMAT_NAMES`.
       mesh: over which rows are split.
+      attention: the kernel of attention, see `backends.ATTENTION_NAMES`.
       rngs: for the initial parameters.
     """
     self.config = config
-    self.options = {"remat": remat, "mesh": mesh}
+    self.options = {"remat": remat, "mesh": mesh, "attention": attention}
     types = {"dtype": dtype, "param_dtype": param_dtype}
     self.vision = VisionTower(config.vision, rngs=rngs, **types)
     self.projector = build_projector(config.projector, config.vision, rngs=rngs, **types)
@@ -178,7 +181,7 @@ def abstract_params(config: ModelConfig, **options):
 
   Args:
     config: the architecture.
-    **options: dtype, param_dtype, remat and mesh of VisionLanguageModel.
+    **options: dtype, param_dtype, remat, mesh and attention of VisionLanguageModel.
 
   Returns:
     (graphdef, nested dict of jax.ShapeDtypeStruct); `nnx.merge(graphdef, params)` is the model.

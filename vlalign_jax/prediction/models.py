@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from vlalign_jax import config as configs
 from vlalign_jax import trees
-from vlalign_jax.models import vlm
+from vlalign_jax.models import backends, vlm
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import zero
 from vlalign_jax.training import checkpoints, run_directory
@@ -48,14 +48,18 @@ def trained_template(where: str) -> str | None:
   return run_directory.stored_config(run[0])["data"]["template"] if run else None
 
 
-def load_model(opened: source.Source, dtype: str, mesh: jax.sharding.Mesh):
+def load_model(
+  opened: source.Source, dtype: str, mesh: jax.sharding.Mesh, attention: str = backends.AUTO
+):
   """(graphdef, params split over `fsdp` and `tensor`), all in `dtype`.
 
   Raises:
     InputError: the model's heads do not divide over the mesh, or a file cannot be read.
   """
   meshes.check_heads(mesh, opened.config.language.heads, opened.config.language.kv_heads)
-  graphdef, shapes = vlm.abstract_params(opened.config, dtype=dtype, param_dtype=dtype, mesh=mesh)
+  graphdef, shapes = vlm.abstract_params(
+    opened.config, dtype=dtype, param_dtype=dtype, mesh=mesh, attention=attention
+  )
   shapes = meshes.place(shapes, zero.shardings(mesh, shapes, split=True))
   params = load.load_params(opened, shapes)
   logging.info(

@@ -52,11 +52,11 @@ def predict(c, workdir: str) -> tuple[list[dict], tuple]:
   directory.open_directory(workdir, c, data.inputs(records, opened))
 
   # --- Answers, one line each; a model is on the devices only while it is asked ---
-  load = functools.partial(models.load_model, model, c.model.dtype, mesh)
+  load = functools.partial(models.load_model, model, c.model.dtype, mesh, c.model.attention)
   if c.mode == settings.GENERATE:
     lines = generated.generate(c, workdir, model, load, records, sampling, mesh)
     if judge:
-      load = functools.partial(models.load_model, judge, c.model.dtype, mesh)
+      load = functools.partial(models.load_model, judge, c.model.dtype, mesh, c.model.attention)
       lines = best.add_rewards(c, workdir, lines, judge, load, records, mesh)
     found = metrics.of_generated(lines)
   else:

@@ -7,6 +7,7 @@ from vlalign_jax import storage
 from vlalign_jax.errors import InputError
 from vlalign_jax.generation import sampling as samplings
 from vlalign_jax.generation.sampling import Sampling
+from vlalign_jax.models.backends import ATTENTION_NAMES
 from vlalign_jax.weights.source import Source
 
 STAGE = "predict"
@@ -31,6 +32,7 @@ def defaults() -> ConfigDict:
   c.model = ConfigDict()
   c.model.init_from = ""  # a LLaVA directory or a run directory
   c.model.dtype = shared.model.dtype
+  c.model.attention = shared.model.attention
 
   c.generation = ConfigDict()
   c.generation.max_new_tokens = 256
@@ -71,6 +73,7 @@ def check(config: ConfigDict) -> None:
   choices = {
     "mode": MODES,
     "model.dtype": configs.DTYPES,
+    "model.attention": ATTENTION_NAMES,
     "data.on_bad_record": ("error", "skip"),
   }
   at_least = {

@@ -166,7 +166,11 @@ def make_reference(config, model, mesh: Mesh) -> Reference:
   """The reference of a run; arguments as in `make_program`."""
   dtype = config.model.dtype
   graphdef, shapes = abstract_params(
-    program.reference_model(config, model), dtype=dtype, param_dtype=dtype, mesh=mesh
+    program.reference_model(config, model),
+    dtype=dtype,
+    param_dtype=dtype,
+    attention=config.model.attention,
+    mesh=mesh,
   )
   split = config.mesh.zero_stage >= 3
   params = meshes.place(shapes, zero.shardings(mesh, shapes, split=split))

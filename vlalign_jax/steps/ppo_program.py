@@ -145,6 +145,7 @@ def make_program(
     sampling,
     mesh=mesh,
     dtype=config.model.dtype,
+    attention=config.model.attention,
     gather=settings.gather,
     pad_id=pad_id,
   )
@@ -214,7 +215,8 @@ def _side(config, stage: int | None):
 def _make_scorer(config, model: ModelConfig, mesh: Mesh) -> Scorer:
   meshes.check_heads(mesh, model.language.heads, model.language.kv_heads)
   dtype = config.model.dtype
-  graphdef, shapes = abstract_params(model, dtype=dtype, param_dtype=dtype, mesh=mesh)
+  options = {"attention": config.model.attention, "mesh": mesh}
+  graphdef, shapes = abstract_params(model, dtype=dtype, param_dtype=dtype, **options)
   split = of_critic(config).mesh.zero_stage >= 3
   return Scorer(graphdef, meshes.place(shapes, zero.shardings(mesh, shapes, split=split)))
 

@@ -140,6 +140,7 @@ def make_learner(
     dtype=config.model.dtype,
     param_dtype=config.model.param_dtype,
     remat=config.model.remat,
+    attention=config.model.attention,
     mesh=mesh,
   )
   is_trained = functools.partial(optimizer.is_trained, config=config)
@@ -177,7 +178,7 @@ def reference_model(config, model: ModelConfig) -> ModelConfig:
 
 def reference_graphdef(config, model: ModelConfig, mesh: jax.sharding.Mesh):
   """The graphdef that goes with `Program.frozen["reference"]` and the other frozen parameters."""
-  options = {"dtype": config.model.dtype, "remat": config.model.remat, "mesh": mesh}
+  options = {name: config.model[name] for name in ("dtype", "remat", "attention")} | {"mesh": mesh}
   return abstract_params(reference_model(config, model), **options)[0]
 
 

@@ -91,7 +91,7 @@ def fingerprint(config, opened: source.Source, prepared: Prepared) -> str:
   model = reference_model(config, opened.config)
   seed = config.seed if opened.fresh else None
   for part in (
-    *(pin.content(opened), model, seed, config.model.dtype),
+    *(pin.content(opened), model, seed, config.model.dtype, config.model.attention),
     *(pictures.blank, opened.images.config),
   ):
     digest.update(repr(part).encode())
