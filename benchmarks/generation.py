@@ -140,10 +140,10 @@ def our_side(directory: str, size: str):
 
   from vlalign_jax.config import defaults
   from vlalign_jax.data.encode import Example
-  from vlalign_jax.data.prompts import row_lengths
   from vlalign_jax.data.rows import build_row
   from vlalign_jax.generation.generate import make_generate
   from vlalign_jax.generation.sampling import Sampling
+  from vlalign_jax.input_pipeline.prompts import row_lengths
   from vlalign_jax.models import vlm
   from vlalign_jax.sharding import mesh as meshes
   from vlalign_jax.weights import hf_config, load, source, tensors

@@ -32,12 +32,12 @@ from vlalign_jax.data.encode import Example
 from vlalign_jax.losses import dpo as dpo_losses
 from vlalign_jax.losses import reward as reward_losses
 from vlalign_jax.models import clip, llama, projector, rope, tiles, vlm
+from vlalign_jax.optim import optimizer
 from vlalign_jax.planning import architectures, collectives, hlo
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import answers, dpo, reward, sft
 from vlalign_jax.steps import program as programs
-from vlalign_jax.training import optimizer
 
 IMAGE, PROMPT, ANSWER = 576, 64, 64
 EXAMPLES = 2

@@ -146,10 +146,10 @@ def our_steps(directory: str, load: str, batch: int):
   from vlalign_jax.data.plan import statistics as statistics_of
   from vlalign_jax.data.rows import build_row
   from vlalign_jax.models import vlm
+  from vlalign_jax.optim import optimizer
   from vlalign_jax.sharding import hosts
   from vlalign_jax.sharding import mesh as meshes
   from vlalign_jax.steps import sft as steps
-  from vlalign_jax.training import optimizer
   from vlalign_jax.weights import hf_config, source, tensors
   from vlalign_jax.weights import load as loading
 

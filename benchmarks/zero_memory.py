@@ -18,11 +18,11 @@ import numpy as np
 from vlalign_jax import trees
 from vlalign_jax.config import defaults
 from vlalign_jax.models import clip, llama, projector, rope, vlm
+from vlalign_jax.optim import optimizer
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import rules, zero
 from vlalign_jax.steps import program as programs
 from vlalign_jax.steps import sft
-from vlalign_jax.training import optimizer
 
 DEVICES = 8
 MODEL = vlm.ModelConfig(

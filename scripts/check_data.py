@@ -11,8 +11,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from vlalign_jax import cli, config
-from vlalign_jax.data import check, report
 from vlalign_jax.errors import InputError
+from vlalign_jax.input_pipeline import check, report
 from vlalign_jax.weights import source
 
 

@@ -25,9 +25,9 @@ from vlalign_jax import cli, storage, trees
 from vlalign_jax.config import DTYPES, shared
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora, vlm
+from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import zero
-from vlalign_jax.training import checkpoints, run_directory
 from vlalign_jax.weights import export, export_adapters, hf_config, load, source
 
 

@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vlalign_jax import cli
-from vlalign_jax.data import preferences as data
+from vlalign_jax.input_pipeline import preferences as data
 from vlalign_jax.losses import sums
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes

@@ -10,7 +10,8 @@ from etils.epath import backend
 from tests import sft_run
 from vlalign_jax import storage
 from vlalign_jax.errors import InputError
-from vlalign_jax.training import metrics, run_directory
+from vlalign_jax.runs import run_directory
+from vlalign_jax.training import metrics
 
 RUN = "gs://bucket/runs/sft"
 

@@ -9,10 +9,10 @@ from ml_collections import ConfigDict, config_dict
 from vlalign_jax import config_ppo
 from vlalign_jax.config_checks import check_at_least, check_choices, check_seed, value
 from vlalign_jax.errors import InputError
+from vlalign_jax.evaluation_metrics import METRICS
 from vlalign_jax.losses import dpo
 from vlalign_jax.models.backends import ATTENTION_NAMES
 from vlalign_jax.models.stack import REMAT_NAMES
-from vlalign_jax.training.preservation import METRICS
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Sums of small updates need more than float16 has.

@@ -6,9 +6,9 @@ import pytest
 
 from tests import sft_run
 from tests.bad_inputs.failing import fails, saved_steps
-from vlalign_jax.data import prepare
-from vlalign_jax.data import sft as data
 from vlalign_jax.errors import InputError
+from vlalign_jax.input_pipeline import prepare
+from vlalign_jax.input_pipeline import sft as data
 from vlalign_jax.training import loop
 from vlalign_jax.weights import source
 

@@ -7,8 +7,8 @@ import pytest
 
 from scripts import check_data
 from tests import checkpoints, sft_run
-from vlalign_jax.data import report
 from vlalign_jax.errors import InputError
+from vlalign_jax.input_pipeline import report
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from vlalign_jax.config import defaults
-from vlalign_jax.data import sft
 from vlalign_jax.data.mixture import (
   concatenate,
   epoch_order,
@@ -15,6 +14,7 @@ from vlalign_jax.data.mixture import (
   split_eval,
 )
 from vlalign_jax.errors import InputError
+from vlalign_jax.input_pipeline import sft
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from scripts import check_data
 from tests import checkpoints, sft_run
 from tests.bad_inputs.failing import fails
 from vlalign_jax import config as configs
-from vlalign_jax.data import preferences
 from vlalign_jax.data.encode import Example
 from vlalign_jax.data.rows import answer_places, build_row
+from vlalign_jax.input_pipeline import preferences
 from vlalign_jax.weights import source
 
 WORDS = ["red", "no, it is a picture", "green", "blue or so", "a cat", "red and green"]

@@ -8,9 +8,14 @@ import pytest
 from tests.data import test_encode
 from vlalign_jax.data.encode import encode
 from vlalign_jax.data.plan import ImageSets, plan_batches
-from vlalign_jax.data.prompts import encode_prompt, record_numbers, row_lengths, stop_tokens
 from vlalign_jax.data.records import Record, Turn
 from vlalign_jax.errors import InputError
+from vlalign_jax.input_pipeline.prompts import (
+  encode_prompt,
+  record_numbers,
+  row_lengths,
+  stop_tokens,
+)
 
 PATCHES = 4
 

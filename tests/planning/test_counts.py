@@ -14,8 +14,8 @@ from vlalign_jax import trees
 from vlalign_jax.models import lora, tiles, vlm
 from vlalign_jax.models.stack import REMAT_NAMES
 from vlalign_jax.models.vlm import LANGUAGE
+from vlalign_jax.optim import optimizer
 from vlalign_jax.planning import learning, planner, report, residuals, topology
-from vlalign_jax.training import optimizer
 from vlalign_jax.weights import source
 
 TRAIN = {

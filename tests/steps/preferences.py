@@ -65,7 +65,7 @@ def _sequence(tokens: np.ndarray, prompt: int, images: tuple[str, ...]) -> Examp
 def shared_rows(
   config: vlm.ModelConfig, preferences: list[Preference], layout: list[list[int]], pictures
 ) -> dict[str, np.ndarray]:
-  """A batch as `data.preferences` makes it; `layout` lists the numbers of each row's examples."""
+  """Returns a batch as training has it; `layout` lists the numbers of each row's examples."""
   held = [[preferences[n].shared for n in numbers] for numbers in layout]
   length = max(sum(len(example.tokens) for example in row) for row in held)
   images = max(len({path for example in row for path in example.images}) for row in held)

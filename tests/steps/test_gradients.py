@@ -18,9 +18,9 @@ from vlalign_jax import trees
 from vlalign_jax.config import defaults
 from vlalign_jax.data import plan
 from vlalign_jax.models import tiles, vlm
+from vlalign_jax.optim import optimizer
+from vlalign_jax.optim import state as training_state
 from vlalign_jax.steps import accumulate, sft, update
-from vlalign_jax.training import optimizer
-from vlalign_jax.training import state as training_state
 from vlalign_jax.weights import names
 
 OPTIM = defaults("sft").optim

@@ -20,9 +20,9 @@ from tests.steps import preferences
 from tests.steps.shared_prompts import EXAMPLES, LAYOUT, RUNS
 from vlalign_jax import trees
 from vlalign_jax.config import defaults
+from vlalign_jax.optim import optimizer
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import answers, dpo
-from vlalign_jax.training import optimizer
 
 STEPS, BETA, LABEL_SMOOTHING, SFT_WEIGHT = 20, 0.5, 0.1, 0.3
 

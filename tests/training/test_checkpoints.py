@@ -13,8 +13,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from vlalign_jax.errors import InputError
-from vlalign_jax.training import checkpoints, damage
-from vlalign_jax.training.state import TrainState
+from vlalign_jax.optim.state import TrainState
+from vlalign_jax.runs import checkpoints, damage
 
 pytestmark = [
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),

@@ -3,7 +3,7 @@
 import pytest
 
 from tests import checkpoints, sft_run
-from vlalign_jax.data import preferences, sft
+from vlalign_jax.input_pipeline import preferences, sft
 from vlalign_jax.training import examples
 from vlalign_jax.weights import source
 

@@ -7,7 +7,7 @@ import pytest
 
 from scripts import train_sft
 from tests import checkpoints, sft_run
-from vlalign_jax.training import loss_scale, state
+from vlalign_jax.optim import loss_scale, state
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from tests import checkpoints, reference
 from vlalign_jax import trees
 from vlalign_jax.config import defaults
 from vlalign_jax.models import vlm
-from vlalign_jax.training import optimizer
-from vlalign_jax.training import state as training_state
+from vlalign_jax.optim import optimizer
+from vlalign_jax.optim import state as training_state
 
 EMBEDDING = "language/embedding/embedding"
 

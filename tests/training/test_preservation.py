@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from vlalign_jax.errors import InputError
-from vlalign_jax.training import checkpoints, preservation
-from vlalign_jax.training.state import TrainState
+from vlalign_jax.optim.state import TrainState
+from vlalign_jax.runs import checkpoints, preservation
 
 LOSSES = {1: 4.0, 2: 1.5, 3: 3.0, 4: None, 5: 2.0, 6: 2.5}  # step -> eval/loss, if it was evaluated
 

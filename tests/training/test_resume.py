@@ -16,7 +16,7 @@ import pytest
 
 from scripts import train_sft
 from tests import checkpoints, sft_run
-from vlalign_jax.training import checkpoints as checkpoints_of_run
+from vlalign_jax.runs import checkpoints as checkpoints_of_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 60

@@ -8,7 +8,7 @@ from tests import sft_run
 from vlalign_jax import config as configs
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
-from vlalign_jax.training import run_directory
+from vlalign_jax.runs import run_directory
 
 PLAN = {"steps": 6, "records": 24, "examples": 7}
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from vlalign_jax import config
-from vlalign_jax.training import schedules
+from vlalign_jax.optim import schedules
 
 PEAK = 1e-3
 

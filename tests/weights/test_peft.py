@@ -19,7 +19,7 @@ from scripts import export_hf, train_sft
 from tests import adapters, checkpoints, reference, sft_run
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
-from vlalign_jax.training import checkpoints as run_checkpoints
+from vlalign_jax.runs import checkpoints as run_checkpoints
 from vlalign_jax.weights import export_adapters, load, pin, source
 
 LORA = {"rank": 4, "vision_rank": 2, "alpha": 6.0, "rank_stabilised": True}

@@ -9,10 +9,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from vlalign_jax.data import prompts
 from vlalign_jax.data.records import Record
 from vlalign_jax.generation.generate import Generated, log_memory, make_generate
 from vlalign_jax.generation.sampling import Sampling
+from vlalign_jax.input_pipeline import prompts
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.weights.source import Source

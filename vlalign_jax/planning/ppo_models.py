@@ -7,10 +7,10 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models import lora
 from vlalign_jax.models.vlm import SCORE, ModelConfig, abstract_params
+from vlalign_jax.optim import optimizer
 from vlalign_jax.planning import memory, planner
 from vlalign_jax.rollout import data, roles
 from vlalign_jax.steps.ppo import GAE
-from vlalign_jax.training import optimizer
 from vlalign_jax.weights import identity, source
 
 

@@ -6,10 +6,10 @@ import os
 from absl import logging
 from tqdm import tqdm
 
-from vlalign_jax.data import prompts
 from vlalign_jax.data.records import Record
 from vlalign_jax.generation.answers import Answer, generate_answers
 from vlalign_jax.generation.sampling import Sampling
+from vlalign_jax.input_pipeline import prompts
 from vlalign_jax.prediction import directory
 from vlalign_jax.prediction import records as data
 from vlalign_jax.weights.source import Source

@@ -7,9 +7,9 @@ from ml_collections import ConfigDict
 from vlalign_jax import config as configs
 from vlalign_jax import trees
 from vlalign_jax.models import backends, vlm
+from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import zero
-from vlalign_jax.training import checkpoints, run_directory
 from vlalign_jax.weights import load, source
 
 

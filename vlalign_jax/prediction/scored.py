@@ -13,9 +13,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from vlalign_jax.data.given import prepare_answers
 from vlalign_jax.data.records import Record
 from vlalign_jax.errors import InputError
+from vlalign_jax.input_pipeline.scored_answers import prepare_answers
 from vlalign_jax.models.vlm import SCORE
 from vlalign_jax.prediction import directory
 from vlalign_jax.prediction import records as data

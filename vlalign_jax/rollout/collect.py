@@ -11,9 +11,9 @@ from vlalign_jax import trees
 from vlalign_jax.data.records import Record
 from vlalign_jax.errors import InputError
 from vlalign_jax.rollout import reward_function
-from vlalign_jax.rollout import rows as layout
 from vlalign_jax.rollout.reward_text import TextReader
 from vlalign_jax.sharding import hosts
+from vlalign_jax.steps import answer_rows as layout
 from vlalign_jax.steps.ppo import State
 from vlalign_jax.steps.ppo_program import Program
 
@@ -55,7 +55,7 @@ class Rollout:
   """Answers to B prompts, N to each of up to M tokens; those of all hosts.
 
   Attributes:
-    rows: see `rollout.rows`, maybe with `vision_features`; on the devices.
+    rows: see `steps.answer_rows`, maybe with `vision_features`; on the devices.
     shape: (N, M).
     log_probabilities, reference: float32[B, N, M], on the devices.
     lengths: int32[B, N]; ended: bool[B, N]; the same on every host, as what follows.

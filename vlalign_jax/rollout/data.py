@@ -2,9 +2,9 @@
 
 import functools
 
-from vlalign_jax.data import prepare, prompts
 from vlalign_jax.errors import InputError
 from vlalign_jax.generation.sampling import Sampling
+from vlalign_jax.input_pipeline import prepare, prompts
 from vlalign_jax.models.vlm import ModelConfig
 from vlalign_jax.weights.source import Source
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vlalign_jax.data import prompts
-from vlalign_jax.data.prepare import Prepared
+from vlalign_jax.input_pipeline import prompts
+from vlalign_jax.input_pipeline.prepare import Prepared
 from vlalign_jax.rollout import collect
 from vlalign_jax.sharding import hosts
 from vlalign_jax.training import evaluation, start

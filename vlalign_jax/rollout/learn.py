@@ -8,15 +8,15 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from vlalign_jax.data import prompts
-from vlalign_jax.data.prepare import Prepared
+from vlalign_jax.input_pipeline import prompts
+from vlalign_jax.input_pipeline.prepare import Prepared
 from vlalign_jax.losses import kl, sums
 from vlalign_jax.losses import ppo as losses
 from vlalign_jax.losses.score_queue import ScoreQueue
 from vlalign_jax.rollout import collect
-from vlalign_jax.rollout import rows as layout
 from vlalign_jax.rollout.pretraining import Stream
 from vlalign_jax.sharding import hosts
+from vlalign_jax.steps import answer_rows as layout
 from vlalign_jax.steps.ppo import GAE, State
 
 # Of the updates of a step, these are reported as they were last, and the gap as it was at first:

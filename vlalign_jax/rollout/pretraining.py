@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlalign_jax.data import sft
-from vlalign_jax.data.prepare import Prepared
 from vlalign_jax.errors import InputError
+from vlalign_jax.input_pipeline import sft
+from vlalign_jax.input_pipeline.prepare import Prepared
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.training import loop, start

@@ -6,11 +6,11 @@ import os
 import numpy as np
 
 from vlalign_jax.data import templates
-from vlalign_jax.data.given import encode_answers
 from vlalign_jax.data.plan import LENGTH_MULTIPLE
-from vlalign_jax.data.prepare import LoadImage
 from vlalign_jax.data.records import Record
 from vlalign_jax.data.rows import answer_places, build_row
+from vlalign_jax.input_pipeline.prepare import LoadImage
+from vlalign_jax.input_pipeline.scored_answers import encode_answers
 from vlalign_jax.sharding import hosts
 from vlalign_jax.weights.source import Source
 

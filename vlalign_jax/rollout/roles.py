@@ -14,11 +14,13 @@ from vlalign_jax.data.templates import closing
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora
 from vlalign_jax.models.vlm import SCORE
+from vlalign_jax.optim import optimizer
 from vlalign_jax.rollout import collect
 from vlalign_jax.rollout.reward_text import TextReader
+from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.steps.ppo import State
 from vlalign_jax.steps.ppo_program import Program
-from vlalign_jax.training import checkpoints, optimizer, run_directory, start
+from vlalign_jax.training import start
 from vlalign_jax.weights import identity, pin
 from vlalign_jax.weights.adapters import Start
 from vlalign_jax.weights.load import check_weights, load_params

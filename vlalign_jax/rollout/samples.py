@@ -14,7 +14,7 @@ from vlalign_jax import html, storage
 from vlalign_jax.prediction import directory, gallery
 from vlalign_jax.prediction import records as data
 from vlalign_jax.rollout import collect
-from vlalign_jax.training import run_directory
+from vlalign_jax.runs import run_directory
 
 FILE, PAGE = "rollouts.jsonl", "rollouts.html"
 # Rollouts on the page, the newest ones: it has the pictures inside.

@@ -1,6 +1,6 @@
 """One optimizer update of PPO: the actor's and the critic's, from a mini-batch of a rollout.
 
-A mini-batch is rows of `rollout.rows` and, per token of their answers, float32[B, N, M]:
+A mini-batch is rows of `steps.answer_rows` and, per token of their answers, float32[B, N, M]:
 `old_log_probabilities` (when they were sampled), `reference_log_probabilities`, `advantages`, and
 with a critic `old_values` and `returns`; `mask` bool[B, N, M] says which tokens there are.
 """
@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from vlalign_jax import trees
 from vlalign_jax.losses import entropy, kl
 from vlalign_jax.losses import ppo as losses
-from vlalign_jax.rollout import rows as layout
+from vlalign_jax.optim.state import TrainState
 from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.steps import answer_rows as layout
 from vlalign_jax.steps import answers, sft, update
-from vlalign_jax.training.state import TrainState
 
 GAE, GRPO = "gae", "grpo"
 

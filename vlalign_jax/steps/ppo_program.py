@@ -13,10 +13,10 @@ from vlalign_jax import trees
 from vlalign_jax.generation.generate import log_memory, make_generate
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models.vlm import ModelConfig, abstract_params
-from vlalign_jax.rollout import rows as layout
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import zero
 from vlalign_jax.steps import accumulate, ppo, program, rollout
+from vlalign_jax.steps import answer_rows as layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Program:
     check_memory: (rows, tokens of each) -> bytes that sampling holds on each device, stated once;
       see `generate.log_memory`.
     sample: (all parameters, prompts, int32[B] streams, seed) -> Generated.
-    answer_rows: see `rollout.rows`.
+    answer_rows: see `steps.answer_rows`.
     vision_features: (the actor's vision parameters, rows) -> float[B, I, P, W].
     reference: (the actor's frozen parameters, rows, shape) -> float32[B, N, M] log-probabilities.
     values: (the critic's trained and frozen parameters, rows, shape) -> float32[B, N, M].

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from vlalign_jax import trees
 from vlalign_jax.models import lora
 from vlalign_jax.models.vlm import ModelConfig, abstract_params
+from vlalign_jax.optim import optimizer
+from vlalign_jax.optim import state as training_state
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import zero
 from vlalign_jax.steps import update
-from vlalign_jax.training import optimizer
-from vlalign_jax.training import state as training_state
 
 
 @dataclasses.dataclass(frozen=True)

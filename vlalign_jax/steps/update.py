@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from vlalign_jax.optim import loss_scale
+from vlalign_jax.optim import state as training_state
 from vlalign_jax.steps import accumulate
-from vlalign_jax.training import loss_scale
-from vlalign_jax.training import state as training_state
 
 
 class Mixed(NamedTuple):

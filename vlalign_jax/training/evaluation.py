@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 
-from vlalign_jax.data.prepare import Prepared
+from vlalign_jax.input_pipeline.prepare import Prepared
 from vlalign_jax.losses import sums as reported
 from vlalign_jax.sharding import hosts
 from vlalign_jax.training import loop

@@ -9,7 +9,7 @@ import numpy as np
 from vlalign_jax import html
 from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER
 from vlalign_jax.data.encode import Example
-from vlalign_jax.data.prepare import Prepared
+from vlalign_jax.input_pipeline.prepare import Prepared
 
 FILE = "examples.html"
 SHOWN = 10

@@ -11,9 +11,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from vlalign_jax.errors import InputError
-from vlalign_jax.training import checkpoints
+from vlalign_jax.optim.state import TrainState
+from vlalign_jax.runs import checkpoints
 from vlalign_jax.training.metrics import MetricLog, Throughput
-from vlalign_jax.training.state import TrainState
 
 # Metrics are read this many steps late, so that the devices never wait for the host.
 LAG = 2

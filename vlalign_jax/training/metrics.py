@@ -13,7 +13,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from vlalign_jax import storage
-from vlalign_jax.training import run_directory
+from vlalign_jax.runs import run_directory
 
 # A bucket takes files as a whole: seconds between copies of the log while nothing is saved.
 UPLOAD_EVERY = 60.0

@@ -16,8 +16,8 @@ from etils import epath
 from tqdm import tqdm
 
 from vlalign_jax import storage
-from vlalign_jax.data.prepare import Prepared
 from vlalign_jax.errors import InputError
+from vlalign_jax.input_pipeline.prepare import Prepared
 from vlalign_jax.sharding import hosts
 from vlalign_jax.steps import dpo
 from vlalign_jax.steps.program import reference_model

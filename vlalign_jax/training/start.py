@@ -7,11 +7,13 @@ from absl import logging
 
 from vlalign_jax import config as configs
 from vlalign_jax import storage, trees
-from vlalign_jax.data.prepare import Prepared
+from vlalign_jax.input_pipeline.prepare import Prepared
+from vlalign_jax.optim import optimizer
+from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps.program import Program
-from vlalign_jax.training import checkpoints, examples, optimizer, run_directory
+from vlalign_jax.training import examples
 from vlalign_jax.weights import export, load, pin, source
 
 

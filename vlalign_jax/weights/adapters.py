@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 from vlalign_jax import storage, trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora, vlm
-from vlalign_jax.training import checkpoints, optimizer, run_directory
+from vlalign_jax.optim import optimizer
+from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.weights import hf_config, names, peft, pin
 from vlalign_jax.weights.tensors import Tensor, read_headers
 

@@ -6,7 +6,7 @@ import os
 
 from vlalign_jax import trees
 from vlalign_jax.models import lora, vlm
-from vlalign_jax.training import checkpoints, run_directory
+from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.weights import load, pin
 from vlalign_jax.weights.parts import Source
 

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora, vlm
-from vlalign_jax.training import checkpoints
+from vlalign_jax.runs import checkpoints
 from vlalign_jax.weights import names, peft, runs
 from vlalign_jax.weights.parts import Source
 from vlalign_jax.weights.tensors import Tensor

@@ -4,8 +4,8 @@ import dataclasses
 
 from vlalign_jax import trees
 from vlalign_jax.models import lora, vlm
+from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.sharding import zero
-from vlalign_jax.training import checkpoints, run_directory
 from vlalign_jax.weights.parts import Source
 
 

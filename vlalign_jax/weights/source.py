@@ -14,7 +14,7 @@ from vlalign_jax.data.images import ImagePreprocessor
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora, vlm
 from vlalign_jax.models.vlm import LANGUAGE, SCORE, ModelConfig
-from vlalign_jax.training import checkpoints, run_directory
+from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.weights import adapters, assemble, hf_config, pin, tensors
 from vlalign_jax.weights.parts import Source, from_parts, load_generation, load_tokenizer
 

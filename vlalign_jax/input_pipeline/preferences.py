@@ -4,7 +4,8 @@ import functools
 
 import numpy as np
 
-from vlalign_jax.data import encode_preferences, measure, prepare
+from vlalign_jax.data import encode_preferences, measure
+from vlalign_jax.input_pipeline import prepare
 
 
 def _describe(measured: measure.Measured, max_length: int) -> str:

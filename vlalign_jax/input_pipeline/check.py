@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from vlalign_jax.data import measure, mixture, plan, preferences, prepare, prompts, sft
+from vlalign_jax.data import measure, mixture, plan
 from vlalign_jax.data.records import Record, scan_records
 from vlalign_jax.errors import InputError
+from vlalign_jax.input_pipeline import preferences, prepare, prompts, sft
 from vlalign_jax.weights.source import Source
 
 KINDS = {

@@ -4,7 +4,7 @@ import optax
 
 from vlalign_jax import trees
 from vlalign_jax.models import lora
-from vlalign_jax.training import loss_scale, schedules
+from vlalign_jax.optim import loss_scale, schedules
 
 GROUPS = ("base", "embeddings", "projector")
 

@@ -7,32 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-# Evaluation metrics that checkpoints can be ranked by -> whether more of it is better.
-HIGHER_IS_BETTER = {
-  "eval/loss": False,
-  "eval/perplexity": False,
-  "eval/token_accuracy": True,
-  "eval/exact_match": True,
-  "eval/accuracy": True,
-  "eval/margin": True,
-  "eval/rewards/accuracies": True,
-  "eval/rewards/margins": True,
-  "eval/logps/accuracies": True,
-  "eval/objective/scores": True,
-  "eval/objective/rlhf_reward": True,
-}
-# Those that each stage reports.
-METRICS = {
-  "sft": ("eval/loss", "eval/perplexity", "eval/token_accuracy", "eval/exact_match"),
-  "reward": ("eval/loss", "eval/accuracy", "eval/margin"),
-  "dpo": (
-    "eval/loss",
-    "eval/rewards/accuracies",
-    "eval/rewards/margins",
-    "eval/logps/accuracies",
-  ),
-  "ppo": ("eval/objective/scores", "eval/objective/rlhf_reward"),
-}
+from vlalign_jax.evaluation_metrics import HIGHER_IS_BETTER
 
 
 @dataclasses.dataclass
@@ -43,7 +18,7 @@ class NewestAndBest:
     directory: of the checkpoints.
     newest: how many of the newest stay.
     best: how many of the best stay; those that were not evaluated are never among them.
-    metric: what makes the best, one of HIGHER_IS_BETTER.
+    metric: what makes the best, one of `evaluation_metrics.HIGHER_IS_BETTER`.
   """
 
   directory: epath.Path
@@ -82,7 +57,7 @@ def ranked(metrics: Mapping[int, Mapping[str, float]], metric: str) -> list[int]
 
   Args:
     metrics: step -> metric -> value; a value that is not finite counts as none.
-    metric: one of HIGHER_IS_BETTER.
+    metric: one of `evaluation_metrics.HIGHER_IS_BETTER`.
   """
   sign = -1 if HIGHER_IS_BETTER[metric] else 1
   values = {

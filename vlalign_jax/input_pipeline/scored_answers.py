@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from vlalign_jax.data import measure, prepare
+from vlalign_jax.data import measure
 from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER
 from vlalign_jax.data.encode import Example, check_image_token, check_placed, expand
 from vlalign_jax.data.encode_preferences import answer_texts, branch
@@ -14,6 +14,7 @@ from vlalign_jax.data.records import Record
 from vlalign_jax.data.templates import closing
 from vlalign_jax.data.tokens import tokenize_branches
 from vlalign_jax.errors import InputError
+from vlalign_jax.input_pipeline import prepare
 from vlalign_jax.weights.source import Source
 
 

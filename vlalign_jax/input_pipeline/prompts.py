@@ -4,13 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlalign_jax.data import measure, plan, prepare
+from vlalign_jax.data import measure, plan
 from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER, Turn
 from vlalign_jax.data.encode import Example, check_image_token, check_placed, expand
 from vlalign_jax.data.records import Record
 from vlalign_jax.data.templates import prompt_pieces, turn_pieces
 from vlalign_jax.data.tokens import tokenize_pieces, vocabulary
 from vlalign_jax.errors import InputError
+from vlalign_jax.input_pipeline import prepare
 from vlalign_jax.weights.source import Source
 
 LENGTH_MULTIPLE = 16

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vlalign_jax.training import loss_scale
+from vlalign_jax.optim import loss_scale
 
 
 class TrainState(NamedTuple):

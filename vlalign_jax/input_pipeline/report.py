@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlalign_jax.data import check, plan
+from vlalign_jax.data import plan
 from vlalign_jax.data.measure import Measured
-from vlalign_jax.data.prepare import LoadExample
+from vlalign_jax.input_pipeline import check
+from vlalign_jax.input_pipeline.prepare import LoadExample
 
 
 def describe(config, report: check.Report) -> list[str]:

@@ -19,9 +19,9 @@ from jax.experimental import multihost_utils
 
 from vlalign_jax import storage, trees
 from vlalign_jax.errors import InputError
-from vlalign_jax.training import preservation
-from vlalign_jax.training.damage import Damaged, reading
-from vlalign_jax.training.state import TrainState
+from vlalign_jax.optim.state import TrainState
+from vlalign_jax.runs import preservation
+from vlalign_jax.runs.damage import Damaged, reading
 
 DIRECTORY = "checkpoints"
 MEND = "; restore it, or move it away to use the checkpoint before"
