@@ -108,11 +108,7 @@ def make_program(
   )
   reward = reward_model and _make_scorer(config, reward_model, mesh)
   reference_graphdef = program.reference_graphdef(config, model, mesh)
-  of_head = {
-    "mesh": mesh,
-    "chunk": meshes.head_chunk(mesh),
-    "temperature": settings.temperature,
-  }
+  of_head = {"mesh": mesh, "chunk": meshes.head_chunk(mesh), "sampling": sampling}
   rows_place, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
   # As many rows at a time as an update takes.
   of_parts = functools.partial(_by_parts, mesh=mesh, parts=parts, placement=rows_place)
@@ -159,7 +155,7 @@ def make_program(
   placement = ppo.make_state(actor.placement, critic.placement if critic else ())
   placement = placement._replace(step=everywhere)
   update_step = functools.partial(
-    ppo.update_step, actor=actor, critic=critic, config=config, mesh=mesh
+    ppo.update_step, actor=actor, critic=critic, config=config, sampling=sampling, mesh=mesh
   )
   return Program(
     actor=actor,
