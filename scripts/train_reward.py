@@ -14,7 +14,7 @@ from vlalign_jax.losses import sums
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import reward as steps
-from vlalign_jax.training import evaluation, loop, start
+from vlalign_jax.training import evaluation, loop, start, updates
 
 
 def train_and_evaluate(c, workdir: str) -> None:
@@ -31,6 +31,7 @@ def train_and_evaluate(c, workdir: str) -> None:
 
   # --- The compiled functions and the shapes of what they take; nothing is allocated yet ---
   program = steps.make_program(c, source.config, mesh, train.plan.steps)
+  updates.check(c, program.state.params, train.plan.steps)
 
   # --- The newest checkpoint, or the weights to start from ---
   manager, state, progress = start.restore_or_load(c, workdir, source, program, train)

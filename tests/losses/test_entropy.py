@@ -17,7 +17,7 @@ def expected(hidden, kernel, targets, weights, by_log, by_entropy, left_out=None
   )
   logits = hidden @ kernel
   if left_out is not None:
-    logits = logits.masked_fill(torch.tensor(left_out), -torch.inf)
+    logits = logits.masked_fill(torch.tensor(left_out), -1e9)
   policy = torch.distributions.Categorical(logits=logits)
   counts = torch.tensor(weights != 0)
   found = torch.where(counts, policy.log_prob(torch.tensor(targets)), 0.0)
