@@ -52,7 +52,7 @@ class Pace:
 
   Args:
     lag: how many steps late the loop reports them. While a step is compiled the devices finish
-      those before it, which are then reported at once: so many intervals more are left out.
+      those before it, which are then reported at once: so many intervals are left out.
     together: seconds; units that come faster belong to the ones before, see TOGETHER.
     clock: () -> seconds.
     compiling: (start, end) -> seconds of compilation between.
@@ -85,7 +85,7 @@ class Pace:
         self._intervals[-1][1] += units
       return
     if compiled > _COMPILES * seconds:
-      self._left_out = 1 + self._lag
+      self._left_out = max(1, self._lag)
     self._counts = not self._left_out
     if self._counts:
       self._intervals.append([seconds - compiled, units])

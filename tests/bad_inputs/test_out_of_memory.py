@@ -71,7 +71,8 @@ def test_what_devices_say(name):
   assert "\n" not in message
   there = {"TPU compiler": "has 15.8 GiB", "TPU runtime": "1.2 GiB", "TPU reserve": "1.4 GiB"}
   assert there.get(name, "this host has") in message
-  assert "grad_accumulation" in message and "batch_size" in message
+  assert "grad_accumulation" in message
+  assert "batch_size" in message
 
 
 def test_what_hosts_say():
@@ -129,7 +130,8 @@ def test_advice_names_what_is_left_to_change(monkeypatch):
   assert "ppo.sample_parts" in out_of_memory.advice(out_of_memory.SAMPLING, config)
   config.model.remat, config.mesh.zero_stage = "full", 3
   found = out_of_memory.advice(out_of_memory.TRAINING, config)
-  assert "remat" not in found and "zero_stage" not in found
+  assert "remat" not in found
+  assert "zero_stage" not in found
 
 
 def _step_that_fails(monkeypatch, field, at: int):
