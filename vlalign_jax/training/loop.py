@@ -138,7 +138,7 @@ def run(
     try:
       with out_of_memory.explained(out_of_memory.EVALUATION, config):
         found = stage.evaluate(state)
-    except InputError:  # bad evaluation data shall not cost what was trained
+    except InputError:  # an evaluation that fails must not cost what was trained
       save(step)
       raise
     found = {f"eval/{key}": value for key, value in found.items()}
@@ -175,8 +175,9 @@ def run(
       skipped = rows.pop("skipped")
       counts = stage.count(rows, skipped, stop.asked)
       try:
-        state, metrics = stage.train_step(state, rows)
-      except InputError:  # a rollout that cannot be scored shall not cost those before it
+        with out_of_memory.explained(out_of_memory.TRAINING, config):
+          state, metrics = stage.train_step(state, rows)
+      except InputError:  # a step that fails must not cost those before it
         save_before(step, position)
         raise
       pending.append((step, metrics, counts))
