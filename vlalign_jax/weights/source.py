@@ -11,12 +11,13 @@ from transformers import LlavaConfig
 
 from vlalign_jax import storage, trees
 from vlalign_jax.data.images import ImagePreprocessor
+from vlalign_jax.data.templates import end_tokens
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora, vlm
 from vlalign_jax.models.vlm import LANGUAGE, SCORE, ModelConfig
 from vlalign_jax.training import checkpoints, run_directory
 from vlalign_jax.weights import adapters, assemble, hf_config, pin, tensors
-from vlalign_jax.weights.parts import Source, from_parts, load_generation, load_tokenizer
+from vlalign_jax.weights.parts import Source, from_parts, load_generation, load_tokenizer, with_ends
 
 # What a run's stage trains; the others train what speaks.
 HEADS = {"reward": SCORE}
@@ -150,10 +151,13 @@ def _open_run(directory: str, which: str, aspect: str) -> Source:
   base = pin.check(base, directory)
   base = _with_head(base, HEADS.get(config["stage"], LANGUAGE), config["model"]["init_from"])
   files = storage.local(f"{directory}/model")
+  tokenizer = load_tokenizer(files)
+  ends = end_tokens(config["data"]["template"], tokenizer)
   step = checkpoints.find_step(directory, which, config["best_metric"])
   return dataclasses.replace(
     base,
-    tokenizer=load_tokenizer(files),
+    tokenizer=tokenizer,
+    generation=with_ends(base.generation, ends),
     images=ImagePreprocessor.from_directory(files, aspect),
     runs=(*base.runs, (directory, step)),
   )
