@@ -33,6 +33,7 @@ class Source:
     runs: run directories with the checkpoint step to take trained parameters from, oldest first;
       adapters among these are merged into the weights.
     start: what the adapters of `config` start from, if they are not fresh.
+    new_tokens: whether the model has more tokens than its files, see `assembled`.
   """
 
   config: ModelConfig
@@ -44,11 +45,15 @@ class Source:
   fresh: tuple[str, ...] = ()
   runs: tuple[tuple[str, int], ...] = ()
   start: adapters.Start | None = None
+  new_tokens: bool = False
 
   @property
   def assembled(self) -> bool:
-    """Whether it is made of two towers, whose vocabulary may be smaller than the model's."""
-    return "projector/" in self.fresh
+    """Whether it is made of two towers, whose vocabulary may be smaller than the model's.
+
+    A model in LLaVA's own layout, whose vocabulary has no `<image>`, counts as one.
+    """
+    return "projector/" in self.fresh or self.new_tokens
 
 
 def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
