@@ -89,7 +89,7 @@ def test_generate_ends_where_prediction_ends(model, template, tmp_path):
     cases.append((_with_tokens(ours, tokens), inputs))
   for prompt, inputs in cases:
     assert inputs["input_ids"][0].tolist() == prompt.tokens.tolist()
-    rows = model.rows([prompt], length=1024)
+    rows = model.rows([prompt], length=-(-len(prompt.tokens) // 64) * 64)
     (endless,), ended = answers(model, rows, max_new_tokens=LIMIT)
     assert not any(ended)
     assert not set(endless) & set(stops)
