@@ -11,6 +11,7 @@ from ml_collections import config_flags
 from vlalign_jax import cli
 from vlalign_jax.input_pipeline import preferences as data
 from vlalign_jax.losses import sums
+from vlalign_jax.optim import updates
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import dpo as steps
@@ -29,6 +30,10 @@ def train_and_evaluate(c, workdir: str) -> None:
   held_out = data.prepare_eval(c, source, eval_records, blocks)
   start.check_same_data(train, held_out)
 
+  # --- The compiled functions and the shapes of what they take; nothing is allocated yet ---
+  program = steps.make_program(c, source.config, mesh, train.plan.steps)
+  updates.check(c, program.state.params, train.plan.steps)
+
   # --- The reference's part, if it is computed before the run ---
   share, tables = start.my_share(mesh), {}
   if c.dpo.reference == steps.CACHED:
@@ -39,9 +44,6 @@ def train_and_evaluate(c, workdir: str) -> None:
     if tables:
       rows = reference.prepare_rows(tables[name], rows)
     return hosts.to_device(mesh, rows)
-
-  # --- The compiled functions and the shapes of what they take; nothing is allocated yet ---
-  program = steps.make_program(c, source.config, mesh, train.plan.steps)
 
   # --- The newest checkpoint, or the weights to start from ---
   manager, state, progress = start.restore_or_load(c, workdir, source, program, train)

@@ -42,6 +42,7 @@ def train_and_evaluate(c, workdir: str) -> None:
     train.plan.steps,
     actor.tokenizer.pad_token_id,
   )
+  ppo_program.check_updates(c, program, train.plan.steps)
 
   # --- The newest checkpoint, or the weights to start from ---
   manager, state, progress = start.restore_or_load(

@@ -11,6 +11,7 @@ from ml_collections import config_flags
 from vlalign_jax import cli
 from vlalign_jax.input_pipeline import preferences as data
 from vlalign_jax.losses import sums
+from vlalign_jax.optim import updates
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import reward as steps
@@ -31,6 +32,7 @@ def train_and_evaluate(c, workdir: str) -> None:
 
   # --- The compiled functions and the shapes of what they take; nothing is allocated yet ---
   program = steps.make_program(c, source.config, mesh, train.plan.steps)
+  updates.check(c, program.state.params, train.plan.steps)
 
   # --- The newest checkpoint, or the weights to start from ---
   manager, state, progress = start.restore_or_load(c, workdir, source, program, train)

@@ -10,6 +10,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 import vlalign_jax
+from vlalign_jax import presets
 from vlalign_jax.config import unknown_key
 from vlalign_jax.errors import InputError
 from vlalign_jax.sharding import processes
@@ -62,6 +63,7 @@ def _is_worth_a_line(record: LogRecord) -> bool:
 
 def _parse(argv: list[str]) -> list[str]:
   """Parses the flags; what users get wrong there becomes an InputError."""
+  argv = presets.find_installed(argv)
   file = _config_file(argv)
   kinds = {} if file is None else _kinds(_load_config(file))
   _check_overrides(argv, file, kinds)

@@ -35,9 +35,12 @@ def add(c: ConfigDict) -> None:
   # Sampling of answers.
   ppo.num_samples = 1  # answers to each prompt; rloo and grpo need two
   ppo.max_new_tokens = 384  # TRL: 53; original: 384
-  ppo.min_new_tokens = 0
-  # What is learnt, and compared with the reference, is the policy at its temperature (as in TRL);
-  # what top_k and top_p cut off is as if it might have been sampled (as in the original).
+  ppo.min_new_tokens = 0  # tokens before which no answer may end
+  # What is learnt, and compared with the reference, is the policy at its temperature (as in TRL),
+  # among the tokens that it may choose: an image token never, an end token not before
+  # min_new_tokens. What top_k and top_p cut off counts as if it could have been sampled (as in TRL
+  # and the original), so that log-probabilities, KL and entropy are those of another distribution
+  # than the sampler's. policy/cut_probability says how much they cut off, a mean over tokens.
   ppo.temperature = 1.0  # TRL: 0.7; original: 0.75
   ppo.top_k = 0  # 0: all (original: 50)
   ppo.top_p = 1.0  # original: 0.95

@@ -7,18 +7,21 @@ import pytest
 import torch
 
 from tests.losses.test_head import V, close, make_inputs
-from vlalign_jax.losses import entropy
+from vlalign_jax.losses import entropy, head, support
 
 
-def expected(hidden, kernel, targets, weights, by_log, by_entropy):
+def expected(hidden, kernel, targets, weights, by_log, by_entropy, left_out=None):
   """(log-probabilities, entropies, gradients by hidden and kernel of their weighted sum)."""
   hidden, kernel = (
     torch.tensor(x.astype(np.float64), requires_grad=True) for x in (hidden, kernel)
   )
-  logs = torch.log_softmax(hidden @ kernel, dim=-1)
+  logits = hidden @ kernel
+  if left_out is not None:
+    logits = logits.masked_fill(torch.tensor(left_out), -1e9)
+  policy = torch.distributions.Categorical(logits=logits)
   counts = torch.tensor(weights != 0)
-  found = logs.gather(2, torch.tensor(targets)[:, :, None].long())[:, :, 0] * counts
-  entropies = torch.distributions.Categorical(logits=hidden @ kernel).entropy() * counts
+  found = torch.where(counts, policy.log_prob(torch.tensor(targets)), 0.0)
+  entropies = policy.entropy() * counts
   total = (found * torch.tensor(by_log)).sum() + (entropies * torch.tensor(by_entropy)).sum()
   total.backward()
   return [x.detach().numpy() for x in (found, entropies, hidden.grad, kernel.grad)]
@@ -41,6 +44,39 @@ def test_values_and_gradients_are_torch_s(shards, chunk):
   (_, found), gradients = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(hidden, kernel)
   wanted = expected(hidden, kernel, targets, weights, by_log, by_entropy)
   for one, other in zip((*found, *gradients), wanted, strict=True):
+    close(one, other, 1e-5)
+
+
+@pytest.mark.parametrize("function", ["alone", "with entropies"])
+def test_what_may_not_be_chosen_has_no_probability(function):
+  """Values and gradients, where some tokens are forbidden always and some only at first."""
+  hidden, kernel, targets, weights = make_inputs(0.6)
+  rng = np.random.default_rng(2)
+  always, at_first = np.zeros((2, V), bool)
+  always[[0, 5]] = at_first[[1, 2, V - 1]] = True
+  early = rng.random(targets.shape) < 0.5
+  left_out = always | (early[..., None] & at_first)
+  # No learnt target is forbidden; where nothing is learnt, targets are 0, which is.
+  allowed = np.argsort(rng.random(left_out.shape) + 2 * left_out, axis=-1)[..., 0]
+  targets = np.where(weights != 0, allowed, 0).astype(np.int32)
+  by_log, by_entropy = rng.normal(size=(2, *targets.shape))
+  limits = support.Support(jnp.array(always), jnp.array(at_first), jnp.array(early))
+  options = {"shards": 2, "chunk": 5, "support": limits}
+
+  def total(hidden, kernel):
+    if function == "alone":
+      found = (head.token_log_probabilities(hidden, kernel, targets, weights, **options),)
+    else:
+      found = entropy.token_log_probabilities_and_entropies(
+        hidden, kernel, targets, weights, **options
+      )
+    return sum(jnp.sum(x * by) for x, by in zip(found, (by_log, by_entropy), strict=False)), found
+
+  (_, found), gradients = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(hidden, kernel)
+  if function == "alone":
+    by_entropy = np.zeros(targets.shape)
+  wanted = expected(hidden, kernel, targets, weights, by_log, by_entropy, left_out)
+  for one, other in zip((*found, *gradients), (*wanted[: len(found)], *wanted[2:]), strict=True):
     close(one, other, 1e-5)
 
 

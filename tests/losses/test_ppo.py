@@ -186,8 +186,10 @@ def test_a_rollout_and_its_updates_equal_trl(kind):
   whitened = advantages.whiten(gains, mask)
   close(whitened, run["whitened"])
 
+  coefficients = dict.fromkeys(("kl_coefficient", "first_coefficient"), arguments["kl_coef"])
+  # TRL has the penalty of a missing end, which is none by default, in all that it calls scores.
   objective = sums.quotients(
-    ppo.objective(scores, estimates, logps, mask, ended, kl_coefficient=arguments["kl_coef"])
+    ppo.objective(scores, scores, estimates, logps, mask, ended, **coefficients)
   )
   wanted = run["metrics"]
   # TRL counts a log-probability of 1 for padding.
@@ -239,7 +241,9 @@ def test_without_tokens_everything_is_zero():
     assert not np.any([*metrics.values()])
     assert not np.any(gradient)
   assert ppo.value_loss(nan, nan, nan, nothing)[0] == (0, 0)
-  found = ppo.objective(nan[:, 0], nan, nan, nothing, ENDED, kl_coefficient=0.1)
+  one = nan[:, 0]
+  coefficients = {"kl_coefficient": 0.1, "first_coefficient": 0.2}
+  found = ppo.objective(one, one, nan, nan, nothing, ENDED, **coefficients)
   assert not any(np.any(x) for x in found.values())
 
 

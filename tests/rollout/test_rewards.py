@@ -178,9 +178,10 @@ def test_answers_of_which_none_ends_keep_their_scores(files, tmp_path):
   assert (rollout.lengths == config.ppo.max_new_tokens).all()
   assert metrics["val/num_eos_tokens"] == 0
   assert metrics["val/bad_scores"] == 0
-  assert metrics["scores/mean"] == pytest.approx(rollout.scores.mean(), rel=1e-5)
+  assert metrics["objective/scores"] == pytest.approx(rollout.scores.mean(), rel=1e-5)
+  assert metrics["objective/scores_std"] == pytest.approx(rollout.scores.std(), rel=1e-5)
   less = np.clip(rollout.scores - 0.5, -config.ppo.score_clip, config.ppo.score_clip)
-  assert metrics["objective/scores"] == pytest.approx(less.mean(), rel=1e-5)
+  assert metrics["objective/shaped_scores"] == pytest.approx(less.mean(), rel=1e-5)
   assert np.isfinite(list(map(float, metrics.values()))).all()
   assert metrics["skipped_steps"] == 0
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
@@ -190,6 +191,8 @@ def test_answers_of_which_none_ends_keep_their_scores(files, tmp_path):
   logps = rollout.log_probabilities
   fields, _ = steps.learn_from(
     rollout.scores,
+    rollout.scores,
+    logps,
     logps,
     logps,
     np.zeros(logps.shape, np.float32),

@@ -23,12 +23,14 @@ SETTINGS = {
     "ppo.loss_level": "sequence",
     "ppo.temperature": 0.7,
   },
+  "at least 3 tokens": {"ppo.num_samples": 2, "ppo.min_new_tokens": 3, "ppo.temperature": 1.3},
   "grpo": {
     "ppo.estimator": "grpo",
     "ppo.num_samples": 3,
     "ppo.loss_level": "answer",
     "ppo.entropy_coefficient": 0.03,
     "ppo.sft_weight": 0.7,
+    "ppo.min_new_tokens": 2,
     "grad_accumulation": 2,
   },
 }
@@ -45,6 +47,7 @@ class Torch:
 
   def __init__(self, files, config, run, rollout):
     self.c, self.p = config, config.ppo
+    self.image, self.ends = run.model.image_token_id, list(run.sampling.stop_tokens)
     self.actor, self.reference = copy.deepcopy(files.actor), files.other
     self.scorer, self.scorer_kernel = files.scorer, files.kernel
     self.critic = copy.deepcopy(files.scorer)
@@ -73,12 +76,14 @@ class Torch:
       self.answers.append(group)
 
   def log_probabilities(self, model, answer):
-    """(log-probabilities, entropies) of the tokens."""
+    """(log-probabilities, entropies) of the tokens, among those that the sampler may choose."""
     M = len(answer.tokens)
     logits = model(**answer.inputs).logits[0, -M - 1 : -1] / self.p.temperature
-    logs = torch.log_softmax(logits, dim=-1)
-    chosen = logs.gather(1, torch.tensor(answer.tokens)[:, None].long())[:, 0]
-    return chosen, -(logs.exp() * logs).sum(-1)
+    forbidden = torch.zeros(logits.shape, dtype=torch.bool)
+    forbidden[:, self.image] = True
+    forbidden[: self.p.min_new_tokens, self.ends] = True
+    policy = torch.distributions.Categorical(logits=logits.masked_fill(forbidden, -torch.inf))
+    return policy.log_prob(torch.tensor(answer.tokens)), policy.entropy()
 
   def values(self, answer):
     hidden = self.critic.model(**answer.judged).last_hidden_state[0]
@@ -228,6 +233,8 @@ def test_a_step_equals_torch(name, files, tmp_path):
   wanted = np.mean([(a.old - a.reference).sum() for a in every])
   assert metrics["objective/kl"] == pytest.approx(wanted, rel=1e-4)
   assert metrics["val/sampler_gap"] < 1e-5
+  assert metrics["policy/cut_probability"] < 1e-5  # nothing is cut off
+  assert lengths.min() >= max(1, config.ppo.min_new_tokens)
 
   for key, wanted in plain.learn().items():
     assert metrics[key] == pytest.approx(wanted, rel=1e-4, abs=1e-5), key

@@ -37,7 +37,7 @@ def first_line(directory, stage: str, name: str, size: int, workdir):
     directory / "model",
     directory / f"{kind}_{name}.json",
     stage,
-    **{"batch_size": size, "steps": 1, "data.shuffle": False},
+    **{"batch_size": size, "steps": 1, "optim.warmup": 0.0, "data.shuffle": False},
   )
   SCRIPTS[stage].train_and_evaluate(config, str(workdir / f"{stage}_{name}"))
   return sft_run.read_metrics(str(workdir / f"{stage}_{name}"))[0]

@@ -27,8 +27,8 @@ class Generated(NamedTuple):
     lengths: int32[B, N], tokens of each answer, its stop token included.
     ended: bool[B, N], whether it has one; otherwise it was cut at M.
     log_probabilities: float32[B, N, M], of the tokens under the model itself, before penalties and
-      truncation: what a training forward pass gives. Before temperature, too, unless what is asked
-      for is `tempered`. 0 behind the end.
+      truncation: what a training forward pass gives. If what is asked for is `tempered`, at the
+      temperature and among the tokens that may be chosen. 0 behind the end.
     drawn_log_probabilities: float32[B, N, M], under the distribution that they were drawn from.
   """
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlalign_jax.errors import InputError
 
@@ -24,7 +25,8 @@ class Sampling:
     top_k: only the k likeliest tokens are candidates (of equal ones, the lowest ids); 0: all.
     top_p: only the fewest likeliest candidates whose probabilities sum to it or more (Holtzman et
       al. 2020, "nucleus"), and without top_k those as likely as the last of them; 1: all.
-    tempered: whether what is reported as a token's log-probability is that at the temperature.
+    tempered: whether what is reported as a token's log-probability is that at the temperature,
+      among the tokens that are not `forbidden`: what PPO's learner and reference compute, too.
   """
 
   max_new_tokens: int
@@ -74,6 +76,24 @@ def check(sampling: Sampling, vocab_size: int) -> None:
       )
 
 
+def forbidden(sampling: Sampling, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens that are never chosen, whatever the logits are.
+
+  Args:
+    sampling: has suppress, stop_tokens and min_new_tokens.
+    vocab_size: V.
+
+  Returns:
+    bool[V] those forbidden at every step, and bool[V] those forbidden at steps below
+    min_new_tokens.
+  """
+  always, early = np.zeros((2, vocab_size), bool)
+  always[list(sampling.suppress)] = True
+  if sampling.min_new_tokens:
+    early[list(sampling.stop_tokens)] = True
+  return always, early
+
+
 def row_keys(seed, prompts, samples: int):
   """Random keys of samples, each its own whatever it is batched with.
 
@@ -103,10 +123,12 @@ def choose(logits, seen, keys, step, sampling: Sampling):
 
   Returns:
     tokens int32[B, N]; float32[B, N] their log-probabilities under the model itself (`tempered`:
-    with its logits divided by the temperature), which are what a training forward pass gives;
-    float32[B, N] those under the distribution that was drawn from.
+    with its logits divided by the temperature, and without the tokens that are `forbidden`), which
+    are what a training forward pass gives; float32[B, N] those under the distribution that was
+    drawn from. Tempered, and without a repetition penalty, the two differ by the logarithm of the
+    probability that top_k and top_p leave.
   """
-  allowed = _allowed(logits, seen, step, sampling)
+  allowed = _permitted(_penalised(logits, seen, sampling), step, sampling)
   if sampling.temperature == 0:
     tokens = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
     drawn = jnp.zeros(tokens.shape, jnp.float32)
@@ -114,22 +136,25 @@ def choose(logits, seen, keys, step, sampling: Sampling):
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, step)
     tokens, drawn = _draw(allowed / sampling.temperature, keys, sampling)
   if sampling.tempered:
-    logits = logits / sampling.temperature
+    logits = _permitted(logits, step, sampling) / sampling.temperature
   chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
   return tokens, chosen - jax.nn.logsumexp(logits, axis=-1), drawn
 
 
-def _allowed(logits, seen, step, sampling: Sampling):
-  """Logits with repetition penalty, and -inf where a token must not be chosen."""
-  if seen is not None:
-    penalty = sampling.repetition_penalty
-    logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
-  if sampling.min_new_tokens and sampling.stop_tokens:
-    stops = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(sampling.stop_tokens))
-    logits = jnp.where(stops & (step < sampling.min_new_tokens), -jnp.inf, logits)
-  if sampling.suppress:
-    logits = logits.at[..., jnp.array(sampling.suppress)].set(-jnp.inf)
-  return logits
+def _penalised(logits, seen, sampling: Sampling):
+  """Logits with the repetition penalty."""
+  if seen is None:
+    return logits
+  penalty = sampling.repetition_penalty
+  return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def _permitted(logits, step, sampling: Sampling):
+  """Logits with -inf where a token must not be chosen."""
+  always, early = forbidden(sampling, logits.shape[-1])
+  if early.any():
+    return jnp.where(always | (early & (step < sampling.min_new_tokens)), -jnp.inf, logits)
+  return jnp.where(always, -jnp.inf, logits) if always.any() else logits
 
 
 def _draw(logits, keys, sampling: Sampling):

@@ -10,6 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from vlalign_jax.losses.support import Support, restrict
+
 
 def gather(x, order):
   """[S, N, ...] in the order int32[S, M] of its second axis."""
@@ -38,6 +40,19 @@ def compact(hidden, targets, weights, shards: int, chunk: int):
   return hidden, targets, weights, order, (counts + chunk - 1) // chunk
 
 
+def compact_support(support: Support | None, order, chunk: int) -> Support | None:
+  """The support of what `compact` has brought into `order` int32[S, N], padded as it is."""
+  if support is None:
+    return None
+  early = gather(support.early.reshape(order.shape), order)
+  return support._replace(early=jnp.pad(early, ((0, 0), (0, -order.shape[1] % chunk))))
+
+
+def support_part(support: Support | None, start, chunk: int) -> Support | None:
+  """As `part_of`, of a support."""
+  return support and support._replace(early=part_of(support.early, start, chunk))
+
+
 def part_of(x, start, chunk):
   """Positions `start` to `start + chunk` of [S, N, ...]."""
   return jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
@@ -51,6 +66,11 @@ def logits_of(hidden, kernel):
 def is_target_of(logits, targets):
   """bool[S, C, V], true at the targets int32[S, C]."""
   return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[:, :, None]
+
+
+def is_primal(x) -> bool:
+  """Whether x is what a rule of differentiation is given of an argument."""
+  return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
 
 
 def as_it_is(x):
@@ -122,18 +142,29 @@ def _forward(hidden, kernel, targets, weights, shards, chunk, place, scatter):
 
 
 def _sum_and_gradients(
-  hidden, kernel, targets, weights, *, with_kernel: bool, shards, chunk, place, scatter
+  hidden,
+  kernel,
+  targets,
+  weights,
+  *,
+  with_kernel: bool,
+  shards,
+  chunk,
+  place,
+  scatter,
+  support: Support | None = None,
 ):
   """`cross_entropy_sum`, its gradients by `hidden` and, if asked for, by `kernel` (else None)."""
   shape, kernel_dtype = hidden.shape, kernel.dtype
   kernel = place(kernel.astype(hidden.dtype))
   hidden, targets, weights, order, chunks = compact(hidden, targets, weights, shards, chunk)
+  support = compact_support(support, order, chunk)
 
   def body(i, carry):
     total, hidden_grad, kernel_grad = carry
     start = i * chunk
     h, t, w = (part_of(x, start, chunk) for x in (hidden, targets, weights))
-    logits = place(logits_of(h, kernel))
+    logits = restrict(place(logits_of(h, kernel)), support_part(support, start, chunk))
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     is_target = is_target_of(logits, t)
     target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
@@ -185,6 +216,7 @@ def token_log_probabilities(
   chunk: int = 128,
   place=as_it_is,
   scatter=as_it_is,
+  support: Support | None = None,
 ):
   """Log-probability of each weighted target, differentiable in `hidden` and `kernel`.
 
@@ -194,31 +226,36 @@ def token_log_probabilities(
   Args:
     hidden, kernel, targets, weights, shards, chunk, place, scatter: as in `cross_entropy_sum`; of
       the weights only whether they are 0 counts.
+    support: what is left out of the softmax; None: nothing.
 
   Returns:
     float32[B, T], log softmax(hidden @ kernel)[target] where the weight is not 0, else 0.
   """
-  return _token_log_probabilities(hidden, kernel, targets, weights, shards, chunk, place, scatter)
+  settings = shards, chunk, place, scatter
+  return _token_log_probabilities(hidden, kernel, targets, weights, support, *settings)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _token_log_probabilities(hidden, kernel, targets, weights, shards, chunk, place, scatter):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _token_log_probabilities(
+  hidden, kernel, targets, weights, support, shards, chunk, place, scatter
+):
   del scatter
   losses, _ = token_statistics(
-    hidden, kernel, targets, weights, shards=shards, chunk=chunk, place=place
+    hidden, kernel, targets, weights, shards=shards, chunk=chunk, place=place, support=support
   )
   return -losses
 
 
-def _log_probabilities_forward(hidden, kernel, targets, weights, *settings):
-  inputs = (hidden.value, kernel.value, targets.value, weights.value)
+def _log_probabilities_forward(hidden, kernel, targets, weights, support, *settings):
+  support = jax.tree.map(lambda x: x.value, support, is_leaf=is_primal)
+  inputs = (hidden.value, kernel.value, targets.value, weights.value, support)
   # What is known when tracing goes to the backward pass as structure: residuals are arrays.
   with_kernel = () if kernel.perturbed else None
   return _token_log_probabilities(*inputs, *settings), (inputs, with_kernel)
 
 
 def _log_probabilities_backward(shards, chunk, place, scatter, residuals, cotangent):
-  (hidden, kernel, targets, weights), with_kernel = residuals
+  (hidden, kernel, targets, weights, support), with_kernel = residuals
   _, hidden_grad, kernel_grad = _sum_and_gradients(
     hidden,
     kernel,
@@ -229,8 +266,9 @@ def _log_probabilities_backward(shards, chunk, place, scatter, residuals, cotang
     chunk=chunk,
     place=place,
     scatter=scatter,
+    support=support,
   )
-  return hidden_grad, kernel_grad, None, None
+  return hidden_grad, kernel_grad, None, None, None
 
 
 _token_log_probabilities.defvjp(
@@ -239,12 +277,21 @@ _token_log_probabilities.defvjp(
 
 
 def token_statistics(
-  hidden, kernel, targets, weights, *, shards: int = 1, chunk: int = 128, place=as_it_is
+  hidden,
+  kernel,
+  targets,
+  weights,
+  *,
+  shards: int = 1,
+  chunk: int = 128,
+  place=as_it_is,
+  support: Support | None = None,
 ):
   """Cross-entropy and greedy correctness of each weighted position, without gradient.
 
   Args:
     hidden, kernel, targets, weights, shards, chunk, place: as in `cross_entropy_sum`.
+    support: what is left out of the softmax; None: nothing.
 
   Returns:
     float32[B, T] cross-entropies and bool[B, T] whether the target is the argmax; 0 and False where
@@ -253,12 +300,13 @@ def token_statistics(
   shape = targets.shape
   kernel = place(kernel.astype(hidden.dtype))
   hidden, targets, weights, order, chunks = compact(hidden, targets, weights, shards, chunk)
+  support = compact_support(support, order, chunk)
 
   def body(i, carry):
     losses, correct = carry
     start = i * chunk
     h, t, w = (part_of(x, start, chunk) for x in (hidden, targets, weights))
-    logits = place(logits_of(h, kernel))
+    logits = restrict(place(logits_of(h, kernel)), support_part(support, start, chunk))
     target_logits = jnp.sum(jnp.where(is_target_of(logits, t), logits, 0.0), axis=-1)
     loss = jax.nn.logsumexp(logits, axis=-1) - target_logits
     right = jnp.argmax(logits, axis=-1) == t

@@ -102,33 +102,39 @@ def average(values, mask, *, level: str = "token"):
   return jnp.sum(means), jnp.sum(tokens > 0).astype(jnp.float32)
 
 
-def objective(scores, kl, logps, mask, ended, *, kl_coefficient):
+def objective(scores, shaped, kl, logps, mask, ended, *, kl_coefficient, first_coefficient):
   """What is reported of a rollout, under the names of TRL's PPOTrainer.
 
   Args:
-    scores: float32[N], as they were placed.
+    scores: float32[N], as the reward model or function gave them.
+    shaped: float32[N], as they are learnt from: normalised, without the penalty of a missing end,
+      and clipped.
     kl: float32[N, M] of `kl.estimate`.
     logps: float32[N, M], log-probabilities of the sampled tokens.
     mask: bool[N, M].
     ended: bool[N], whether the end token is there.
-    kl_coefficient: float or float32[].
+    kl_coefficient: float or float32[], of this rollout.
+    first_coefficient: the config's, which stays where an adaptive one moves.
 
   Returns:
     Dict of (float32[] sum over answers, float32[] answers): `objective/kl`, `objective/entropy`
-    (both summed over an answer's tokens), `objective/scores`, `objective/non_score_reward` (the
-    penalty) and `objective/rlhf_reward` (score and penalty); and float32[] `val/num_eos_tokens`.
+    (both summed over an answer's tokens), `objective/scores`, `objective/shaped_scores`,
+    `objective/non_score_reward` (the penalty of KL that was learnt from) and
+    `objective/rlhf_reward` (the score less first_coefficient x KL, so that steps compare); and
+    float32[] `val/num_eos_tokens`. Evaluation reports the same quantities under the same names.
   """
   kl, logps = _clean(mask, kl, logps)
   real = jnp.any(mask, axis=1)
-  scores = jnp.where(real, scores, 0).astype(jnp.float32)
-  penalties = -kl_coefficient * jnp.sum(kl, axis=1)
+  scores, shaped = (jnp.where(real, x, 0).astype(jnp.float32) for x in (scores, shaped))
+  kl_sums = jnp.sum(kl, axis=1)
   count = jnp.sum(real).astype(jnp.float32)
   return {
     "objective/kl": (jnp.sum(kl), count),
     "objective/entropy": (-jnp.sum(logps), count),
     "objective/scores": (jnp.sum(scores), count),
-    "objective/non_score_reward": (jnp.sum(penalties), count),
-    "objective/rlhf_reward": (jnp.sum(scores + penalties), count),
+    "objective/shaped_scores": (jnp.sum(shaped), count),
+    "objective/non_score_reward": (jnp.sum(-kl_coefficient * kl_sums), count),
+    "objective/rlhf_reward": (jnp.sum(scores - first_coefficient * kl_sums), count),
     "val/num_eos_tokens": jnp.sum(real & ended).astype(jnp.float32),
   }
 

@@ -10,6 +10,7 @@ from absl import logging
 from vlalign_jax import trees
 from vlalign_jax.data.records import Record
 from vlalign_jax.errors import InputError
+from vlalign_jax.losses import kl
 from vlalign_jax.rollout import reward_function
 from vlalign_jax.rollout.reward_text import TextReader
 from vlalign_jax.sharding import hosts
@@ -57,7 +58,9 @@ class Rollout:
   Attributes:
     rows: see `steps.answer_rows`, maybe with `vision_features`; on the devices.
     shape: (N, M).
-    log_probabilities, reference: float32[B, N, M], on the devices.
+    log_probabilities, reference: float32[B, N, M], on the devices, by the policy and by the
+      reference, both at the temperature and over the tokens that may be chosen.
+    drawn: float32[B, N, M], on the devices, by the distribution that top_k and top_p leave.
     lengths: int32[B, N]; ended: bool[B, N]; the same on every host, as what follows.
     scores: float32[B, N], of no meaning where lengths is 0.
     tokens: int32[B, N, M].
@@ -67,6 +70,7 @@ class Rollout:
   shape: tuple[int, int]
   log_probabilities: jax.Array
   reference: jax.Array
+  drawn: jax.Array
   lengths: np.ndarray
   ended: np.ndarray
   scores: np.ndarray
@@ -134,6 +138,7 @@ def collect(
     shape=shape,
     log_probabilities=logps,
     reference=program.reference(roles.frozen, rows, shape),
+    drawn=generated.drawn_log_probabilities[:, :, : shape[1]],
     lengths=lengths,
     ended=ended,
     scores=scores,
@@ -198,8 +203,9 @@ def find_function(config) -> Callable | None:
   return lambda record, answer: reward_function.score(function, name, record, answer)
 
 
-def divergence(rollout: Rollout) -> np.ndarray:
-  """float64[B, N], of each answer the sum over its tokens of log(policy / reference): k1."""
+def divergence(rollout: Rollout, kind: str = "k1") -> np.ndarray:
+  """float64[B, N], of each answer the sum over its tokens of `losses.kl.estimate`."""
   logps, reference = hosts.fetch((rollout.log_probabilities, rollout.reference))
   mask = np.arange(logps.shape[-1]) < rollout.lengths[..., None]
-  return np.sum(np.where(mask, logps - reference, 0.0), axis=-1, dtype=np.float64)
+  found = np.asarray(kl.estimate(logps, reference, kind))
+  return np.sum(np.where(mask, found, 0.0), axis=-1, dtype=np.float64)

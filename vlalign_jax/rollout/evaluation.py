@@ -16,7 +16,7 @@ def make_evaluate(roles: collect.Roles, prepared: Prepared | None, records) -> C
   """The function of a state that the loop calls, after reading all records once.
 
   Answers are sampled as in training, with the same random numbers each time, so that evaluations
-  differ by what was learnt. Scores are those that were given, before any penalty.
+  differ by what was learnt. What `losses.ppo.objective` names is the same quantity here.
 
   Args:
     roles: of the run.
@@ -47,7 +47,7 @@ def make_evaluate(roles: collect.Roles, prepared: Prepared | None, records) -> C
         rollout = collect.collect(
           roles, state, rows, of_rows, streams[np.maximum(numbers, 0)], config.seed
         )
-        found = collect.divergence(rollout)
+        found = collect.divergence(rollout, config.ppo.kl_estimator)
         valid = rollout.valid
         scores += rollout.scores[valid].tolist()
         divergences += found[valid].tolist()

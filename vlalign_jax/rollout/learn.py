@@ -89,7 +89,7 @@ def make_train_step(
       roles, state, rows, learnt, learner.kl_coefficient, step, mixed if with_policy else None
     )
     found, logged = jax.device_get((found, logged))
-    metrics = _summary(logged) | sums.quotients(found) | _raw(rollout)
+    metrics = _summary(logged) | sums.quotients(found) | _spread(rollout)
     metrics["objective/kl_coefficient"] = learner.kl_coefficient
     if with_policy:  # before, it is at the reference
       learner.kl_coefficient = kl.next_coefficient(
@@ -106,21 +106,23 @@ def make_train_step(
 
 
 def _learn_from(roles: collect.Roles, state: State, rollout: collect.Rollout, order, learner):
-  scores, values = rollout.scores, None
+  normalised, values = rollout.scores, None
   if learner.queue is not None:
-    ordered, there = scores[order], rollout.lengths[order] > 0
+    ordered, there = normalised[order], rollout.lengths[order] > 0
     ordered[there] = learner.queue.normalise(ordered[there])
-    scores = np.empty_like(scores)
-    scores[order] = ordered
+    normalised = np.empty_like(normalised)
+    normalised[order] = ordered
   if roles.config.ppo.estimator == GAE:
     seen = {"same_tower": roles.same_tower_critic, "blank": roles.config.ppo.blank_images}
     rows = layout.for_judge(rollout.rows, **seen)
     critic = state.critic.params, roles.critic_frozen
     values = roles.program.values(critic, rows, rollout.shape)
   return roles.program.learn_from(
-    scores,
+    rollout.scores,
+    normalised,
     rollout.log_probabilities,
     rollout.reference,
+    rollout.drawn,
     values,
     rollout.lengths,
     rollout.ended,
@@ -238,7 +240,7 @@ def _summary(logged: list[dict]) -> dict:
   return found | {"skipped_in_a_row": worst, "val/updates": len(logged)}
 
 
-def _raw(rollout: collect.Rollout) -> dict:
-  """Mean and standard deviation of the scores as they were given."""
+def _spread(rollout: collect.Rollout) -> dict:
+  """The standard deviation of the scores as they were given."""
   scores = rollout.scores[rollout.valid].astype(np.float64)
-  return {"scores/mean": scores.mean(), "scores/std": scores.std()} if len(scores) else {}
+  return {"objective/scores_std": scores.std()} if len(scores) else {}

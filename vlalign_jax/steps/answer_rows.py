@@ -7,6 +7,7 @@ an answer leaves of its columns stays in its branch, behind all that it may see.
 """
 
 import jax.numpy as jnp
+import numpy as np
 
 from vlalign_jax.data.images import GREY
 
@@ -98,6 +99,20 @@ def of_answers(x, answers: int, length: int):
   B, T = x.shape[:2]
   x = x[:, T - answers * (length + 1) :].reshape(B, answers, length + 1, *x.shape[2:])
   return x[:, :, :length]
+
+
+def answer_steps(row_length: int, answers: int, length: int) -> np.ndarray:
+  """int32[T], how many tokens its answer has before the one that each column predicts.
+
+  A prompt's columns, which predict nothing that is learnt, have M.
+
+  Args:
+    row_length: T.
+    answers: N.
+    length: M.
+  """
+  prompt = np.full(row_length - answers * (length + 1), length)
+  return np.concatenate([prompt, np.tile(np.arange(length + 1), answers)]).astype(np.int32)
 
 
 def last_places(lengths, row_length: int, length: int):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vlalign_jax.losses import head
+from vlalign_jax.losses.support import Support
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import sft
 
@@ -55,7 +56,13 @@ def lengths(rows):
 
 
 def token_log_probabilities(
-  model, rows, *, mesh: Mesh | None = None, chunk: int = 128, temperature: float = 1.0
+  model,
+  rows,
+  *,
+  mesh: Mesh | None = None,
+  chunk: int = 128,
+  temperature: float = 1.0,
+  support: Support | None = None,
 ):
   """float32[B, T], of each answer's tokens, where `weights` is not 0; else 0.
 
@@ -65,6 +72,7 @@ def token_log_probabilities(
     mesh: over which rows are split.
     chunk: see `losses.head.cross_entropy_sum`.
     temperature: by which logits are divided.
+    support: what is left out of the softmax; None: nothing.
   """
   return head.token_log_probabilities(
     tempered(model(rows), temperature),
@@ -72,6 +80,7 @@ def token_log_probabilities(
     rows["targets"],
     rows["weights"],
     scatter=functools.partial(meshes.scatter_head_gradient, mesh=mesh),
+    support=support,
     **sft.chunking(mesh, chunk),
   )
 

@@ -14,8 +14,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vlalign_jax import trees
+from vlalign_jax.generation import sampling as samplings
+from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.losses import entropy, kl
 from vlalign_jax.losses import ppo as losses
+from vlalign_jax.losses.support import Support
 from vlalign_jax.optim.state import TrainState
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import answer_rows as layout
@@ -66,15 +69,31 @@ def as_read(rows, count: int):
   return rows | sft.ONE_ANSWER if count == 1 else rows
 
 
-def log_probabilities(model, rows, shape, **options):
+def support(rows, shape, sampling: Sampling, vocab_size: int) -> Support:
+  """Which tokens the sampler may choose at each position of rows; `shape` is (N, M)."""
+  steps = layout.answer_steps(rows["targets"].shape[1], *shape)
+  early = jnp.broadcast_to(steps < sampling.min_new_tokens, rows["targets"].shape)
+  always, at_first = samplings.forbidden(sampling, vocab_size)
+  return Support(jnp.asarray(always), jnp.asarray(at_first), early)
+
+
+def log_probabilities(model, rows, shape, *, sampling: Sampling, **options):
   """float32[B, N, M], of the answers' tokens; `shape` is (N, M).
 
   Args:
     model, rows: see `answers.token_log_probabilities`, which takes the options.
     shape: (N, M).
+    sampling: what the answers were sampled with.
     **options: see there.
   """
-  found = answers.token_log_probabilities(model, as_read(rows, shape[0]), **options)
+  allowed = support(rows, shape, sampling, model.config.language.vocab_size)
+  found = answers.token_log_probabilities(
+    model,
+    as_read(rows, shape[0]),
+    temperature=sampling.temperature,
+    support=allowed,
+    **options,
+  )
   return layout.of_answers(found, *shape)
 
 
@@ -97,13 +116,23 @@ def count(rows, level: str):
 
 
 def make_policy_loss(
-  frozen, counts, key, *, graphdef, settings, kl_coefficient, mesh: Mesh | None, chunk: int
+  frozen,
+  counts,
+  key,
+  *,
+  graphdef,
+  settings,
+  sampling: Sampling,
+  kl_coefficient,
+  mesh: Mesh | None,
+  chunk: int,
 ):
   """See `update.train_step`; the sum is that of `losses.ppo.policy_loss`.
 
   Args:
     graphdef: of the actor.
     settings: the config's `ppo` group.
+    sampling: what the answers were sampled with.
     kl_coefficient: float32[], of the penalty that grpo has in its loss.
   """
   del counts, key
@@ -116,11 +145,12 @@ def make_policy_loss(
     logps, entropies = (
       layout.of_answers(x, *shape).reshape(-1, shape[1])
       for x in entropy.token_log_probabilities_and_entropies(
-        answers.tempered(model(as_read(rows, shape[0])), settings.temperature),
+        answers.tempered(model(as_read(rows, shape[0])), sampling.temperature),
         model.head_kernel(),
         rows["targets"],
         rows["weights"],
         scatter=functools.partial(meshes.scatter_head_gradient, mesh=mesh),
+        support=support(rows, shape, sampling, model.config.language.vocab_size),
         **sft.chunking(mesh, chunk),
       )
     )
@@ -189,6 +219,7 @@ def update_step(
   actor,
   critic,
   config,
+  sampling: Sampling,
   mesh: Mesh,
   with_policy: bool,
   same_tower: bool,
@@ -205,6 +236,7 @@ def update_step(
     sft_rows: of `mixed_loss`; None: nothing is mixed in.
     actor, critic: program.Learner; critic may be None.
     config: of the run.
+    sampling: what the answers were sampled with.
     mesh: over which rows are split.
     with_policy: whether the actor learns.
     same_tower: whether `vision_features` of the actor are the critic's, too.
@@ -249,7 +281,9 @@ def update_step(
       actor_of(state),
       frozen,
       rows,
-      make_loss=functools.partial(make_policy_loss, kl_coefficient=kl_coefficient, **options),
+      make_loss=functools.partial(
+        make_policy_loss, kl_coefficient=kl_coefficient, sampling=sampling, **options
+      ),
       count=functools.partial(count, level=config.ppo.loss_level),
       mixed=None if sft_rows is None else mixed_loss(sft_rows, **options),
       **common,

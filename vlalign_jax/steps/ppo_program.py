@@ -13,6 +13,7 @@ from vlalign_jax import trees
 from vlalign_jax.generation.generate import log_memory, make_generate
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models.vlm import ModelConfig, abstract_params
+from vlalign_jax.optim import updates
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import zero
 from vlalign_jax.steps import accumulate, ppo, program, rollout
@@ -97,22 +98,15 @@ def make_program(
     pad_id: what stands behind an answer's end.
   """
   settings = config.ppo
-  updates = settings.epochs * settings.minibatches
   parts = settings.minibatches * config.grad_accumulation
   own = of_actor(config)
-  actor = program.make_learner(
-    own, model, mesh, max(1, steps - settings.critic_warmup) * updates, keep_initial=True
-  )
+  actor = program.make_learner(own, model, mesh, actor_updates(config, steps), keep_initial=True)
   critic = critic_model and program.make_learner(
-    of_critic(config), critic_model, mesh, steps * updates
+    of_critic(config), critic_model, mesh, critic_updates(config, steps)
   )
   reward = reward_model and _make_scorer(config, reward_model, mesh)
   reference_graphdef = program.reference_graphdef(config, model, mesh)
-  of_head = {
-    "mesh": mesh,
-    "chunk": meshes.head_chunk(mesh),
-    "temperature": settings.temperature,
-  }
+  of_head = {"mesh": mesh, "chunk": meshes.head_chunk(mesh), "sampling": sampling}
   rows_place, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
   # As many rows at a time as an update takes.
   of_parts = functools.partial(_by_parts, mesh=mesh, parts=parts, placement=rows_place)
@@ -160,7 +154,7 @@ def make_program(
   placement = ppo.make_state(actor.placement, critic.placement if critic else ())
   placement = placement._replace(step=everywhere)
   update_step = functools.partial(
-    ppo.update_step, actor=actor, critic=critic, config=config, mesh=mesh
+    ppo.update_step, actor=actor, critic=critic, config=config, sampling=sampling, mesh=mesh
   )
   return Program(
     actor=actor,
@@ -189,6 +183,34 @@ def make_program(
       lambda state: state._replace(step=state.step + 1), donate_argnums=0, out_shardings=placement
     ),
   )
+
+
+def actor_updates(config, steps: int) -> int:
+  """Updates of the actor in so many rollouts; ppo.stop_kl may leave some out."""
+  settings = config.ppo
+  return max(1, steps - settings.critic_warmup) * settings.epochs * settings.minibatches
+
+
+def critic_updates(config, steps: int) -> int:
+  """Updates of the critic in so many rollouts."""
+  return steps * config.ppo.epochs * config.ppo.minibatches
+
+
+def check_updates(config, program: Program, steps: int) -> None:
+  """See `optim.updates.check`, of the actor and of the critic.
+
+  Args:
+    config: of the run.
+    program: of the run.
+    steps: rollouts of the whole run.
+
+  Raises:
+    InputError: one of them would never learn.
+  """
+  updates.check(of_actor(config), program.state.params, actor_updates(config, steps), "the actor")
+  if program.critic is not None:
+    params, count = program.critic.state.params, critic_updates(config, steps)
+    updates.check(of_critic(config), params, count, "the critic")
 
 
 def of_actor(config):

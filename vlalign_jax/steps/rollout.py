@@ -8,16 +8,18 @@ from vlalign_jax.losses import ppo as losses
 
 
 def learn_from(
-  scores, logps, reference, values, lengths, ended, kl_coefficient, *, settings
+  scores, normalised, logps, reference, drawn, values, lengths, ended, kl_coefficient, *, settings
 ) -> tuple[dict, dict]:
   """Advantages of a rollout's tokens, and what is reported of it.
 
   An answer whose score is not finite is left out, as if it had no token.
 
   Args:
-    scores: float32[B, N].
+    scores: float32[B, N], as they were given.
+    normalised: float32[B, N], the same by `ppo.score_queue`, or as they are; what is learnt from.
     logps, reference: float32[B, N, M] log-probabilities of the tokens, when they were sampled and
       by the reference.
+    drawn: float32[B, N, M], the same of what top_k and top_p left, of which they were drawn.
     values: float32[B, N, M] of the critic; None: there is none.
     lengths: int32[B, N], tokens of each answer; 0 where there is none.
     ended: bool[B, N], whether it has its end token.
@@ -28,12 +30,12 @@ def learn_from(
     (fields of `steps.ppo`, values as in `losses.sums`).
   """
   B, N, M = logps.shape
-  valid = (lengths > 0) & jnp.isfinite(scores)
+  valid = (lengths > 0) & jnp.isfinite(normalised)
   mask = (jnp.arange(M) < lengths[:, :, None]) & valid[:, :, None]
   flat = mask.reshape(-1, M)
-  logps, reference = (jnp.where(mask, x, 0.0) for x in (logps, reference))
+  logps, reference, drawn = (jnp.where(mask, x, 0.0) for x in (logps, reference, drawn))
   kl = penalties.estimate(logps, reference, settings.kl_estimator).reshape(-1, M)
-  placed = estimators.penalise_missing_end(scores, ended, settings.missing_end_penalty)
+  placed = estimators.penalise_missing_end(normalised, ended, settings.missing_end_penalty)
   placed = jnp.where(valid, placed, 0.0).reshape(-1)
   clip = settings.score_clip or None
   fields = {
@@ -43,12 +45,14 @@ def learn_from(
   }
   options = {"kl_coefficient": kl_coefficient, "clip": clip}
   found = losses.objective(
+    scores.reshape(-1),
     estimators.clip_scores(placed, clip),
     kl,
     logps.reshape(-1, M),
     flat,
     ended.reshape(-1),
     kl_coefficient=kl_coefficient,
+    first_coefficient=settings.kl_coefficient,
   )
   rewards = estimators.place_scores(placed, kl, flat, **options)
   if settings.estimator == "gae":
@@ -69,6 +73,8 @@ def learn_from(
   tokens = jnp.sum(mask).astype(jnp.float32)
   found |= {
     "val/answer_tokens": (tokens, count),
+    # What was kept is the ratio of the two, of each position: no further sum over the vocabulary.
+    "policy/cut_probability": (jnp.sum(jnp.maximum(-jnp.expm1(logps - drawn), 0.0)), tokens),
     "val/bad_scores": jnp.sum((lengths > 0) & ~jnp.isfinite(scores)).astype(jnp.float32),
   }
   return fields | {"advantages": jnp.where(mask, advantages, 0.0)}, found

@@ -1,0 +1,58 @@
+"""Whether the updates that a run has planned can teach it anything, before they are computed."""
+
+import numpy as np
+from absl import logging
+
+from vlalign_jax import trees
+from vlalign_jax.errors import InputError
+from vlalign_jax.optim import optimizer, schedules
+
+# A run of fewer updates is hardly what was meant.
+FEW = 10
+
+
+def check(config, params, updates: int, name: str = "this run") -> None:
+  """Refuses a run that would end with the weights it began with, and warns of one close to it.
+
+  Args:
+    config: what it learns by: `optim`, and batch_size for the message.
+    params: nested dict of what is trained, arrays or shapes.
+    updates: of the optimizer, over the whole run.
+    name: whose updates these are, for messages.
+
+  Raises:
+    InputError: no update has a learning rate above 0 for any trained parameter.
+  """
+  optim = config.optim
+  rates = optimizer.learning_rates(optim, updates)
+  groups = {optimizer.group_of(path) for path in trees.flatten(params)}
+  counts = np.arange(updates)
+  highest = max((float(np.max(rates[group](counts))) for group in groups), default=0.0)
+  rising = optim.schedule != "constant"
+  warmup = min(schedules.warmup_steps(optim.warmup, updates), updates) if rising else 0
+  more = f"give more records, raise epochs or steps, or lower batch_size ({config.batch_size})"
+  if highest <= 0:
+    if not any(float(np.max(rates[group](np.array([warmup])))) > 0 for group in groups):
+      change = "give the learning rates of what is trained more than 0"
+    else:
+      change = f"set optim.warmup=0, or {more}"
+    raise InputError(
+      f"{name} has {_number(updates)}, all with learning rate 0, of which {warmup} warm up from 0 "
+      f"(optim.warmup={optim.warmup}): its weights would not change; {change}"
+    )
+  if updates < FEW:
+    logging.warning("%s has only %s: it may learn little; %s", name, _number(updates), more)
+  if warmup > updates / 2:
+    logging.warning(
+      "warm-up takes %d of the %s of %s (optim.warmup=%s): most of them have a low learning rate; "
+      "lower it, or %s",
+      warmup,
+      _number(updates),
+      name,
+      optim.warmup,
+      more,
+    )
+
+
+def _number(updates: int) -> str:
+  return f"{updates} update{'s' * (updates != 1)}"
