@@ -39,5 +39,6 @@ LINES = {
   "numerics": Line("numerics:compare", 120),
   "ppo": Line("sampling:ppo", 180),
   "versus": Line("versus:compare", 180, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"}),
+  "variants": Line("training:variants", 240),
   "profile": Line("training:profile", 150),
 }

@@ -8,8 +8,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from accelerator_lines import timing
 
+from accelerator_lines import timing
 from vlalign_jax.models import attention, backends, tiles
 
 

@@ -4,8 +4,8 @@ import importlib.metadata
 
 import jax
 import jax.numpy as jnp
-from accelerator_lines import timing
 
+from accelerator_lines import timing
 from vlalign_jax.losses import head as heads
 
 
