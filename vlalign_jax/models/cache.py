@@ -157,14 +157,15 @@ def run_layers(layers: nnx.Module, x, call, cache: Cache | None, mesh: Mesh | No
     The last layer's output, and what was kept, stacked [L, ...].
   """
   graphdef, params = nnx.split(layers)
+  scanned, layer_of = stack.in_loop((params, cache), mesh)
 
   def body(x, scanned):
-    layer_params, of_layer = scanned
+    layer_params, of_layer = layer_of(scanned)
     if mesh is not None and mesh.size > 1:
       layer_params = jax.tree.map(stack.cast_in_loop, layer_params)
     return call(nnx.merge(graphdef, layer_params), constrain_rows(x, mesh), of_layer)
 
-  return jax.lax.scan(body, x, (params, cache))
+  return jax.lax.scan(body, x, scanned)
 
 
 def cache_bytes(

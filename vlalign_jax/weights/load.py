@@ -1,20 +1,16 @@
-"""Weights from files into sharded device arrays, one tensor at a time."""
+"""Weights from files into sharded device arrays, one parameter at a time."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora, vlm
 from vlalign_jax.runs import checkpoints
-from vlalign_jax.weights import names, peft, runs
+from vlalign_jax.weights import names, peft, runs, shards
 from vlalign_jax.weights.parts import Source
 from vlalign_jax.weights.tensors import Tensor
 
@@ -25,17 +21,6 @@ class Entry:
 
   name: names.Name
   tensors: tuple[Tensor, ...]
-
-  def read(self, layer: int, rows: int) -> np.ndarray:
-    """One layer's parameter; `rows` is the vocabulary size of the model."""
-    tensor = self.tensors[layer].read()
-    if self.name.kind.startswith("vocabulary") and tensor.shape[0] < rows:
-      # New tokens start as the mean of the old ones (Hewitt 2021): the model's distribution over
-      # the old vocabulary hardly changes.
-      mean = tensor.mean(axis=0, dtype=np.float64).astype(tensor.dtype)
-      new = np.broadcast_to(mean, (rows - tensor.shape[0], *mean.shape))
-      tensor = np.concatenate([tensor, new])
-    return names.to_param(self.name.kind, tensor)
 
 
 def resolve(source: Source, shapes: dict[str, tuple[int, ...]]) -> dict[str, Entry]:
@@ -98,7 +83,7 @@ def load_params(
 ):
   """The model's parameters on the devices.
 
-  Host memory holds one tensor at a time.
+  Every host reads what its devices hold, and host memory has one parameter of it at a time.
 
   Args:
     source: from `open_source`.
@@ -123,9 +108,11 @@ def load_params(
   rows = source.config.language.vocab_size
   # The largest tensors first: what reading one takes beside it adds to the least then.
   by_size = sorted(entries, key=lambda path: -math.prod(entries[path].tensors[0].shape))
-  for path in by_size:
-    if path in leaves and path not in loaded:
-      loaded[path] = _place(leaves[path], placement[path], entries[path], rows)
+  with shards.readers() as pool:
+    for path in by_size:
+      if path in leaves and path not in loaded:
+        name, found = entries[path].name, entries[path].tensors
+        loaded[path] = shards.place(name, found, leaves[path], placement[path], rows, pool)
   for path, added in merges.items():
     for a, b, scale in added:
       loaded[path] = lora.merge(loaded[path], a, b, scale, placement[path])
@@ -136,12 +123,15 @@ def load_params(
 
 
 def _check_tied(source: Source) -> None:
-  """A stored head that differs from the embedding it is said to be tied to would be lost."""
+  """A stored head that differs from the embedding it is said to be tied to would be lost.
+
+  Each process compares its part of the rows.
+  """
   head = source.tensors.get("language.lm_head.weight")
   if head is None or not source.config.language.tied_embeddings or source.assembled:
     return
   embedding = source.tensors["language.embed_tokens.weight"]
-  if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read()):
+  if head.shape != embedding.shape or not shards.equal(head, embedding):
     raise InputError(
       f"{head.file}: {head.name} is not the embedding, though config.json says "
       "tie_word_embeddings; set it to false there to use both, or remove the tensor"
@@ -169,27 +159,3 @@ def _init(config: vlm.ModelConfig, leaves, placement, seed: int) -> dict[str, ja
 
   init = jax.jit(init, out_shardings={path: placement[path] for path in leaves})
   return init(jax.random.key(seed))
-
-
-def _place(leaf, sharding: NamedSharding, entry: Entry, vocabulary: int) -> jax.Array:
-  """Reads a parameter into its shards; a stacked one layer by layer into its place."""
-  if not entry.name.stacked:
-    return _to_device(entry.read(0, vocabulary), leaf.dtype, sharding)
-  stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=sharding)()
-  layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-  for layer in range(leaf.shape[0]):
-    param = _to_device(entry.read(layer, vocabulary), leaf.dtype, layer_sharding)
-    stack = jax.block_until_ready(_set_layer(stack, param, layer, sharding))  # one tensor at a time
-  return stack
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _set_layer(stack, param, layer, sharding):
-  return jax.lax.with_sharding_constraint(stack.at[layer].set(param), sharding)
-
-
-def _to_device(param: np.ndarray, dtype, sharding: NamedSharding) -> jax.Array:
-  # Every process has the whole tensor and gives each of its devices that device's part.
-  return jax.make_array_from_callback(
-    param.shape, sharding, lambda index: param[index].astype(dtype, copy=False)
-  )

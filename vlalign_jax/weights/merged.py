@@ -14,7 +14,7 @@ from vlalign_jax.weights.tensors import Tensor
 _KEY = "base_model_name_or_path"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MergedTensor(Tensor):
   """A weight [out, in] with its adapter, a [r, in] and b [out, r]; `file` is the weight's."""
 
@@ -27,11 +27,26 @@ class MergedTensor(Tensor):
   def files(self) -> tuple[str, ...]:
     return (*self.base.files, *self.a.files)
 
-  def read(self) -> np.ndarray:
-    """Returns the weight plus scale * b @ a, summed in float32, in the weight's dtype."""
-    weight, a, b = (t.read() for t in (self.base, self.a, self.b))
+  def read(
+    self,
+    rows: tuple[int, int] | None = None,
+    columns: tuple[int, int] | None = None,
+    out: np.ndarray | None = None,
+  ) -> np.ndarray:
+    """Returns the weight plus scale * b @ a, summed in float32, in the weight's dtype.
+
+    Args:
+      rows, columns, out: see `Tensor.read`.
+    """
+    weight, a, b = self.base.read(rows, columns), self.a.read(), self.b.read(rows)
+    if columns:
+      a = a[:, slice(*columns)]
     added = self.scale * (b.astype(np.float32) @ a.astype(np.float32))
-    return (weight.astype(np.float32) + added).astype(weight.dtype)
+    merged = (weight.astype(np.float32) + added).astype(weight.dtype)
+    if out is None:
+      return merged
+    out[...] = merged
+    return out
 
 
 def base_of(directory: str) -> str:
@@ -84,7 +99,10 @@ def with_adapters(base: Source, directory: str) -> Source:
         continue
       scale = peft.scale(config, peft.module_name(module), a.shape[0])
       merged = f"{own.name} with {a.name} of {a.file}"
-      tensors[weight] = MergedTensor(own.file, merged, own.shape, own, a, b, scale)
+      stored = {"stored": own.stored, "offset": own.offset}
+      tensors[weight] = MergedTensor(
+        own.file, merged, own.shape, **stored, base=own, a=a, b=b, scale=scale
+      )
     elif not names.is_unused(weight if half else name, model):
       wrong.append(f"unexpected {tensor.name} {tensor.shape}")
   if wrong:

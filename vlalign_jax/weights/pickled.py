@@ -36,12 +36,14 @@ class PickledTensor:
   def dtype(self) -> np.dtype:
     return np.dtype(str(self.tensor.dtype).removeprefix("torch."))
 
-  def read(self) -> np.ndarray:
-    """A copy in host memory, in the stored dtype."""
+  def read(self, rows: tuple[int, int] | None = None) -> np.ndarray:
+    """A copy in host memory, in the stored dtype; of some rows, if asked."""
     tensor = self.tensor
     if self.adapter:
       right, left = (part.float() for part in self.adapter)  # [in, r], [r, out]
       tensor = tensor.float() + (right @ left).T / right.shape[1]
+    if rows:
+      tensor = tensor[slice(*rows)]
     if tensor.dtype != self.tensor.dtype or self.dtype == ml_dtypes.bfloat16:
       return tensor.float().numpy().astype(self.dtype)
     return tensor.numpy().copy()

@@ -2,37 +2,127 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 import safetensors
 
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights import names
 
+# How safetensors calls what numpy and ml_dtypes have.
+_DTYPES = {
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16,
+  "F8_E4M3": ml_dtypes.float8_e4m3fn,
+  "F8_E5M2": ml_dtypes.float8_e5m2,
+  "I64": np.int64,
+  "I32": np.int32,
+  "I16": np.int16,
+  "I8": np.int8,
+  "U64": np.uint64,
+  "U32": np.uint32,
+  "U16": np.uint16,
+  "U8": np.uint8,
+  "BOOL": np.bool_,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor that lies in a file, not yet read."""
+  """A tensor that lies in a file, not yet read.
+
+  Attributes:
+    file: a safetensors file.
+    name: in that file.
+    shape: of the tensor.
+    stored: its dtype, as safetensors calls it.
+    offset: of its first byte in the file; its rows follow each other.
+  """
 
   file: str
   name: str
   shape: tuple[int, ...]
+  stored: str = "F32"
+  offset: int = 0
 
   @property
   def files(self) -> tuple[str, ...]:
     """All files that its values come from."""
     return (self.file,)
 
-  def read(self) -> np.ndarray:
-    """A copy in host memory, in the stored dtype.
+  @property
+  def dtype(self) -> np.dtype:
+    """The dtype in numpy.
 
-    The file is mapped only for the length of the call: pages of a mapping that stays open count as
-    this process's memory until they are evicted.
+    Raises:
+      InputError: numpy has none such.
     """
-    with safetensors.safe_open(self.file, "numpy") as file:
-      return file.get_tensor(self.name)
+    if self.stored not in _DTYPES:
+      raise InputError(
+        f"{self.file}: {self.name} is stored as {self.stored}, which is not read; save it in "
+        "bfloat16 or float32"
+      )
+    return np.dtype(_DTYPES[self.stored])
+
+  def read(
+    self,
+    rows: tuple[int, int] | None = None,
+    columns: tuple[int, int] | None = None,
+    out: np.ndarray | None = None,
+  ) -> np.ndarray:
+    """Reads the tensor, or a part of it, into host memory, in the stored dtype.
+
+    Only the bytes of that part are read: blocks of a file that is read, unlike pages of one that is
+    mapped, cost no page fault each and do not count as this process's memory.
+
+    Args:
+      rows: (start, stop) along the first axis; None: all.
+      columns: (start, stop) along the second axis of a matrix; None: all.
+      out: a contiguous array of the part's shape and dtype to read into; None: a new one.
+
+    Raises:
+      InputError: the file cannot be read, or ends early.
+    """
+    start, stop = rows or (0, self.shape[0] if self.shape else 1)
+    width = math.prod(self.shape[1:])
+    first, last = columns or (0, width)
+    if out is None:
+      lengths = (last - first,) if columns else self.shape[1:]
+      out = np.empty((stop - start, *lengths) if self.shape else (), self.dtype)
+    size = self.dtype.itemsize
+    target = out.reshape(-1).view(np.uint8)
+    if last - first == width:  # rows without a gap between them
+      start, stop, first, last, width = 0, 1, start * width, stop * width, 0
+    step = (last - first) * size
+    try:
+      file = os.open(self.file, os.O_RDONLY)
+      try:
+        for number, row in enumerate(range(start, stop)):
+          part = target[number * step : (number + 1) * step]
+          _fill(file, part, self.offset + (row * width + first) * size)
+      finally:
+        os.close(file)
+    except OSError as error:
+      raise InputError(
+        f"{self.file}: {self.name} cannot be read ({error}); copy it again"
+      ) from error
+    return out
+
+
+def _fill(file: int, target: np.ndarray, offset: int) -> None:
+  """Reads bytes of an open file, from `offset` on, until the target is full."""
+  done = 0
+  while done < len(target):
+    count = os.preadv(file, [target[done:]], offset + done)
+    if not count:
+      raise OSError("the file ends before it")
+    done += count
 
 
 def _files(directory: str, stem: str) -> list[str]:
@@ -82,10 +172,17 @@ def read_headers(path: str, canonical: Callable[[str], str]) -> dict[str, Tensor
     InputError: the file is damaged or cut off.
   """
   try:
-    with safetensors.safe_open(path, "numpy") as file:
-      return {
-        canonical(name): Tensor(path, name, tuple(file.get_slice(name).get_shape()))
-        for name in file.keys()  # noqa: SIM118 (not a dict)
-      }
+    with safetensors.safe_open(path, "numpy"):  # checks that the header and the size agree
+      pass
   except safetensors.SafetensorError as error:
     raise InputError(f"{path}: damaged or cut off ({error}); copy it again") from error
+  with open(path, "rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+  header.pop("__metadata__", None)
+  return {
+    canonical(name): Tensor(
+      path, name, tuple(at["shape"]), at["dtype"], 8 + length + at["data_offsets"][0]
+    )
+    for name, at in header.items()
+  }
