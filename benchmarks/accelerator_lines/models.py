@@ -71,8 +71,6 @@ def initial(program, config):
   params = random_params(program.params)
   params, frozen = trees.split(params, functools.partial(optimizer.is_trained, config=config))
   if "reference" in program.frozen:
-    kept = trees.flatten(program.frozen["reference"])
-    flat = trees.flatten(params)
     copies = {
       path: jnp.array(flat[path], dtype=leaf.dtype, copy=True) for path, leaf in kept.items()
     }
@@ -80,8 +78,16 @@ def initial(program, config):
   return program.init_state(params), frozen
 
 
+def copied(params, shapes):
+  """Returns copies of those of `params` that `shapes` holds, in its dtypes."""
+  flat = trees.flatten(params)
+  return trees.map_paths(
+    lambda path, leaf: jnp.array(flat[path], dtype=leaf.dtype, copy=True), shapes
+  )
+
+
 def packed_rows(model, mesh, rows: int, length: int, examples: int):
-  """Returns rows on the device: so many examples each, an image and text whose tokens are learnt."""
+  """Returns rows on the device: so many examples each, an image and text that is learnt."""
   rng = np.random.default_rng(0)
   size, image = model.vision.image_size, model.tokens_per_image
   each = length // examples

@@ -86,11 +86,7 @@ def ppo(settings):
 
   (params, frozen), (critic, critic_frozen) = split(program.actor), split(program.critic)
   reward = models.random_params(program.reward.params)
-  copies = trees.flatten(program.actor.frozen["reference"])
-  flat = trees.flatten(params)
-  reference = trees.unflatten(
-    {path: jnp.array(flat[path], dtype=leaf.dtype, copy=True) for path, leaf in copies.items()}
-  )
+  reference = models.copied(params, program.actor.frozen["reference"])
   state = program.init_state(params, critic)
   rows = models.packed_rows(model, mesh, c.batch_size, length, 1)
   prompts, streams = models.prompt_rows(rows), jnp.arange(c.batch_size, dtype=jnp.int32)
@@ -134,7 +130,7 @@ def ppo(settings):
   yield line
   rows = rows | fields
   index = np.arange(c.batch_size // c.ppo.minibatches, dtype=np.int32)
-  del actor, features
+  actor = features = None
   held = {"state": state}
 
   def update():
