@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -86,7 +87,8 @@ def run_line(name: str, settings: dict, environment: dict, limit: float, keep) -
     if process.wait() and problem is None:
       errors.seek(0)
       tail = [line for line in errors.read().splitlines() if line.strip()][-12:]
-      problem = f"exit code {process.returncode}: {tail[-1] if tail else ''}"[:400]
+      named = [line for line in tail if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)] or tail
+      problem = f"exit code {process.returncode}: {named[-1] if named else ''}"[:400]
   result = {"line": name, "what": "done", "seconds": round(time.monotonic() - began, 1)}
   if problem:
     result |= {"what": "failed", "error": problem, "results_before": count}

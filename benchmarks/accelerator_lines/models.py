@@ -71,10 +71,7 @@ def initial(program, config):
   params = random_params(program.params)
   params, frozen = trees.split(params, functools.partial(optimizer.is_trained, config=config))
   if "reference" in program.frozen:
-    copies = {
-      path: jnp.array(flat[path], dtype=leaf.dtype, copy=True) for path, leaf in kept.items()
-    }
-    frozen["reference"] = trees.unflatten(copies)
+    frozen["reference"] = copied(params, program.frozen["reference"])
   return program.init_state(params), frozen
 
 

@@ -119,8 +119,10 @@ def ppo(settings):
     "advantages",
     lambda: program.learn_from(
       scores,
+      scores,
       answers.log_probabilities,
       expected,
+      answers.drawn_log_probabilities,
       values,
       answers.lengths,
       answers.ended,
