@@ -3,7 +3,8 @@
   python scripts/export_hf.py --checkpoint=RUN_DIR --output=HF_DIR [--dtype=bfloat16] [--adapters]
 
 RUN_DIR stands for its newest checkpoint; RUN_DIR/checkpoints/STEP and RUN_DIR/checkpoints/best (by
-the run's config.best_metric) name others.
+the run's config.best_metric) name others. A PEFT directory, whose base is merged in, and a model in
+the layout of LLaVA's own repository are taken, too.
 
 LlavaForConditionalGeneration.from_pretrained and AutoProcessor.from_pretrained load the result.
 A LoRA run's adapters are merged into the weights. With --adapters they are written alone, for
@@ -35,6 +36,9 @@ def export_run(run: str, output: str, dtype: str | None, adapters: bool = False)
   """Writes a checkpoint of a run, by default the newest, with the frozen weights it stands on."""
   storage.check(run, "--checkpoint")
   found = checkpoints.find_run(run) if run else None
+  if run and not found and source.is_convertible(run):
+    _export_directory(run, output, dtype, adapters)
+    return
   if not found:
     raise InputError(f"--checkpoint {run!r} is not a run directory: it has no checkpoints/")
   if not output:
@@ -61,6 +65,23 @@ def export_run(run: str, output: str, dtype: str | None, adapters: bool = False)
   else:
     export.export_model(opened, load.load_params(opened, abstract), output, dtype=dtype)
   logging.info("exported step %d of %s to %s", step, run, output)
+
+
+def _export_directory(directory: str, output: str, dtype: str | None, adapters: bool) -> None:
+  """Writes a PEFT directory over its base, or a model in LLaVA's own layout, as one model."""
+  if adapters:
+    raise InputError(f"--adapters: {directory} is not a run; export it without")
+  if not output:
+    raise InputError("--output is missing: the directory to write")
+  export.check_output(output)
+  opened = source.open_source(ConfigDict({**shared().model, "init_from": directory}))
+  kept = opened.tensors["language.norm.weight"].read().dtype
+  _, abstract = vlm.abstract_params(opened.config, param_dtype=kept)
+  mesh = meshes.make_mesh(ConfigDict({"data": 1, "fsdp": -1, "tensor": 1}))
+  abstract = meshes.place(abstract, zero.shardings(mesh, abstract, split=True))
+  params = load.load_params(opened, abstract)
+  export.export_model(opened, params, output, dtype=np.dtype(dtype) if dtype else None)
+  logging.info("exported %s to %s", directory, output)
 
 
 def _bases_of(model: dict, is_llava: bool) -> dict[str, str]:

@@ -12,6 +12,8 @@ import json
 import os
 import random
 
+import vlalign_jax  # noqa: F401 isort: skip (before transformers: it drops a line of that)
+
 import jax
 import jax.numpy as jnp
 from absl import flags

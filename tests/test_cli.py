@@ -3,6 +3,7 @@
 import logging
 import pathlib
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -176,3 +177,19 @@ def test_log_keeps_warnings_and_our_own_lines(monkeypatch):
   assert passes(orbax, logging.WARNING)
   assert passes(ROOT / "vlalign_jax" / "data" / "sft.py", logging.INFO)
   assert passes(ROOT / "scripts" / "train_sft.py", logging.INFO)
+
+
+HIDES_TORCH = "import sys; sys.modules['torch'] = None; "
+
+
+@pytest.mark.parametrize("first", ["", "import vlalign_jax; "])
+def test_transformers_does_not_speak_of_torch(first):
+  done = subprocess.run(
+    [sys.executable, "-c", HIDES_TORCH + first + "import transformers"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=True,
+  )
+  assert ("PyTorch was not found" in done.stderr) == (not first)

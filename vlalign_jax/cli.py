@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 import vlalign_jax
-from vlalign_jax import presets
+from vlalign_jax import out_of_memory, presets
 from vlalign_jax.config import unknown_key
 from vlalign_jax.errors import InputError
 from vlalign_jax.sharding import processes
@@ -42,7 +42,9 @@ def run(main, several_hosts: bool = False) -> None:
     try:
       if several_hosts:
         processes.start(**{name: flags.FLAGS[name].value for name in processes.FLAGS})
-      return main(argv)
+      config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+      with out_of_memory.explained(out_of_memory.script(), config):
+        return main(argv)
     except InputError as error:
       processes.fail(f"error: {error}", str(error))
       return 1

@@ -75,8 +75,49 @@ def test_a_tokenizer_model_alone_is_read(towers, tmp_path):
   np.testing.assert_array_equal(again(text)["input_ids"], tokenizer(text)["input_ids"])
 
 
-def test_a_damaged_tokenizer_model(towers, tmp_path):
-  for name in ("config.json", "tokenizer_config.json"):
+def test_without_a_config_its_ids_are_those_of_sentencepiece(towers, tmp_path):
+  model = towers[1]
+  expected = sentencepiece.SentencePieceProcessor(model_proto=model)
+  alone = tmp_path / "alone"
+  shutil.copytree(towers[0].language, alone)
+  (alone / "tokenizer_config.json").unlink()
+  opened = source.open_source(reference.model_group(vision=towers[0].vision, language=str(alone)))
+  export.save_model_files(opened, str(tmp_path / "out"), "float32", "vicuna")
+  again = AutoTokenizer.from_pretrained(tmp_path / "out")
+  assert opened.tokenizer.eos_token_id == again.eos_token_id == 2
+  for tokenizer in (opened.tokenizer, again):
+    for text in (*LINES, " a space", "", "two  spaces, é and 猫\nand a line "):
+      assert tokenizer(text)["input_ids"] == [1, *expected.encode(text)]
+    # Every text between special tokens is a text of its own, as in Llama 2's tokenizer.json.
+    ids = tokenizer("A cat</s>two dogs")["input_ids"]
+    assert ids == [1, *expected.encode("A cat"), 2, *expected.encode("two dogs")]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "A cat two dogs"
+
+
+@pytest.mark.parametrize(
+  ("options", "reason"),
+  [({"bos_id": -1}, "no bos_token"), ({"add_dummy_prefix": False}, "rules of its own")],
+)
+def test_a_tokenizer_model_that_is_not_like_llama_s(towers, tmp_path, options, reason):
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(LINES * 5),
+    model_writer=model,
+    model_type="bpe",
+    byte_fallback=True,
+    vocab_size=350,
+    minloglevel=2,
+    **options,
+  )
+  shutil.copy(f"{towers[0].language}/config.json", tmp_path)
+  (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+  with pytest.raises(InputError, match=reason):
+    source.open_source(reference.model_group(vision=towers[0].vision, language=str(tmp_path)))
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_a_damaged_tokenizer_model(towers, tmp_path, config):
+  for name in ("config.json", *["tokenizer_config.json"] * config):
     shutil.copy(f"{towers[0].language}/{name}", tmp_path)
   (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n")
   group = reference.model_group(vision=towers[0].vision, language=str(tmp_path))

@@ -25,7 +25,7 @@ class Piece:
 class Template:
   """Texts of one named template; `{images}` stands for one `<image>` line per image."""
 
-  system: str
+  system: str  # how a system message is written: {system}
   with_image: str
   without_image: str
   answer: str  # the space, if any, that stands before an answer and is learnt with it
@@ -33,15 +33,16 @@ class Template:
   restart: str = ""  # the literal between that end and the next turn
   first_drops: str = ""  # what the first turn's own text loses because the system text has it
   needs: tuple[str, ...] = ()  # tokens without which the template means nothing
+  default_system: str = ""  # the system message of training
 
 
 _SYSTEM = (
   "You are a helpful language and vision assistant. You are able to understand the visual content"
-  " that the user provides, and assist the user with a variety of tasks using natural language.\n\n"
+  " that the user provides, and assist the user with a variety of tasks using natural language."
 )
 _CHAT = (
   "A chat between a curious {user} and an artificial intelligence assistant. The assistant gives"
-  " helpful, detailed, and polite answers to the {user}'s questions. "
+  " helpful, detailed, and polite answers to the {user}'s questions."
 )
 _LLAMA_3_TURN = (
   "<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
@@ -50,13 +51,15 @@ _LLAMA_3_TURN = (
 
 _TEMPLATES = {
   "default": Template(
-    system=_SYSTEM,
+    system="{system}\n\n",
+    default_system=_SYSTEM,
     with_image="### Image:\n{images}\n### Question:\n{question}\n\n### Answer:\n",
     without_image="### Question:\n{question}\n\n### Answer:\n",
     answer="",
   ),
   "llama_2": Template(
-    system=f"[INST] <<SYS>>\n{_SYSTEM}\n<</SYS>>\n\n",
+    system="[INST] <<SYS>>\n{system}\n\n\n<</SYS>>\n\n",
+    default_system=_SYSTEM,
     with_image="### Image:\n{images}\n[INST] {question} [/INST]",
     without_image="[INST] {question} [/INST]",
     answer=" ",
@@ -65,7 +68,8 @@ _TEMPLATES = {
     first_drops="[INST] ",
   ),
   "llama_3": Template(
-    system=f"<|start_header_id|>system<|end_header_id|>\n\n{_SYSTEM}<|eot_id|>",
+    system="<|start_header_id|>system<|end_header_id|>\n\n{system}\n\n<|eot_id|>",
+    default_system=_SYSTEM,
     with_image="### Image:\n{images}\n" + _LLAMA_3_TURN,
     without_image=_LLAMA_3_TURN,
     answer="",
@@ -73,14 +77,16 @@ _TEMPLATES = {
     needs=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
   ),
   "vicuna": Template(
-    system=_CHAT.format(user="user"),
+    system="{system} ",
+    default_system=_CHAT.format(user="user"),
     with_image="USER: {images}{question} ASSISTANT:",
     without_image="USER: {question} ASSISTANT:",
     answer=" ",
     end="</s>",
   ),
   "llava": Template(
-    system=_CHAT.format(user="human"),
+    system="{system} ",
+    default_system=_CHAT.format(user="human"),
     with_image="USER: {images}{question} ASSISTANT:",
     without_image="USER: {question} ASSISTANT:",
     answer=" ",
@@ -137,6 +143,21 @@ def closing(template: str, tokenizer) -> str:
   literal = _TEMPLATES[template].end
   eos = tokenizer.eos_token
   return "" if not literal or _literal(literal, eos, tokenizer) == eos else eos
+
+
+def end_tokens(template: str, tokenizer) -> tuple[int, ...]:
+  """Returns the ids that end an answer by training: the template's end token and the eos.
+
+  Raises:
+    InputError: the template does not suit the tokenizer.
+  """
+  image = f"{IMAGE_PLACEHOLDER}\n" if template == "plain" else ""
+  turns = [Turn(f"{image}question", "answer")]
+  last = turn_pieces(turns, template, tokenizer, "a trial conversation")[-1]
+  end = last.text.rpartition("answer")[2]
+  special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+  written = [token for token in vocabulary(tokenizer).ids(end) if token in special]
+  return tuple(sorted({*written[:1], tokenizer.eos_token_id}))
 
 
 def render(turns: Sequence[Turn], template: str, tokenizer, where: str) -> list[Piece]:
@@ -199,7 +220,8 @@ def _fill(turns: list[CleanTurn], template: Template) -> list[tuple[str, str | N
   for number, turn in enumerate(turns):
     wording = template.with_image if turn.images else template.without_image
     if number == 0:
-      wording = template.system + wording.replace(template.first_drops, "", 1)
+      system = template.system.format(system=template.default_system)
+      wording = system + wording.replace(template.first_drops, "", 1)
     else:
       wording = template.restart + wording
     prompt = wording.format(images=f"{IMAGE_PLACEHOLDER}\n" * turn.images, question=turn.question)

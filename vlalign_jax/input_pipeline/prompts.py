@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlalign_jax.data import measure, plan
-from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER, Turn
+from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER
 from vlalign_jax.data.encode import Example, check_image_token, check_placed, expand
 from vlalign_jax.data.records import Record
-from vlalign_jax.data.templates import prompt_pieces, turn_pieces
-from vlalign_jax.data.tokens import tokenize_pieces, vocabulary
+from vlalign_jax.data.templates import end_tokens, prompt_pieces
+from vlalign_jax.data.tokens import tokenize_pieces
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline import prepare
 from vlalign_jax.weights.source import Source
@@ -132,14 +132,7 @@ def stop_tokens(source: Source, template: str) -> tuple[int, ...]:
   Raises:
     InputError: the template does not suit the tokenizer.
   """
-  tokenizer = source.tokenizer
-  image = f"{IMAGE_PLACEHOLDER}\n" if template == "plain" else ""
-  turns = [Turn(f"{image}question", "answer")]
-  last = turn_pieces(turns, template, tokenizer, "a trial conversation")[-1]
-  end = last.text.rpartition("answer")[2]
-  special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-  written = [token for token in vocabulary(tokenizer).ids(end) if token in special]
   own = source.generation.eos_token_id
   own = own if isinstance(own, list) else [own]
-  ends = [*written[:1], tokenizer.eos_token_id, *own]
+  ends = [*end_tokens(template, source.tokenizer), *own]
   return tuple(sorted({end for end in ends if end is not None}))

@@ -5,8 +5,8 @@ import os
 from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
+from vlalign_jax import out_of_memory, progress
 from vlalign_jax.data.records import Record
 from vlalign_jax.prediction import directory, models, scored
 from vlalign_jax.weights.source import Source
@@ -27,6 +27,7 @@ def reward_config(config: ConfigDict) -> ConfigDict:
   return c
 
 
+@out_of_memory.names(out_of_memory.SCORING)
 def add_rewards(
   config: ConfigDict,
   workdir: str,
@@ -70,7 +71,7 @@ def add_rewards(
     found = scored.evaluate(reward_config(config), source, load, asked, mesh, done)
     total = sum(map(len, answers.values()))
     with directory.appended(path) as add:
-      for at, sample, values in tqdm(found, "reward", total, len(done), unit="answer", delay=5):
+      for at, sample, values in progress.shown(found, "reward", total, len(done)):
         known[numbers[at], sample] = values["reward"]
         add(_score(numbers[at], sample, values["reward"]))
         if "reason" in values:

@@ -4,8 +4,8 @@ import collections
 import os
 
 from absl import logging
-from tqdm import tqdm
 
+from vlalign_jax import out_of_memory, progress
 from vlalign_jax.data.records import Record
 from vlalign_jax.generation.answers import Answer, generate_answers
 from vlalign_jax.generation.sampling import Sampling
@@ -21,6 +21,7 @@ def finished(lines: list[dict], samples: int) -> list[dict]:
   return [line for line in lines if "reason" in line or counts[line["record"]] == samples]
 
 
+@out_of_memory.names(out_of_memory.SAMPLING)
 def generate(
   config, workdir: str, source: Source, load, records: tuple[Record, ...], sampling: Sampling, mesh
 ) -> list[dict]:
@@ -54,7 +55,7 @@ def generate(
     answers = generate_answers(config, source, load()[1], records, sampling, mesh, **options)
     total = len(missing) * sampling.num_samples
     with directory.appended(path) as add:
-      for answer in tqdm(answers, "generate", total, unit="answer", delay=5):
+      for answer in progress.shown(answers, "generate", total):
         lines.append(_line(answer, records[answer.record]))
         add(lines[-1])
   for number in sorted(missing - {line["record"] for line in lines}):

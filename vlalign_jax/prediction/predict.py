@@ -7,7 +7,7 @@ import os
 import jax
 from absl import logging
 
-from vlalign_jax import storage
+from vlalign_jax import out_of_memory, storage
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.vlm import LANGUAGE, SCORE
 from vlalign_jax.prediction import (
@@ -52,12 +52,15 @@ def predict(c, workdir: str) -> tuple[list[dict], tuple]:
   directory.open_directory(workdir, c, data.inputs(records, opened))
 
   # --- Answers, one line each; a model is on the devices only while it is asked ---
-  load = functools.partial(models.load_model, model, c.model.dtype, mesh, c.model.attention)
+  def make_load(opened):
+    load = functools.partial(models.load_model, opened, c.model.dtype, mesh, c.model.attention)
+    return out_of_memory.explained(out_of_memory.LOADING, c)(load)
+
+  load = make_load(model)
   if c.mode == settings.GENERATE:
     lines = generated.generate(c, workdir, model, load, records, sampling, mesh)
     if judge:
-      load = functools.partial(models.load_model, judge, c.model.dtype, mesh, c.model.attention)
-      lines = best.add_rewards(c, workdir, lines, judge, load, records, mesh)
+      lines = best.add_rewards(c, workdir, lines, judge, make_load(judge), records, mesh)
     found = metrics.of_generated(lines)
   else:
     lines = scored.predict_given(c, workdir, model, load, records, mesh)

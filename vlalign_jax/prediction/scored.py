@@ -11,8 +11,8 @@ import numpy as np
 from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
-from tqdm import tqdm
 
+from vlalign_jax import out_of_memory, progress
 from vlalign_jax.data.records import Record
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline.scored_answers import prepare_answers
@@ -148,6 +148,7 @@ def _read(rows, values, scores: bool) -> Iterator[tuple[int, int, dict]]:
     )
 
 
+@out_of_memory.names(out_of_memory.SCORING)
 def predict_given(config, workdir: str, source: Source, load: Load, records, mesh) -> list[dict]:
   """Modes `logprobs` and `reward`: a line for every answer that the records have.
 
@@ -179,7 +180,7 @@ def predict_given(config, workdir: str, source: Source, load: Load, records, mes
   asked = [with_answers(record, data.given_answers(record)) for record in records]
   found = evaluate(config, source, load, asked, mesh, done)
   with directory.appended(path) as add:
-    for number, place, values in tqdm(found, config.mode, total, len(done), unit="answer", delay=5):
+    for number, place, values in progress.shown(found, config.mode, total, len(done)):
       line = data.shown(number, records[number])
       if records[number].answers:
         line["rank"] = place

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from vlalign_jax import trees
+from vlalign_jax import out_of_memory, trees
 from vlalign_jax.data.records import Record
 from vlalign_jax.errors import InputError
 from vlalign_jax.losses import kl
@@ -97,6 +97,7 @@ def decode(tokenizer, tokens: np.ndarray, lengths: np.ndarray) -> list[list[str]
   ]
 
 
+@out_of_memory.names(out_of_memory.SAMPLING)
 def collect(
   roles: Roles,
   state: State,
@@ -133,11 +134,13 @@ def collect(
   logps = generated.log_probabilities[:, :, : shape[1]]
   rows = program.answer_rows(prompts, generated.tokens[:, :, : shape[1]], generated.lengths)
   scores = _scores(roles, rows, shape, tokens, lengths, records)
+  with out_of_memory.explained(out_of_memory.REFERENCE, roles.config):
+    reference = program.reference(roles.frozen, rows, shape)
   return Rollout(
     rows=rows,
     shape=shape,
     log_probabilities=logps,
-    reference=program.reference(roles.frozen, rows, shape),
+    reference=reference,
     drawn=generated.drawn_log_probabilities[:, :, : shape[1]],
     lengths=lengths,
     ended=ended,
@@ -152,6 +155,7 @@ def for_sampling(prompts: dict) -> dict:
   return {name: prompts[name] for name in names if name in prompts}
 
 
+@out_of_memory.names(out_of_memory.SCORING)
 def _scores(roles: Roles, rows, shape, tokens, lengths, records) -> np.ndarray:
   settings, texts = roles.config.ppo, None
   there = lengths > 0

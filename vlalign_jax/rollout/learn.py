@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from vlalign_jax import out_of_memory
 from vlalign_jax.input_pipeline import prompts
 from vlalign_jax.input_pipeline.prepare import Prepared
 from vlalign_jax.losses import kl, sums
@@ -105,6 +106,7 @@ def make_train_step(
   return train_step
 
 
+@out_of_memory.names(out_of_memory.VALUES)
 def _learn_from(roles: collect.Roles, state: State, rollout: collect.Rollout, order, learner):
   normalised, values = rollout.scores, None
   if learner.queue is not None:

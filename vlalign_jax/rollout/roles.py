@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlalign_jax import config as configs
-from vlalign_jax import trees
+from vlalign_jax import out_of_memory, trees
 from vlalign_jax.data.templates import closing
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora
@@ -160,6 +160,7 @@ def find_scorers(config: ConfigDict, sources: Sources, records):
   return reader, function
 
 
+@out_of_memory.names(out_of_memory.LOADING)
 def make_state(config: ConfigDict, workdir: str, sources: Sources, program: Program) -> State:
   """The state before the first rollout; writes down what the run takes besides its actor."""
   if reward := sources.reward:
@@ -175,6 +176,7 @@ def make_state(config: ConfigDict, workdir: str, sources: Sources, program: Prog
   return program.init_state(actor, critic)
 
 
+@out_of_memory.names(out_of_memory.LOADING)
 def load(config: ConfigDict, sources: Sources, program: Program, mesh: Mesh, scorers):
   """The collect.Roles of a run; what several models have the same is on the devices once.
 

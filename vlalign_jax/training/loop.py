@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from vlalign_jax import out_of_memory
 from vlalign_jax.errors import InputError
 from vlalign_jax.optim.state import TrainState
 from vlalign_jax.runs import checkpoints
@@ -58,6 +59,7 @@ class Stop:
     self.asked = True
 
 
+@out_of_memory.names(out_of_memory.TRAINING)
 def run(
   config,
   workdir: str,
@@ -91,7 +93,7 @@ def run(
     batches.set_state(progress["data"])  # checks that the examples so far are the same
   stop, first = Stop(), int(state.step)
   alone, told = jax.process_count() == 1, False
-  log, throughput = MetricLog(workdir, first, total_steps), Throughput()
+  log, throughput = MetricLog(workdir, first, total_steps, stage.lag), Throughput()
   pending, bad_records = collections.deque(), progress["bad_records"]
   measured = {}  # step -> metrics of the evaluation there, of the newest one
 
@@ -134,8 +136,9 @@ def run(
   def evaluate(step: int) -> None:
     settle(0)
     try:
-      found = stage.evaluate(state)
-    except InputError:  # bad evaluation data shall not cost what was trained
+      with out_of_memory.explained(out_of_memory.EVALUATION, config):
+        found = stage.evaluate(state)
+    except InputError:  # an evaluation that fails must not cost what was trained
       save(step)
       raise
     found = {f"eval/{key}": value for key, value in found.items()}
@@ -172,8 +175,9 @@ def run(
       skipped = rows.pop("skipped")
       counts = stage.count(rows, skipped, stop.asked)
       try:
-        state, metrics = stage.train_step(state, rows)
-      except InputError:  # a rollout that cannot be scored shall not cost those before it
+        with out_of_memory.explained(out_of_memory.TRAINING, config):
+          state, metrics = stage.train_step(state, rows)
+      except InputError:  # a step that fails must not cost those before it
         save_before(step, position)
         raise
       pending.append((step, metrics, counts))

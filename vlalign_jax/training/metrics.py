@@ -3,16 +3,14 @@
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 
 import jax
 from etils import epath
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
-from vlalign_jax import storage
+from vlalign_jax import progress, storage
 from vlalign_jax.runs import run_directory
 
 # A bucket takes files as a whole: seconds between copies of the log while nothing is saved.
@@ -39,7 +37,7 @@ class MetricLog:
   If `workdir` is a URL, the files grow in a directory of this machine and are copied by `flush`.
   """
 
-  def __init__(self, workdir: str, step: int, total_steps: int):
+  def __init__(self, workdir: str, step: int, total_steps: int, lag: int = 0):
     self._writes = jax.process_index() == 0
     if not self._writes:
       return
@@ -53,16 +51,12 @@ class MetricLog:
     self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
     self._board = SummaryWriter(self._directory, purge_step=step + 1 if step else None)
     self._uploaded = time.monotonic()
-    # A log file wants a line now and then, not ten a second.
-    often = 0.1 if sys.stderr.isatty() else 30.0
-    self._bar = tqdm(
-      total=total_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=often
-    )
+    self._bar = progress.make_bar(total_steps, step, lag)
 
   def advance(self, step: int) -> None:
     """Moves the progress bar."""
     if self._writes:
-      self._bar.update(step - self._bar.n)
+      self._bar.advance(step - self._bar.n)
 
   def write(self, step: int, metrics: dict[str, float], more_follow: bool = False) -> None:
     """One line of metrics.jsonl and one point a curve; non-finite numbers become null.

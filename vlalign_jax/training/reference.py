@@ -13,9 +13,8 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from tqdm import tqdm
 
-from vlalign_jax import storage
+from vlalign_jax import out_of_memory, progress, storage
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline.prepare import Prepared
 from vlalign_jax.sharding import hosts
@@ -56,7 +55,8 @@ def log_probabilities(
   if all(table is not None for table in tables.values()):
     return tables
   reference = dpo.make_reference(config, opened.config, mesh)
-  params = load.load_params(opened, reference.params, config.seed)
+  with out_of_memory.explained(out_of_memory.LOADING, config):
+    params = load.load_params(opened, reference.params, config.seed)
   for name, prepared in data.items():
     if tables[name] is None:
       tables[name] = _compute(config, reference, params, mesh, prepared, name, share)
@@ -101,6 +101,7 @@ def fingerprint(config, opened: source.Source, prepared: Prepared) -> str:
   return digest.hexdigest()
 
 
+@out_of_memory.names(out_of_memory.REFERENCE)
 def _compute(config, reference, params, mesh, prepared, name: str, share: dict) -> np.ndarray:
   shown = np.unique(prepared.plan.examples)
   table = np.full((int(shown.max()) + 1, prepared.max_answers), np.nan, np.float32)
@@ -108,6 +109,7 @@ def _compute(config, reference, params, mesh, prepared, name: str, share: dict) 
   missing[shown] = True
   logging.info("%s: the reference's log-probabilities of %d examples", name, len(shown))
   pending, counts, count = [], [], hosts.make_counter(mesh)
+  steps = prepared.plan.steps
 
   def settle(keep: int) -> None:
     while len(pending) > keep:
@@ -115,7 +117,7 @@ def _compute(config, reference, params, mesh, prepared, name: str, share: dict) 
       table[numbers[numbers >= 0]] = found[numbers >= 0]
 
   with prepared.batches(workers=0, **share) as batches:
-    for step in tqdm(range(prepared.plan.steps), "reference", unit="step", delay=5):
+    for step in progress.shown(range(steps), "reference", steps, unit="step"):
       rows = next(batches)
       of_step = _examples_of(prepared, step)
       if missing[of_step].any():  # later epochs show them again

@@ -6,7 +6,7 @@ import jax
 from absl import logging
 
 from vlalign_jax import config as configs
-from vlalign_jax import storage, trees
+from vlalign_jax import out_of_memory, storage, trees
 from vlalign_jax.input_pipeline.prepare import Prepared
 from vlalign_jax.optim import optimizer
 from vlalign_jax.runs import checkpoints, run_directory
@@ -63,6 +63,7 @@ def my_share(mesh: jax.sharding.Mesh) -> dict:
   return options
 
 
+@out_of_memory.names(out_of_memory.LOADING)
 def restore_or_load(
   config, workdir: str, opened: source.Source, program: Program, train: Prepared, make_state=None
 ):
@@ -105,12 +106,14 @@ def restore_or_load(
   return manager, state, progress
 
 
+@out_of_memory.names(out_of_memory.LOADING)
 def load_trained(config, opened: source.Source, program: Program) -> dict:
   """The trained parameters as they are before training."""
   is_trained = functools.partial(optimizer.is_trained, config=config)
   return load.load_params(opened, program.params, config.seed, is_trained)
 
 
+@out_of_memory.names(out_of_memory.LOADING)
 def load_frozen(config, opened: source.Source, program: Program) -> dict:
   """The parameters that stay, and what the trained ones were at first where the stage needs it."""
   is_trained = functools.partial(optimizer.is_trained, config=config)

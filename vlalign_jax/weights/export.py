@@ -27,12 +27,12 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from vlalign_jax import json_files, trees
-from vlalign_jax.data import jinja_template
+from vlalign_jax.data import jinja_template, templates
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.vlm import SCORE, ModelConfig
 from vlalign_jax.weights import names
 from vlalign_jax.weights.hf_config import OWN_FAMILY, PROJECTOR, REWARD_ARCHITECTURE, TOWERS
-from vlalign_jax.weights.parts import IMAGE_TOKEN, Source
+from vlalign_jax.weights.parts import IMAGE_TOKEN, Source, with_ends
 
 MAX_SHARD_BYTES = 5 * 10**9
 _SCORE_LABELS = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
@@ -51,8 +51,9 @@ def save_model_files(
     source: the model.
     directory: is made if need be; files there are overwritten.
     dtype: what config.json says the weights are, such as "bfloat16".
-    template: the prompt template of training, which becomes the tokenizer's chat template; None,
-      "auto" and "plain" (which is no conversation) leave it as it is.
+    template: the prompt template of training, which becomes the tokenizer's chat template, and its
+      end tokens those of the generation config; None leaves both as they are. "plain", a stage
+      before the one that chats, keeps a chat template that is there.
   """
   _save_tokenizer(source, directory, template)
   source.images.save(directory)
@@ -74,12 +75,15 @@ def _save_tokenizer(source: Source, directory: str, template: str | None) -> Non
   """Tokenizer and generation config."""
   os.makedirs(directory, exist_ok=True)
   tokenizer = source.tokenizer
-  if template not in (None, "auto", "plain"):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = jinja_template.chat_template(template, tokenizer)
+  generation = source.generation
+  if template is not None:
+    generation = with_ends(generation, templates.end_tokens(template, tokenizer))
+    if template != "plain" or not tokenizer.chat_template:
+      tokenizer = copy.deepcopy(tokenizer)
+      tokenizer.chat_template = jinja_template.chat_template(template, tokenizer)
   tokenizer.save_pretrained(directory)
   _name_tokenizer_for_version_4(os.path.join(directory, "tokenizer_config.json"))
-  source.generation.save_pretrained(directory)
+  generation.save_pretrained(directory)
 
 
 def is_llava(config: ModelConfig) -> bool:

@@ -125,6 +125,10 @@ def layers_of(name: Name, config: ModelConfig) -> range:
 
 
 _CANONICAL = (
+  # LLaVA's own repository.
+  (r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision."),
+  (r"^model\.mm_projector\.0\.", "projector.linear_1."),
+  (r"^model\.mm_projector\.2\.", "projector.linear_2."),
   # Newer transformers put everything but the head below `model.`.
   (r"^model\.(vision_tower|multi_modal_projector|language_model)\.", r"\1."),
   (r"^vision_tower\.(vision_model\.)?", "vision."),

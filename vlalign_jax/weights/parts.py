@@ -1,15 +1,18 @@
 """What is opened of a model before its weights are read: config, tokenizer, pictures."""
 
+import copy
 import dataclasses
 import os
+from collections.abc import Collection
 
 from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedTokenizerBase
 
+from vlalign_jax import json_files
 from vlalign_jax.data.images import ImagePreprocessor
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.projector import check as check_projector
 from vlalign_jax.models.vlm import LANGUAGE, SCORE, ModelConfig
-from vlalign_jax.weights import adapters, hf_config, tensors
+from vlalign_jax.weights import adapters, hf_config, sentencepiece_model, tensors
 
 IMAGE_TOKEN = "<image>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -30,6 +33,7 @@ class Source:
     runs: run directories with the checkpoint step to take trained parameters from, oldest first;
       adapters among these are merged into the weights.
     start: what the adapters of `config` start from, if they are not fresh.
+    new_tokens: whether the model has more tokens than its files, see `assembled`.
   """
 
   config: ModelConfig
@@ -41,11 +45,15 @@ class Source:
   fresh: tuple[str, ...] = ()
   runs: tuple[tuple[str, int], ...] = ()
   start: adapters.Start | None = None
+  new_tokens: bool = False
 
   @property
   def assembled(self) -> bool:
-    """Whether it is made of two towers, whose vocabulary may be smaller than the model's."""
-    return "projector/" in self.fresh
+    """Whether it is made of two towers, whose vocabulary may be smaller than the model's.
+
+    A model in LLaVA's own layout, whose vocabulary has no `<image>`, counts as one.
+    """
+    return "projector/" in self.fresh or self.new_tokens
 
 
 def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
@@ -59,8 +67,12 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
       f"{directory}: no {' or '.join(TOKENIZER_FILES)} there; copy the tokenizer's files from the "
       "model that this is"
     )
+  if sentencepiece_model.stands_alone(directory):
+    return _with_chat_template(sentencepiece_model.load(directory), directory)
   try:
-    return AutoTokenizer.from_pretrained(directory)
+    return _with_chat_template(AutoTokenizer.from_pretrained(directory), directory)
+  except InputError:
+    raise
   except Exception as error:  # transformers and tokenizers raise nearly anything on a broken file
     reason = str(error).splitlines()[0]
     if "tiktoken" in reason:  # what transformers tries next, and what it then asks for
@@ -68,6 +80,18 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
     raise InputError(
       f"{directory}: its tokenizer cannot be loaded ({reason}); copy its files again"
     ) from error
+
+
+def _with_chat_template(
+  tokenizer: PreTrainedTokenizerBase, directory: str
+) -> PreTrainedTokenizerBase:
+  """Takes the chat template of older processors, chat_template.json, where there is no other."""
+  path = os.path.join(directory, "chat_template.json")
+  if not tokenizer.chat_template and (content := json_files.read(path)) is not None:
+    if not isinstance(content.get("chat_template"), str):
+      raise InputError(f"{path}: has no text under chat_template; correct it, or remove the file")
+    tokenizer.chat_template = content["chat_template"]
+  return tokenizer
 
 
 def load_generation(directory: str, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -86,6 +110,15 @@ def load_generation(directory: str, tokenizer: PreTrainedTokenizerBase) -> Gener
     eos_token_id=tokenizer.eos_token_id,
     pad_token_id=tokenizer.pad_token_id,
   )
+
+
+def with_ends(generation: GenerationConfig, ends: Collection[int]) -> GenerationConfig:
+  """Returns the generation config with ids more that end an answer, as a list."""
+  own = generation.eos_token_id
+  own = own if isinstance(own, list) else [own]
+  generation = copy.deepcopy(generation)
+  generation.eos_token_id = sorted({end for end in (*own, *ends) if end is not None})
+  return generation
 
 
 def from_parts(

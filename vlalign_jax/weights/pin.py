@@ -35,7 +35,9 @@ def fingerprint(path: str) -> str:
 
 
 def _fingerprints(tensors: dict) -> dict[str, str]:
-  return {path: fingerprint(path) for path in sorted({t.file for t in tensors.values()})}
+  return {
+    path: fingerprint(path) for path in sorted({file for t in tensors.values() for file in t.files})
+  }
 
 
 def content(source: "Source") -> dict:

@@ -11,12 +11,29 @@ from transformers import LlavaConfig
 
 from vlalign_jax import storage, trees
 from vlalign_jax.data.images import ImagePreprocessor
+from vlalign_jax.data.templates import end_tokens
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora, vlm
 from vlalign_jax.models.vlm import LANGUAGE, SCORE, ModelConfig
 from vlalign_jax.runs import checkpoints, run_directory
-from vlalign_jax.weights import adapters, assemble, hf_config, pin, tensors
-from vlalign_jax.weights.parts import Source, from_parts, load_generation, load_tokenizer
+from vlalign_jax.weights import (
+  adapters,
+  assemble,
+  hf_config,
+  llava_layout,
+  merged,
+  peft,
+  pin,
+  tensors,
+)
+from vlalign_jax.weights.parts import (
+  IMAGE_TOKEN,
+  Source,
+  from_parts,
+  load_generation,
+  load_tokenizer,
+  with_ends,
+)
 
 # What a run's stage trains; the others train what speaks.
 HEADS = {"reward": SCORE}
@@ -121,7 +138,43 @@ def _open(model, aspect: str) -> Source:
   storage.check(model.init_from, "model.init_from")
   if run := checkpoints.find_run(model.init_from):
     return _open_run(*run, aspect)
-  return _open_llava(model.init_from, aspect)
+  if os.path.isfile(os.path.join(model.init_from, peft.CONFIG)):
+    base = merged.base_of(model.init_from)
+    if checkpoints.find_run(base):
+      raise InputError(
+        f"{model.init_from}/{peft.CONFIG}: its base {base} is a run; export that with "
+        "scripts/export_hf.py, and name the export there"
+      )
+    return merged.with_adapters(_open_directory(base, aspect), model.init_from)
+  return _open_directory(model.init_from, aspect)
+
+
+def is_convertible(directory: str) -> bool:
+  """Returns whether a directory holds a PEFT directory's adapters or a LLaVA in its own layout."""
+  adapted = os.path.isfile(os.path.join(directory, peft.CONFIG))
+  return adapted or llava_layout.read(directory) is not None
+
+
+def _open_directory(directory: str, aspect: str) -> Source:
+  if (config := llava_layout.read(directory)) is not None:
+    return _open_original_llava(directory, config, aspect)
+  return _open_llava(directory, aspect)
+
+
+def _open_original_llava(directory: str, config: dict, aspect: str) -> Source:
+  """Opens a model in the layout of LLaVA's own repository."""
+  tower = llava_layout.tower_of(directory, config)
+  tokenizer = load_tokenizer(directory)
+  tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+  hf = llava_layout.convert(config, tower, tokenizer, directory)
+  images = ImagePreprocessor.from_directory(tower, llava_layout.aspect_of(config, aspect))
+  opened = from_parts(hf, load_generation(directory, tokenizer), tokenizer, images, directory)
+  hf.image_seq_length = opened.config.tokens_per_image
+  found = tensors.find_tensors(directory)
+  if not any(name.startswith("vision.") for name in found):
+    own = tensors.find_tensors(tower)
+    found |= {name: tensor for name, tensor in own.items() if name.startswith("vision.")}
+  return dataclasses.replace(opened, tensors=found, fresh=(), new_tokens=True)
 
 
 def _open_llava(directory: str, aspect: str) -> Source:
@@ -150,10 +203,13 @@ def _open_run(directory: str, which: str, aspect: str) -> Source:
   base = pin.check(base, directory)
   base = _with_head(base, HEADS.get(config["stage"], LANGUAGE), config["model"]["init_from"])
   files = storage.local(f"{directory}/model")
+  tokenizer = load_tokenizer(files)
+  ends = end_tokens(config["data"]["template"], tokenizer)
   step = checkpoints.find_step(directory, which, config["best_metric"])
   return dataclasses.replace(
     base,
-    tokenizer=load_tokenizer(files),
+    tokenizer=tokenizer,
+    generation=with_ends(base.generation, ends),
     images=ImagePreprocessor.from_directory(files, aspect),
     runs=(*base.runs, (directory, step)),
   )

@@ -20,6 +20,11 @@ class Tensor:
   name: str
   shape: tuple[int, ...]
 
+  @property
+  def files(self) -> tuple[str, ...]:
+    """All files that its values come from."""
+    return (self.file,)
+
   def read(self) -> np.ndarray:
     """A copy in host memory, in the stored dtype.
 

@@ -1,0 +1,156 @@
+"""Directories that are read as what they stand for: PEFT over its base, and LLaVA's own layout."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from scripts import export_hf
+from tests import adapters, checkpoints, reference
+from vlalign_jax.errors import InputError
+from vlalign_jax.weights import pin
+
+
+def compare(directory, torch_model):
+  """Logits of a text and two pictures, ours against torch's, and those of the export."""
+  opened, graphdef, params = reference.open_model(directory)
+  config = opened.config
+  pictures = reference.make_pictures(2, config.vision.image_size)
+  example = reference.make_example(config, 20, tuple(pictures))
+  rows = reference.make_rows(config, [[example]], pictures, len(example.tokens), 2)
+  found = reference.logits(graphdef, params, rows)[0]
+  rows = {"input_ids": torch.tensor(example.tokens)[None].long()}
+  rows["pixel_values"] = reference.pixel_values(config, [pictures[p] for p in example.images])
+  output = f"{directory}-exported"
+  export_hf.export_run(str(directory), output, None)
+  exported = transformers.LlavaForConditionalGeneration.from_pretrained(output).eval()
+  with torch.no_grad():
+    expected = torch_model(**rows).logits[0].numpy()
+    again = exported(**rows).logits[0].numpy()
+  width = expected.shape[1]  # a model may have got new tokens
+  assert reference.relative_error(found[:, :width], expected) < 1e-5
+  assert reference.relative_error(again[:, :width], expected) < 1e-5
+  return opened
+
+
+def test_a_peft_directory_is_merged_into_its_base(tmp_path):
+  model = checkpoints.make_llava(tmp_path / "base")
+  modules = "|".join((adapters.LANGUAGE, adapters.VISION, adapters.PROJECTOR))
+  options = {"r": 3, "lora_alpha": 7, "alpha_pattern": {"q_proj": 5}, "use_rslora": True}
+  adapted = adapters.add(model, target_modules=modules, **options)
+  adapted.save_pretrained(tmp_path / "peft")
+  path = tmp_path / "peft" / "adapter_config.json"
+  content = json.loads(path.read_text())
+
+  def say(base):
+    path.write_text(json.dumps(content | {"base_model_name_or_path": base}))
+
+  say(str(tmp_path / "base"))
+  opened = compare(tmp_path / "peft", adapted)
+  files = pin.content(opened)["files"]
+  assert {os.path.basename(file) for file in files} == {
+    "model.safetensors",
+    "adapter_model.safetensors",
+  }
+  say("llava-hf/llava-1.5-7b-hf")
+  with pytest.raises(InputError, match="base_model_name_or_path is 'llava-hf/llava"):
+    reference.open_model(tmp_path / "peft")
+
+
+OWN = {
+  "architectures": ["LlavaLlamaForCausalLM"],
+  "model_type": "llava",
+  "mm_projector_type": "mlp2x_gelu",
+  "mm_hidden_size": 24,
+  "mm_vision_select_layer": -2,
+  "mm_vision_select_feature": "patch",
+  "mm_use_im_start_end": False,
+  "mm_use_im_patch_token": False,
+  "image_aspect_ratio": "pad",
+}
+NAMES = (
+  ("model.language_model.", "model."),
+  ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
+  ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."),
+  ("model.vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+)
+
+
+def make_own_layout(root, with_tower: bool, place: str):
+  """Writes root/llava in LLaVA's layout and its CLIP to `place`; returns torch's model."""
+  model = checkpoints.make_llava(root / "hf")
+  clip = checkpoints.make_clip(root / place, whole=True)
+  if not with_tower:
+    state = clip.vision_model.state_dict()
+    model.model.vision_tower.load_state_dict(state)
+  tensors = {}
+  for name, tensor in model.state_dict().items():
+    if "vision_tower" in name and not with_tower:
+      continue
+    for new, old in NAMES:
+      if name.startswith(new):
+        name = old + name[len(new) :]
+        break
+    if name in ("model.embed_tokens.weight", "lm_head.weight"):
+      tensor = tensor[: len(checkpoints.make_tokenizer(image_token=False))]
+    tensors[name] = tensor.clone()
+  llava = root / "llava"
+  os.makedirs(llava, exist_ok=True)
+  save_file(tensors, llava / "model.safetensors", metadata={"format": "pt"})
+  checkpoints.make_tokenizer(image_token=False).save_pretrained(llava)
+  text = model.config.text_config.to_dict()
+  rows = tensors["lm_head.weight"].shape[0]
+  named = os.path.relpath(root / place, llava)
+  content = text | OWN | {"mm_vision_tower": named, "vocab_size": rows}
+  (llava / "config.json").write_text(json.dumps(content))
+  return model, rows
+
+
+@pytest.mark.parametrize("with_tower", [True, False])
+@pytest.mark.parametrize("place", ["clip", "llava/vision_tower"])
+def test_llava_s_own_layout_is_converted(tmp_path, with_tower, place):
+  model, rows = make_own_layout(tmp_path, with_tower, place)
+  image = model.config.image_token_id
+  with torch.no_grad():  # the vocabulary of the files, and <image> where the conversion puts it
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:rows].clone())
+  model.config.image_token_id = model.model.config.image_token_id = rows
+  assert rows < image
+  opened = compare(tmp_path / "llava", model)
+  assert opened.images.aspect == "pad"
+  assert opened.config.image_token_id == rows
+  stored = load_file(tmp_path / "llava-exported" / "model.safetensors")
+  assert stored["language_model.lm_head.weight"].shape[0] % 64 == 0
+  written = json.loads((tmp_path / "llava-exported" / "config.json").read_text())
+  assert written["architectures"] == ["LlavaForConditionalGeneration"]
+  np.testing.assert_array_equal(
+    stored["multi_modal_projector.linear_1.weight"],
+    model.model.multi_modal_projector.linear_1.weight.detach(),
+  )
+
+
+def test_what_of_llava_s_own_layout_is_refused(tmp_path):
+  make_own_layout(tmp_path, True, "clip")
+  path = tmp_path / "llava" / "config.json"
+  content = json.loads(path.read_text())
+  for changes, reason in (
+    ({"mm_vision_tower": "openai/clip"}, "put that CLIP model into .*llava/vision_tower"),
+    ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'"),
+    ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
+  ):
+    path.write_text(json.dumps(content | changes))
+    with pytest.raises(InputError, match=reason):
+      reference.open_model(tmp_path / "llava")
+
+
+def test_an_older_processor_s_chat_template_is_read(tmp_path):
+  checkpoints.make_llava(tmp_path / "in")
+  text = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+  (tmp_path / "in" / "chat_template.json").write_text(json.dumps({"chat_template": text}))
+  assert reference.open_model(tmp_path / "in")[0].tokenizer.chat_template == text
+  (tmp_path / "in" / "chat_template.json").write_text("{}")
+  with pytest.raises(InputError, match="has no text under chat_template"):
+    reference.open_model(tmp_path / "in")

@@ -1,0 +1,92 @@
+"""A PEFT directory as a model: its adapters are merged into the weights that they belong to."""
+
+import dataclasses
+import os
+
+import numpy as np
+
+from vlalign_jax.errors import InputError
+from vlalign_jax.models.vlm import SCORE
+from vlalign_jax.weights import names, peft
+from vlalign_jax.weights.parts import Source
+from vlalign_jax.weights.tensors import Tensor
+
+_KEY = "base_model_name_or_path"
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedTensor(Tensor):
+  """A weight [out, in] with its adapter, a [r, in] and b [out, r]; `file` is the weight's."""
+
+  base: Tensor
+  a: Tensor
+  b: Tensor
+  scale: float
+
+  @property
+  def files(self) -> tuple[str, ...]:
+    return (*self.base.files, *self.a.files)
+
+  def read(self) -> np.ndarray:
+    """Returns the weight plus scale * b @ a, summed in float32, in the weight's dtype."""
+    weight, a, b = (t.read() for t in (self.base, self.a, self.b))
+    added = self.scale * (b.astype(np.float32) @ a.astype(np.float32))
+    return (weight.astype(np.float32) + added).astype(weight.dtype)
+
+
+def base_of(directory: str) -> str:
+  """Returns the model directory that a PEFT directory's adapters belong to.
+
+  Raises:
+    InputError: adapter_config.json names none, or none that is on this machine.
+  """
+  path = os.path.join(directory, peft.CONFIG)
+  base = peft.read_config(directory).get(_KEY)
+  for place in (base, os.path.join(directory, base)) if base else ():
+    if os.path.isdir(place):
+      return place
+  raise InputError(
+    f"{path}: {_KEY} is {base!r}, which is not a directory; set it there to the directory of the "
+    "model that these adapters belong to"
+  )
+
+
+def with_adapters(base: Source, directory: str) -> Source:
+  """Returns the base with a PEFT directory's adapters merged and what was trained beside them.
+
+  Args:
+    base: a LLaVA, opened.
+    directory: a PEFT directory of adapters for it.
+
+  Raises:
+    InputError: it is damaged, or its adapters are not of this model.
+  """
+  config, found = peft.read_config(directory), peft.find_tensors(directory)
+  if "score.weight" in found and base.config.head != SCORE:
+    base = dataclasses.replace(base, config=dataclasses.replace(base.config, head=SCORE))
+  model, tensors, wrong = base.config, dict(base.tensors), []
+  known = {
+    name.tensor.format(layer)
+    for name in names.names_of(model)
+    for layer in names.layers_of(name, model)
+  }
+  for name, tensor in found.items():
+    module, _, half = name.rpartition(".lora_")
+    weight = f"{module}.weight"
+    if half == "B.weight" and f"{module}.lora_A.weight" in found:
+      continue
+    if not half and name in known:
+      tensors[name] = tensor
+    elif half == "A.weight" and weight in tensors and f"{module}.lora_B.weight" in found:
+      own, a, b = tensors[weight], tensor, found[f"{module}.lora_B.weight"]
+      if (b.shape[0], a.shape[1], a.shape[0]) != (*own.shape, b.shape[1]):
+        wrong.append(f"{a.name} {a.shape} and {b.name} {b.shape} for {own.name} {own.shape}")
+        continue
+      scale = peft.scale(config, peft.module_name(module), a.shape[0])
+      merged = f"{own.name} with {a.name} of {a.file}"
+      tensors[weight] = MergedTensor(own.file, merged, own.shape, own, a, b, scale)
+    elif not names.is_unused(weight if half else name, model):
+      wrong.append(f"unexpected {tensor.name} {tensor.shape}")
+  if wrong:
+    raise InputError(f"{directory}: not adapters of its base model:\n  " + "\n  ".join(wrong))
+  return dataclasses.replace(base, tensors=tensors)

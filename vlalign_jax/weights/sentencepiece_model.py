@@ -1,0 +1,75 @@
+"""A directory with tokenizer.model alone: the SentencePiece model, read as LLaMA reads it.
+
+transformers takes such a directory without the bos and without the space that SentencePiece puts
+before a text. Here every text gets both, and its ids are those of the sentencepiece library.
+"""
+
+import os
+
+import sentencepiece
+from tokenizers import normalizers
+from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from vlalign_jax import json_files
+from vlalign_jax.errors import InputError
+
+FILE = "tokenizer.model"
+_CONFIGS = ("tokenizer.json", "tokenizer_config.json")
+_PROBES = ("A cat and two dogs.", "  two  spaces ", "é ﬁ ½ 猫 🙂\n\ta line", "12 + 30 = 42")
+
+
+def stands_alone(directory: str) -> bool:
+  """Returns whether a directory has a tokenizer.model and no config that says how to use it."""
+  there = [os.path.isfile(os.path.join(directory, name)) for name in (FILE, *_CONFIGS)]
+  return there == [True, False, False]
+
+
+def load(directory: str) -> PreTrainedTokenizerBase:
+  """Returns the tokenizer of such a directory, with the tokens of added_tokens.json if it is there.
+
+  Raises:
+    InputError: it is damaged, has no bos or eos, or has rules that LLaMA's tokenizer has not.
+  """
+  path = os.path.join(directory, FILE)
+  try:
+    model = sentencepiece.SentencePieceProcessor(model_file=path)
+  except (OSError, RuntimeError) as error:
+    raise InputError(
+      f"{directory}: {FILE} is not a SentencePiece model, and there is no tokenizer.json; copy the "
+      "tokenizer's files again"
+    ) from error
+  ends = {"unk_token": model.unk_id(), "bos_token": model.bos_id(), "eos_token": model.eos_id()}
+  if min(ends.values()) < 0:
+    raise InputError(f"{path}: {_missing(ends)}; copy the tokenizer's other files beside it")
+  tokens = {name: model.id_to_piece(index) for name, index in ends.items()}
+  backend = LlamaTokenizer.from_pretrained(
+    directory, add_bos_token=True, **tokens
+  ).backend_tokenizer
+  # As in Llama 2's tokenizer.json: the space is added even where a text begins with one.
+  backend.pre_tokenizer = None
+  backend.normalizer = normalizers.Sequence(
+    [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+  )
+  tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=backend, clean_up_tokenization_spaces=False, **tokens
+  )
+  for text in _PROBES:
+    if tokenizer(text)["input_ids"] != [model.bos_id(), *model.encode(text)]:
+      raise InputError(
+        f"{path}: has rules of its own, which LLaMA's tokenizer has not ({text!r} becomes other "
+        "tokens); save a tokenizer.json beside it (AutoTokenizer's save_pretrained does)"
+      )
+  _add_tokens(tokenizer, os.path.join(directory, "added_tokens.json"))
+  return tokenizer
+
+
+def _missing(ends: dict[str, int]) -> str:
+  return f"it has no {' and no '.join(name for name, index in ends.items() if index < 0)}"
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+  added = json_files.read(path) or {}
+  for text, index in sorted(added.items(), key=lambda item: item[1]):
+    tokenizer.add_tokens([text], special_tokens=True)
+    if tokenizer.convert_tokens_to_ids(text) != index:
+      raise InputError(f"{path}: {text!r} cannot have the id {index}; correct it")
