@@ -6,6 +6,9 @@ import os
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPT = os.path.join(ROOT, "benchmarks", "accelerator.py")
 
@@ -44,8 +47,51 @@ def test_unknown_lines_are_refused(tmp_path):
   assert "sfft" in done.stderr
 
 
-def test_kernels_of_a_trace_are_summed_once(tmp_path, monkeypatch):
+@pytest.fixture
+def beside_the_script(monkeypatch):
   monkeypatch.syspath_prepend(os.path.dirname(SCRIPT))
+
+
+def test_the_model_has_published_sizes(beside_the_script):
+  from accelerator_lines import models
+
+  from configs import sft
+  from vlalign_jax.planning import architectures
+
+  assert architectures.published(sft.get_config("llava15_7b").model) == models.SEVEN_B
+
+
+def test_rows_are_those_of_training(beside_the_script):
+  from accelerator_lines import models
+
+  from vlalign_jax.data import rows as layouts
+  from vlalign_jax.data.encode import Example
+  from vlalign_jax.sharding import mesh as meshes
+
+  mesh = meshes.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+  B, image = 2 * mesh.size, models.TINY.tokens_per_image
+  packed = models.packed_rows(models.TINY, mesh, B, 64, 2)
+  shared, separate = models.pair_rows(models.TINY, mesh, B, 5, 7)
+  for arrays, parts, learnt in ((packed, 2, 64 - 2 * image), (shared, 1, 14), (separate, 1, 7)):
+    arrays = {name: np.asarray(x) for name, x in arrays.items()}
+    for row in range(2):
+      examples = []
+      for number in range(parts):
+        part = arrays["segments"][row] == number + 1
+        names = ("tokens", "positions", "branches", "targets", "weights")
+        fields = {name: arrays[name][row][part] for name in names}
+        ends = np.flatnonzero(np.diff(np.append(fields["branches"], 99)) > 0)[1:]
+        examples.append(Example(**fields, images=(str(number),), where="", answers=ends))
+      length = arrays["tokens"].shape[1]
+      expected, _ = layouts.build_row(examples, length, parts, models.TINY.image_token_id, image)
+      if "answers" in arrays:
+        expected |= layouts.answer_places(examples, [row], 1, 2)
+      for name, x in expected.items():
+        np.testing.assert_array_equal(arrays[name][row], x, err_msg=name)
+      assert arrays["weights"][row].sum() == learnt
+
+
+def test_kernels_of_a_trace_are_summed_once(tmp_path, beside_the_script):
   from accelerator_lines import traces
 
   def kernel(name, micros, thread, process=1):
