@@ -7,14 +7,17 @@ Every line of the table comes from a process of its own with a time limit: one t
 or runs out of memory loses no other. All have random weights and 7B widths; nothing is downloaded.
 Needs jax, flax, optax and ml_collections; lines that compare with torch say so where it is missing.
   --budget   seconds for all; what does not begin in time is named as skipped.
-  --profile  writes traces of two SFT steps there, and lists the kernels that take longest.
+  --only     may also name `variants`, the SFT step by kernel of attention and by remat.
+  --profile  writes a trace of two SFT steps there, and lists the kernels that take longest.
   --tiny     sizes for a CPU: shows that the script runs, not how fast anything is.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -83,10 +86,14 @@ def run_line(name: str, settings: dict, environment: dict, limit: float, keep) -
       if line.startswith(MARK):
         keep({"line": name} | json.loads(line.removeprefix(MARK)))
         count += 1
-    if process.wait() and problem is None:
+    code = process.wait()
+    with contextlib.suppress(ProcessLookupError):  # what it started
+      os.killpg(process.pid, signal.SIGKILL)
+    if code and problem is None:
       errors.seek(0)
       tail = [line for line in errors.read().splitlines() if line.strip()][-12:]
-      problem = f"exit code {process.returncode}: {tail[-1] if tail else ''}"[:400]
+      named = [line for line in tail if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)] or tail
+      problem = f"exit code {process.returncode}: {named[-1] if named else ''}"[:400]
   result = {"line": name, "what": "done", "seconds": round(time.monotonic() - began, 1)}
   if problem:
     result |= {"what": "failed", "error": problem, "results_before": count}
@@ -109,10 +116,13 @@ def main() -> None:
   if arguments.worker:
     run_worker(arguments.worker, json.loads(arguments.settings))
     return
-  only = arguments.only.split(",") if arguments.only else list(LINES)
+  only = arguments.only.split(",") if arguments.only else [n for n, x in LINES.items() if x.usual]
+  only += ["profile"] * bool(arguments.profile)
   skip = arguments.skip.split(",") if arguments.skip else []
   if unknown := set(only + skip) - set(LINES):
     parser.error(f"unknown lines {sorted(unknown)}; choose from {', '.join(LINES)}")
+  if "profile" in only and not arguments.profile:
+    parser.error("the line profile needs --profile=DIR")
   results, began = [], time.monotonic()
 
   def keep(result):
@@ -131,13 +141,14 @@ def main() -> None:
     }
     settings = {"tiny": arguments.tiny, "profile": arguments.profile}
     for name, line in LINES.items():
-      if name not in only or name in skip or (name == "profile" and not arguments.profile):
+      if name not in only or name in skip:
         continue
       left = arguments.budget - (time.monotonic() - began)
       if left < 10:
         keep({"line": name, "what": "skipped", "error": "no time left; raise --budget"})
         continue
-      run_line(name, settings, environment, min(left, line.limit), keep)
+      limit = line.limit * (10 if arguments.tiny else 1)  # a CPU compiles slowly
+      run_line(name, settings, environment, min(left, limit), keep)
   print(f"{time.monotonic() - began:.0f} s; all of it in {arguments.output}")
 
 

@@ -23,21 +23,18 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+import separate
 
 from vlalign_jax import trees
 from vlalign_jax.config import defaults
 from vlalign_jax.data import rows as layouts
 from vlalign_jax.data.encode import Example
-from vlalign_jax.losses import dpo as dpo_losses
-from vlalign_jax.losses import reward as reward_losses
 from vlalign_jax.models import clip, llama, projector, rope, tiles, vlm
 from vlalign_jax.optim import optimizer
 from vlalign_jax.planning import architectures, collectives, hlo
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.steps import answers, dpo, reward, sft
-from vlalign_jax.steps import program as programs
+from vlalign_jax.steps import dpo
 
 IMAGE, PROMPT, ANSWER = 576, 64, 64
 EXAMPLES = 2
@@ -107,46 +104,6 @@ def make_rows(model: vlm.ModelConfig, examples: list[Example]) -> dict[str, np.n
   return stacked | {"images": pictures[shown]}
 
 
-def separate_dpo_loss(frozen, counts, key, *, graphdef, settings, mesh, chunk):
-  """As `steps.dpo.make_loss`, of rows of one plain sequence each."""
-  del counts, key
-
-  def loss(params, rows, number):
-    del number
-    base = {part: tree for part, tree in frozen.items() if part != "reference"}
-    rows = rows | sft.ONE_ANSWER
-    policy = nnx.merge(graphdef, trees.merge(params, base))
-    rows["vision_features"] = policy.vision_features(rows["images"])
-
-    def log_probabilities(params):
-      model = nnx.merge(graphdef, trees.merge(params, base))
-      tokens = answers.token_log_probabilities(model, rows, mesh=mesh, chunk=chunk)
-      return jnp.sum(tokens, axis=1).reshape(EXAMPLES, -1)
-
-    initial = jax.lax.stop_gradient(log_probabilities(frozen["reference"]))
-    logps = log_probabilities(params)
-    lengths = jnp.sum(rows["weights"], axis=1).reshape(EXAMPLES, -1)
-    everywhere = jnp.ones(logps.shape, bool)
-    total, _ = dpo_losses.loss(logps, initial, lengths, everywhere, beta=settings.beta)
-    return total, {}
-
-  return loss
-
-
-def separate_reward_loss(frozen, counts, key, *, graphdef, settings, mesh, chunk):
-  """As `steps.reward.make_loss`, of rows of one plain sequence each."""
-  del counts, key, settings, mesh, chunk
-
-  def loss(params, rows, number):
-    del number
-    model = nnx.merge(graphdef, trees.merge(params, frozen))
-    found = reward.scores(model, rows | sft.ONE_ANSWER).reshape(EXAMPLES, -1)
-    total, _ = reward_losses.loss(found, jnp.ones(found.shape, bool))
-    return total, {}
-
-  return loss
-
-
 def make_config(stage: str):
   """The stage's defaults in float32, the reference in the step."""
   c = defaults(stage)
@@ -156,24 +113,6 @@ def make_config(stage: str):
   if stage == "dpo":
     c.dpo.reference = dpo.IN_STEP
   return c
-
-
-def make_program(stage: str, config, model: vlm.ModelConfig, mesh, *, shared: bool):
-  """The step's program, by the library or the usual way."""
-  if shared:
-    return {"dpo": dpo, "reward": reward}[stage].make_program(config, model, mesh, 1000)
-  losses = {"dpo": separate_dpo_loss, "reward": separate_reward_loss}
-  return programs.make_program(
-    config,
-    model,
-    mesh,
-    1000,
-    functools.partial(losses[stage], settings=config[stage]),
-    lambda rows: {"loss": jnp.float32(EXAMPLES)},
-    lambda sums, counts: {},
-    lambda params, frozen, rows, graphdef, mesh, chunk: {},
-    keep_initial=stage == "dpo",
-  )
 
 
 def with_head(stage: str, model: vlm.ModelConfig) -> vlm.ModelConfig:
@@ -186,7 +125,7 @@ def operations(stage: str, rows, *, shared: bool) -> tuple[float, float]:
   c = make_config(stage)
   model = with_head(stage, architectures.published(c.model))
   mesh = meshes.make_mesh(c.mesh)
-  program = make_program(stage, c, model, mesh, shared=shared)
+  program = separate.make_program(stage, c, model, mesh, EXAMPLES, shared=shared)
   shapes = {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=meshes.batch_sharding(mesh))
     for name, x in rows.items()
@@ -207,7 +146,7 @@ def steps(stage: str, rows, *, shared: bool):
   """Yields the loss of step after step of the small model."""
   c, model = make_config(stage), with_head(stage, SMALL)
   mesh = meshes.make_mesh(c.mesh)
-  program = make_program(stage, c, model, mesh, shared=shared)
+  program = separate.make_program(stage, c, model, mesh, EXAMPLES, shared=shared)
   params = jax.jit(lambda key: vlm.init_params(model, key)[1])(jax.random.key(0))
   params, frozen = trees.split(params, functools.partial(optimizer.is_trained, config=c))
   if "reference" in program.frozen:

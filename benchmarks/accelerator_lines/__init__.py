@@ -13,11 +13,13 @@ class Line:
     path: module:function, imported only where it runs.
     limit: seconds after which it is stopped.
     environment: variables of its process.
+    usual: whether it runs without being named.
   """
 
   path: str
   limit: float = 120
   environment: dict = dataclasses.field(default_factory=dict)
+  usual: bool = True
 
   def load(self) -> Callable:
     """Imports the function."""
@@ -39,6 +41,6 @@ LINES = {
   "numerics": Line("numerics:compare", 120),
   "ppo": Line("sampling:ppo", 180),
   "versus": Line("versus:compare", 180, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"}),
-  "variants": Line("training:variants", 240),
-  "profile": Line("training:profile", 150),
+  "variants": Line("training:variants", 240, usual=False),
+  "profile": Line("training:profile", 150, usual=False),
 }

@@ -26,11 +26,11 @@ def decode(settings):
   options = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "mesh": mesh}
   _, shapes = vlm.abstract_params(model, **options)
   params = models.random_params(meshes.place(shapes, zero.shardings(mesh, shapes, split=False)))
-  length, new = (32, 4) if settings["tiny"] else (1024, 128)
+  length, new = (32, 16) if settings["tiny"] else (1024, 128)
   layer, head = models.decoder_sizes(model)
   weights = 2 * (model.language.layers * layer + head)
   chip = timing.chip()
-  for batch in (1, 8, 32):
+  for batch in (8, 32):
     rows = models.packed_rows(model, mesh, batch, length, 1)
     rows, numbers = models.prompt_rows(rows), jnp.arange(batch, dtype=jnp.int32)
     took, compiling = [], 0.0
@@ -86,11 +86,7 @@ def ppo(settings):
 
   (params, frozen), (critic, critic_frozen) = split(program.actor), split(program.critic)
   reward = models.random_params(program.reward.params)
-  copies = trees.flatten(program.actor.frozen["reference"])
-  flat = trees.flatten(params)
-  reference = trees.unflatten(
-    {path: jnp.array(flat[path], dtype=leaf.dtype, copy=True) for path, leaf in copies.items()}
-  )
+  reference = models.copied(params, program.actor.frozen["reference"])
   state = program.init_state(params, critic)
   rows = models.packed_rows(model, mesh, c.batch_size, length, 1)
   prompts, streams = models.prompt_rows(rows), jnp.arange(c.batch_size, dtype=jnp.int32)
@@ -123,8 +119,10 @@ def ppo(settings):
     "advantages",
     lambda: program.learn_from(
       scores,
+      scores,
       answers.log_probabilities,
       expected,
+      answers.drawn_log_probabilities,
       values,
       answers.lengths,
       answers.ended,
@@ -134,7 +132,7 @@ def ppo(settings):
   yield line
   rows = rows | fields
   index = np.arange(c.batch_size // c.ppo.minibatches, dtype=np.int32)
-  del actor, features
+  actor = features = None
   held = {"state": state}
 
   def update():

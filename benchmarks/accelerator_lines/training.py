@@ -158,20 +158,16 @@ def variants(settings):
 
 def dpo(settings):
   """Yields pairs a second with a shared prompt and with two sequences, 8 layers, all trained."""
-  import preferences
+  import separate
 
-  preferences.EXAMPLES = pairs = 2 if settings["tiny"] else 16
+  pairs, prompt, answer = (2, 8, 8) if settings["tiny"] else (16, 128, 160)
   c = make_config(settings, "llava15_7b", dpo_presets)
   c.dpo.reference = "step"
   model = models.architecture(c, settings["tiny"], 2 if settings["tiny"] else 8)
-  preferences.IMAGE = model.tokens_per_image
-  if not settings["tiny"]:
-    preferences.PROMPT, preferences.ANSWER = 128, 160
   mesh = meshes.make_mesh(c.mesh)
-  both = preferences.make_examples(model, 2)
-  for shared, examples in zip((True, False), both, strict=True):
-    program = preferences.make_program("dpo", c, model, mesh, shared=shared)
-    rows = preferences.hosts.to_device(mesh, preferences.make_rows(model, examples))
+  both = models.pair_rows(model, mesh, pairs, prompt, answer)
+  for shared, rows in zip((True, False), both, strict=True):
+    program = separate.make_program("dpo", c, model, mesh, pairs, shared=shared)
     step, compiling, total = compile_step(program, rows)
     state, frozen = models.initial(program, c)
     took, losses = time_steps(step, state, frozen, rows)

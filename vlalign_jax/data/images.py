@@ -14,7 +14,6 @@ from PIL import ExifTags, Image
 from vlalign_jax import json_files
 from vlalign_jax.errors import InputError
 
-GREY = 127  # of every pixel of a blanked picture
 MAX_PIXELS = 89_478_485  # where PIL itself starts to warn: 1 GiB / 4 / 3
 ASPECTS = ("auto", "crop", "pad")
 _TRANSPOSE = {  # EXIF orientation -> what turns the stored image upright

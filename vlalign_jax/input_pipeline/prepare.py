@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from absl import logging
 
-from vlalign_jax.data import images, measure, mixture, pipeline, plan, templates
+from vlalign_jax.data import blank, images, measure, mixture, pipeline, plan, templates
 from vlalign_jax.data.conversations import Answers
 from vlalign_jax.data.encode import Example
 from vlalign_jax.data.records import Record
@@ -94,7 +94,7 @@ class LoadImage:
   def __call__(self, path: str) -> np.ndarray:
     size = (self.preprocessor.height, self.preprocessor.width, 3)
     if self.blank:
-      return np.full(size, images.GREY, np.uint8)
+      return np.full(size, blank.GREY, np.uint8)
     return self.preprocessor.preprocess(
       images.open_image(os.path.dirname(path), os.path.basename(path))
     )

@@ -9,7 +9,7 @@ an answer leaves of its columns stays in its branch, behind all that it may see.
 import jax.numpy as jnp
 import numpy as np
 
-from vlalign_jax.data.images import GREY
+from vlalign_jax.data.blank import GREY
 
 # Rows of a rollout are cut to this share of max_new_tokens, or to all, by its longest answer.
 SHARES = (4, 2, 1)

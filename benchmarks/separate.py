@@ -1,0 +1,80 @@
+"""Steps of DPO and of reward models the usual way: each answer behind a prompt of its own."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlalign_jax import trees
+from vlalign_jax.losses import dpo as dpo_losses
+from vlalign_jax.losses import reward as reward_losses
+from vlalign_jax.models import vlm
+from vlalign_jax.steps import answers, dpo, reward, sft
+from vlalign_jax.steps import program as programs
+
+
+def separate_dpo_loss(frozen, counts, key, *, graphdef, settings, examples: int, mesh, chunk):
+  """As `steps.dpo.make_loss`, of rows of one plain sequence each."""
+  del counts, key
+
+  def loss(params, rows, number):
+    del number
+    base = {part: tree for part, tree in frozen.items() if part != "reference"}
+    rows = rows | sft.ONE_ANSWER
+    policy = nnx.merge(graphdef, trees.merge(params, base))
+    rows["vision_features"] = policy.vision_features(rows["images"])
+
+    def log_probabilities(params):
+      model = nnx.merge(graphdef, trees.merge(params, base))
+      tokens = answers.token_log_probabilities(model, rows, mesh=mesh, chunk=chunk)
+      return jnp.sum(tokens, axis=1).reshape(examples, -1)
+
+    initial = jax.lax.stop_gradient(log_probabilities(frozen["reference"]))
+    logps = log_probabilities(params)
+    lengths = jnp.sum(rows["weights"], axis=1).reshape(examples, -1)
+    everywhere = jnp.ones(logps.shape, bool)
+    total, _ = dpo_losses.loss(logps, initial, lengths, everywhere, beta=settings.beta)
+    return total, {}
+
+  return loss
+
+
+def separate_reward_loss(frozen, counts, key, *, graphdef, settings, examples: int, mesh, chunk):
+  """As `steps.reward.make_loss`, of rows of one plain sequence each."""
+  del counts, key, settings, mesh, chunk
+
+  def loss(params, rows, number):
+    del number
+    model = nnx.merge(graphdef, trees.merge(params, frozen))
+    found = reward.scores(model, rows | sft.ONE_ANSWER).reshape(examples, -1)
+    total, _ = reward_losses.loss(found, jnp.ones(found.shape, bool))
+    return total, {}
+
+  return loss
+
+
+def make_program(stage: str, config, model: vlm.ModelConfig, mesh, examples: int, *, shared: bool):
+  """Returns the step's program, by the library or the usual way.
+
+  Args:
+    stage: dpo or reward.
+    config, model, mesh: of the run.
+    examples: of a batch.
+    shared: whether rows share a prompt; else each answer is a row of its own, those of an example
+      one after the other.
+  """
+  if shared:
+    return {"dpo": dpo, "reward": reward}[stage].make_program(config, model, mesh, 1000)
+  losses = {"dpo": separate_dpo_loss, "reward": separate_reward_loss}
+  return programs.make_program(
+    config,
+    model,
+    mesh,
+    1000,
+    functools.partial(losses[stage], settings=config[stage], examples=examples),
+    lambda rows: {"loss": jnp.float32(examples)},
+    lambda sums, counts: {},
+    lambda params, frozen, rows, graphdef, mesh, chunk: {},
+    keep_initial=stage == "dpo",
+  )
