@@ -5,6 +5,7 @@ runs, found from the bounds and the step of its counter.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ _CALLED = re.compile(
   r"called_computations)=(\{[^}]*\}|%[\w.\-]+)"
 )
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_BITS = {"pred": 8, "bf16": 16}
 # What hands on its first operand as it is.
 _COPIES = ("copy", "bitcast", "convert", "reshape", "copy-done", "copy-start", "opt-barrier")
 
@@ -70,6 +72,14 @@ def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
   return [
     (dtype, tuple(int(n) for n in sizes.split(",") if n)) for dtype, sizes in _ARRAY.findall(shape)
   ]
+
+
+def bytes_of(shape: str) -> float:
+  """Returns the bytes of all arrays in the text of a type."""
+  return sum(
+    math.prod(sizes) * _BITS.get(dtype, int("".join(re.findall(r"^\D+(\d+)", dtype)) or 8)) / 8
+    for dtype, sizes in arrays(shape)
+  )
 
 
 def parse(text: str) -> Program:
@@ -148,11 +158,12 @@ def _run(program, computation, times, constants, unknown):
       yield from _run(program, body, round(times * trips), invariant, unknown)
     # The start of an asynchronous operation names what it calls, and so do its later parts.
     elif not instruction.opcode.endswith(("-update", "-done")):
-      for name in _called(instruction):
+      for name in called(instruction):
         yield from _run(program, program.computations[name], times, {}, unknown)
 
 
-def _called(instruction: Instruction) -> list[str]:
+def called(instruction: Instruction) -> list[str]:
+  """Returns the names of the computations that an instruction runs."""
   return [
     name
     for group in _CALLED.findall(instruction.rest)

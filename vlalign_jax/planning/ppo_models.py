@@ -7,7 +7,8 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models import lora
 from vlalign_jax.models.vlm import SCORE, ModelConfig, abstract_params
-from vlalign_jax.planning import memory, planner
+from vlalign_jax.planning import train_step
+from vlalign_jax.planning.step_plan import device_bytes
 from vlalign_jax.rollout import data, roles
 from vlalign_jax.steps.ppo import GAE
 from vlalign_jax.training import optimizer
@@ -43,11 +44,11 @@ def open_models(config) -> Models:
   named = config.model.init_from or config.model.vision or config.model.language
   if settings.reward_model and not named:
     raise InputError(
-      "config.ppo.reward_model is planned beside the actor's own weights: give "
+      "config.ppo.reward_model is planned next to the actor's own weights: give "
       "config.model.init_from, too, or leave it empty"
     )
   if not named:
-    actor = planner.model_config(config)
+    actor = train_step.model_config(config)
     sampling = data.sampling_of(settings, actor, stop_tokens=(0,))
     origin = dict.fromkeys(trees.flatten(abstract_params(actor)[1]), ("the base",))
     return _with_assumed(config, actor, sampling, origin)
@@ -95,7 +96,7 @@ def held(models: Models, program, config) -> dict[str, float]:
   Returns:
     What it is -> bytes. What several models have the same counts where it is first.
   """
-  pool, state, size = {}, program.state, memory.device_bytes
+  pool, state, size = {}, program.state, device_bytes
 
   def more(role: str, leaves: dict) -> float:
     known = models.origins[role]
@@ -108,19 +109,19 @@ def held(models: Models, program, config) -> dict[str, float]:
     "actor, trained": size(state.params),
     "actor, optimizer": size(state.optimizer),
     "actor, frozen": more("actor", trees.flatten(frozen)),
-    "reference, besides": size(program.actor.frozen["reference"]),
+    "reference, unshared": size(program.actor.frozen["reference"]),
   }
   if program.critic:
     leaves = trees.flatten(program.critic.params)
     found |= {
       "critic, trained": size(state.critic.params),
       "critic, optimizer": size(state.critic.optimizer),
-      "critic, frozen, besides": more(
+      "critic, frozen, unshared": more(
         "critic", {p: x for p, x in leaves.items() if not optimizer.is_trained(p, config)}
       ),
     }
   if program.reward:
-    found["reward model, besides"] = more("reward", trees.flatten(program.reward.params))
+    found["reward model, unshared"] = more("reward", trees.flatten(program.reward.params))
   return found
 
 
