@@ -1,4 +1,4 @@
-"""A plan as text, as JSON, and as a line of a Markdown table."""
+"""A plan as text and as JSON."""
 
 import dataclasses
 import textwrap
@@ -8,10 +8,6 @@ from vlalign_jax.planning.chips import GIB
 from vlalign_jax.planning.step_plan import StepPlan
 
 _gib = lambda size: f"{size / GIB:,.2f}"  # noqa: E731
-COLUMNS = (
-  *("config", "devices", "mesh", "GiB resident", "GiB at most", "of", "TFLOP a device"),
-  *("GB accessed", "GB sent", "seconds a step", "bound by", "MFU", "compiled in"),
-)
 
 
 def as_json(plan: StepPlan) -> dict:
@@ -61,30 +57,6 @@ def as_text(plan: StepPlan) -> str:
     "\n".join(assumed),
   ]
   return "\n\n".join(filter(None, sections))
-
-
-def row(plan: StepPlan, config: str) -> str:
-  """Returns a plan's line of the table whose columns are COLUMNS."""
-  total = lambda name: sum(p.times * getattr(p.compiled, name) for p in plan.programs)  # noqa: E731
-  times = {p.name: p.times * p.time.total for p in plan.programs if p.time}
-  slowest = max(plan.programs, key=lambda program: times.get(program.name, 0))
-  bound = f"{slowest.name}: " * (len(plan.programs) > 1) + (slowest.time or slowest).bound
-  cells = (
-    f"`{config}`",
-    plan.topology.name,
-    ", ".join(f"{axis}={size}" for axis, size in plan.mesh.shape.items() if size > 1) or "-",
-    _gib(sum(plan.resident.values())),
-    _gib(plan.total(plan.largest)) + (f" ({plan.largest.name})" * (len(plan.programs) > 1)),
-    _gib(plan.topology.chip.memory),
-    f"{total('flops') / 1e12:,.0f}",
-    f"{total('bytes_accessed') / 1e9:,.0f}",
-    f"{total('sent') / 1e9:,.0f}",
-    f"{plan.seconds:,.1f}",
-    bound,
-    "-" if plan.utilization is None else f"{plan.utilization:.0%}",
-    f"{sum(p.compiled.seconds for p in plan.programs):.0f} s",
-  )
-  return f"| {' | '.join(cells)} |"
 
 
 def _fill(text: str, first: str = "", later: str = "  ") -> str:

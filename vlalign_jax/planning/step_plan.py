@@ -63,7 +63,10 @@ class StepPlan:
   def total(self, program: StepProgram) -> float:
     """Returns the bytes of a device while a program runs, whatever else is resident included."""
     done = program.compiled
-    return max(done.total, sum(self.resident.values()) + done.temporaries)
+    if done.refused or len(self.programs) == 1:
+      return done.total
+    # The compiler would count twice what two models of a program share.
+    return sum(self.resident.values()) + done.temporaries
 
   @property
   def largest(self) -> StepProgram:
