@@ -127,7 +127,7 @@ def _gpu(name: str, shape: str) -> Topology:
     raise _unknown(name)
   chip, count = chips.GPUS[match.group(1)], int(match.group(2))
   nodes, rest = divmod(count, chips.NVLINK_GPUS)
-  if nodes > 1 and rest:
+  if nodes and rest:
     raise InputError(f"--topology={name}: nodes have {chips.NVLINK_GPUS} GPUs; name a multiple")
   if not _has_cuda_plugin():
     raise InputError(
