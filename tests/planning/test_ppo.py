@@ -1,4 +1,4 @@
-"""The plan of PPO: its formulas against compiled programs, and what its models share."""
+"""The plan of PPO: its compiled programs, and what its models share."""
 
 import dataclasses
 import json

@@ -25,7 +25,7 @@ class Traffic:
 def traffic(
   program: hlo.Program, devices: int, unknown: hlo.Trips = hlo.ONCE
 ) -> dict[str, Traffic]:
-  """Collectives by kind.
+  """Counts collectives by kind.
 
   A TPU program may gather in the steps of a product that uses what has arrived: its `collective-
   permute`s inside loops are gathers, or reductions with scattering, in small pieces.
@@ -62,7 +62,7 @@ def traffic(
 
 
 def _sent(kind: str, instruction: hlo.Instruction, where: hlo.Computation, devices: int) -> float:
-  """Bytes that a device sends for one collective, in a ring over its group."""
+  """Returns the bytes that a device sends for one collective, in a ring over its group."""
   operands = sum(
     hlo.bytes_of(where.instructions[name].shape)
     for name in instruction.operands
@@ -81,7 +81,7 @@ def _sent(kind: str, instruction: hlo.Instruction, where: hlo.Computation, devic
 
 
 def _group_size(instruction: hlo.Instruction, devices: int) -> int:
-  """Over how many devices a collective goes, from the three spellings of its groups."""
+  """Returns how many devices a collective spans, from the three spellings of its groups."""
   named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", instruction.rest)
   if named:
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", named.group(1)))

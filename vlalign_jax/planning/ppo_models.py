@@ -35,7 +35,7 @@ class Models:
 
 
 def open_models(config) -> Models:
-  """The models of a run: of the weights that it names, or else of published size.
+  """Returns the models of a run: of the weights that it names, or else of published size.
 
   Raises:
     InputError: the config names neither, or models that do not go together.
@@ -57,15 +57,15 @@ def open_models(config) -> Models:
   sampling, origin = data.make_sampling(config, opened), identity.identities(opened, files)
   if not settings.reward_model:
     return _with_assumed(config, opened.config, sampling, origin)
-  found = roles.open_sources(config, None, opened)
-  others = {"critic": found.critic, "reward": found.reward}
+  sources = roles.open_sources(config, None, opened)
+  others = {"critic": sources.critic, "reward": sources.reward}
   origins = {name: identity.identities(other, files) for name, other in others.items() if other}
   critic, reward = (other and other.config for other in others.values())
   return Models(opened.config, critic, reward, sampling, {"actor": origin} | origins)
 
 
 def _with_assumed(config, actor: ModelConfig, sampling: Sampling, origin: dict) -> Models:
-  """With a reward model and a critic like the actor, trained as the actor is to be."""
+  """Adds a reward model and a critic like the actor, trained as the actor is to be."""
   judge = dataclasses.replace(actor, head=SCORE)
   stays = lambda path: not (optimizer.is_trained(path, config) or lora.is_adapter(path))  # noqa: E731
   its = {
@@ -86,7 +86,7 @@ def _with_assumed(config, actor: ModelConfig, sampling: Sampling, origin: dict) 
 
 
 def held(models: Models, program, config) -> dict[str, float]:
-  """Bytes that a device holds all the time, as `rollout.roles` brings them there.
+  """Returns the bytes that a device holds all the time, as `rollout.roles` brings them there.
 
   Args:
     models: of the run.
@@ -105,7 +105,7 @@ def held(models: Models, program, config) -> dict[str, float]:
     return size([leaf for path, leaf in leaves.items() if path not in shared])
 
   frozen = {part: tree for part, tree in program.actor.frozen.items() if part != "reference"}
-  found = {
+  sizes = {
     "actor, trained": size(state.params),
     "actor, optimizer": size(state.optimizer),
     "actor, frozen": more("actor", trees.flatten(frozen)),
@@ -113,7 +113,7 @@ def held(models: Models, program, config) -> dict[str, float]:
   }
   if program.critic:
     leaves = trees.flatten(program.critic.params)
-    found |= {
+    sizes |= {
       "critic, trained": size(state.critic.params),
       "critic, optimizer": size(state.critic.optimizer),
       "critic, frozen, unshared": more(
@@ -121,12 +121,12 @@ def held(models: Models, program, config) -> dict[str, float]:
       ),
     }
   if program.reward:
-    found["reward model, unshared"] = more("reward", trees.flatten(program.reward.params))
-  return found
+    sizes["reward model, unshared"] = more("reward", trees.flatten(program.reward.params))
+  return sizes
 
 
 def same_towers(models: Models) -> dict[str, bool]:
-  """Role -> whether it has the actor's vision tower."""
+  """Returns role -> whether it has the actor's vision tower."""
   return {
     role: identity.same_tower(models.actor, models.origins["actor"], other, models.origins[role])
     for role, other in (("critic", models.critic), ("reward", models.reward))
