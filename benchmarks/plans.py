@@ -2,7 +2,7 @@
 
   python -m benchmarks.plans [--directory=plans]
 
-Needs requirements-tpu.txt and requirements-gpu-plan.txt. Takes some ten minutes on two cores. Each
+Needs requirements-tpu.txt and requirements-gpu-plan.txt. Takes ten minutes or more on two cores. Each
 plan is kept in the directory as JSON; what is there already is not compiled again.
 """
 

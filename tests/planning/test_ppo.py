@@ -14,13 +14,15 @@ from vlalign_jax.planning import ppo, ppo_models, report, step_plan, topology, t
 from vlalign_jax.steps import ppo_program
 
 ADAPTED = {"lora__rank": 8, "train__projector": False}
+# Wide, so that attention takes a small part of the operations.
+MODEL = small.model(width=256)
 MIXED = {"ppo__sft_weight": 1.0, "ppo__sft_data": "chats.json"}
 
 
 @pytest.fixture
 def tiny(monkeypatch):
   """Where a published size is asked for, a tiny model is planned."""
-  monkeypatch.setattr(train_step.published, "published", lambda group: small.model())
+  monkeypatch.setattr(train_step.published, "published", lambda group: MODEL)
 
 
 def config(**keys):
@@ -51,7 +53,7 @@ def test_flops_of_each_program_of_a_step(tiny, keys):
   numbers = json.loads(json.dumps(report.as_json(plan)))
   assert numbers["device_bytes"] == plan.total(plan.largest)
 
-  params = vlm.abstract_params(small.model())[1]
+  params = vlm.abstract_params(MODEL)[1]
   language, head = params["language"]["layers"], params["language"]["head"]
   matrices = sum(
     leaf.size for path, leaf in trees.flatten(language).items() if path.endswith("kernel")
