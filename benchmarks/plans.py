@@ -2,8 +2,8 @@
 
   python -m benchmarks.plans [--directory=plans]
 
-Needs requirements-tpu.txt and requirements-gpu-plan.txt. Takes ten minutes or more on two cores. Each
-plan is kept in the directory as JSON; what is there already is not compiled again.
+Needs requirements-tpu.txt and requirements-gpu-plan.txt. Takes ten minutes or more on two cores.
+Each plan is kept in the directory as JSON; what is there already is not compiled again.
 """
 
 import argparse

@@ -51,10 +51,11 @@ def test_remat_computes_the_forward_pass_again(cpu):
 def test_flops_and_bytes_grow_with_layers(cpu):
   """A loop's body counts as often as it runs, in operations and in bytes."""
   few, more, most = (compiled(cpu, layers=layers).programs[0].compiled for layers in (3, 5, 7))
-  for name in ("flops", "bytes_accessed"):
+  # On CPUs a bfloat16 stack of layers is converted as a whole where one of them is set.
+  for name, tolerance in {"flops": 0.02, "bytes_accessed": 0.2}.items():
     steps = getattr(more, name) - getattr(few, name), getattr(most, name) - getattr(more, name)
     assert steps[0] > 0.3 * getattr(few, name)
-    assert steps[1] == pytest.approx(steps[0], rel=0.02), name
+    assert steps[1] == pytest.approx(steps[0], rel=tolerance), name
 
 
 def test_bytes_are_those_of_the_compiled_step(cpu):
