@@ -31,10 +31,12 @@ from vlalign_jax.data import rows as layouts
 from vlalign_jax.data.encode import Example
 from vlalign_jax.models import clip, llama, projector, rope, tiles, vlm
 from vlalign_jax.optim import optimizer
-from vlalign_jax.planning import architectures, collectives, hlo
+from vlalign_jax.planning import hlo
+from vlalign_jax.planning import operations as compiled_operations
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import dpo
+from vlalign_jax.weights import published
 
 IMAGE, PROMPT, ANSWER = 576, 64, 64
 EXAMPLES = 2
@@ -123,7 +125,7 @@ def with_head(stage: str, model: vlm.ModelConfig) -> vlm.ModelConfig:
 def operations(stage: str, rows, *, shared: bool) -> tuple[float, float]:
   """(operations of a step of LLaVA-1.5 7B, the compiler's total with loops counted once)."""
   c = make_config(stage)
-  model = with_head(stage, architectures.published(c.model))
+  model = with_head(stage, published.published(c.model))
   mesh = meshes.make_mesh(c.mesh)
   program = separate.make_program(stage, c, model, mesh, EXAMPLES, shared=shared)
   shapes = {
@@ -139,7 +141,7 @@ def operations(stage: str, rows, *, shared: bool) -> tuple[float, float]:
     from_unknown=(key_tiles + 1) // 2,  # attention's, over the keys up to a tile of queries
   )
   counted_once = done.cost_analysis()["flops"]
-  return collectives.flops(hlo.parse(done.as_text()), trips), counted_once
+  return compiled_operations.flops(hlo.parse(done.as_text()), trips), counted_once
 
 
 def steps(stage: str, rows, *, shared: bool):

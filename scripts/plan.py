@@ -2,10 +2,12 @@
 
 python scripts/plan.py --config=configs/STAGE.py:PRESET --topology=v5e:4x4 [--config.KEY=VALUE ...]
 
-Compiles the very step that training runs for that TPU slice (`pip install -r requirements-tpu.txt`;
-no TPU is needed) and prints bytes a device, FLOPs, collectives and an estimate of the time; of PPO
-every program of a step, sampling and scoring too. GPUs (gpu:h100x8) go by formula; CPUs are cpu:8.
-`--search` looks for the fastest settings that fit.
+Compiles the very step that training runs for TPUs (v5e:4x4), GPUs (gpu:h100x8) or CPUs (cpu:8), and
+prints bytes a device, FLOPs, bytes accessed, collectives and an estimate of the time; of PPO for
+every program of a step. The compilers are installed with
+
+pip install -r requirements-tpu.txt                 # TPUs: libtpu
+pip install --no-deps -r requirements-gpu-plan.txt  # GPUs: JAX's CUDA plug-in and cuDNN, 1.7 GB
 """
 
 import json
@@ -15,41 +17,26 @@ from ml_collections import config_flags
 
 from vlalign_jax import cli
 from vlalign_jax.errors import InputError
-from vlalign_jax.planning import planner, ppo, ppo_report, report, search, topology
+from vlalign_jax.planning import ppo, report, step_plan, topology, train_step
 
 
 def main(_):
   topology.stay_on_host()
   c, where = flags.FLAGS.config, flags.FLAGS.topology
-  planner.check(c)
+  train_step.check(c)
   if not where:
     raise InputError(f"--topology is missing; there are {topology.KNOWN}")
   devices = topology.open_topology(where)
-  text, numbers = (_plan_ppo if c.stage == planner.PPO else _plan_step)(c, devices)
-  print(text)
-  if flags.FLAGS.json:
-    _write_json(flags.FLAGS.json, numbers)
-
-
-def _plan_step(c, devices) -> tuple[str, dict]:
-  model = planner.model_config(c)
-  packed, answers = flags.FLAGS.examples_per_row, flags.FLAGS.answers
-  if flags.FLAGS.search:
-    plan = search.search(c, model, devices, packed, show=print, answers=answers)
+  if c.stage == train_step.PPO:
+    plan = ppo.plan(c, devices)
   else:
-    plan = planner.plan(c, model, devices, packed, answers)
-    if devices.compiles:
-      plan = planner.compile_plan(plan)
-  return report.text(plan), report.as_json(plan)
-
-
-def _plan_ppo(c, devices) -> tuple[str, dict]:
-  if flags.FLAGS.search:
-    raise InputError("--search knows no PPO; leave it out, and give settings as --config.KEY=VALUE")
-  plan = ppo.plan(c, devices)
-  if devices.compiles:
-    plan = ppo.compile_plan(plan, lambda line: print(line, flush=True))
-  return ppo_report.text(plan), ppo_report.as_json(plan)
+    model = train_step.model_config(c)
+    examples, answers = flags.FLAGS.examples_per_row, flags.FLAGS.answers
+    plan = train_step.plan(c, model, devices, examples, answers)
+  plan = step_plan.compile_plan(plan, lambda line: print(line, flush=True))
+  print("\n" + report.as_text(plan))
+  if flags.FLAGS.json:
+    _write_json(flags.FLAGS.json, report.as_json(plan))
 
 
 def _write_json(path: str, content: dict) -> None:
@@ -66,6 +53,5 @@ if __name__ == "__main__":
   flags.DEFINE_string("topology", "", "Such as v5e:4x4, v5p:2x2x4, gpu:h100x8, cpu:8.")
   flags.DEFINE_integer("examples_per_row", 1, "How many examples packing puts into a row.")
   flags.DEFINE_integer("answers", 2, "How many ranked answers an example has (reward, dpo).")
-  flags.DEFINE_bool("search", False, "Try ZeRO stages, tensor sizes, remat and micro-batches.")
   flags.DEFINE_string("json", "", "A file for the numbers.")
   cli.run(main)

@@ -56,9 +56,9 @@ def test_the_model_has_published_sizes(beside_the_script):
   from accelerator_lines import models
 
   from configs import sft
-  from vlalign_jax.planning import architectures
+  from vlalign_jax.weights import published
 
-  assert architectures.published(sft.get_config("llava15_7b").model) == models.SEVEN_B
+  assert published.published(sft.get_config("llava15_7b").model) == models.SEVEN_B
 
 
 def test_rows_are_those_of_training(beside_the_script):

@@ -48,7 +48,7 @@ def shared() -> ConfigDict:
   c.model.vision = ""  # a CLIP directory
   c.model.language = ""  # a LLaMA directory
   # Published sizes that scripts/plan.py goes by while no weights are named; training never does.
-  c.model.architecture = ""  # see planning/architectures.py
+  c.model.architecture = ""  # see weights/published.py
   # Only for a model made of two towers; a LLaVA directory brings its own.
   c.model.projector = "mlp"  # linear, mlp, vit, perceiver
   c.model.vision_feature_layer = "-2"  # several: comma-separated

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vlalign_jax.planning import collectives, hlo
+from vlalign_jax.planning import collectives, hlo, operations
 
 DEVICES, SIZE, STEPS, OUTER = 8, 64, 5, 3
 
@@ -122,7 +122,7 @@ def main() -> None:
     program = hlo.parse(jax.jit(function).lower(*shapes).compile().as_text())
     trips = hlo.Trips(to_unknown=7, to_counter=(STEPS + 1) / 2)
     found[make.__name__] = {
-      "flops": collectives.flops(program, trips),
+      "flops": operations.flops(program, trips),
       **{
         kind: [traffic.count, traffic.bytes]
         for kind, traffic in collectives.traffic(program, DEVICES, trips).items()

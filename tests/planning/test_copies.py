@@ -11,8 +11,9 @@ from scripts import train_dpo
 from tests import checkpoints, sft_run
 from vlalign_jax import trees
 from vlalign_jax.models import lora
-from vlalign_jax.planning import planner, topology
+from vlalign_jax.planning import topology, train_step
 from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.steps import dpo
 
 ADAPTERS = {"lora.rank": 2, "train.projector": False, "dpo.reference": "step"}
 # Copies of the weights, as a share of what is trained of them.
@@ -74,14 +75,14 @@ def test_bytes_that_a_run_holds(name, directory, tmp_path, monkeypatch):
   gc.collect()
   before = jax.live_arrays()
   train_dpo.train_and_evaluate(config, str(tmp_path))
-  model = planner.model_config(config)
-  plan = planner.plan(config, model, topology.open_topology("cpu:1"))
-  assert plan.memory.params + plan.memory.optimizer == pytest.approx(
-    found["live"] - found["rows"], rel=0.01
-  )
-  weights = trees.size(lora.base_params(plan.program.params))
+  model = train_step.model_config(config)
+  plan = train_step.plan(config, model, topology.open_topology("cpu:1"))
+  planned = sum(size for name, size in plan.resident.items() if name != "batch")
+  assert planned == pytest.approx(found["live"] - found["rows"], rel=0.01)
+  program = dpo.make_program(config, model, plan.mesh, 10)
+  weights = trees.size(lora.base_params(program.params))
   trained = trees.size(found["trained"])
-  adapters = trees.size(plan.program.params) - weights
+  adapters = trees.size(program.params) - weights
   moments = 2 * trained
   held = (found["live"] - found["rows"]) / 4  # float32
   assert held - moments - adapters == pytest.approx(weights + more * trained, rel=0.01)
@@ -94,8 +95,8 @@ def test_bytes_of_a_large_model_on_eight_devices():
   def held(preset, **settings):
     config = presets.get_config(preset)
     config.dpo.update(settings)
-    model = planner.model_config(config)
-    program = planner.build(config, model, meshes.make_mesh(config.mesh, devices.devices))
+    model = train_step.model_config(config)
+    program = dpo.make_program(config, model, meshes.make_mesh(config.mesh, devices.devices), 10)
     weights = trees.size(lora.base_params(program.params))
     return program, weights, trees.size(program.state.params)
 

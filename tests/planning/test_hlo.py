@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from tests.planning.compiled_loops import DEVICES, OUTER, SIZE, STEPS
-from vlalign_jax.planning import collectives, hlo
+from vlalign_jax.planning import collectives, hlo, operations
 
 RING = (DEVICES - 1) / DEVICES
 VECTOR, MATRIX = 4 * SIZE, 4 * SIZE * SIZE
@@ -102,8 +104,10 @@ ENTRY %main (w: bf16[8,64], v: f32[4,128], g: f32[32,8]) -> bf16[16,64] {
   %w = bf16[8,64]{1,0} parameter(0)
   %v = f32[4,128]{1,0} parameter(1)
   %g = f32[32,8]{1,0} parameter(2)
+  %queries = bf16[2,8,256,24]{3,2,1,0} constant({...})
+  %keys = bf16[2,4,256,24]{3,2,1,0} constant({...})
   %begun = (f32[4,128]{1,0}, f32[16,128]{1,0}) fusion(%v), kind=kCustom, calls=%start
-  %kernel = bf16[16,64]{1,0} custom-call(%w), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  %kernel = bf16[16,64]{1,0} custom-call(%queries, %keys, %keys), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "block": "{}"
 }}, metadata={op_name="splash"}
   %scattered = f32[8,8]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.2
@@ -126,12 +130,35 @@ def test_collectives_of_a_tpu_program():
     "all-gather": (1, 3 / 4 * 4 * 16 * 128),  # once, though the loop works on it four times
     "reduce-scatter": (1, 3 / 4 * 4 * 32 * 8),
   }
-  assert collectives.flops(program) == turns * 2 * 16 * 8 * 64
-  assert collectives.kernels(program) == 1
+  attention = 2 * 2 * 2 * 8 * 256 * 256 * 24 / 2  # two products, half of the pairs
+  assert operations.flops(program) == turns * 2 * 16 * 8 * 64 + attention
+  assert operations.kernels(program) == 1
+
+
+# Lines of a program for H100s with `--xla_gpu_enable_triton_gemm=false`.
+GPU = """ENTRY %main (q: bf16[4,256,8,128], k: bf16[4,256,4,128], x: bf16[1024,1024], w: bf16[1024,512]) -> bf16[1024,512] {
+  %q = bf16[4,256,8,128]{3,2,1,0} parameter(0)
+  %k = bf16[4,256,4,128]{3,2,1,0} parameter(1)
+  %x = bf16[1024,1024]{1,0} parameter(2)
+  %w = bf16[1024,512]{1,0} parameter(3)
+  %forward = (bf16[4,8,256,128]{3,1,2,0}, f32[4,8,256]{2,1,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["4", "8", "256", "256"], "tuple_shapes": []}, "mask_type": "CAUSAL"}}
+  %backward = (bf16[4,8,256,128]{3,1,2,0}, bf16[4,4,256,128]{3,1,2,0}, bf16[4,4,256,128]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["4", "8", "256", "256"], "tuple_shapes": []}, "mask_type": "NO_MASK"}}
+  %product = (bf16[1024,512]{1,0}, s8[4194304]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]}}}
+  ROOT %result = bf16[1024,512]{1,0} get-tuple-element(%product), index=0
+}
+"""  # noqa: E501
+
+
+def test_kernels_of_a_gpu_program():
+  program = hlo.parse(GPU)
+  scores = 2 * 4 * 8 * 256 * 256 * 128
+  attention = 2 * scores / 2 + 5 * scores  # half of the first's pairs are hidden
+  assert operations.flops(program) == attention + 2 * 1024 * 1024 * 512
+  assert operations.kernels(program) == 2
 
 
 def _convolution(line: str, left: str, kernel: str) -> float:
-  return collectives.flops(
+  return operations.flops(
     hlo.parse(
       f"ENTRY %main (l: {left}, k: {kernel}) -> f32[] {{\n"
       f"  %l = {left} parameter(0)\n  %k = {kernel} parameter(1)\n  ROOT %c = {line}\n}}\n"
@@ -149,11 +176,52 @@ def test_batched_products_are_dilated_convolutions():
   assert found == 2 * 16 * 512 * 512 * 128
 
 
-def test_padding_is_no_work():
+def test_padding_counts_nothing():
   line = "f32[1,8,5]{2,1,0} convolution(%l, %k), window={size=3 pad=1_1}, dim_labels=bf0_oi0->bf0"
   assert _convolution(line, "f32[1,4,5]", "f32[8,4,3]") == 2 * 8 * 4 * (3 * 5 - 2)
 
 
-def test_no_program():
+def test_text_that_is_not_a_program():
   with pytest.raises(ValueError, match="no entry computation"):
     hlo.parse("module @jit_step {\n}\n")
+
+
+def test_bytes_of_slices_and_updates_in_place():
+  """A layer of a stack is read, and a place of another written; both stay in memory."""
+  program = hlo.parse("""
+%slice_and_put (stack: f32[32,64], kept: f32[32,64], at: s32[]) -> f32[32,64] {
+  %stack = f32[32,64]{1,0} parameter(0)
+  %kept = f32[32,64]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %layer = f32[1,64]{1,0} dynamic-slice(%stack, %at, %zero), dynamic_slice_sizes={1,64}
+  ROOT %put = f32[32,64]{1,0} dynamic-update-slice(%kept, %layer, %at, %zero)
+}
+
+ENTRY %main (a: f32[32,64], b: f32[32,64], n: s32[]) -> f32[32,64] {
+  %a = f32[32,64]{1,0} parameter(0)
+  %b = f32[32,64]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  %put.1 = f32[32,64]{1,0} fusion(%a, %b, %n), kind=kLoop, calls=%slice_and_put
+  %near = f32[32,64]{1,0:T(8,128)S(1)} negate(%put.1)
+  ROOT %sum = f32[32,64]{1,0} add(%put.1, %near)
+}
+""")
+  stack, layer, index = 32 * 64 * 4, 64 * 4, 4
+  fusion = layer + layer + index
+  assert operations.bytes_accessed(program) == fusion + stack + 2 * stack
+
+
+def test_bytes_are_those_of_the_compilers_own_count():
+  """Without a loop; in a scan each step counts, which the compiler's count leaves out."""
+  once = lambda x, w: jnp.tanh(x @ w)  # noqa: E731
+  loop = lambda x, w: jax.lax.scan(lambda x, _: (once(x, w), None), x, None, length=7)[0]  # noqa: E731
+  x, w = jnp.zeros((64, 128)), jnp.zeros((128, 128))
+  counts = []
+  for function in (once, loop):
+    done = jax.jit(function).lower(x, w).compile()
+    ours = operations.bytes_accessed(hlo.parse(done.as_text()))
+    counts.append((ours, done.cost_analysis()["bytes accessed"]))
+  assert counts[0][0] == pytest.approx(counts[0][1], rel=0.05)
+  assert counts[1][0] == pytest.approx(7 * counts[0][0], rel=0.4)  # copies of a loop's own
+  assert counts[1][0] > 4 * counts[1][1]

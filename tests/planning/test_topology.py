@@ -2,17 +2,17 @@
 
 import importlib.util
 import math
+import pathlib
 
 import jax
 import pytest
 
 from vlalign_jax.errors import InputError
-from vlalign_jax.planning import chips, topology
+from vlalign_jax.planning import chips, compiled, hlo, topology
 
 
 def test_a_tpu_slice_that_is_not_there():
   slice_ = topology.open_topology("v5e:2x4")
-  assert slice_.compiles
   assert len(slice_.devices) == 8
   assert {device.platform for device in slice_.devices} == {"tpu"}
   assert jax.default_backend() == "cpu"
@@ -45,17 +45,18 @@ def test_hbm_is_what_the_compiler_lets_a_program_have(kind):
     ("v7:2x2", "no devices known by that name"),
     ("cpu:0", "no devices known by that name"),
     ("gpu:h100", "no devices known by that name"),
+    ("gpu:h100x12", "nodes have 8 GPUs; name a multiple"),
     ("gpu:b7x8", "GPUs (a100, a100-40gb, h100, h200) such as gpu:h100x8"),
-    ("v5e", "no slice of v5e; choose from 1x1, 2x2, 2x4, 4x4"),
-    ("v5e:3x3", "no slice of v5e; choose from 1x1, 2x2, 2x4, 4x4"),
+    ("v5e", "not a slice of v5e; choose from 1x1, 2x2, 2x4, 4x4"),
+    ("v5e:3x3", "not a slice of v5e; choose from 1x1, 2x2, 2x4, 4x4"),
     ("v5e:4x4x4", "choose from"),
-    ("v5p:4x4", "no slice of v5p; hosts have 2x2x1 chips, so it is such as v5p:2x2x1"),
-    ("v5p:2x3x4", "no slice of v5p"),
+    ("v5p:4x4", "not a slice of v5p; hosts have 2x2x1 chips, so it is such as v5p:2x2x1"),
+    ("v5p:2x3x4", "not a slice of v5p"),
     ("v5p:2x2x99", "at most 24 along an axis"),
-    ("v5p:0x2x2", "no slice of v5p"),
+    ("v5p:0x2x2", "not a slice of v5p"),
   ],
 )
-def test_what_is_no_topology(name, expected):
+def test_names_that_are_refused(name, expected):
   with pytest.raises(InputError) as caught:
     topology.open_topology(name)
   assert str(caught.value).startswith(f"--topology={name}: ")
@@ -68,19 +69,50 @@ def test_more_cpus_than_jax_has_started_with():
     topology.open_topology("cpu:64")
 
 
-def test_gpus_go_by_formula():
-  one = topology.open_topology("gpu:h100x1")
-  assert not one.compiles
-  assert "by formula only" in one.note
-  assert one.chip == chips.GPUS["h100"]
+def _without(monkeypatch, *missing):
+  find = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util, "find_spec", lambda name: None if name in missing else find(name)
+  )
 
 
-def test_without_libtpu_the_line_that_installs_it(monkeypatch):
-  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  slice_ = topology.open_topology("v5e:1x1")
-  assert not slice_.compiles
-  assert "pip install -r requirements-tpu.txt" in slice_.note
-  assert slice_.chip == chips.TPUS["v5e"]
+def test_without_a_compiler_the_line_that_installs_it(monkeypatch):
+  _without(monkeypatch, "libtpu", "jax_plugins")
+  with pytest.raises(
+    InputError, match="for TPUs is not installed.*pip install -r requirements-tpu"
+  ):
+    topology.open_topology("v5e:1x1")
+  line = "for GPUs is not installed.*pip install --no-deps -r requirements-gpu-plan.txt"
+  with pytest.raises(InputError, match=line):
+    topology.open_topology("gpu:h100x8")
+  for line in (topology.INSTALL_LIBTPU, topology.INSTALL_CUDA):
+    assert (pathlib.Path(__file__).parents[2] / line.split()[-1]).exists()
+
+
+HAS_CUDA = (
+  importlib.util.find_spec("jax_plugins.xla_cuda12")
+  if importlib.util.find_spec("jax_plugins")
+  else None
+)
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason=f"the compiler for GPUs: {topology.INSTALL_CUDA}")
+@pytest.mark.parametrize(("name", "chip"), chips.GPUS.items())
+def test_a_gpu_that_is_not_there(name, chip):
+  """Runs where requirements-gpu-plan.txt is installed, which the test command does not do."""
+  gpus = topology.open_topology(f"gpu:{name}x2")
+  assert gpus.chip == chip
+  assert {device.platform for device in gpus.devices} == {"gpu"}
+  mesh = jax.sharding.Mesh(gpus.devices, ("x",))
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+  x = jax.ShapeDtypeStruct((256, 512), "bfloat16", sharding=split)
+  done = compiled.compile_program(
+    lambda: jax.jit(lambda x: (x.T @ x).sum()).lower(x), 2, "gpu", hlo.ONCE
+  )
+  assert done.flops == 2 * 128 * 512 * 512
+  assert done.arguments == 128 * 512 * 2
+  assert "all-reduce" in done.traffic
+  assert len(topology.open_topology(f"gpu:{name}x16").devices) == 16
 
 
 def test_a_program_is_refused_by_its_peak():

@@ -101,7 +101,8 @@ def test_one_base_for_all(files, tmp_path, monkeypatch):
   assert trained == 2 * more - run.model.language.width  # the actor has no score head
   assert bytes_since(before) == pytest.approx(4 * (base + more + 3 * trained), rel=0.05)
   planned = ppo.plan(config, topology.open_topology("cpu:1"))
-  assert sum(planned.held.values()) == pytest.approx(4 * (base + more + 3 * trained), rel=1e-3)
+  held_bytes = sum(planned.resident.values()) - planned.resident["batch of a rollout"]
+  assert held_bytes == pytest.approx(4 * (base + more + 3 * trained), rel=1e-3)
   assert held.same_tower_critic
   assert held.same_tower_reward
   start = trees.flatten(run.state.critic.params)

@@ -1,4 +1,4 @@
-"""What accelerators can do, from their makers' documentation."""
+"""What accelerators can do, from their makers' documentation, and how XLA describes GPUs."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ class Chip:
       larger one; GPUs: three quarters, what JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION).
     flops: bfloat16 operations a second, dense; None where no number holds for all of the kind.
     bandwidth: bytes a second between HBM and the cores.
-    interconnect: bytes a second that a chip sends to its neighbours over all links.
+    interconnect: bytes a second that a chip sends to its neighbors over all links.
   """
 
   name: str
@@ -47,3 +47,43 @@ PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 TORUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
 # At this many chips along an axis a pod ends.
 LONGEST_AXIS = 24
+
+# The numbers in which GPUs differ, as openxla/xla lists them in gpu/target_config/specs.
+_AMPERE = {
+  "shared_memory_per_core": 167936,
+  "core_count": 108,
+  "fpus_per_core": 64,
+  "l2_cache_size": 41943040,
+  "clock_rate_ghz": 1.41,
+  "shared_memory_per_block_optin": 166912,
+}
+_HOPPER = {
+  "shared_memory_per_core": 233472,
+  "core_count": 132,
+  "fpus_per_core": 128,
+  "l2_cache_size": 52428800,
+  "clock_rate_ghz": 1.98,
+  "shared_memory_per_block_optin": 232448,
+}
+# Name -> (what XLA calls it, compute capability, bytes of memory, bytes a second, the numbers).
+_TARGETS = {
+  "a100": ("NVIDIA A100-SXM4-80GB", 8, 85100068864, 2039040000000, _AMPERE),
+  "a100-40gb": ("NVIDIA A100-SXM4-40GB", 8, 42331013120, 1555200000000, _AMPERE),
+  "h100": ("NVIDIA H100 80GB HBM3", 9, 84929347584, 3352320000000, _HOPPER),
+  "h200": ("NVIDIA H200 141GB HBM3e", 9, 151397597184, 4800000000000, _HOPPER),
+}
+
+
+def gpu_target(name: str) -> str:
+  """Returns a GPU's description for XLA: the text of a GpuTargetConfigProto."""
+  description, capability, memory, bandwidth, numbers = _TARGETS[name]
+  numbers = " ".join(f"{key}: {value}" for key, value in numbers.items())
+  return f"""gpu_device_info {{
+    threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+    shared_memory_per_block: 49152 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+    block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+    device_memory_size: {memory} memory_bandwidth: {bandwidth} {numbers}
+    cuda_compute_capability {{ major: {capability} }}
+  }}
+  platform_name: "CUDA" device_description_str: "{description}"
+  runtime_version {{ major: 12 minor: 8 patch: 0 }} dnn_version_info {{ major: 9 minor: 8 }}"""

@@ -1,4 +1,4 @@
-"""A step compiled for devices that are not there: its bytes, operations and collectives."""
+"""A program compiled for devices that are not there: its bytes, operations and collectives."""
 
 import dataclasses
 import re
@@ -6,7 +6,7 @@ import time
 
 import jax
 
-from vlalign_jax.planning import collectives, hlo
+from vlalign_jax.planning import collectives, hlo, operations
 from vlalign_jax.planning.chips import GIB
 
 _TOO_LARGE = re.compile(r"HLO temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G")
@@ -17,14 +17,14 @@ class Compiled:
   """What the compiler says of a program on one device.
 
   Attributes:
-    seconds: that compiling took.
+    seconds: that lowering and compiling took.
     total: bytes that the program takes at its peak: arguments, temporaries and results.
     arguments: bytes of what the step is given and gives back in the same place.
-    temporaries: bytes of everything else. 0 where the program is refused: not told then.
-    traffic: collectives by kind; empty where the program is refused.
-    flops: operations that the device runs; 0 where the program is refused.
-    kernels: calls of hand-written kernels, whose operations are not among `flops`.
-    counted_once: operations by the compiler's own count, in which a loop's body counts once.
+    temporaries: bytes of everything else; 0, as all below, where the program is refused.
+    traffic: collectives by kind.
+    flops: operations that the device runs.
+    bytes_accessed: between the device's memory and its cores.
+    kernels: calls of attention kernels.
     refused: the compiler's words where the program is larger than the device; else empty.
   """
 
@@ -34,23 +34,28 @@ class Compiled:
   temporaries: float = 0.0
   traffic: dict[str, collectives.Traffic] = dataclasses.field(default_factory=dict)
   flops: float = 0.0
+  bytes_accessed: float = 0.0
   kernels: int = 0
-  counted_once: float = 0.0
   refused: str = ""
 
+  @property
+  def sent(self) -> float:
+    """Bytes that the device sends to others."""
+    return sum(kind.bytes for kind in self.traffic.values())
 
-def compile_lowered(lowered, devices: int, platform: str, unknown: hlo.Trips) -> Compiled:
+
+def compile_program(lower, devices: int, platform: str, unknown: hlo.Trips) -> Compiled:
   """Compiles a program.
 
   Args:
-    lowered: what `jax.jit(...).lower(...)` gives.
+    lower: () -> what `jax.jit(...).lower(...)` gives.
     devices: of the mesh.
-    platform: tpu or cpu.
+    platform: tpu, gpu or cpu.
     unknown: how often loops run whose count depends on data.
   """
   start = time.monotonic()
   try:
-    done = lowered.compile()
+    done = lower().compile()
   except jax.errors.JaxRuntimeError as error:
     too_large = _TOO_LARGE.search(str(error))
     if too_large is None:
@@ -65,14 +70,14 @@ def compile_lowered(lowered, devices: int, platform: str, unknown: hlo.Trips) ->
   else:
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
-  text = hlo.parse(done.as_text())
+  program = hlo.parse(done.as_text())
   return Compiled(
     seconds=seconds,
     total=total,
     arguments=memory.argument_size_in_bytes,
     temporaries=total - memory.argument_size_in_bytes,
-    traffic=collectives.traffic(text, devices, unknown),
-    flops=collectives.flops(text, unknown),
-    kernels=collectives.kernels(text, unknown),
-    counted_once=(done.cost_analysis() or {}).get("flops", 0.0),
+    traffic=collectives.traffic(program, devices, unknown),
+    flops=operations.flops(program, unknown),
+    bytes_accessed=operations.bytes_accessed(program, unknown),
+    kernels=operations.kernels(program, unknown),
   )

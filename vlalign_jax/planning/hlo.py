@@ -5,6 +5,7 @@ runs, found from the bounds and the step of its counter.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -15,7 +16,8 @@ _CALLED = re.compile(
   r"called_computations)=(\{[^}]*\}|%[\w.\-]+)"
 )
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-# What hands on its first operand as it is.
+_BITS = {"pred": 8, "bf16": 16}
+# These return their first operand unchanged.
 _COPIES = ("copy", "bitcast", "convert", "reshape", "copy-done", "copy-start", "opt-barrier")
 
 
@@ -66,10 +68,18 @@ class Program:
 
 
 def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
-  """(dtype, sizes) of all arrays in the text of a type."""
+  """Returns (dtype, sizes) of all arrays in the text of a type."""
   return [
     (dtype, tuple(int(n) for n in sizes.split(",") if n)) for dtype, sizes in _ARRAY.findall(shape)
   ]
+
+
+def bytes_of(shape: str) -> float:
+  """Returns the bytes of all arrays in the text of a type."""
+  return sum(
+    math.prod(sizes) * _BITS.get(dtype, int("".join(re.findall(r"^\D+(\d+)", dtype)) or 8)) / 8
+    for dtype, sizes in arrays(shape)
+  )
 
 
 def parse(text: str) -> Program:
@@ -113,7 +123,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-  """The place of the parenthesis that closes the one at `start`."""
+  """Returns the place of the parenthesis that closes the one at `start`."""
   depth = 0
   for place in range(start, len(text)):
     depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -126,7 +136,7 @@ def executed(
   program: Program,
   unknown: Trips = ONCE,  # noqa: B008
 ) -> Iterator[tuple[Instruction, Computation, int]]:
-  """All instructions that a run of the program comes by, with how often it does.
+  """Yields all instructions that a run of the program executes, with how often it does.
 
   Instructions inside fusions and called computations are among them. Of a conditional's branches,
   each counts.
@@ -148,11 +158,12 @@ def _run(program, computation, times, constants, unknown):
       yield from _run(program, body, round(times * trips), invariant, unknown)
     # The start of an asynchronous operation names what it calls, and so do its later parts.
     elif not instruction.opcode.endswith(("-update", "-done")):
-      for name in _called(instruction):
+      for name in called(instruction):
         yield from _run(program, program.computations[name], times, {}, unknown)
 
 
-def _called(instruction: Instruction) -> list[str]:
+def called(instruction: Instruction) -> list[str]:
+  """Returns the names of the computations that an instruction runs."""
   return [
     name
     for group in _CALLED.findall(instruction.rest)
@@ -165,7 +176,7 @@ def _attribute(instruction: Instruction, key: str) -> str:
 
 
 def loop(program, instruction: Instruction, where: Computation, constants, unknown: Trips):
-  """How often a while loop runs, and its elements that stay what they are, and are known.
+  """Returns how often a while loop runs, and its known elements that it does not change.
 
   Args:
     program: the program.
@@ -205,7 +216,7 @@ def loop(program, instruction: Instruction, where: Computation, constants, unkno
 
 
 def _by_counter(program, where: Computation, loop: Instruction, index: int) -> bool:
-  """Whether an element that a loop starts with is said by the counter of the loop around it."""
+  """Returns whether a loop's limit, an element of its tuple, is the counter of the outer loop."""
   made = where.instructions[loop.operands[0]]
   if made.opcode != "tuple":
     return False
@@ -214,7 +225,7 @@ def _by_counter(program, where: Computation, loop: Instruction, index: int) -> b
 
 
 def _listed(program, computation: Computation, name: str, bound=None) -> bool:
-  """Whether a number was put by for each value of a counter; `bound` as of `_value`."""
+  """Returns whether a number is looked up by a counter in a list; `bound` as of `_value`."""
   made = computation.instructions.get(name)
   while made is not None and made.opcode in _COPIES:
     made = computation.instructions.get(made.operands[0])
@@ -229,7 +240,7 @@ def _listed(program, computation: Computation, name: str, bound=None) -> bool:
 
 
 def _comparison(program, condition: Computation, constants):
-  """((element, offset), direction, limit or None) of a condition that compares a counter."""
+  """Returns ((element, offset), direction, limit or None) of a condition on a counter."""
   root, bound = condition.root, None
   if root.opcode == "fusion":
     bound = [_value(program, condition, name, constants) for name in root.operands]
@@ -248,7 +259,7 @@ def _comparison(program, condition: Computation, constants):
 
 
 def _elements(program, computation: Computation, name: str, constants) -> dict:
-  """Index -> value of a tuple's elements, where known."""
+  """Returns index -> value of a tuple's elements, where known."""
   made = computation.instructions[name]
   while made.opcode in _COPIES:
     made = computation.instructions[made.operands[0]]
@@ -259,7 +270,7 @@ def _elements(program, computation: Computation, name: str, constants) -> dict:
 
 
 def _value(program, computation: Computation, name: str, constants, bound=None):
-  """What is known of a number: an int, (element of the parameter tuple, offset from it), or None.
+  """Returns an int, (element of the parameter tuple, offset from it), or None: not known.
 
   Args:
     program: the program.

@@ -8,7 +8,8 @@ from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models import lora
 from vlalign_jax.models.vlm import SCORE, ModelConfig, abstract_params
 from vlalign_jax.optim import optimizer
-from vlalign_jax.planning import memory, planner
+from vlalign_jax.planning import train_step
+from vlalign_jax.planning.step_plan import device_bytes
 from vlalign_jax.rollout import data, roles
 from vlalign_jax.steps.ppo import GAE
 from vlalign_jax.weights import identity, source
@@ -34,7 +35,7 @@ class Models:
 
 
 def open_models(config) -> Models:
-  """The models of a run: of the weights that it names, or else of published size.
+  """Returns the models of a run: of the weights that it names, or else of published size.
 
   Raises:
     InputError: the config names neither, or models that do not go together.
@@ -43,11 +44,11 @@ def open_models(config) -> Models:
   named = config.model.init_from or config.model.vision or config.model.language
   if settings.reward_model and not named:
     raise InputError(
-      "config.ppo.reward_model is planned beside the actor's own weights: give "
+      "config.ppo.reward_model is planned next to the actor's own weights: give "
       "config.model.init_from, too, or leave it empty"
     )
   if not named:
-    actor = planner.model_config(config)
+    actor = train_step.model_config(config)
     sampling = data.sampling_of(settings, actor, stop_tokens=(0,))
     origin = dict.fromkeys(trees.flatten(abstract_params(actor)[1]), ("the base",))
     return _with_assumed(config, actor, sampling, origin)
@@ -56,15 +57,15 @@ def open_models(config) -> Models:
   sampling, origin = data.make_sampling(config, opened), identity.identities(opened, files)
   if not settings.reward_model:
     return _with_assumed(config, opened.config, sampling, origin)
-  found = roles.open_sources(config, None, opened)
-  others = {"critic": found.critic, "reward": found.reward}
+  sources = roles.open_sources(config, None, opened)
+  others = {"critic": sources.critic, "reward": sources.reward}
   origins = {name: identity.identities(other, files) for name, other in others.items() if other}
   critic, reward = (other and other.config for other in others.values())
   return Models(opened.config, critic, reward, sampling, {"actor": origin} | origins)
 
 
 def _with_assumed(config, actor: ModelConfig, sampling: Sampling, origin: dict) -> Models:
-  """With a reward model and a critic like the actor, trained as the actor is to be."""
+  """Adds a reward model and a critic like the actor, trained as the actor is to be."""
   judge = dataclasses.replace(actor, head=SCORE)
   stays = lambda path: not (optimizer.is_trained(path, config) or lora.is_adapter(path))  # noqa: E731
   its = {
@@ -85,7 +86,7 @@ def _with_assumed(config, actor: ModelConfig, sampling: Sampling, origin: dict) 
 
 
 def held(models: Models, program, config) -> dict[str, float]:
-  """Bytes that a device holds all the time, as `rollout.roles` brings them there.
+  """Returns the bytes that a device holds all the time, as `rollout.roles` brings them there.
 
   Args:
     models: of the run.
@@ -95,7 +96,7 @@ def held(models: Models, program, config) -> dict[str, float]:
   Returns:
     What it is -> bytes. What several models have the same counts where it is first.
   """
-  pool, state, size = {}, program.state, memory.device_bytes
+  pool, state, size = {}, program.state, device_bytes
 
   def more(role: str, leaves: dict) -> float:
     known = models.origins[role]
@@ -104,28 +105,28 @@ def held(models: Models, program, config) -> dict[str, float]:
     return size([leaf for path, leaf in leaves.items() if path not in shared])
 
   frozen = {part: tree for part, tree in program.actor.frozen.items() if part != "reference"}
-  found = {
+  sizes = {
     "actor, trained": size(state.params),
     "actor, optimizer": size(state.optimizer),
     "actor, frozen": more("actor", trees.flatten(frozen)),
-    "reference, besides": size(program.actor.frozen["reference"]),
+    "reference, unshared": size(program.actor.frozen["reference"]),
   }
   if program.critic:
     leaves = trees.flatten(program.critic.params)
-    found |= {
+    sizes |= {
       "critic, trained": size(state.critic.params),
       "critic, optimizer": size(state.critic.optimizer),
-      "critic, frozen, besides": more(
+      "critic, frozen, unshared": more(
         "critic", {p: x for p, x in leaves.items() if not optimizer.is_trained(p, config)}
       ),
     }
   if program.reward:
-    found["reward model, besides"] = more("reward", trees.flatten(program.reward.params))
-  return found
+    sizes["reward model, unshared"] = more("reward", trees.flatten(program.reward.params))
+  return sizes
 
 
 def same_towers(models: Models) -> dict[str, bool]:
-  """Role -> whether it has the actor's vision tower."""
+  """Returns role -> whether it has the actor's vision tower."""
   return {
     role: identity.same_tower(models.actor, models.origins["actor"], other, models.origins[role])
     for role, other in (("critic", models.critic), ("reward", models.reward))

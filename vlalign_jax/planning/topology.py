@@ -18,10 +18,11 @@ KNOWN = (
   f"GPUs ({', '.join(chips.GPUS)}) such as gpu:h100x8, CPUs such as cpu:8"
 )
 INSTALL_LIBTPU = "pip install -r requirements-tpu.txt"
+INSTALL_CUDA = "pip install --no-deps -r requirements-gpu-plan.txt"
 # Instead of asking a TPU VM's metadata server, which is not there.
 _NO_TPU_ATTACHED = {
   "TPU_SKIP_MDS_QUERY": "1",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # beside another plan, or training
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # next to another plan, or training
   "TPU_WORKER_ID": "0",
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -37,15 +38,13 @@ class Topology:
   Attributes:
     name: as given.
     chip: what each device can do.
-    devices: to build a mesh of; stand-ins where `compiles` is false.
-    compiles: whether programs can be compiled for them here.
-    note: why not, or what differs from a run on such devices; empty: nothing.
+    devices: to build a mesh of, and to compile for.
+    note: what differs from a run on such devices; empty: nothing.
   """
 
   name: str
   chip: chips.Chip
   devices: tuple
-  compiles: bool
   note: str = ""
 
   @property
@@ -61,10 +60,10 @@ def stay_on_host() -> None:
 
 
 def open_topology(name: str) -> Topology:
-  """The devices that a name stands for.
+  """Returns the devices that a name stands for.
 
   Raises:
-    InputError: there are no such devices; names those that are known.
+    InputError: there are no such devices, or their compiler is not installed; names what to do.
   """
   kind, _, shape = name.partition(":")
   if kind in chips.TPUS:
@@ -74,7 +73,7 @@ def open_topology(name: str) -> Topology:
   if kind == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
     count = int(shape)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
-    return Topology(name, chips.Chip("CPU", memory), _host_devices(count), compiles=True)
+    return Topology(name, chips.Chip("CPU", memory), _host_devices(count))
   raise _unknown(name)
 
 
@@ -85,10 +84,11 @@ def _unknown(name: str) -> InputError:
 def _tpu(name: str, kind: str, shape: str) -> Topology:
   _check_slice(name, kind, shape)
   sizes = [int(size) for size in shape.split("x")]
-  chip = chips.TPUS[kind]
   if importlib.util.find_spec("libtpu") is None:
-    note = f"libtpu is not installed: by formula only. To compile: {INSTALL_LIBTPU}"
-    return Topology(name, chip, _host_devices(math.prod(sizes)), compiles=False, note=note)
+    raise InputError(
+      f"--topology={name}: the compiler for TPUs is not installed; no TPU is needed for it: "
+      f"{INSTALL_LIBTPU}"
+    )
   for key, value in _NO_TPU_ATTACHED.items():
     os.environ.setdefault(key, value)
   options = {}
@@ -101,40 +101,65 @@ def _tpu(name: str, kind: str, shape: str) -> Topology:
   except jax.errors.JaxRuntimeError as error:
     reason = " ".join(str(error).split())
     raise InputError(f"--topology={name}: libtpu does not describe it: {reason}") from error
-  return Topology(name, chip, tuple(description.devices), compiles=True)
+  return Topology(name, chips.TPUS[kind], tuple(description.devices))
 
 
 def _check_slice(name: str, kind: str, shape: str) -> None:
-  """Refuses what is no slice; libtpu's compiler would abort the process."""
+  """Refuses a name that is not a slice; libtpu's compiler would abort the process."""
   if chips.TORUS[kind] == 2:
     if shape not in chips.PLANES:
       raise InputError(
-        f"--topology={name}: no slice of {kind}; choose from {', '.join(chips.PLANES)}"
+        f"--topology={name}: not a slice of {kind}; choose from {', '.join(chips.PLANES)}"
       )
     return
   sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"[\dx]*\d", shape) else []
   whole_hosts = len(sizes) == 3 and not sizes[0] % 2 and not sizes[1] % 2
   if not whole_hosts or not 1 <= min(sizes) <= max(sizes) <= chips.LONGEST_AXIS:
     raise InputError(
-      f"--topology={name}: no slice of {kind}; hosts have 2x2x1 chips, so it is such as "
+      f"--topology={name}: not a slice of {kind}; hosts have 2x2x1 chips, so it is such as "
       f"{kind}:2x2x1 or {kind}:4x4x8, at most {chips.LONGEST_AXIS} along an axis"
     )
 
 
 def _gpu(name: str, shape: str) -> Topology:
-  found = re.fullmatch(r"([a-z0-9-]+?)x([1-9]\d*)", shape)
-  if not found or found.group(1) not in chips.GPUS:
+  match = re.fullmatch(r"([a-z0-9-]+?)x([1-9]\d*)", shape)
+  if not match or match.group(1) not in chips.GPUS:
     raise _unknown(name)
-  chip, count = chips.GPUS[found.group(1)], int(found.group(2))
-  note = "XLA compiles for GPUs only where one is attached: by formula only"
-  if count > chips.NVLINK_GPUS:
+  chip, count = chips.GPUS[match.group(1)], int(match.group(2))
+  nodes, rest = divmod(count, chips.NVLINK_GPUS)
+  if nodes and rest:
+    raise InputError(f"--topology={name}: nodes have {chips.NVLINK_GPUS} GPUs; name a multiple")
+  if not _has_cuda_plugin():
+    raise InputError(
+      f"--topology={name}: the compiler for GPUs is not installed; no GPU is needed for it: "
+      f"{INSTALL_CUDA}"
+    )
+  note = "without the card XLA does not time its kernels and may choose others than on it"
+  if nodes > 1:
     chip = dataclasses.replace(chip, interconnect=chips.NETWORK)
     note += f"\nbetween nodes of {chips.NVLINK_GPUS} GPUs: {chips.NETWORK / 1e9:.0f} GB/s a GPU"
-  return Topology(name, chip, _host_devices(count), compiles=False, note=note)
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  shape = f"1x{nodes}x{chips.NVLINK_GPUS}" if nodes > 1 else f"1x1x{count}"
+  target = chips.gpu_target(match.group(1))
+  try:
+    description = topologies.get_topology_desc(
+      platform="cuda", target_config=target, topology=shape
+    )
+  except jax.errors.JaxRuntimeError as error:
+    reason = " ".join(str(error).split())
+    raise InputError(f"--topology={name}: XLA does not describe it: {reason}") from error
+  return Topology(name, chip, tuple(description.devices), note)
+
+
+def _has_cuda_plugin() -> bool:
+  if importlib.util.find_spec("jax_plugins") is None:
+    return False
+  names = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+  return any(importlib.util.find_spec(name) for name in names)
 
 
 def _host_devices(count: int) -> tuple:
-  """Virtual CPU devices.
+  """Returns virtual CPU devices.
 
   Raises:
     InputError: JAX has started with fewer of them.

@@ -10,8 +10,9 @@ from vlalign_jax import trees
 from vlalign_jax.config import defaults
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import vlm
-from vlalign_jax.planning import architectures, planner
+from vlalign_jax.planning import train_step
 from vlalign_jax.weights import hf_config
+from vlalign_jax.weights import published as sizes
 
 # Parameters of the language models as on the hub, without the rows that <image> and padding add.
 LANGUAGE = {
@@ -27,7 +28,7 @@ VISION = 303_507_456 - 12_596_224 - 2 * 1024
 def published(architecture: str, **keys):
   group = defaults("sft").model
   group.update(keys, architecture=architecture)
-  return architectures.published(group)
+  return sizes.published(group)
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
@@ -57,7 +58,7 @@ def test_unknown_name():
 def test_a_model_is_as_its_config_says():
   """The original's towers with its projectors: their tokens, features and parameters."""
   preset = sft.get_config("clip_llama2_7b_pretrain")
-  config = planner.model_config(preset)
+  config = train_step.model_config(preset)
   assert (config.projector.kind, config.tokens_per_image) == ("linear", 257)
   assert (config.vision.layers, config.vision.image_size) == (24, 224)
   _, params = vlm.abstract_params(config)
