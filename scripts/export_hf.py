@@ -7,6 +7,9 @@ the run's config.best_metric) name others. A PEFT directory, whose base is merge
 the layout of LLaVA's own repository are taken, too.
 
 LlavaForConditionalGeneration.from_pretrained and AutoProcessor.from_pretrained load the result.
+What was not trained has the same bits as in the model that the run started from, the vision tower's
+layers and post_layernorm that are never run among it; --dtype converts all weights.
+
 A LoRA run's adapters are merged into the weights. With --adapters they are written alone, for
 peft.PeftModel.from_pretrained on the model that the run started from.
 
@@ -29,7 +32,7 @@ from vlalign_jax.models import lora, vlm
 from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import zero
-from vlalign_jax.weights import export, export_adapters, hf_config, load, source
+from vlalign_jax.weights import export, export_adapters, hf_config, load, runs, source
 
 
 def export_run(run: str, output: str, dtype: str | None, adapters: bool = False) -> None:
@@ -63,7 +66,11 @@ def export_run(run: str, output: str, dtype: str | None, adapters: bool = False)
     bases = _bases_of(config["model"], export.is_llava(model))
     export_adapters.export_adapters(model, trained, output, bases=bases, dtype=dtype)
   else:
-    export.export_model(opened, load.load_params(opened, abstract), output, dtype=dtype)
+    changed = runs.trained_paths(opened)  # the rest is copied from file to file
+    params = load.load_params(
+      opened, abstract, wanted=lambda path: path in changed or path.startswith(opened.fresh)
+    )
+    export.export_model(opened, params, output, dtype=dtype)
   logging.info("exported step %d of %s to %s", step, run, output)
 
 
@@ -107,6 +114,6 @@ def main(_):
 if __name__ == "__main__":
   flags.DEFINE_string("checkpoint", "", "A run directory, or a checkpoint of one.")
   flags.DEFINE_string("output", "", "The directory to write; must not hold anything.")
-  flags.DEFINE_enum("dtype", None, DTYPES, "Of the weights; default: as trained.")
+  flags.DEFINE_enum("dtype", None, DTYPES, "Of all weights; default: as trained, or as they were.")
   flags.DEFINE_bool("adapters", False, "Write a LoRA run's adapters, as PEFT does.")
   cli.run(main)

@@ -13,6 +13,10 @@ which imports again here, and whose towers transformers loads.
 
 A reward model has `score.weight` [1, D] in place of the language head, read at an answer's last
 token, and "LlavaForSequenceClassification", as transformers would call it if it had one.
+
+What was not trained is copied from the source's files, with what is never run (see `copied`). Left
+out is only what no model class holds as a weight: the rest of a full CLIP, a head that is tied or
+that a score replaces, and the buffers position_ids and inv_freq of old files.
 """
 
 import contextlib
@@ -23,6 +27,7 @@ import shutil
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
@@ -30,7 +35,7 @@ from vlalign_jax import json_files, trees
 from vlalign_jax.data import jinja_template, templates
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.vlm import SCORE, ModelConfig
-from vlalign_jax.weights import names
+from vlalign_jax.weights import copied, names
 from vlalign_jax.weights.hf_config import OWN_FAMILY, PROJECTOR, REWARD_ARCHITECTURE, TOWERS
 from vlalign_jax.weights.parts import IMAGE_TOKEN, Source, with_ends
 
@@ -39,13 +44,14 @@ _SCORE_LABELS = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
 
 
 def save_model_files(
-  source: Source, directory: str, dtype: str, template: str | None = None
+  source: Source,
+  directory: str,
+  dtype: str,
+  template: str | None = None,
+  *,
+  vision_dtype: str | None = None,
 ) -> None:
   """Writes everything but the weights: config, generation config, tokenizer, processor.
-
-  The vision tower ends at the last layer whose features are used: the layers behind it are not part
-  of the model. Its post_layernorm, which LLaVA never applies but transformers wants, is written
-  as identity.
 
   Args:
     source: the model.
@@ -54,10 +60,11 @@ def save_model_files(
     template: the prompt template of training, which becomes the tokenizer's chat template, and its
       end tokens those of the generation config; None leaves both as they are. "plain", a stage
       before the one that chats, keeps a chat template that is there.
+    vision_dtype: the same as dtype, of the vision tower; None: what the source's config says.
   """
   _save_tokenizer(source, directory, template)
   source.images.save(directory)
-  json_files.write(os.path.join(directory, "config.json"), _config(source, dtype))
+  json_files.write(os.path.join(directory, "config.json"), _config(source, dtype, vision_dtype))
   if source.config.projector.kind == "perceiver":
     return  # transformers' processor counts patches
   vision = source.config.vision
@@ -91,18 +98,19 @@ def is_llava(config: ModelConfig) -> bool:
   return config.projector.kind == "mlp" and not config.mmca
 
 
-def _config(source: Source, dtype: str) -> dict:
+def _config(source: Source, dtype: str, vision_dtype: str | None) -> dict:
   """The content of config.json."""
-  config = source.config
-  hf, vision = source.hf.to_dict(), config.vision
+  config, tower = source.config, copied.tower_of(source)
+  hf = source.hf.to_dict()
   for part in (hf, hf["text_config"], hf["vision_config"]):
     part.pop("_name_or_path", None)  # a directory of this machine
   hf["text_config"] |= _version_4_rope(hf["text_config"]["rope_parameters"])
-  hf["vision_config"]["num_hidden_layers"] = vision.layers
-  single = len(vision.feature_layers) == 1
-  hf["vision_feature_layer"] = -1 if single else list(vision.feature_layers)
+  hf["vision_config"]["num_hidden_layers"] = tower.layers
+  hf["vision_feature_layer"] = tower.feature_layer
   hf["image_seq_length"] = config.tokens_per_image
-  hf["dtype"] = hf["text_config"]["dtype"] = hf["vision_config"]["dtype"] = dtype
+  hf["dtype"] = hf["text_config"]["dtype"] = dtype
+  if vision_dtype:
+    hf["vision_config"]["dtype"] = vision_dtype
   family = "Llava" if is_llava(config) else OWN_FAMILY
   hf["architectures"] = [f"{family}ForConditionalGeneration"]
   for key in ("projector_type", "mmca"):
@@ -114,9 +122,9 @@ def _config(source: Source, dtype: str) -> dict:
   return hf
 
 
-def _save_parts(source: Source, directory: str, dtype: str) -> None:
+def _save_parts(source: Source, directory: str, dtype: str, vision_dtype: str | None) -> None:
   """Writes everything but the weights of the towers' own directories."""
-  hf, own = _config(source, dtype), {}
+  hf, own = _config(source, dtype, vision_dtype), {}
   for part, key in (("vision", "vision_config"), ("language", "text_config")):
     os.makedirs(os.path.join(directory, part))
     own[part] = hf[key] | {"transformers_version": hf["transformers_version"]}
@@ -166,31 +174,39 @@ def export_model(
 ) -> None:
   """Writes a complete Hugging Face directory; it appears whole or not at all.
 
+  A parameter that `params` lacks is copied from the source's files, and so are the tensors of the
+  vision tower that are never run. Without `dtype` they have the same bits as there, in their own
+  dtype; with it they are converted once, from what is stored.
+
   Args:
     source: the model that was trained.
-    params: nested dict of (sharded) arrays; every process must call, process 0 writes.
+    params: nested dict of (sharded) arrays, at least of all that was trained; every process must
+      call, process 0 writes.
     output: a directory that does not exist yet or is empty.
-    dtype: of the written weights; None: as they are.
+    dtype: of all written weights; None: each as it is. config.json names `dtype`, or that of
+      `params`, in which transformers then loads all of them.
     max_shard_bytes: a file holds more only if one tensor alone does.
 
   Raises:
     InputError: `output` holds something already.
   """
   flat = trees.flatten(params)
-  dtype = np.dtype(dtype or next(iter(flat.values())).dtype)
+  kind = np.dtype(dtype or next(iter(flat.values())).dtype).name
+  own_vision = dtype is None and not any(path.startswith("vision/") for path in flat)
+  vision_kind = None if own_vision else kind
   with appearing(output) as partial:
     if partial:
-      save_model_files(source, partial, dtype.name)
+      save_model_files(source, partial, kind, vision_dtype=vision_kind)
     table = names.names_of(source.config)
     if is_llava(source.config):
-      tensors = _tensors(source, table, flat, dtype, names.exported)
+      tensors = _tensors(source, table, flat, dtype, names.exported, bool(partial))
       _save_weights(tensors, partial, max_shard_bytes)
       return
     if partial:
-      _save_parts(source, partial, dtype.name)
+      _save_parts(source, partial, kind, vision_kind)
     for part, prefixes in {"": f"{PROJECTOR}/", **TOWERS}.items():
       own = [name for name in table if name.path.startswith(prefixes)]
-      tensors = _tensors(source, own, flat, dtype, names.exported_part)
+      tensors = _tensors(source, own, flat, dtype, names.exported_part, bool(partial))
       place = partial and os.path.join(partial, part)
       _save_weights(tensors, place, max_shard_bytes, "model" if part else PROJECTOR)
 
@@ -253,18 +269,50 @@ def _name_shards(directory: str, shards: list[tuple[str, list[str]]], total: int
   json_files.write(os.path.join(directory, f"{stem}.safetensors.index.json"), index)
 
 
-def _tensors(source: Source, table: list[names.Name], flat, dtype: np.dtype, exported):
-  """(name as `exported` has it, tensor) of a model or a part of it, one at a time."""
-  for name, tensor in gather(table, flat, dtype):
+def _tensors(source: Source, table: list[names.Name], flat, dtype, exported, writes: bool):
+  """(name as `exported` has it, tensor) of a model or a part of it, one at a time.
+
+  A process that does not write takes part in gathering only.
+  """
+  for name, tensor in gather([name for name in table if name.path in flat], flat, dtype):
+    yield exported(name), tensor
+  if not writes:
+    return
+  for name, tensor in copied.untrained(source, {n.path for n in table} - flat.keys(), dtype):
     yield exported(name), tensor
   if any(name.path.startswith("vision/") for name in table):
-    for part, value in (("weight", 1), ("bias", 0)):
-      name = exported(f"vision.post_layernorm.{part}")
-      yield name, np.full((source.config.vision.width,), value, dtype)
+    for name, tensor in _unused(source, dtype or next(iter(flat.values())).dtype, dtype):
+      yield exported(name), tensor
 
 
-def gather(table: list[names.Name], flat, dtype: np.dtype):
-  """(canonical name, tensor) one at a time, each gathered from its devices when asked for."""
+def _unused(source: Source, identity_dtype, dtype: np.dtype | None):
+  """(canonical name, tensor) of the vision tower's layers that are not run, and post_layernorm."""
+  tower, layers = copied.tower_of(source), source.hf.vision_config.num_hidden_layers
+  if tower.layers < layers:
+    logging.warning(
+      "the source's config says that its vision tower has %d layers; layer %d is not in its files, "
+      "so the exported tower has %d, with vision_feature_layer %s",
+      layers,
+      tower.layers,
+      tower.layers,
+      tower.feature_layer,
+    )
+  for name, tensor in tower.unused.items():
+    yield name, copied.as_stored(tensor.read(), dtype)
+  if not tower.has_post_norm:  # LLaVA never applies it, but transformers wants it
+    logging.warning("the source has no post_layernorm; it is written as the identity")
+    for name, value in zip(copied.POST_NORM, (1, 0), strict=True):
+      yield name, np.full((source.config.vision.width,), value, identity_dtype)
+
+
+def gather(table: list[names.Name], flat, dtype: np.dtype | None):
+  """(canonical name, tensor) one at a time, each gathered from its devices when asked for.
+
+  Args:
+    table: the parameters.
+    flat: path -> array.
+    dtype: of the tensors; None: of the arrays.
+  """
   for name in table:
     param = flat[name.path]
     layers = range(param.shape[0]) if name.stacked else (None,)
@@ -272,5 +320,5 @@ def gather(table: list[names.Name], flat, dtype: np.dtype):
       local = param if layer is None else param[layer]
       if not local.is_fully_addressable:
         local = multihost_utils.process_allgather(local, tiled=True)
-      tensor = names.to_tensor(name.kind, np.asarray(local).astype(dtype, copy=False))
-      yield name.tensor.format(layer), np.ascontiguousarray(tensor)
+      tensor = names.to_tensor(name.kind, np.asarray(local))
+      yield name.tensor.format(layer), copied.as_stored(tensor, dtype)

@@ -9,6 +9,21 @@ from vlalign_jax.sharding import zero
 from vlalign_jax.weights.parts import Source
 
 
+def trained_paths(source: Source) -> set[str]:
+  """Returns the paths of all parameters that the runs of a source have changed.
+
+  Adapters stand for the kernels that they are merged into.
+
+  Raises:
+    InputError: a checkpoint cannot be read.
+  """
+  paths = set()
+  for directory, step in source.runs:
+    for path in checkpoints.trained_paths(directory, step):
+      paths.add(f"{path.rpartition('/')[0]}/kernel" if lora.is_adapter(path) else path)
+  return paths
+
+
 def restore(source: Source, leaves, placement):
   """Restores what the runs that a source stands on have trained.
 

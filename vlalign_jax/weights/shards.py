@@ -163,6 +163,17 @@ def _read_block(tensor, rows, columns, targets, first: int) -> None:
       _copy(target[first : first + count], block)
 
 
+def read_whole(name: names.Name, tensor, vocabulary: int) -> np.ndarray:
+  """Returns a tensor as it is stored, a vocabulary extended to the model's as `place` does it."""
+  if not name.kind.startswith("vocabulary") or tensor.shape[0] >= vocabulary:
+    return tensor.read()
+  extended = np.empty((vocabulary, tensor.shape[1]), tensor.dtype)
+  extended[: tensor.shape[0]] = tensor.read()
+  columns = (0, tensor.shape[1])
+  _fill_new(tensor, columns, [(columns, extended)], tensor.shape[0])
+  return extended
+
+
 def _fill_new(tensor, columns, targets, first: int) -> None:
   """Fills the targets' rows from `first` on with the mean of all rows of a tensor."""
   total, step = 0.0, max(1, _BLOCK // (math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))

@@ -1,0 +1,109 @@
+"""What an export copies from the source's files: what was not trained, and what is never run.
+
+LLaVA reads its features at a layer of the vision tower. The layers behind it and post_layernorm are
+neither loaded nor run here; an export has them as they were.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from vlalign_jax import trees
+from vlalign_jax.models import vlm
+from vlalign_jax.weights import load, names, shards
+from vlalign_jax.weights.parts import Source
+from vlalign_jax.weights.tensors import Tensor
+
+POST_NORM = ("vision.post_layernorm.weight", "vision.post_layernorm.bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+  """The vision tower of an export.
+
+  Attributes:
+    layers: its number of layers. It is the source's, unless the source's files lack some of those
+      behind the last used one: the tower then ends before the first that is missing.
+    feature_layer: `vision_feature_layer` of a tower with so many layers.
+    unused: canonical name -> tensor of the layers that are not run, and of post_layernorm.
+  """
+
+  layers: int
+  feature_layer: int | list[int]
+  unused: dict[str, Tensor]
+
+  @property
+  def has_post_norm(self) -> bool:
+    return self.unused.keys() >= set(POST_NORM)
+
+
+def tower_of(source: Source) -> Tower:
+  """Returns the vision tower that an export has; reads no weights."""
+  config, hf = source.config, source.hf
+  used, total = config.vision.layers, hf.vision_config.num_hidden_layers
+  layer_shapes = _layer_shapes(config) if used < total else {}
+  layers, unused = used, {}
+  while layers < total:
+    shapes = {name.format(layers): shape for name, shape in layer_shapes.items()}
+    if not _holds(source, shapes):
+      break
+    unused |= {name: source.tensors[name] for name in shapes}
+    layers += 1
+  if _holds(source, dict.fromkeys(POST_NORM, (config.vision.width,))):
+    unused |= {name: source.tensors[name] for name in POST_NORM}
+  feature_layer = hf.vision_feature_layer
+  if layers < total:
+    several = [layer - layers - 1 for layer in config.vision.feature_layers]
+    feature_layer = several[0] if isinstance(feature_layer, int) else several
+  return Tower(layers, feature_layer, unused)
+
+
+def _layer_shapes(config: vlm.ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Name of a tensor of each layer of the vision tower -> its shape."""
+  one = dataclasses.replace(config, vision=dataclasses.replace(config.vision, layers=1))
+  one = dataclasses.replace(one, lora=None)
+  shapes = trees.flatten(vlm.abstract_params(one)[1])
+  return {
+    name.tensor: names.tensor_shape(name.kind, shapes[name.path].shape[1:])
+    for name in names.names_of(one)
+    if name.path.startswith("vision/layers/")
+  }
+
+
+def _holds(source: Source, shapes: dict[str, tuple[int, ...]]) -> bool:
+  found = (source.tensors.get(name) for name in shapes)
+  return all(
+    tensor is not None and tensor.shape == shape
+    for tensor, shape in zip(found, shapes.values(), strict=True)
+  )
+
+
+def untrained(source: Source, paths: set[str], dtype: np.dtype | None):
+  """Reads parameters from the source's files, one tensor at a time.
+
+  Args:
+    source: the model.
+    paths: of the parameters.
+    dtype: of what is returned; None: as it is stored.
+
+  Yields:
+    (canonical name of a tensor, tensor). A vocabulary that is smaller than the model's
+    is extended as `load` does it.
+
+  Raises:
+    InputError: as `load.resolve`.
+  """
+  if not paths:
+    return
+  leaves = trees.flatten(vlm.abstract_params(source.config)[1])
+  entries = load.resolve(source, {path: leaf.shape for path, leaf in leaves.items()})
+  for path in sorted(paths):
+    name = entries[path].name
+    for layer, tensor in enumerate(entries[path].tensors):
+      stored = shards.read_whole(name, tensor, source.config.language.vocab_size)
+      yield name.tensor.format(layer), as_stored(stored, dtype)
+
+
+def as_stored(tensor: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
+  """Returns the tensor in `dtype` (None: its own), contiguous."""
+  return np.ascontiguousarray(tensor if dtype is None else tensor.astype(dtype, copy=False))
