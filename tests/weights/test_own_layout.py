@@ -65,7 +65,7 @@ def test_imports_again_and_its_towers_are_models(kind, towers, tmp_path):
   pictures = list(reference.make_pictures(2, config.vision.image_size).values())
   with torch.no_grad():
     pixels = reference.pixel_values(config, pictures)
-    theirs = clip(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+    theirs = clip(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
   graphdef, _ = vlm.abstract_params(config)
   model = jax.tree.map(np.asarray, params)
   features = reference.nnx.merge(graphdef, model).vision_features(np.stack(pictures)[None])
@@ -127,7 +127,7 @@ def test_adapters_alone_belong_to_the_towers(towers, tmp_path):
   rows = reference.make_rows(opened.config, [[example]], {}, 9, 0)
   with torch.no_grad():
     clip = adapted(transformers.CLIPVisionModel, "vision")
-    features = clip(pixel_values=pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+    features = clip(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     llama = adapted(transformers.LlamaForCausalLM, "language")
     logits = llama(input_ids=torch.tensor(example.tokens)[None].long()).logits
   assert reference.relative_error(model.vision_features(np.stack(pictures)[None]), features) < 1e-5
