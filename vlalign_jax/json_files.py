@@ -17,10 +17,12 @@ def read(path: str) -> dict[str, Any] | None:
       content = json.load(file)
   except (FileNotFoundError, NotADirectoryError):
     return None
-  except (OSError, ValueError) as error:
-    raise InputError(f"{path}: cannot be read ({error}); mend it") from error
+  except ValueError as error:
+    raise InputError(f"{path}: cannot be read: not a valid JSON file ({error}); fix it") from error
+  except OSError as error:
+    raise InputError(f"{path}: cannot be read ({error}); fix it") from error
   if not isinstance(content, dict):
-    raise InputError(f"{path}: not a JSON object; mend it")
+    raise InputError(f"{path}: not a JSON object; fix it")
   return content
 
 
