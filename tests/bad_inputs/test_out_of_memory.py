@@ -195,6 +195,7 @@ def test_a_cpu_with_limited_address_space(tmp_path, model, records):
       *(f"--workdir={tmp_path / 'out'}", f"--config.model.init_from={model}"),
       *(f"--config.data.eval={data}", "--config.data.max_length=192"),
       *("--config.generation.max_new_tokens=200000", "--config.generation.num_samples=2000"),
+      "--config.generation.temperature=1.0",
     ],
     cwd=ROOT,
     capture_output=True,
