@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from safetensors.torch import load_file
 
 from scripts import import_hf
 from tests import reference, sft_run
@@ -53,6 +54,10 @@ def test_the_same_logits(tmp_path):
   assert not source.config.language.tied_embeddings
   embedding = trees.flatten(params)["language/embedding/embedding"]
   np.testing.assert_array_equal(embedding, model.lang_embed.weight.detach().numpy())
+  # The tower is whole: what the original never applies came with it.
+  tower = load_file(f"{imported}/vision/model.safetensors")
+  for part, param in model.vis_encoder.post_layernorm.named_parameters():
+    assert torch.equal(tower[f"vision_model.post_layernorm.{part}"], param)
   # The heading is words, as in what the original trains on; <image> keeps its place.
   assert original_model.heading_in(tmp_path / "saved")
   words = source.tokenizer.tokenize("### Image:\n<image>")

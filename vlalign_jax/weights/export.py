@@ -102,6 +102,7 @@ def _config(source: Source, dtype: str, vision_dtype: str | None) -> dict:
   """The content of config.json."""
   config, tower = source.config, copied.tower_of(source)
   hf = source.hf.to_dict()
+  hf["vision_config"] = source.hf.to_diff_dict()["vision_config"]  # in the words of the source
   for part in (hf, hf["text_config"], hf["vision_config"]):
     part.pop("_name_or_path", None)  # a directory of this machine
   hf["text_config"] |= _version_4_rope(hf["text_config"]["rope_parameters"])
@@ -109,7 +110,7 @@ def _config(source: Source, dtype: str, vision_dtype: str | None) -> dict:
   hf["vision_feature_layer"] = tower.feature_layer
   hf["image_seq_length"] = config.tokens_per_image
   hf["dtype"] = hf["text_config"]["dtype"] = dtype
-  if vision_dtype:
+  if vision_dtype and hf["vision_config"].get("dtype"):  # else the model's own counts
     hf["vision_config"]["dtype"] = vision_dtype
   family = "Llava" if is_llava(config) else OWN_FAMILY
   hf["architectures"] = [f"{family}ForConditionalGeneration"]
@@ -129,6 +130,8 @@ def _save_parts(source: Source, directory: str, dtype: str, vision_dtype: str | 
     os.makedirs(os.path.join(directory, part))
     own[part] = hf[key] | {"transformers_version": hf["transformers_version"]}
   own["vision"]["architectures"] = ["CLIPVisionModel"]
+  if vision_dtype:
+    own["vision"]["dtype"] = vision_dtype
   kind = type(source.hf.text_config).__name__.removesuffix("Config")
   own["language"] |= {
     "architectures": [f"{kind}ForCausalLM"],

@@ -1,0 +1,244 @@
+"""What a run does not train leaves it with the bits that it came in with, architecture included."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from scripts import export_hf, train_sft
+from tests import checkpoints, reference, sft_run
+from tests.weights.test_round_trip import load_in_torch, our_logits, torch_logits
+from vlalign_jax.errors import InputError
+from vlalign_jax.weights import export, names
+
+BEHIND = "vision.encoder.layers.2."  # the third of three layers
+LANGUAGE = "language."
+TOWER = "vision."
+PROJECTOR = "projector."
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, compile_cache):
+  """A directory with records, and towers that a model can be joined from."""
+  root = tmp_path_factory.mktemp("untrained")
+  record = sft_run.make_records(str(root / "data"), 1)[0]
+  records = [record | {"id": str(number)} for number in range(8)]  # one shape of rows
+  sft_run.write_json(root / "data" / "train.json", records)
+  checkpoints.make_clip(root / "clip", whole=True)
+  checkpoints.make_llama(root / "llama")
+  return root
+
+
+def train(root, model, workdir, **overrides):
+  """Two steps of SFT with the vision tower frozen."""
+  settings = {
+    "train.vision": False,
+    "model.dtype": "float32",
+    "optim.learning_rate": 0.1,
+    "optim.warmup": 0.0,
+    **overrides,
+  }
+  config = sft_run.make_config(model, root / "data" / "train.json", **settings)
+  train_sft.train_and_evaluate(config, str(workdir))
+  assert sft_run.read_metrics(workdir)[-1]["step"] == 2
+  return str(workdir)
+
+
+def exported(run, output, dtype=None):
+  export_hf.export_run(str(run), str(output), dtype)
+  return output
+
+
+def stored(*places) -> dict[str, torch.Tensor]:
+  """Canonical name -> tensor of weight files and of directories that hold model.safetensors."""
+  found = {}
+  for place in places:
+    file = (
+      place if str(place).endswith(".safetensors") else os.path.join(place, "model.safetensors")
+    )
+    found |= {names.canonical(name): tensor for name, tensor in load_file(file).items()}
+  return found
+
+
+def bits(tensor: torch.Tensor) -> tuple:
+  return tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def assert_same_but(before: dict, after: dict, trained: tuple[str, ...]):
+  """All tensors have the same bits, but those whose name starts so: each of them has changed."""
+  assert before.keys() == after.keys()
+  assert any(name.startswith(BEHIND) for name in before)
+  assert "vision.post_layernorm.weight" in before
+  for name, tensor in before.items():
+    same = bits(tensor) == bits(after[name])
+    assert same != name.startswith(trained), name
+
+
+def config_of(directory) -> dict:
+  with open(os.path.join(directory, "config.json"), encoding="utf-8") as file:
+    return json.load(file)
+
+
+def assert_same_tower(before, after):
+  assert after["vision_config"] == before["vision_config"]
+  assert after["vision_config"]["num_hidden_layers"] == 3
+  assert after["vision_feature_layer"] == before["vision_feature_layer"]
+
+
+FEATURES = {"-1": -1, "a list": [-3, 1]}  # -2: see the chain
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_a_tower_that_was_frozen(features, root, tmp_path):
+  """...and the language model with it: only the projector has been trained."""
+  model = tmp_path / "model"
+  checkpoints.make_llava(model, vision_feature_layer=FEATURES[features])
+  run = train(root, model, tmp_path / "run", **{"train.language": False})
+  out = exported(run, tmp_path / "out")
+  assert_same_but(stored(model), stored(out), (PROJECTOR,))
+  assert_same_tower(config_of(model), config_of(out))
+  # The run's own record of its model says so too.
+  assert_same_tower(config_of(model), config_of(f"{run}/model"))
+
+
+def test_a_chain_of_three_runs(root, tmp_path):
+  """...the later ones with adapters, in whose model transformers computes what ours does."""
+  model = tmp_path / "model"
+  checkpoints.make_llava(model)
+  first = train(root, model, tmp_path / "1", **{"train.language": False})
+  out = exported(first, tmp_path / "out-1")
+  assert_same_but(stored(model), stored(out), (PROJECTOR,))
+  assert_same_tower(config_of(model), config_of(out))
+  with_adapters = {"train.projector": False, "lora.rank": 2, "lora.vision_rank": 2}
+  with_adapters["lora.targets"] = "/layers/mlp/up"
+  second = train(root, first, tmp_path / "2", **with_adapters)
+  third = train(root, second, tmp_path / "3", **with_adapters)
+  out = exported(third, tmp_path / "out-3")
+  adapted = tuple(
+    name
+    for name in stored(model)
+    if name.endswith(("fc1.weight", "up_proj.weight")) and not name.startswith(BEHIND)
+  )
+  assert len(adapted) == 4
+  assert_same_but(stored(model), stored(out), (PROJECTOR, *adapted))
+  assert_same_tower(config_of(model), config_of(out))
+  opened, graphdef, params = reference.open_model(third)
+  torch_model = load_in_torch(str(out))
+  theirs = torch_logits(torch_model, opened.config)
+  assert reference.relative_error(our_logits(opened.config, graphdef, params), theirs) < 1e-5
+
+
+def test_a_model_joined_from_two_towers(root, tmp_path):
+  towers = {
+    "model.init_from": "",
+    "model.vision": str(root / "clip"),
+    "model.language": str(root / "llama"),
+    "model.vision_feature_layer": "-2",
+  }
+  before = stored(root / "clip") | stored(root / "llama")
+  before = {name: tensor for name, tensor in before.items() if name.startswith((TOWER, LANGUAGE))}
+  clip = config_of(root / "clip")["vision_config"]
+  for kind, own in (("mlp", False), ("linear", True)):
+    overrides = {**towers, "model.projector": kind, "train.language": False}
+    run = train(root, "", tmp_path / f"run-{kind}", **overrides)
+    if own:
+      run = train(root, run, tmp_path / "next", **{"train.language": False})
+    out = exported(run, tmp_path / kind)
+    written = config_of(out)
+    assert written["vision_config"] == clip
+    assert written["vision_config"]["num_hidden_layers"] == 3
+    assert written["vision_feature_layer"] == -2
+    if own:
+      after = stored(out / "vision", out / "language", out / "projector.safetensors")
+      assert config_of(out / "vision")["num_hidden_layers"] == 3
+      tower, info = transformers.CLIPVisionModel.from_pretrained(
+        out / "vision", output_loading_info=True
+      )
+      assert not any(info.values()), info
+      assert len(tower.encoder.layers) == 3
+    else:
+      after = stored(out)
+      load_in_torch(str(out))
+    after = {name: tensor for name, tensor in after.items() if not name.startswith(PROJECTOR)}
+    for name in ("language.embed_tokens.weight", "language.lm_head.weight"):
+      after[name] = after[name][: before[name].shape[0]]  # the vocabulary has grown
+    assert_same_but(before, after, ("nothing",))
+    # And in again from there, with the same tower.
+    assert reference.open_model(out)[0].config.vision.layers == 2
+
+
+def test_dtypes(root, tmp_path):
+  """Untrained weights keep their own dtype, or are converted from it to that which is asked for."""
+  model, half = tmp_path / "model", tmp_path / "half"
+  checkpoints.make_llava(model)
+  checkpoints.make_llava(half)
+  tensors = load_file(half / "model.safetensors")
+  tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+  # What is too small for a device's arithmetic is still a value of a file.
+  name = next(
+    name for name in tensors if "language_model" in name and "layers.1.input_layernorm" in name
+  )
+  tensors[name][:2] = torch.tensor([1e-40, -0.0], dtype=torch.bfloat16)
+  save_file(tensors, half / "model.safetensors", metadata={"format": "pt"})
+  only = {"train.language": False}
+
+  run = train(root, half, tmp_path / "run-half", **only)  # in float32
+  out = exported(run, tmp_path / "out-half")
+  after = stored(out)
+  assert {n: t.dtype for n, t in after.items() if n.startswith(PROJECTOR)} == {
+    n: torch.float32 for n in after if n.startswith(PROJECTOR)
+  }
+  assert_same_but(stored(half), after, (PROJECTOR,))
+  assert load_in_torch(str(out)).dtype == torch.float32
+  after = stored(exported(run, tmp_path / "out-full", "float32"))
+  for name, tensor in stored(half).items():
+    if not name.startswith(PROJECTOR):
+      assert bits(tensor.float()) == bits(after[name])
+
+  # Training in bfloat16 rounds what it reads; an export in float32 has what was there before.
+  run = train(root, model, tmp_path / "run-rounded", **only, **{"model.param_dtype": "bfloat16"})
+  assert_same_but(
+    stored(model), stored(exported(run, tmp_path / "out-exact", "float32")), (PROJECTOR,)
+  )
+
+
+def without(directory, part: str) -> None:
+  file = directory / "model.safetensors"
+  tensors = {name: x for name, x in load_file(file).items() if part not in name}
+  save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_files_that_lack_what_is_not_run(tmp_path, caplog):
+  """A tower ends where its files end, and says so; its features are the same."""
+  model = tmp_path / "model"
+  checkpoints.make_llava(model, vision_feature_layer=[-3, -2])
+  without(model, "encoder.layers.2.mlp.fc1.bias")
+  without(model, "post_layernorm")
+  opened, graphdef, params = reference.open_model(model)
+  out = tmp_path / "out"
+  with caplog.at_level("WARNING"):
+    export.export_model(opened, params, str(out))
+  assert "layer 2 is not in its files, so the exported tower has 2" in caplog.text
+  assert "no post_layernorm; it is written as the identity" in caplog.text
+  written = config_of(out)
+  assert written["vision_config"]["num_hidden_layers"] == 2
+  assert written["vision_feature_layer"] == [-2, -1]
+  assert reference.open_model(out)[0].config == opened.config
+  theirs = torch_logits(load_in_torch(str(out)), opened.config)
+  assert reference.relative_error(our_logits(opened.config, graphdef, params), theirs) < 1e-5
+  # What is run must be there.
+  without(model, "encoder.layers.1.mlp.fc1.bias")
+  with pytest.raises(InputError, match=r"missing vision\.encoder\.layers\.1\.mlp\.fc1\.bias"):
+    reference.open_model(model)
+
+
+def test_unused_layers_are_not_loaded(tmp_path):
+  checkpoints.make_llava(tmp_path)
+  opened, _, params = reference.open_model(tmp_path)
+  assert opened.config.vision.layers == 2
+  kernel = params["vision"]["layers"]["mlp"]["up"]["kernel"]
+  assert np.shape(kernel) == (2, 24, 40)
