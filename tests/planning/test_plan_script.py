@@ -86,7 +86,12 @@ def test_a_tpu_slice(directory):
   assert "kernel calls a step compute attention" in done.stdout
   assert "the chip has 15.75" in done.stdout
   assert "a step takes about" in done.stdout
-  assert not done.stderr.strip(), done.stderr
+  # The log has nothing but which kernels compute attention, and why no faster one.
+  kernels = [line.split("] ", 1)[1] for line in done.stderr.strip().splitlines()]
+  assert kernels == [
+    "attention of pictures: tiles (cudnn needs an NVIDIA GPU; splash needs causal rows)",
+    "attention of rows: splash (cudnn needs an NVIDIA GPU)",
+  ]
   assert max(map(len, done.stdout.splitlines())) <= 100
 
 
