@@ -100,11 +100,11 @@ class Run:
 def make_command(directory: pathlib.Path, stage: str, steps: int) -> list[str]:
   """Writes model and data; returns the command of a run, but for its --workdir."""
   often = {
-    "steps": steps,
+    "max_steps": steps,
     "save_every": SAVE_EVERY,
     "eval_every": EVAL_EVERY,
-    "keep": 3,
-    "keep_best": 2,
+    "save_total_limit": 3,
+    "save_best_limit": 2,
   }
   if stage == "ppo":
     return _command(tiny.make(str(directory)).config(**_ppo(directory), **often))
@@ -127,7 +127,7 @@ def make_command(directory: pathlib.Path, stage: str, steps: int) -> list[str]:
 def _ppo(directory: pathlib.Path) -> dict:
   """Settings that make a run carry all that it can from step to step."""
   return {
-    "ppo.epochs": 2,
+    "ppo.num_ppo_epochs": 2,
     "ppo.critic_warmup": 3,
     "ppo.score_queue": 30,
     "ppo.kl_target": 0.01,

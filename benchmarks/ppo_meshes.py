@@ -31,7 +31,7 @@ SETTINGS = {
 
 def step(files: tiny.Files, name: str, workdir: str) -> dict:
   """The metrics of the first step."""
-  overrides = {"batch_size": 16, "steps": 1, "ppo.num_samples": 2, "ppo.kl_coefficient": 0.2}
+  overrides = {"batch_size": 16, "max_steps": 1, "ppo.num_generations": 2, "ppo.kl_coef": 0.2}
   config = files.config(**overrides, **SETTINGS[name])
   devices = jax.devices()[: 1 if name == "one" else 8]
   run = tiny.make_run(files, config, f"{workdir}/{name}", with_other=True, devices=devices)

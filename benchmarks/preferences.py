@@ -83,7 +83,7 @@ def _example(tokens, positions, branches, ends, number: int) -> Example:
     positions=np.concatenate(positions).astype(np.int32),
     branches=branches,
     targets=np.where(weights, np.roll(tokens, -1), 0).astype(np.int32),
-    weights=weights.astype(np.float32),
+    loss_mask=weights.astype(np.float32),
     images=(str(number),),
     where="drawn at random",
     answers=np.array(ends, np.int32),
@@ -133,7 +133,7 @@ def operations(stage: str, rows, *, shared: bool) -> tuple[float, float]:
     for name, x in rows.items()
   }
   done = program.train_step.lower(program.state, program.frozen, shapes).compile()
-  learnt = int(np.sum(rows["weights"] != 0))
+  learnt = int(np.sum(rows["loss_mask"] != 0))
   key_tiles = -(-rows["tokens"].shape[1] // tiles.CPU_TILE)
   assert key_tiles % 2, "the mean over tiles of queries would be rounded"
   trips = hlo.Trips(

@@ -32,7 +32,7 @@ def separate_dpo_loss(frozen, counts, key, *, graphdef, settings, examples: int,
 
     initial = jax.lax.stop_gradient(log_probabilities(frozen["reference"]))
     logps = log_probabilities(params)
-    lengths = jnp.sum(rows["weights"], axis=1).reshape(examples, -1)
+    lengths = jnp.sum(rows["loss_mask"], axis=1).reshape(examples, -1)
     everywhere = jnp.ones(logps.shape, bool)
     total, _ = dpo_losses.loss(logps, initial, lengths, everywhere, beta=settings.beta)
     return total, {}

@@ -182,7 +182,7 @@ def our_steps(directory: str, load: str, batch: int):
         positions=np.arange(len(tokens), dtype=np.int32),
         branches=np.zeros(len(tokens), np.int32),
         targets=np.where(weights, np.roll(tokens, -1), 0).astype(np.int32),
-        weights=weights.astype(np.float32),
+        loss_mask=weights.astype(np.float32),
         images=(str(number % batch),),
         where=f"example {number}",
       )

@@ -31,12 +31,12 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
   if preset not in PRESETS:
     raise InputError(f"no DPO preset {preset!r}; choose from {', '.join(PRESETS)}")
   c = defaults("dpo")
-  c.best_metric = "eval/rewards/accuracies"
+  c.metric_for_best_model = "eval/rewards/accuracies"
   if preset == "demo":
     return _demo(c)
   c.mesh.data, c.mesh.fsdp, c.mesh.zero_stage = 1, -1, 3
   c.optim.learning_rate = 1e-6
-  c.optim.warmup = 0.1
+  c.optim.warmup_ratio = 0.1
   c.data.image_aspect = "pad"
   c.model.architecture = "llava15_7b"
   c.dpo.reference = "cache"
@@ -51,7 +51,7 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
 
 def _demo(c: ConfigDict) -> ConfigDict:
   c.batch_size = 64
-  c.epochs = 1.0
+  c.num_train_epochs = 1.0
   c.log_every = 20
   c.save_every = 200
   c.model.dtype = "float32"

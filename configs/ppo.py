@@ -4,9 +4,10 @@
     --config.model.init_from=runs/sft --config.ppo.reward_model=runs/reward \
     --config.data.train=prompts.json --config.data.images=images
 
-A step is a rollout of batch_size prompts and ppo.epochs x ppo.minibatches updates from it. Prompts
-are LLaVA JSON, whose last answers are absent or read by reward functions alone. Instead of a reward
-model, or beside it, a function may score: --config.ppo.reward_function=module:name.
+A step is a rollout of batch_size prompts and ppo.num_ppo_epochs x ppo.num_mini_batches updates from
+it. Prompts are LLaVA JSON, whose last answers are absent or read by reward functions alone. Instead
+of a reward model, or in addition to it, a function may score:
+--config.ppo.reward_function=module:name.
 
 Presets, and what to expect of them:
   demo             a tiny model on drawn pictures, see scripts/demo.sh: from a policy that is right
@@ -49,10 +50,10 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
   c.ppo.top_p = 0.95
   if preset in ("rloo", "grpo"):
     c.ppo.estimator = preset
-    c.ppo.num_samples = 4
+    c.ppo.num_generations = 4
     c.batch_size = 32
     c.ppo.loss_level = "sequence" if preset == "rloo" else "answer"
-    c.ppo.kl_coefficient = 0.05 if preset == "rloo" else 0.04
+    c.ppo.kl_coef = 0.05 if preset == "rloo" else 0.04
     return c
   c.ppo.critic_learning_rate = 2e-5
   c.ppo.critic_warmup = 30
@@ -71,20 +72,20 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
 
 def _demo(c: ConfigDict) -> ConfigDict:
   c.batch_size = 128
-  c.steps = 20
+  c.max_steps = 20
   c.save_every = 10
   c.model.dtype = "float32"
   c.model.remat = "none"
   c.train.vision = True
   c.data.max_length = 256
   c.optim.learning_rate = 2e-4
-  c.optim.warmup = 0.0
-  c.ppo.num_samples = 4
-  c.ppo.epochs = 2
-  c.ppo.minibatches = 4
+  c.optim.warmup_ratio = 0.0
+  c.ppo.num_generations = 4
+  c.ppo.num_ppo_epochs = 2
+  c.ppo.num_mini_batches = 4
   c.ppo.critic_learning_rate = 5e-4
   c.ppo.critic_warmup = 2
-  c.ppo.value_clip = 0.0  # scores reach 9, and a rollout would move values by 0.2
+  c.ppo.cliprange_value = 0.0  # scores reach 9, and a rollout would move values by 0.2
   c.ppo.max_new_tokens = 12
-  c.ppo.kl_coefficient = 0.05
+  c.ppo.kl_coef = 0.05
   return c

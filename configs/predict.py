@@ -8,7 +8,7 @@ Best of 8 under a reward model:
 
   python scripts/predict.py --config=configs/predict.py --workdir=predictions/best_of_8 \
     --config.model.init_from=runs/sft --config.reward_model=runs/reward \
-    --config.generation.num_samples=8 --config.generation.temperature=1.0 \
+    --config.generation.num_return_sequences=8 --config.generation.temperature=1.0 \
     --config.data.eval=eval.json --config.data.images=images
 
 The other modes take the answers that the records have: `--config.mode=logprobs` gives what a policy

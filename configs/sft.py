@@ -86,7 +86,7 @@ def _original(c: ConfigDict, preset: str) -> ConfigDict:
   c.model.vision_feature_layer = "-1"
   c.model.vision_feature_select_strategy = "full"
   c.train.embeddings = True
-  c.optim.warmup = 0.1
+  c.optim.warmup_ratio = 0.1
   if preset == "clip_llama3_8b":
     c.model.architecture = "clip_llama3_8b"
     c.data.template = "llama_3"
@@ -100,7 +100,7 @@ def _original(c: ConfigDict, preset: str) -> ConfigDict:
 
 def _demo(c: ConfigDict) -> ConfigDict:
   c.batch_size = 64
-  c.epochs = 8.0
+  c.num_train_epochs = 8.0
   c.log_every = 20
   c.save_every = 200
   c.model.dtype = "float32"

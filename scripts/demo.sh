@@ -45,8 +45,8 @@ answer() { # POLICY NAME RECORDS [FLAGS]: what a policy says to the last questio
 questions=$out/data/preferences_eval.json
 train sft sft "$out/data/model" ""
 # Without seeing there is nothing to learn after one epoch.
-train sft sft_blind "$out/data/model" "" --config.data.blank_images=true --config.epochs=3
-train sft sft_short "$out/data/model" "" --config.epochs=3
+train sft sft_blind "$out/data/model" "" --config.data.blank_images=true --config.num_train_epochs=3
+train sft sft_short "$out/data/model" "" --config.num_train_epochs=3
 train reward reward "$out/sft" preferences_
 train dpo dpo "$out/sft" preferences_
 train ppo ppo "$out/sft_short" preferences_ --config.ppo.reward_model="$out/reward"

@@ -3,8 +3,8 @@
   python scripts/export_hf.py --checkpoint=RUN_DIR --output=HF_DIR [--dtype=bfloat16] [--adapters]
 
 RUN_DIR stands for its newest checkpoint; RUN_DIR/checkpoints/STEP and RUN_DIR/checkpoints/best (by
-the run's config.best_metric) name others. A PEFT directory, whose base is merged in, and a model in
-the layout of LLaVA's own repository are taken, too.
+the run's config.metric_for_best_model) name others. A PEFT directory, whose base is merged in, and
+a model in the layout of LLaVA's own repository are taken, too.
 
 LlavaForConditionalGeneration.from_pretrained and AutoProcessor.from_pretrained load the result.
 What was not trained has the same bits as in the model that the run started from, the vision tower's

@@ -25,7 +25,7 @@ def train_and_evaluate(c, workdir: str) -> None:
   score = roles.find_scorers(c, sources, (*records.records, *eval_records))
 
   # --- Data: which prompt is in which row at which step is decided here, for the whole run ---
-  rows = meshes.row_blocks(mesh) * c.grad_accumulation * c.ppo.minibatches
+  rows = meshes.row_blocks(mesh) * c.grad_accumulation * c.ppo.num_mini_batches
   train = data.prepare_train(c, actor, records, rows)
   held_out = data.prepare_eval(c, actor, eval_records, rows)
   mixed = pretraining.prepare(c, actor, mesh, train.plan.steps)

@@ -78,7 +78,7 @@ def make_example(
     positions=np.arange(len(tokens), dtype=np.int32),
     branches=np.zeros(len(tokens), np.int32),
     targets=np.where(weights, following, 0).astype(np.int32),
-    weights=weights.astype(np.float32),
+    loss_mask=weights.astype(np.float32),
     images=images,
     where="drawn at random",
   )
@@ -122,8 +122,8 @@ def torch_loss(model, config: vlm.ModelConfig, examples, pictures):
       torch.tensor(example.targets).long(),
       reduction="none",
     )
-    total = total + (losses * torch.tensor(example.weights)).sum()
-    count += int(example.weights.sum())
+    total = total + (losses * torch.tensor(example.loss_mask)).sum()
+    count += int(example.loss_mask.sum())
   return total / count, count
 
 

@@ -78,7 +78,7 @@ def make_config(model: str, train: str, stage: str = "sft", **overrides) -> Conf
     "data.train": str(train),
     "data.max_length": 192,
     "batch_size": 4,
-    "epochs": 1.0,
+    "num_train_epochs": 1.0,
     "log_every": 1,
     "save_every": 0,
     "optim.learning_rate": 1e-3,

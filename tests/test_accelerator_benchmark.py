@@ -78,7 +78,7 @@ def test_rows_are_those_of_training(beside_the_script):
       examples = []
       for number in range(parts):
         part = arrays["segments"][row] == number + 1
-        names = ("tokens", "positions", "branches", "targets", "weights")
+        names = ("tokens", "positions", "branches", "targets", "loss_mask")
         fields = {name: arrays[name][row][part] for name in names}
         ends = np.flatnonzero(np.diff(np.append(fields["branches"], 99)) > 0)[1:]
         examples.append(Example(**fields, images=(str(number),), where="", answers=ends))
@@ -88,7 +88,7 @@ def test_rows_are_those_of_training(beside_the_script):
         expected |= layouts.answer_places(examples, [row], 1, 2)
       for name, x in expected.items():
         np.testing.assert_array_equal(arrays[name][row], x, err_msg=name)
-      assert arrays["weights"][row].sum() == learnt
+      assert arrays["loss_mask"][row].sum() == learnt
 
 
 def test_kernels_of_a_trace_are_summed_once(tmp_path, beside_the_script):

@@ -44,8 +44,8 @@ BAD_COMMANDS = {
     ["unknown key config.data.trian; did you mean config.data.train?"],
   ),
   "misspelt key, value apart": (
-    [DEMO, "--config.epoch", "3"],
-    ["unknown key config.epoch; did you mean config.epochs?"],
+    [DEMO, "--config.num_train_epoch", "3"],
+    ["unknown key config.num_train_epoch; did you mean config.num_train_epochs?"],
   ),
   "key without its group": (
     [DEMO, "--config.learning_rate=1"],
@@ -65,21 +65,39 @@ BAD_COMMANDS = {
     [DEMO, "--batch_size=3"],
     ["unknown flag --batch_size; did you mean --config.batch_size?"],
   ),
-  "key without dashes": ([DEMO, "config.epochs=3"], ["'config.epochs=3' is no flag"]),
+  "key without dashes": (
+    [DEMO, "config.num_train_epochs=3"],
+    ["'config.num_train_epochs=3' is no flag"],
+  ),
   "misspelt flag": ([DEMO, "--workdri=x"], ["'workdri'", "Did you mean: workdir"]),
   "not a number": (
     [DEMO, "--config.batch_size=many"],
     ["config.batch_size is 'many'; give a whole number"],
   ),
-  "not whole": ([DEMO, "--config.steps", "1.5"], ["config.steps is '1.5'; give a whole number"]),
-  "not a fraction": ([DEMO, "--config.epochs=two"], ["config.epochs is 'two'; give a number"]),
+  "not whole": (
+    [DEMO, "--config.max_steps", "1.5"],
+    ["config.max_steps is '1.5'; give a whole number"],
+  ),
+  "not a fraction": (
+    [DEMO, "--config.num_train_epochs=two"],
+    ["config.num_train_epochs is 'two'; give a number"],
+  ),
   "not true or false": (
     [DEMO, "--config.train.embeddings=maybe"],
     ["config.train.embeddings is 'maybe'; give true or false"],
   ),
-  "value missing": ([DEMO, "--config.epochs"], ["Missing value", "--config.epochs"]),
-  "config missing": (["--config.epochs=3"], ["--config.epochs changes a config", "is missing"]),
-  "config after its keys": (["--config.epochs=3", DEMO], ["--config.epochs=3", "before"]),
+  "value missing": (
+    [DEMO, "--config.num_train_epochs"],
+    ["Missing value", "--config.num_train_epochs"],
+  ),
+  "config missing": (
+    ["--config.num_train_epochs=3"],
+    ["--config.num_train_epochs changes a config", "is missing"],
+  ),
+  "config after its keys": (
+    ["--config.num_train_epochs=3", DEMO],
+    ["--config.num_train_epochs=3", "before"],
+  ),
   "no such config file": (["--config=configs/stf.py"], ["no file 'configs/stf.py'"]),
   "no such preset": (
     ["--config=configs/sft.py:demmo"],
@@ -131,14 +149,14 @@ def test_good_command_line(parse):
     "--config.optim.learning_rate=1e-4",
     "--noconfig.data.shuffle",
     "--config.train.embeddings=false",
-    "--config.epochs",
+    "--config.num_train_epochs",
     "2",
   )
   assert config.data.train == "a.json,b.json"
   assert config.optim.learning_rate == 1e-4
   assert config.data.shuffle is False
   assert config.train.embeddings is False
-  assert config.epochs == 2.0
+  assert config.num_train_epochs == 2.0
   assert config.batch_size == 256  # the preset's
 
 

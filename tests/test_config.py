@@ -33,8 +33,8 @@ def test_presets_follow_the_published_recipe():
   """Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning", Table 9."""
   first, second = sft.get_config("llava15_pretrain"), sft.get_config("llava15_7b")
   for c in (first, second):
-    assert (c.optim.schedule, c.optim.warmup, c.optim.weight_decay) == ("cosine", 0.03, 0.0)
-    assert c.epochs == 1.0
+    assert (c.optim.schedule, c.optim.warmup_ratio, c.optim.weight_decay) == ("cosine", 0.03, 0.0)
+    assert c.num_train_epochs == 1.0
     assert (c.train.vision, c.train.projector) == (False, True)
   assert (first.optim.learning_rate, first.batch_size, first.train.language) == (1e-3, 256, False)
   assert (second.optim.learning_rate, second.batch_size, second.train.language) == (2e-5, 128, True)
@@ -55,11 +55,11 @@ def test_unknown_preset():
 BAD_VALUES = {
   "batch_size": (0, "config.batch_size is 0; it must be at least 1"),
   "grad_accumulation": (0, "at least 1"),
-  "epochs": (0.0, "config.epochs must be above 0, or config.steps given"),
-  "steps": (-1, "at least 0"),
-  "keep": (0, "at least 1"),
-  "keep_best": (-1, "at least 0"),
-  "best_metric": ("eval/losses", "choose from eval/loss, eval/perplexity"),
+  "num_train_epochs": (0.0, "config.num_train_epochs must be above 0, or config.max_steps given"),
+  "max_steps": (0, "give 1 or more, or -1 to go by num_train_epochs"),
+  "save_total_limit": (0, "at least 1"),
+  "save_best_limit": (-1, "at least 0"),
+  "metric_for_best_model": ("eval/losses", "choose from eval/loss, eval/perplexity"),
   "model.dtype": ("int8", "config.model.dtype is 'int8'; choose from float32, bfloat16, float16"),
   "model.param_dtype": ("float16", "config.model.param_dtype is 'float16'; choose from float32, "),
   "model.remat": ("some", "choose from none, full"),
@@ -71,9 +71,10 @@ BAD_VALUES = {
   "optim.schedule": ("cosin", "choose from linear, cosine"),
   "optim.learning_rate": (float("nan"), "is nan; give a finite number"),
   "optim.embedding_learning_rate": (-1.0, "at least 0"),
-  "optim.warmup": (float("inf"), "is inf; give a finite number"),
+  "optim.warmup_ratio": (1.5, "give a share from 0 to 1, or config.optim.warmup_steps"),
+  "optim.warmup_steps": (-1, "at least 0"),
   "optim.b2": (1.0, "it must be from 0 to below 1"),
-  "optim.grad_clip": (-0.5, "at least 0"),
+  "optim.max_grad_norm": (-0.5, "at least 0"),
   "mesh.zero_stage": (4, "choose from 0, 1, 2, 3"),
   "lora.rank": (-1, "at least 0"),
   "lora.vision_rank": (-1, "at least 0"),
@@ -102,7 +103,7 @@ def test_values_of_another_type():
   """...which only a config not made by `defaults` can hold: one that is read from JSON, say."""
   content = _usable().to_dict()
   _check(content)
-  _check(content | {"epochs": 2})  # whole numbers are numbers
+  _check(content | {"num_train_epochs": 2})  # whole numbers are numbers
   with pytest.raises(InputError, match="config.batch_size is '4'; it must be of type int"):
     _check(content | {"batch_size": "4"})
   with pytest.raises(InputError, match="config.batch_size is True; it must be of type int"):
@@ -141,11 +142,13 @@ def test_config_of_another_stage_or_none():
 
 
 def test_the_best_of_nothing():
-  with pytest.raises(InputError, match="config.keep_best is 1, and nothing is evaluated; give"):
-    config.check(_usable(keep_best=1, eval_every=5), "sft")
-  with pytest.raises(InputError, match="config.keep_best is 1, and config.eval_every is 0"):
-    config.check(_usable(keep_best=1, **{"data.eval_fraction": 0.1}), "sft")
-  config.check(_usable(keep_best=1, eval_every=5, **{"data.eval": "eval.json"}), "sft")
+  with pytest.raises(
+    InputError, match="config.save_best_limit is 1, and nothing is evaluated; give"
+  ):
+    config.check(_usable(save_best_limit=1, eval_every=5), "sft")
+  with pytest.raises(InputError, match="config.save_best_limit is 1, and config.eval_every is 0"):
+    config.check(_usable(save_best_limit=1, **{"data.eval_fraction": 0.1}), "sft")
+  config.check(_usable(save_best_limit=1, eval_every=5, **{"data.eval": "eval.json"}), "sft")
 
 
 def test_nothing_to_train():

@@ -32,11 +32,11 @@ def test_an_unknown_preset_is_named():
     ({"ppo.reward_model": ""}, "nothing scores answers: give config.ppo.reward_model"),
     ({"ppo.reward_model": "", "ppo.reward_function": "a:b"}, 'critic_init is "reward".*"actor"'),
     (
-      {"ppo.estimator": "rloo", "ppo.num_samples": 1},
-      "num_samples is 1; rloo compares answers .* at least 2",
+      {"ppo.estimator": "rloo", "ppo.num_generations": 1},
+      "num_generations is 1; rloo compares answers .* at least 2",
     ),
     (
-      {"ppo.estimator": "grpo", "ppo.num_samples": 2, "ppo.critic_warmup": 1},
+      {"ppo.estimator": "grpo", "ppo.num_generations": 2, "ppo.critic_warmup": 1},
       "critic_warmup is 1, and grpo has no critic",
     ),
     ({"ppo.temperature": 0.0}, "ppo.temperature is 0"),
@@ -46,7 +46,7 @@ def test_an_unknown_preset_is_named():
     ({"ppo.score_scale": 0.0}, "ppo.score_scale is 0.0; give more than 0"),
     ({"ppo.sft_weight": 0.1}, "sft_weight is 0.1, and config.ppo.sft_data ''; give both or"),
     ({"ppo.sft_data": "a.json"}, "sft_weight is 0.0, and config.ppo.sft_data 'a.json'; give both"),
-    ({"ppo.kl_target": 6.0, "ppo.kl_coefficient": 0.0}, "kl_target is 6.0, and ppo.kl_coeffici"),
+    ({"ppo.kl_target": 6.0, "ppo.kl_coef": 0.0}, "kl_target is 6.0, and ppo.kl_coef"),
     ({"batch_size": 63}, "batch_size is 63; it must be a multiple of .* = 4"),
     ({"ppo.sample_parts": 3}, "ppo.sample_parts is 3; it must divide .* = 4"),
     ({"lora.dropout": 0.1}, "lora.dropout is 0.1; choose from 0.0"),

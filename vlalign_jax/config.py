@@ -32,16 +32,19 @@ def shared() -> ConfigDict:
   """Defaults of the keys that all training stages have."""
   c = ConfigDict()
   c.seed = 1234
-  c.steps = 0  # optimizer updates; 0: as many as `epochs` take
-  c.epochs = 1.0
-  c.batch_size = 128  # examples per update, over all devices
-  c.grad_accumulation = 1  # micro-batches per update
+  # A value of 0 turns its key off wherever 0 makes no sense by itself.
+  c.max_steps = -1  # optimizer updates; -1: as many as num_train_epochs take
+  c.num_train_epochs = 1.0
+  c.batch_size = 128  # examples per update, over all devices and micro-batches
+  # Micro-batches that batch_size is split into; an update stays the same (in transformers it
+  # multiplies the batch size).
+  c.grad_accumulation = 1
   c.log_every = 10
   c.eval_every = 0  # 0: at the end only
   c.save_every = 500  # 0: at the end only
-  c.keep = 2  # newest checkpoints that are kept
-  c.keep_best = 0  # best checkpoints that are kept besides; each evaluation is then saved
-  c.best_metric = "eval/loss"  # what makes the best
+  c.save_total_limit = 2  # newest checkpoints that are kept
+  c.save_best_limit = 0  # best checkpoints that are kept besides; each evaluation is then saved
+  c.metric_for_best_model = "eval/loss"  # what makes the best
 
   c.model = ConfigDict()
   c.model.init_from = ""  # a LLaVA directory or a run directory; or else both of:
@@ -75,7 +78,7 @@ def shared() -> ConfigDict:
   c.lora.vision_rank = 0  # of adapters on the vision tower's layers; 0: none
   c.lora.alpha = 16.0  # adapters count alpha / rank
   c.lora.dropout = 0.0
-  c.lora.rank_stabilised = False  # alpha / sqrt(rank) instead
+  c.lora.use_rslora = False  # alpha / sqrt(rank) instead
   # Regular expression that is searched in the paths of linear maps, such as
   # language/layers/attention/query, vision/layers/mlp/up, projector/first.
   c.lora.targets = "/layers/"
@@ -84,7 +87,7 @@ def shared() -> ConfigDict:
   c.data = ConfigDict()
   c.data.train = ""  # LLaVA JSON or JSONL; several: comma-separated
   c.data.samples = ""  # records taken from each file (one number, or one per file); empty: all
-  c.data.weights = ""  # times an epoch shows each file; empty: once
+  c.data.repeats = ""  # times an epoch shows each file; empty: once
   c.data.concatenate = 1  # sft: records of a file that are joined into one conversation
   c.data.eval = ""  # LLaVA files again
   c.data.eval_samples = ""  # as data.samples
@@ -93,7 +96,8 @@ def shared() -> ConfigDict:
   c.data.template = "vicuna"
   c.data.max_length = 2048  # tokens of a row
   c.data.max_candidates = 8  # ranked answers of a record, at most
-  c.data.max_images = 0  # images of a row; 0: as many as the rows need
+  # Images of a row; None: as many as the rows need.
+  c.data.max_images = config_dict.placeholder(int)
   c.data.image_aspect = "auto"  # crop, pad (to a square), auto: as the image processor says
   c.data.blank_images = False  # grey pictures: the baseline of a model that cannot see
   c.data.shuffle = True
@@ -109,11 +113,12 @@ def shared() -> ConfigDict:
   c.optim.b1 = 0.9
   c.optim.b2 = 0.95
   c.optim.eps = 1e-8
-  c.optim.warmup = 0.03  # at most 1: a share of all steps; above: steps
+  c.optim.warmup_ratio = 0.03  # share of all steps in which the learning rate rises from 0
+  c.optim.warmup_steps = 0  # steps of the same; above 0 it counts instead of warmup_ratio
   c.optim.schedule = "cosine"
   c.optim.cycles = 1  # of cosine_with_restarts
   c.optim.power = 1.0  # of polynomial
-  c.optim.grad_clip = 1.0  # global norm; 0: off
+  c.optim.max_grad_norm = 1.0  # global norm; 0: off
 
   c.mesh = ConfigDict()
   c.mesh.zero_stage = 0
@@ -131,7 +136,9 @@ def defaults(stage: str) -> ConfigDict:
   if stage == "reward":
     c.reward = ConfigDict()
     c.reward.margin = 0.0  # by how much more an answer must score than one ranked below it
-    c.reward.centring = 0.0  # weight of the mean square of the scores' sum, which keeps them at 0
+    c.reward.center_rewards_coefficient = (
+      0.0  # weight of the mean square of the scores' sum, which keeps them at 0
+    )
   if stage == "dpo":
     c.dpo = ConfigDict()
     c.dpo.loss = "sigmoid"  # sigmoid, hinge, ipo, robust; see losses/dpo.py
@@ -159,7 +166,7 @@ def check(config: ConfigDict, stage: str) -> None:
     raise InputError(f"this is a config of the stage {config.stage!r}, not {stage!r}")
   check_shared(config)
   if stage == "reward":
-    check_at_least(config, {"reward.margin": 0, "reward.centring": 0})
+    check_at_least(config, {"reward.margin": 0, "reward.center_rewards_coefficient": 0})
   if stage == "dpo":
     check_choices(config, {"dpo.loss": dpo.KINDS, "dpo.reference": REFERENCES})
     dpo.check_settings(
@@ -215,7 +222,7 @@ def check_shared(config: ConfigDict) -> None:
     InputError: names the key, its value and what it may be.
   """
   choices = {
-    "best_metric": METRICS[config.stage],
+    "metric_for_best_model": METRICS[config.stage],
     "model.dtype": DTYPES,
     "model.param_dtype": PARAM_DTYPES,
     "model.remat": REMAT_NAMES,
@@ -228,15 +235,15 @@ def check_shared(config: ConfigDict) -> None:
     "batch_size": 1,
     "grad_accumulation": 1,
     "log_every": 1,
-    "keep": 1,
-    "keep_best": 0,
-    "steps": 0,
+    "save_total_limit": 1,
+    "save_best_limit": 0,
+    "max_steps": -1,
     "eval_every": 0,
     "save_every": 0,
     "data.max_length": 2,
     "data.max_candidates": 2,
     "data.concatenate": 1,
-    "data.max_images": 0,
+    "data.max_images": 1,
     "data.workers": 0,
     "data.eval_fraction": 0,
     "lora.rank": 0,
@@ -246,8 +253,8 @@ def check_shared(config: ConfigDict) -> None:
     "optim.projector_learning_rate": 0,
     "optim.eps": 0,
     "optim.weight_decay": 0,
-    "optim.warmup": 0,
-    "optim.grad_clip": 0,
+    "optim.warmup_steps": 0,
+    "optim.max_grad_norm": 0,
     "optim.cycles": 1,
   }
   check_choices(config, choices)
@@ -256,8 +263,15 @@ def check_shared(config: ConfigDict) -> None:
   for key in ("optim.b1", "optim.b2", "lora.dropout"):
     if not 0 <= value(config, key) < 1:
       raise InputError(f"config.{key} is {value(config, key)}; it must be from 0 to below 1")
-  if not config.steps and config.epochs <= 0:
-    raise InputError("config.epochs must be above 0, or config.steps given")
+  if not 0 <= config.optim.warmup_ratio <= 1:
+    raise InputError(
+      f"config.optim.warmup_ratio is {config.optim.warmup_ratio}; give a share from 0 to 1, or "
+      "config.optim.warmup_steps"
+    )
+  if config.max_steps == 0:
+    raise InputError("config.max_steps is 0; give 1 or more, or -1 to go by num_train_epochs")
+  if config.max_steps < 0 and config.num_train_epochs <= 0:
+    raise InputError("config.num_train_epochs must be above 0, or config.max_steps given")
   if not config.data.train:
     raise InputError("config.data.train is empty; name a LLaVA-format JSON file")
   if config.data.concatenate > 1 and config.stage != "sft":
@@ -267,15 +281,15 @@ def check_shared(config: ConfigDict) -> None:
     )
   if config.data.eval_samples and not config.data.eval:
     raise InputError("config.data.eval_samples is given, and config.data.eval is empty; name files")
-  if config.keep_best and not (config.data.eval or config.data.eval_fraction):
+  if config.save_best_limit and not (config.data.eval or config.data.eval_fraction):
     raise InputError(
-      f"config.keep_best is {config.keep_best}, and nothing is evaluated; give config.data.eval or "
-      "config.data.eval_fraction"
+      f"config.save_best_limit is {config.save_best_limit}, and nothing is evaluated; "
+      "give config.data.eval or config.data.eval_fraction"
     )
-  if config.keep_best and not config.eval_every:
+  if config.save_best_limit and not config.eval_every:
     raise InputError(
-      f"config.keep_best is {config.keep_best}, and config.eval_every is 0: only the end is "
-      "evaluated; set it"
+      f"config.save_best_limit is {config.save_best_limit}, and config.eval_every is 0: "
+      "only the end is evaluated; set it"
     )
   adapters = config.lora.rank or config.lora.vision_rank
   parts = ("vision", "projector", "language", "embeddings")

@@ -18,7 +18,7 @@ def add(c: ConfigDict) -> None:
   """
   c.log_every = 1
   c.data.pack = False  # each prompt has a row, with its answers behind it
-  c.best_metric = "eval/objective/scores"
+  c.metric_for_best_model = "eval/objective/scores"
   c.optim.schedule = "constant_with_warmup"  # TRL: linear; original: cosine
   c.ppo = ppo = ConfigDict()
   # What scores answers: a reward model, a function, or the weighted sum of both.
@@ -28,12 +28,12 @@ def add(c: ConfigDict) -> None:
   ppo.function_weight = 1.0
   ppo.score_clip = 10.0  # bound of a score's size; 0: none (TRL: none; original: 10)
   # Off the score of an answer without an end token, before it is clipped (TRL: None).
-  ppo.missing_end_penalty = 0.0
+  ppo.missing_eos_penalty = 0.0
   ppo.score_queue = 0  # last scores by which new ones are normalised (original: 1000); 0: off
   ppo.score_scale = 10.0  # standard deviation of what is normalised (original: 10)
   ppo.blank_images = False  # reward model and critic see grey pictures: those that do not look
   # Sampling of answers.
-  ppo.num_samples = 1  # answers to each prompt; rloo and grpo need two
+  ppo.num_generations = 1  # answers to each prompt; rloo and grpo need two
   ppo.max_new_tokens = 384  # TRL: 53; original: 384
   ppo.min_new_tokens = 0  # tokens before which no answer may end
   # What is learnt, and compared with the reference, is the policy at its temperature (as in TRL),
@@ -48,20 +48,20 @@ def add(c: ConfigDict) -> None:
   ppo.sample_parts = 1  # of a rollout, sampled one after the other: one's cache is held at a time
   # What is learnt from a rollout.
   ppo.estimator = "gae"  # gae, with a critic; rloo, grpo, without one
-  ppo.epochs = 4  # times a rollout is learnt from (original: 1)
-  ppo.minibatches = 2  # updates of an epoch (TRL: 1)
-  ppo.clip = 0.2  # of the ratio; 0: none
-  ppo.value_clip = 0.2  # in units of rewards; 0: none
+  ppo.num_ppo_epochs = 4  # times a rollout is learnt from (original: 1)
+  ppo.num_mini_batches = 2  # updates of an epoch (TRL: 1)
+  ppo.cliprange = 0.2  # of the ratio; 0: none
+  ppo.cliprange_value = 0.2  # in units of rewards; 0: none
   ppo.loss_level = "token"  # what the policy's loss averages: token, answer, sequence
   ppo.gamma = 1.0  # original: 0.99
   ppo.lam = 0.95
   ppo.whiten_advantages = True  # original: false
   ppo.scale_by_std = True  # of grpo; false: advantages as of Dr. GRPO
-  ppo.entropy_coefficient = 0.0
+  ppo.entropy_coef = 0.0
   # The supervised loss of conversations, per token, added to every update of the actor: PPO-ptx.
   ppo.sft_weight = 0.0  # 0: none
   ppo.sft_data = ""  # LLaVA files with answers, comma-separated
-  ppo.kl_coefficient = 0.1  # TRL: 0.05; original: 0.1
+  ppo.kl_coef = 0.1  # TRL: 0.05; original: 0.1
   ppo.kl_estimator = "k1"  # k1, k3, of the penalty in rewards; grpo has k3 in its loss instead
   ppo.kl_target = 0.0  # of an adaptive coefficient; 0: it is fixed
   ppo.kl_horizon = 10000.0  # answers over which an adaptive coefficient moves
@@ -98,10 +98,10 @@ def check(config: ConfigDict) -> None:
       "lora.dropout": (0.0,),  # a ratio compares two passes, which must drop nothing
     },
   )
-  ones = ("num_samples", "max_new_tokens", "sample_parts", "epochs", "minibatches")
+  ones = ("num_generations", "max_new_tokens", "sample_parts", "num_ppo_epochs", "num_mini_batches")
   zeros = (
-    "score_clip missing_end_penalty score_queue min_new_tokens temperature top_k clip value_clip "
-    "entropy_coefficient sft_weight kl_coefficient kl_target stop_kl critic_learning_rate "
+    "score_clip missing_eos_penalty score_queue min_new_tokens temperature top_k cliprange "
+    "cliprange_value entropy_coef sft_weight kl_coef kl_target stop_kl critic_learning_rate "
     "critic_warmup log_samples_every log_samples"
   )
   check_at_least(config, {f"ppo.{key}": 1 for key in ones})
@@ -128,19 +128,19 @@ def check(config: ConfigDict) -> None:
     raise InputError(
       'config.ppo.critic_init is "reward", and config.ppo.reward_model is empty; set it to "actor"'
     )
-  if ppo.estimator != "gae" and ppo.num_samples < 2:
+  if ppo.estimator != "gae" and ppo.num_generations < 2:
     raise InputError(
-      f"config.ppo.num_samples is {ppo.num_samples}; {ppo.estimator} compares answers to the same "
-      "prompt and needs at least 2"
+      f"config.ppo.num_generations is {ppo.num_generations}; {ppo.estimator} compares answers "
+      "to the same prompt and needs at least 2"
     )
   if ppo.estimator != "gae" and ppo.critic_warmup:
     raise InputError(
       f"config.ppo.critic_warmup is {ppo.critic_warmup}, and {ppo.estimator} has no critic; set it "
       "to 0"
     )
-  if ppo.kl_target and not ppo.kl_coefficient:
+  if ppo.kl_target and not ppo.kl_coef:
     raise InputError(
-      f"config.ppo.kl_target is {ppo.kl_target}, and ppo.kl_coefficient 0, which no factor moves; "
+      f"config.ppo.kl_target is {ppo.kl_target}, and ppo.kl_coef 0, which no factor moves; "
       "let it start above 0"
     )
   if bool(ppo.sft_weight) != bool(ppo.sft_data):
@@ -148,14 +148,14 @@ def check(config: ConfigDict) -> None:
       f"config.ppo.sft_weight is {ppo.sft_weight}, and config.ppo.sft_data {ppo.sft_data!r}; give "
       "both or neither"
     )
-  shares = config.grad_accumulation * ppo.minibatches
+  shares = config.grad_accumulation * ppo.num_mini_batches
   if config.batch_size % shares:
     raise InputError(
-      f"config.batch_size is {config.batch_size}; it must be a multiple of ppo.minibatches x "
+      f"config.batch_size is {config.batch_size}; it must be a multiple of ppo.num_mini_batches x "
       f"grad_accumulation = {shares}"
     )
   if shares % ppo.sample_parts:
     raise InputError(
-      f"config.ppo.sample_parts is {ppo.sample_parts}; it must divide ppo.minibatches x "
+      f"config.ppo.sample_parts is {ppo.sample_parts}; it must divide ppo.num_mini_batches x "
       f"grad_accumulation = {shares}"
     )

@@ -173,7 +173,7 @@ def advice(program: str, config=None) -> str:
   ppo, changes = config.get("stage") == "ppo", []
   mesh = config.mesh
   if program == SAMPLING:
-    changes += ["raise ppo.sample_parts", "lower ppo.num_samples or ppo.max_new_tokens"]
+    changes += ["raise ppo.sample_parts", "lower ppo.num_generations or ppo.max_new_tokens"]
   elif program != LOADING:
     changes.append(f"raise grad_accumulation (now {config.grad_accumulation})")
   if program in (TRAINING, EVALUATION) and config.model.get("remat") != "full":
@@ -189,7 +189,7 @@ def advice(program: str, config=None) -> str:
   else:
     changes.append(f"lower batch_size (now {config.batch_size}) or data.max_length")
   if ppo and program not in (SAMPLING, LOADING):
-    changes.append("lower ppo.num_samples or ppo.max_new_tokens")
+    changes.append("lower ppo.num_generations or ppo.max_new_tokens")
   return f"{'; '.join(changes)}; to see what takes it: {plan_command(config)}"
 
 
@@ -199,7 +199,7 @@ def _advice_for_prediction(program: str, config) -> str:
   if program != LOADING:
     changes.append(f"lower batch_size (now {config.batch_size})")
   if program == SAMPLING:
-    changes.append("lower generation.num_samples or generation.max_new_tokens")
+    changes.append("lower generation.num_return_sequences or generation.max_new_tokens")
     if config.generation.get("gather"):
       changes.append("set generation.gather=false")
   if config.model.get("dtype") != "bfloat16":

@@ -114,7 +114,7 @@ def sequence(model, rng, prompt: int, answers: list[int]) -> dict:
     "positions": positions,
     "branches": branches,
     "targets": np.where(weights, np.roll(tokens, -1), 0),
-    "weights": weights,
+    "loss_mask": weights,
     "image_slots": np.where(tokens == image_id, positions, -1),
     "ends": ends[1:],
   }
@@ -130,8 +130,8 @@ def to_device(model, mesh, rows: list[list[dict]], pictures):
     pictures: int[B, I], the picture of each example; equal numbers are equal pictures.
   """
   arrays = {}
-  for name in ("tokens", "positions", "branches", "targets", "weights", "image_slots"):
-    kind = np.float32 if name == "weights" else np.int32
+  for name in ("tokens", "positions", "branches", "targets", "loss_mask", "image_slots"):
+    kind = np.float32 if name == "loss_mask" else np.int32
     arrays[name] = np.stack([np.concatenate([e[name] for e in row]) for row in rows]).astype(kind)
   segments = [np.repeat(1 + np.arange(len(row)), [len(e["tokens"]) for e in row]) for row in rows]
   arrays["segments"] = np.stack(segments).astype(np.int32)

@@ -131,7 +131,7 @@ def ppo(settings):
   )
   yield line
   rows = rows | fields
-  index = np.arange(c.batch_size // c.ppo.minibatches, dtype=np.int32)
+  index = np.arange(c.batch_size // c.ppo.num_mini_batches, dtype=np.int32)
   actor = features = None
   held = {"state": state}
 
@@ -150,5 +150,5 @@ def ppo(settings):
     return logged
 
   _, line = part("one update of actor and critic", update)
-  updates = c.ppo.epochs * c.ppo.minibatches
+  updates = c.ppo.num_ppo_epochs * c.ppo.num_mini_batches
   yield line | {"updates_of_a_step": updates, "peak_GiB": timing.peak_memory()}

@@ -21,7 +21,7 @@ PARAMETER_BYTES, ACTIVATIONS, FEWER = 18, 9e9, 3
 def make_config(settings, preset: str, presets=sft_presets):
   """Returns a preset's config for a constant rate from the first step."""
   c = presets.get_config(preset)
-  c.optim.schedule, c.optim.warmup = "constant", 0.0
+  c.optim.schedule, c.optim.warmup_ratio = "constant", 0.0
   return c
 
 
@@ -83,7 +83,7 @@ def measure(config, model, settings, count: int = 8, again: bool = False) -> dic
     rows,
     length,
     rows * examples,
-    int(np.sum(batch["weights"])),
+    int(np.sum(batch["loss_mask"])),
     trained=not model.lora,
   )
   rates = timing.of_peak(flops, took)

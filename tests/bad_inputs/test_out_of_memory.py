@@ -117,7 +117,13 @@ def test_advice_names_what_is_left_to_change(monkeypatch):
   monkeypatch.setattr(
     sys,
     "argv",
-    ["train_ppo.py", "--config=configs/ppo.py:demo", "--workdir=x", "--config.epochs", "2"],
+    [
+      "train_ppo.py",
+      "--config=configs/ppo.py:demo",
+      "--workdir=x",
+      "--config.num_train_epochs",
+      "2",
+    ],
   )
   config = sft_run.preset("ppo")
   config.model.remat, config.mesh.zero_stage = "none", 1
@@ -125,7 +131,7 @@ def test_advice_names_what_is_left_to_change(monkeypatch):
   for part in ("grad_accumulation", 'model.remat="full"', "mesh.zero_stage to 3", "mesh.fsdp"):
     assert part in found
   devices = jax.device_count()
-  plan = "python scripts/plan.py --config=configs/ppo.py:demo --config.epochs 2"
+  plan = "python scripts/plan.py --config=configs/ppo.py:demo --config.num_train_epochs 2"
   assert found.endswith(f"{plan} --topology=cpu:{devices}")
   assert "ppo.sample_parts" in out_of_memory.advice(out_of_memory.SAMPLING, config)
   config.model.remat, config.mesh.zero_stage = "full", 3
@@ -194,7 +200,10 @@ def test_a_cpu_with_limited_address_space(tmp_path, model, records):
       *(sys.executable, "-c", LIMITED, "scripts/predict.py", "--config=configs/predict.py"),
       *(f"--workdir={tmp_path / 'out'}", f"--config.model.init_from={model}"),
       *(f"--config.data.eval={data}", "--config.data.max_length=192"),
-      *("--config.generation.max_new_tokens=200000", "--config.generation.num_samples=2000"),
+      *(
+        "--config.generation.max_new_tokens=200000",
+        "--config.generation.num_return_sequences=2000",
+      ),
       "--config.generation.temperature=1.0",
     ],
     cwd=ROOT,
@@ -208,7 +217,7 @@ def test_a_cpu_with_limited_address_space(tmp_path, model, records):
   for part in (
     "out of memory in sampling answers: it wanted ",
     "a process may have 24.0 GiB (25769803776 bytes) (ulimit -v)",
-    "lower batch_size (now 16); lower generation.num_samples or generation.max_new_tokens",
+    "lower batch_size (now 16); lower generation.num_return_sequences or generation.max_new_tokens",
   ):
     assert part in error
   assert "Traceback" not in done.stderr

@@ -119,20 +119,22 @@ def _too_long(records):
   return [{"id": record["id"], "conversations": turns} for record in records]
 
 
-@pytest.mark.parametrize("length", [{"steps": 2}, {"epochs": 0.5}, {"epochs": 2.0}])
+@pytest.mark.parametrize(
+  "length", [{"max_steps": 2}, {"num_train_epochs": 0.5}, {"num_train_epochs": 2.0}]
+)
 @pytest.mark.parametrize("weights", ["1,0", "0.1,0"])
 def test_nothing_to_learn_where_the_weights_are(train, records, tmp_path, length, weights):
   """...are long records only; the others are never shown."""
   long = _too_long(records)
   good = sft_run.write_json(tmp_path / "data" / "good.json", records)
-  settings = {"data.train": f"{tmp_path}/data/train.json,{good}", "data.weights": weights}
+  settings = {"data.train": f"{tmp_path}/data/train.json,{good}", "data.repeats": weights}
   fails(["data.train: no record that is shown", "raise it"], train, long, **settings, **length)
 
 
 def test_the_only_record_that_fits_is_not_drawn(train, records):
   """...in the hundredth of an epoch that is shown."""
   long = _too_long(records)
-  settings = {"data.weights": "0.01"}
+  settings = {"data.repeats": "0.01"}
   fails(["data.train: no record that is shown"], train, [records[0], *long], **settings)
 
 

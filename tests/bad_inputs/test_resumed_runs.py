@@ -12,7 +12,7 @@ from scripts import export_hf, train_sft
 from tests import sft_run
 from tests.bad_inputs.failing import fails, saved_steps
 
-RESUMED = {"data.shuffle": False, "save_every": 2, "keep": 3}
+RESUMED = {"data.shuffle": False, "save_every": 2, "save_total_limit": 3}
 
 
 @pytest.fixture(scope="module")

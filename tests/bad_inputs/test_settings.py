@@ -63,10 +63,10 @@ def test_workdir_that_holds_something_else(train, records, tmp_path):
 
 def test_ten_updates_in_a_row_that_are_not_finite(train, records, tmp_path, compile_cache):
   """...end the run, whenever it is resumed; what was saved stays, and is finite."""
-  absurd = {"optim.learning_rate": 1e30, "optim.warmup": 0.0, "optim.schedule": "constant"}
+  absurd = {"optim.learning_rate": 1e30, "optim.warmup_ratio": 0.0, "optim.schedule": "constant"}
   expected = ["step 11: loss or gradient was not finite for 10 updates", "lower optim.learning"]
   for _ in range(2):
-    fails(expected, train, records, **absurd, epochs=4.0, save_every=4)
+    fails(expected, train, records, **absurd, num_train_epochs=4.0, save_every=4)
     assert saved_steps(tmp_path) == [4, 8]
     lines = sft_run.read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 11))

@@ -77,7 +77,7 @@ def encode_with(tokenizer, turns, template, tokens_per_image=1, max_length=100_0
 
 def learnt_texts(example: Example, tokenizer) -> list[str]:
   """Text of every learnt stretch: the example decoded to its end less that decoded to its start."""
-  learnt = np.concatenate([[0], example.weights[:-1]]).astype(int)
+  learnt = np.concatenate([[0], example.loss_mask[:-1]]).astype(int)
   edges = np.flatnonzero(np.diff([0, *learnt, 0]))
   texts = []
   for start, end in edges.reshape(-1, 2):
@@ -87,16 +87,16 @@ def learnt_texts(example: Example, tokenizer) -> list[str]:
 
 
 def check_shift(example: Example) -> None:
-  learnt = example.weights == 1
+  learnt = example.loss_mask == 1
   assert np.array_equal(example.targets[:-1][learnt[:-1]], example.tokens[1:][learnt[:-1]])
   assert not example.targets[~learnt].any()
-  assert set(np.unique(example.weights)) <= {0, 1}
-  assert example.weights[-1] == 0
+  assert set(np.unique(example.loss_mask)) <= {0, 1}
+  assert example.loss_mask[-1] == 0
   assert np.array_equal(example.positions, np.arange(len(example.tokens)))
   assert not example.branches.any()
   for name in ("tokens", "positions", "branches", "targets"):
     assert getattr(example, name).dtype == np.int32
-  assert example.weights.dtype == np.float32
+  assert example.loss_mask.dtype == np.float32
 
 
 @pytest.mark.parametrize("name", list(TOKENIZERS))
@@ -116,7 +116,7 @@ def test_example_written_out(name):
     tokenizer.eos_token,
   ]
   assert [token.replace("Ġ", "▁") for token in tokens[-4:-1]] == ["A", "▁cat", "."]
-  assert example.weights.tolist() == [0] * (len(tokens) - 5) + [1, 1, 1, 1, 0]
+  assert example.loss_mask.tolist() == [0] * (len(tokens) - 5) + [1, 1, 1, 1, 0]
   assert example.targets[-5:].tolist() == [*example.tokens[-4:], 0]
   assert example.images == ("0.jpg", "1.jpg")
   assert example.where == 'data/train.json, record 3 ("id": "x")'
@@ -152,13 +152,13 @@ def test_mask_never_drifts(template, name):
     check_shift(example)
     image = tokenizer.convert_tokens_to_ids("<image>")
     assert np.count_nonzero(example.tokens == image) == 5
-    assert not np.any((example.targets == image) & (example.weights == 1))
+    assert not np.any((example.targets == image) & (example.loss_mask == 1))
     # What the model reads before its first answer is what it reads when asked for one.
     prompt = prompt_pieces(turns[:1], template, tokenizer, "here")[0].text
     ids = tokenizer(prompt)["input_ids"]
     one = encode_with(tokenizer, turns[:1], template).example
     assert one.tokens[: len(ids)].tolist() == ids
-    assert np.flatnonzero(one.weights)[0] == len(ids) - 1
+    assert np.flatnonzero(one.loss_mask)[0] == len(ids) - 1
 
 
 @pytest.mark.parametrize(("template", "name"), PAIRS)
@@ -172,11 +172,11 @@ def test_turns_that_do_not_fit_are_dropped_whole(template, name):
       encoded = encode_with(tokenizer, NORMAL, template, 7, max_length)
       assert encoded.dropped_turns == 3 - kept
       assert np.array_equal(encoded.example.tokens, part.tokens)
-      assert np.array_equal(encoded.example.weights, part.weights)
+      assert np.array_equal(encoded.example.loss_mask, part.loss_mask)
       assert np.array_equal(encoded.example.targets, part.targets)
       assert encoded.example.images == part.images == ("0.jpg", "1.jpg")[: 1 + kept // 3]
       assert encoded.example.tokens[-1] == tokenizer.eos_token_id
-      assert encoded.example.weights[-2] == 1
+      assert encoded.example.loss_mask[-2] == 1
   nothing = encode_with(tokenizer, NORMAL, template, 7, lengths[0] - 1)
   assert nothing.example is None
   assert nothing.dropped_turns == 3

@@ -49,7 +49,7 @@ def check(example, alone, earlier_turns):
   assert len(example.answers) == len(alone)
   shared = int(np.sum(example.branches == 0))
   assert not example.branches[:shared].any()
-  assert not example.weights[:shared].any()
+  assert not example.loss_mask[:shared].any()
   assert not example.targets[:shared].any()
   for rank, one in enumerate(alone, start=1):
     mine = np.flatnonzero(example.branches == rank)
@@ -60,15 +60,15 @@ def check(example, alone, earlier_turns):
     positions = np.append(example.positions[:shared], example.positions[mine])
     np.testing.assert_array_equal(positions, one.positions)
     np.testing.assert_array_equal(example.targets[mine], one.targets[shared:])
-    np.testing.assert_array_equal(example.weights[mine], one.weights[shared:])
+    np.testing.assert_array_equal(example.loss_mask[mine], one.loss_mask[shared:])
     if not earlier_turns:
-      assert not one.weights[:shared].any()  # the branch has all that SFT learns
-    assert example.weights[mine].tolist() == [1] * (len(mine) - 1) + [0]
+      assert not one.loss_mask[:shared].any()  # the branch has all that SFT learns
+    assert example.loss_mask[mine].tolist() == [1] * (len(mine) - 1) + [0]
     assert example.answers[rank - 1] == mine[-1]
   assert example.answers[-1] == len(example.tokens) - 1
   for name in ("tokens", "positions", "branches", "targets", "answers"):
     assert getattr(example, name).dtype == np.int32, name
-  assert example.weights.dtype == np.float32
+  assert example.loss_mask.dtype == np.float32
 
 
 @pytest.mark.parametrize(("template", "name"), test_encode.PAIRS)

@@ -46,7 +46,7 @@ def test_everything_once_by_default(files):
   assert ids(mixture.records) == A + B
   assert mixture.file_of.dtype == np.int32
   assert mixture.file_of.tolist() == [0] * 10 + [1] * 5
-  assert mixture.weights == (1.0, 1.0)
+  assert mixture.repeats == (1.0, 1.0)
   order = epoch_order(mixture, 0, shuffle=False)
   assert order.dtype == np.int64
   assert order.tolist() == list(range(15))
@@ -136,12 +136,12 @@ def test_epochs_depend_on_seed_and_epoch_alone(files):
     ("1,2,3", "", "data.samples has 3 numbers for 2 files"),
     ("1.5,2", "", 'data.samples "1.5,2" is not made of whole numbers'),
     ("-1,2", "", "must be 0 or more"),
-    ("", "1,2,3", "data.weights has 3 numbers for 2 files"),
+    ("", "1,2,3", "data.repeats has 3 numbers for 2 files"),
     ("", "1;2", "is not made of numbers"),
     ("", "-1,2", "must be 0 or more"),
     ("", "nan,1", "must be 0 or more, and finite"),
     ("", "inf,1", "must be 0 or more, and finite"),
-    ("", "0", "data.weights is 0 for every file"),
+    ("", "0", "data.repeats is 0 for every file"),
   ],
 )
 def test_bad_numbers(files, samples, weights, message):
@@ -167,7 +167,7 @@ def test_split_holds_out_a_seeded_share(files, fraction, count):
   assert sorted(ids(train.records) + ids(held_out)) == A + B
   assert ids(held_out) == sorted(ids(held_out))
   assert ids(held_out) == ids(split_eval(mixture, fraction)[1])
-  assert [mixture.weights[index] for index in train.file_of] == [
+  assert [mixture.repeats[index] for index in train.file_of] == [
     2.0 if name in A else 1.0 for name in ids(train.records)
   ]
   assert set(shown(train, 0)) == set(ids(train.records))

@@ -45,7 +45,7 @@ class Load:
       positions=np.arange(len(tokens), dtype=np.int32),
       branches=np.zeros(len(tokens), np.int32),
       targets=tokens + 1,
-      weights=np.ones(len(tokens), np.float32),
+      loss_mask=np.ones(len(tokens), np.float32),
       images=self.paths[e] if e != self.bad_image else (*self.paths[e], "bad.jpg"),
       where=f"train.json, record {e}",
     )
@@ -106,7 +106,7 @@ def expected(plan, load, step):
     for name in ("tokens", "positions", "segments", "branches", "targets", "image_slots")
   }
   text["image_slots"] -= 1
-  text["weights"] = np.zeros((rows, length), np.float32)
+  text["loss_mask"] = np.zeros((rows, length), np.float32)
   images = np.zeros((rows, plan.images, *SIZE, 3), np.uint8)
   for row in range(rows):
     at, seen = 0, []
@@ -117,7 +117,7 @@ def expected(plan, load, step):
         text["positions"][row, at] = position
         text["segments"][row, at] = segment
         text["targets"][row, at] = token + 1
-        text["weights"][row, at] = 1
+        text["loss_mask"][row, at] = 1
         if token == IMAGE:
           image, patch = divmod(position, PATCHES)
           path = example.images[image]
@@ -245,7 +245,7 @@ def test_a_host_with_rows_that_only_pad():
     if i not in holders:
       assert (part["tokens"] == 3).all()
       assert (part["image_slots"] == -1).all()
-      assert not part["weights"].any()
+      assert not part["loss_mask"].any()
       assert not part["images"].any()
 
 
@@ -269,7 +269,7 @@ def test_skip_leaves_the_example_out_and_says_so(caplog):
   used = len(tokens)
   np.testing.assert_array_equal(batch["tokens"][0, :used], tokens)
   assert not batch["tokens"][0, used:].any()
-  assert not batch["weights"][0, used:].any()
+  assert not batch["loss_mask"][0, used:].any()
   np.testing.assert_array_equal(
     batch["segments"][0, :used], np.repeat([1, 2], [len(example.tokens) for example in good])
   )

@@ -37,7 +37,7 @@ def records(tmp_path):
 def make_config(model, train, stage="reward", **overrides):
   config = configs.defaults(stage)
   settings = {"model.init_from": str(model), "data.train": train, "data.max_length": 640}
-  for key, value in (settings | {"batch_size": 8, "epochs": 1.0} | overrides).items():
+  for key, value in (settings | {"batch_size": 8, "num_train_epochs": 1.0} | overrides).items():
     group, _, name = key.rpartition(".")
     (config[group] if group else config)[name] = value
   return config
@@ -60,7 +60,7 @@ def answers_in(batch, row, segment, tokenizer):
   for rank, place in enumerate(places[places >= 0], start=1):
     mine = np.flatnonzero(inside & (batch["branches"][row] == rank))
     assert mine[-1] == place
-    assert batch["weights"][row, mine].tolist() == [1] * (len(mine) - 1) + [0]
+    assert batch["loss_mask"][row, mine].tolist() == [1] * (len(mine) - 1) + [0]
     learnt = batch["targets"][row, mine[:-1]]
     np.testing.assert_array_equal(learnt, batch["tokens"][row, mine[1:]])
     texts.append(tokenizer.decode(learnt))
@@ -72,7 +72,7 @@ def answers_in(batch, row, segment, tokenizer):
 @pytest.mark.parametrize("pack", [True, False])
 def test_batches_hold_every_answer_once(model, tmp_path, records, pack):
   found, prepared, opened = prepare(
-    model, tmp_path, records, 2, **{"data.pack": pack, "epochs": 2.0, "batch_size": 16}
+    model, tmp_path, records, 2, **{"data.pack": pack, "num_train_epochs": 2.0, "batch_size": 16}
   )
   assert prepared.max_answers == 5
   assert (prepared.max_segments > 1) == pack
@@ -101,7 +101,7 @@ def test_batches_hold_every_answer_once(model, tmp_path, records, pack):
 
 
 def test_two_hosts_make_the_batches_of_one(model, tmp_path, records):
-  _, prepared, _ = prepare(model, tmp_path, records, 2, batch_size=16, epochs=2.0)
+  _, prepared, _ = prepare(model, tmp_path, records, 2, batch_size=16, num_train_epochs=2.0)
   with (
     prepared.batches() as whole,
     prepared.batches(blocks=(0,), block_count=2) as first,
@@ -146,7 +146,7 @@ def test_what_is_left_out_is_counted_in_the_log(model, tmp_path, records, caplog
 def test_the_longest_list_that_is_shown_sets_the_shape(model, tmp_path, records):
   records[3]["conversations"][-1]["value"] = list("abcdefgh")
   assert prepare(model, tmp_path, records)[1].max_answers == 8
-  first = {"steps": 1, "data.shuffle": False, "batch_size": 3}
+  first = {"max_steps": 1, "data.shuffle": False, "batch_size": 3}
   assert prepare(model, tmp_path, records, **first)[1].max_answers == 4
 
 

@@ -39,7 +39,7 @@ def test_is_what_training_puts_before_the_answer(template, name, answer):
   trained = record_of([*before, Turn(question, answer)], 2)
   image = tokenizer.convert_tokens_to_ids("<image>")
   example = encode(trained, template, tokenizer, image, PATCHES, 100_000).example
-  learnt = np.flatnonzero(example.weights)
+  learnt = np.flatnonzero(example.loss_mask)
   gaps = np.flatnonzero(np.diff(learnt) > 1)
   start = int(learnt[gaps[-1] + 1]) + 1  # where the last answer begins
   asked = [*before, Turn(question, None)]
@@ -48,7 +48,7 @@ def test_is_what_training_puts_before_the_answer(template, name, answer):
     np.testing.assert_array_equal(prompt.tokens, example.tokens[:start])
     np.testing.assert_array_equal(prompt.positions, np.arange(start))
     assert prompt.images == trained.images
-    assert not prompt.weights.any()
+    assert not prompt.loss_mask.any()
     assert prompt.tokens.dtype == prompt.positions.dtype == np.int32
 
 
@@ -77,7 +77,7 @@ def test_stop_tokens_are_the_template_s_and_the_model_s(template, name):
   asked = "<image>\nA?" if template == "plain" else "A?"
   record = record_of([Turn(asked, "word")], template == "plain")
   example = encode(record, template, tokenizer, image, 1, 1000).example
-  learnt = example.targets[example.weights > 0]
+  learnt = example.targets[example.loss_mask > 0]
   special = {tokenizer.convert_tokens_to_ids(text) for text in ("<|eot_id|>", "</s>")}
   special |= {tokenizer.eos_token_id}
   first_end = next(token for token in learnt.tolist() if token in special - {None})

@@ -13,21 +13,21 @@ DTYPES = {
   "segments": np.int32,
   "branches": np.int32,
   "targets": np.int32,
-  "weights": np.float32,
+  "loss_mask": np.float32,
   "image_slots": np.int32,
 }
 
 
 def example(tokens, images=(), branches=None, positions=None):
   n = len(tokens)
-  weights = np.zeros(n, np.float32)
-  weights[-2:-1] = 1
+  loss_mask = np.zeros(n, np.float32)
+  loss_mask[-2:-1] = 1
   return Example(
     tokens=np.array(tokens, np.int32),
     positions=np.array(range(n) if positions is None else positions, np.int32),
     branches=np.array([0] * n if branches is None else branches, np.int32),
-    targets=np.array([*tokens[1:], 0], np.int32) * weights.astype(np.int32),
-    weights=weights,
+    targets=np.array([*tokens[1:], 0], np.int32) * loss_mask.astype(np.int32),
+    loss_mask=loss_mask,
     images=tuple(images),
     where="train.json, record 3",
   )
@@ -53,7 +53,7 @@ def test_packs_two_examples_with_a_shared_image():
       "segments": [1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0],
       "branches": [0] * 13,
       "targets": [0, 0, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0],
-      "weights": [0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0],
+      "loss_mask": [0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0],
       "image_slots": [-1, 0, 1, 2, 3, -1, -1, -1, 2, 3, -1, -1, -1],
     },
   )

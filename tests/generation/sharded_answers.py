@@ -32,7 +32,7 @@ RUNS = {
 }
 SAMPLING = Sampling(
   12,
-  num_samples=3,
+  num_return_sequences=3,
   temperature=1.2,
   top_k=60,
   top_p=0.95,

@@ -97,7 +97,7 @@ def test_texts_are_those_of_transformers(model, everything, caplog):
 
 
 def test_samples_do_not_depend_on_the_other_records(model, everything):
-  sampling = Sampling(8, num_samples=3, temperature=1.2, stop_tokens=tuple(range(40)))
+  sampling = Sampling(8, num_return_sequences=3, temperature=1.2, stop_tokens=tuple(range(40)))
   together = ask(model, everything, sampling)
   assert [answer.sample for answer in together] == [0, 1, 2] * 4
   assert all(answer.ended == (answer.tokens[-1] < 40) for answer in together)

@@ -119,5 +119,5 @@ def _with_tokens(example: encode.Example, tokens: np.ndarray) -> encode.Example:
     positions=np.arange(len(tokens), dtype=np.int32),
     branches=nothing,
     targets=nothing,
-    weights=nothing.astype(np.float32),
+    loss_mask=nothing.astype(np.float32),
   )

@@ -15,7 +15,7 @@ from vlalign_jax.models import lora, vlm
 
 SAMPLING = Sampling(
   10,
-  num_samples=3,
+  num_return_sequences=3,
   temperature=1.7,
   top_k=100,
   repetition_penalty=1.2,
@@ -41,7 +41,7 @@ def forward(config, graphdef, params, model, generated):
   result = np.zeros(generated.tokens.shape, np.float32)
   for b, lengths in enumerate(generated.lengths):
     for n, length in enumerate(lengths):
-      learnt = (rows["branches"][b] == n + 1) & (rows["weights"][b] > 0)
+      learnt = (rows["branches"][b] == n + 1) & (rows["loss_mask"][b] > 0)
       result[b, n, :length] = found[b, learnt]
   return result
 

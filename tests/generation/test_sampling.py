@@ -53,7 +53,7 @@ def chi_square(tokens, probabilities) -> float:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_frequencies(name):
   logits = np.random.default_rng(0).normal(0, 2, (2, 40)).astype(np.float32)
-  sampling = Sampling(1, num_samples=DRAWS, **OPTIONS[name])
+  sampling = Sampling(1, num_return_sequences=DRAWS, **OPTIONS[name])
   keys = samplings.row_keys(7, jnp.arange(2), DRAWS)
   wide = jnp.broadcast_to(logits[:, None], (2, DRAWS, 40))
   draw = jax.jit(lambda wide, keys: samplings.choose(wide, None, keys, 3, sampling))
@@ -81,7 +81,7 @@ def test_nucleus_without_sorting_is_transformers(top_p):
 def drawn(model):
   """Two tokens of many answers to the prompt with two images, and how they were drawn."""
   how = {"temperature": 0.7, "top_k": 20, "top_p": 0.95}
-  program = make_generate(model.config, Sampling(2, num_samples=4000, **how))
+  program = make_generate(model.config, Sampling(2, num_return_sequences=4000, **how))
   rows = model.rows(model.prompts[1:2])
   return np.asarray(program(model.params, rows, np.zeros(1, int), 5).tokens)[0], how
 
@@ -98,7 +98,7 @@ def test_frequencies_of_a_model(model, drawn):
 
 
 def test_a_sample_does_not_depend_on_its_batch(model):
-  sampling = Sampling(12, num_samples=3, temperature=1.3, stop_tokens=(9, 10, 11, 12))
+  sampling = Sampling(12, num_return_sequences=3, temperature=1.3, stop_tokens=(9, 10, 11, 12))
   program = make_generate(model.config, sampling)
   together = program(model.params, model.rows(), np.arange(5), 0)
   again = program(model.params, model.rows(), np.arange(5), 0)
@@ -111,7 +111,7 @@ def test_a_sample_does_not_depend_on_its_batch(model):
   fewer = program(model.params, rows, order, 0)
   for found, number in zip(fewer.tokens, order, strict=True):
     assert np.array_equal(found, together.tokens[number])
-  sampling = Sampling(20, num_samples=1, temperature=1.3, stop_tokens=(9, 10, 11, 12))
+  sampling = Sampling(20, num_return_sequences=1, temperature=1.3, stop_tokens=(9, 10, 11, 12))
   alone = make_generate(model.config, sampling)(model.params, rows, order, 0)
   for found, number in zip(alone.tokens, order, strict=True):
     end = int(together.lengths[number, 0])
@@ -120,14 +120,14 @@ def test_a_sample_does_not_depend_on_its_batch(model):
 
 BAD = {
   "max_new_tokens": ({"max_new_tokens": 0}, "generation.max_new_tokens is 0; give more than 0"),
-  "samples": ({"num_samples": 0}, "generation.num_samples is 0"),
+  "samples": ({"num_return_sequences": 0}, "generation.num_return_sequences is 0"),
   "penalty": ({"repetition_penalty": 0.0}, "generation.repetition_penalty is 0.0"),
   "temperature": ({"temperature": -1.0}, "generation.temperature is -1.0; give 0 or more"),
   "temperature nan": ({"temperature": float("nan")}, "generation.temperature is nan"),
   "top_p": ({"top_p": 0.0}, "generation.top_p is 0.0; give more than 0 and at most 1"),
   "top_k": ({"top_k": -1}, "generation.top_k is -1"),
   "least": ({"min_new_tokens": 9}, "generation.min_new_tokens is 9, above"),
-  "equal answers": ({"temperature": 0.0, "num_samples": 2}, "gives equal answers"),
+  "equal answers": ({"temperature": 0.0, "num_return_sequences": 2}, "gives equal answers"),
   "stop": ({"stop_tokens": (512,)}, "generation.stop_tokens has 512; the model's ids are 0 to 511"),
 }
 

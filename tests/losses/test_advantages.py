@@ -62,9 +62,9 @@ def test_estimates_are_unbiased_where_the_policy_samples():
 @pytest.mark.parametrize("clip", [None, 2.0])
 def test_scores_stand_at_the_last_token(clip):
   estimates = (OLD - REFERENCE).astype(np.float32)
-  found = jax.jit(advantages.place_scores)(SCORES, dirty(estimates), MASK, kl_coefficient=0.1)
+  found = jax.jit(advantages.place_scores)(SCORES, dirty(estimates), MASK, kl_coef=0.1)
   if clip is not None:
-    found = advantages.place_scores(SCORES, dirty(estimates), MASK, kl_coefficient=0.1, clip=clip)
+    found = advantages.place_scores(SCORES, dirty(estimates), MASK, kl_coef=0.1, clip=clip)
     assert (np.abs(SCORES) > clip).any()
   wanted = {}
   for n, k in answers(estimates):
@@ -74,7 +74,7 @@ def test_scores_stand_at_the_last_token(clip):
 
 
 def test_a_missing_end_costs():
-  found = advantages.penalise_missing_end(SCORES, ENDED, 1.5)
+  found = advantages.penalize_missing_eos(SCORES, ENDED, 1.5)
   assert np.array_equal(found[ENDED], SCORES[ENDED])
   assert np.array_equal(found[~ENDED], SCORES[~ENDED] - np.float32(1.5))
   assert len(set(ENDED)) == 2
@@ -130,9 +130,7 @@ def test_whitening(offset):
 
 def test_rloo_equals_trl_and_the_mean_of_the_others():
   estimates = kl.estimate(GROUP_LOGPS, GROUP_REFERENCE, "k1")
-  rewards = advantages.place_scores(
-    GROUP_SCORES.ravel(), estimates, GROUP_MASK, kl_coefficient=0.3
-  ).sum(1)
+  rewards = advantages.place_scores(GROUP_SCORES.ravel(), estimates, GROUP_MASK, kl_coef=0.3).sum(1)
   found = jax.jit(advantages.rloo)(rewards.reshape(B, GROUP), SCORED)
   wanted = trl_groups.advantages(
     trl_groups.RLOO, GROUP_MASK, GROUP_ARRAYS, GROUP, beta=0.3

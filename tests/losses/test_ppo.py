@@ -177,8 +177,8 @@ def test_a_rollout_and_its_updates_equal_trl(kind):
   # TRL has the score one place behind the end where there is one, and a value of that place.
   longer = np.arange(longest) < lengths[:, None] + 1
   estimates = np.where(mask, kl.estimate(logps, reference, kind), 0)
-  scores = advantages.penalise_missing_end(scores, ended, arguments["missing_eos_penalty"])
-  rewards = advantages.place_scores(scores, estimates, longer, kl_coefficient=arguments["kl_coef"])
+  scores = advantages.penalize_missing_eos(scores, ended, arguments["missing_eos_penalty"])
+  rewards = advantages.place_scores(scores, estimates, longer, kl_coef=arguments["kl_coef"])
   gains, returns = advantages.gae(
     rewards, values, longer, gamma=arguments["gamma"], lam=arguments["lam"]
   )
@@ -186,7 +186,7 @@ def test_a_rollout_and_its_updates_equal_trl(kind):
   whitened = advantages.whiten(gains, mask)
   close(whitened, run["whitened"])
 
-  coefficients = dict.fromkeys(("kl_coefficient", "first_coefficient"), arguments["kl_coef"])
+  coefficients = dict.fromkeys(("kl_coef", "first_coefficient"), arguments["kl_coef"])
   # TRL has the penalty of a missing end, which is none by default, in all that it calls scores.
   objective = sums.quotients(
     ppo.objective(scores, scores, estimates, logps, mask, ended, **coefficients)
@@ -229,7 +229,7 @@ def test_without_tokens_everything_is_zero():
   nan = np.full((N, M), np.nan, np.float32)
   for x in (*advantages.gae(nan, nan, nothing), advantages.whiten(nan, nothing)):
     assert not np.any(x)
-  assert not np.any(advantages.place_scores(SCORES, nan, nothing, kl_coefficient=0.1))
+  assert not np.any(advantages.place_scores(SCORES, nan, nothing, kl_coef=0.1))
 
   def policy(x, level):
     found = ppo.policy_loss(x, nan, nan, nothing, level=level)
@@ -242,7 +242,7 @@ def test_without_tokens_everything_is_zero():
     assert not np.any(gradient)
   assert ppo.value_loss(nan, nan, nan, nothing)[0] == (0, 0)
   one = nan[:, 0]
-  coefficients = {"kl_coefficient": 0.1, "first_coefficient": 0.2}
+  coefficients = {"kl_coef": 0.1, "first_coefficient": 0.2}
   found = ppo.objective(one, one, nan, nan, nothing, ENDED, **coefficients)
   assert not any(np.any(x) for x in found.values())
 

@@ -33,15 +33,19 @@ def plackett_luce(scores, margin=0.0):
 
 
 @pytest.mark.parametrize("margin", [None, [0.5, 0.0, 3.0, 1.0]])
-@pytest.mark.parametrize("centring", [0.0, 0.01, 1.0])
-def test_pairs_equal_trl(margin, centring):
+@pytest.mark.parametrize("center_rewards_coefficient", [0.0, 0.01, 1.0])
+def test_pairs_equal_trl(margin, center_rewards_coefficient):
   scores = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32) * 3
-  wanted, wanted_metrics = trl_losses.reward(scores, margin=margin, centring=centring or None)
+  wanted, wanted_metrics = trl_losses.reward(
+    scores, margin=margin, center_rewards_coefficient=center_rewards_coefficient or None
+  )
   # Pairs among longer lists, and beside an example without a pair.
   padded = np.full((5, K), np.nan, np.float32)
   padded[:4, :2] = scores
   margins = None if margin is None else np.array([*margin, 7.0], np.float32)
-  total, count = reward.loss(padded, ~np.isnan(padded), margin=margins, centring=centring)
+  total, count = reward.loss(
+    padded, ~np.isnan(padded), margin=margins, center_rewards_coefficient=center_rewards_coefficient
+  )
   assert count == 4
   assert total / count == pytest.approx(wanted, rel=1e-5)
   found = {
@@ -102,7 +106,7 @@ def test_a_pair_told_well_apart_still_has_a_gradient():
 def test_centring_pulls_the_mean_alone():
   scores, valid = make_scores()
   plain, _ = reward.loss(scores, valid)
-  centred, _ = reward.loss(scores, valid, centring=0.3)
+  centred, _ = reward.loss(scores, valid, center_rewards_coefficient=0.3)
   ranked = [row[:n].astype(np.float64) for row, n in zip(scores, LENGTHS, strict=True) if n > 1]
   assert centred - plain == pytest.approx(0.3 * sum(4 * r.mean() ** 2 for r in ranked), rel=1e-5)
 
@@ -133,6 +137,6 @@ def test_equal_scores_are_no_right_answer():
 def test_nothing_to_compare_is_zero():
   valid = np.zeros((2, 3), bool)
   valid[0, 0] = True
-  found = reward.loss(np.full((2, 3), 5.0), valid, centring=1.0)
+  found = reward.loss(np.full((2, 3), 5.0), valid, center_rewards_coefficient=1.0)
   assert found == (0, 0)
   assert reward.metrics(np.full((2, 3), 5.0), valid)["accuracy"] == (0, 0)

@@ -26,7 +26,7 @@ def make_batch(seed: int):
   rows = {
     "targets": targets.astype(np.int32),
     "segments": segments.astype(np.int32),
-    "weights": weights.astype(np.float32),
+    "loss_mask": weights.astype(np.float32),
   }
   return hidden, kernel, rows
 
@@ -38,7 +38,7 @@ def expected(hidden, kernel, rows):
   sums = dict.fromkeys(("loss", "tokens", "correct_tokens", "examples", "exact_examples"), 0.0)
   for b in range(B):
     for segment in range(1, SEGMENTS + 1):
-      places = np.flatnonzero((rows["segments"][b] == segment) & (rows["weights"][b] > 0))
+      places = np.flatnonzero((rows["segments"][b] == segment) & (rows["loss_mask"][b] > 0))
       targets = rows["targets"][b, places]
       right = logits[b, places].argmax(-1) == targets
       sums["loss"] -= log_probabilities[b, places, targets].sum()
@@ -82,6 +82,6 @@ def test_evaluation_of_several_batches_is_that_of_all_examples():
 
 def test_nothing_to_learn_is_zero():
   hidden, kernel, rows = make_batch(0)
-  rows["weights"][:] = 0
+  rows["loss_mask"][:] = 0
   found = sft.evaluation(hidden, kernel, rows, max_segments=SEGMENTS)
   assert set(map(float, found.values())) == {0.0}

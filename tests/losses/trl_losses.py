@@ -80,11 +80,11 @@ def dpo(token_logps, mask, reference, *, kinds, weights, beta, label_smoothing):
   return read(trainer, trainer._compute_loss(lambda **_: outputs, inputs, False))
 
 
-def reward(scores, *, margin=None, centring=None):
+def reward(scores, *, margin=None, center_rewards_coefficient=None):
   """RewardTrainer's loss and metrics of pairs with scores float[N, 2], chosen first."""
   logits = torch.tensor(scores, dtype=torch.float32).T.reshape(-1, 1)
   trainer = make_trainer(
-    RewardTrainer, args=types.SimpleNamespace(center_rewards_coefficient=centring)
+    RewardTrainer, args=types.SimpleNamespace(center_rewards_coefficient=center_rewards_coefficient)
   )
   inputs = {"attention_mask": torch.ones(len(logits), 1)}
   if margin is not None:

@@ -34,7 +34,7 @@ VARIANTS = {
       "rank": 4,
       "vision_rank": 2,
       "alpha": 6.0,
-      "rank_stabilised": True,
+      "use_rslora": True,
       "targets": "/layers/|projector",
     },
   ),

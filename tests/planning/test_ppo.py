@@ -67,7 +67,7 @@ def test_flops_of_each_program_of_a_step(tiny, keys):
   scored = 2 * B * (T * matrices + M * vocabulary)
   assert scored < programs["reference"].compiled.flops < 1.5 * scored
   if "train__vision" in keys:  # actor, critic and conversations learn: each 6 N T
-    learned = 6 * B / c.ppo.minibatches * (2 * T + L) * matrices
+    learned = 6 * B / c.ppo.num_mini_batches * (2 * T + L) * matrices
     assert learned < programs["update"].compiled.flops < 2 * learned
 
 
@@ -134,5 +134,5 @@ def test_what_is_refused(tiny):
     ppo_models.open_models(config(ppo__reward_model="runs/reward"))
   with pytest.raises(InputError, match="9 images of 16 tokens do not fit into prompts of config"):
     ppo.plan(config(data__max_images=9), cpu)
-  with pytest.raises(InputError, match="config.ppo.num_samples is 1; rloo compares answers"):
+  with pytest.raises(InputError, match="config.ppo.num_generations is 1; rloo compares answers"):
     train_step.check(config(ppo__estimator="rloo"))

@@ -16,7 +16,7 @@ SETTINGS = {
   "no data": ({"data.eval": ""}, "config.data.eval is empty"),
   "batch": ({"batch_size": 0}, "config.batch_size is 0"),
   "stop token": ({"generation.stop_tokens": "</s>"}, "'</s>', which is no token"),
-  "equal samples": ({"generation.num_samples": 2}, "raise the temperature"),
+  "equal samples": ({"generation.num_return_sequences": 2}, "raise the temperature"),
   "judge of given answers": (
     {"mode": "logprobs", "reward_model": "reward"},
     "name the reward model in config.model.init_from",

@@ -20,7 +20,7 @@ def config(models):
     "data.max_length": 67,
     "batch_size": 2,
     "reward_model": f"{models.directory}/reward",
-    "generation.num_samples": SAMPLES,
+    "generation.num_return_sequences": SAMPLES,
     "generation.temperature": 1.0,
   }
   return lambda **more: models.config(**settings, **more)

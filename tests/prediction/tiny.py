@@ -97,7 +97,7 @@ class Tiny:
       found = torch.log_softmax(self.policy(**self.inputs(example)).logits[0], dim=-1)
     found = found.gather(1, torch.tensor(example.targets)[:, None].long())[:, 0].numpy()
     # The last answer's are the last ones without a gap.
-    learnt = np.flatnonzero(example.weights)
+    learnt = np.flatnonzero(example.loss_mask)
     gaps = np.flatnonzero(np.diff(learnt) > 1)
     return found[learnt[gaps[-1] + 1 if len(gaps) else 0 :]]
 

@@ -31,8 +31,13 @@ def test_mini_batches_of_nothing_are_left_out():
 
 
 def test_a_last_step_of_few_prompts_is_reported_and_learnt_as_others(files, tmp_path):
-  settings = {"ppo.estimator": "rloo", "ppo.num_samples": 2, "data.samples": "5", "epochs": 1.0}
-  run = tiny.make_run(files, files.config(**settings, steps=0), str(tmp_path))
+  settings = {
+    "ppo.estimator": "rloo",
+    "ppo.num_generations": 2,
+    "data.samples": "5",
+    "num_train_epochs": 1.0,
+  }
+  run = tiny.make_run(files, files.config(**settings, max_steps=-1), str(tmp_path))
   assert list(run.train.plan.row_counts) == [4, 4]
   step, state = learn.make_train_step(run.held, run.train, run.records, {}), run.state
   with run.train.batches() as batches:

@@ -26,7 +26,7 @@ def first_rows(run) -> dict:
 def test_answers_do_not_depend_on_the_parts_they_are_sampled_in(files, tmp_path):
   found = []
   for parts in (1, 2):
-    settings = {"ppo.sample_parts": parts, "ppo.num_samples": 2, "ppo.estimator": "rloo"}
+    settings = {"ppo.sample_parts": parts, "ppo.num_generations": 2, "ppo.estimator": "rloo"}
     run = tiny.make_run(files, files.config(**settings), str(tmp_path / str(parts)))
     rows = first_rows(run)
     streams = np.arange(len(rows["tokens"]), dtype=np.int32)

@@ -19,7 +19,7 @@ from vlalign_jax.sharding import hosts
 from vlalign_jax.steps import rollout as steps
 
 FUNCTION = "tests.rollout.scorers:"
-GRPO = {"ppo.estimator": "grpo", "ppo.num_samples": 2}
+GRPO = {"ppo.estimator": "grpo", "ppo.num_generations": 2}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_function_that_cannot_be_used_is_named(name, message, files, tmp_path)
 
 def test_steps_before_a_rollout_that_fails_are_saved(files, tmp_path):
   function = {"ppo.reward_model": "", "ppo.reward_function": FUNCTION + "until"}
-  settings = {"batch_size": 2, "steps": 4, "save_every": 0, "data.eval": ""}
+  settings = {"batch_size": 2, "max_steps": 4, "save_every": 0, "data.eval": ""}
   config = files.config(**GRPO, **function, **settings)
   with pytest.raises(InputError, match="the judge does not answer"):
     train_ppo.train_and_evaluate(config, str(tmp_path))
@@ -165,7 +165,7 @@ def test_an_empty_answer_is_scored_as_any_other(files, tmp_path):
 
 def test_answers_of_which_none_ends_keep_their_scores(files, tmp_path):
   """All are cut, which costs each of them the penalty."""
-  config = files.config(**GRPO, **{"ppo.missing_end_penalty": 0.5})
+  config = files.config(**GRPO, **{"ppo.missing_eos_penalty": 0.5})
   run = tiny.make_run(files, config, str(tmp_path))
   program = tiny.with_sampling(run, dataclasses.replace(run.sampling, stop_tokens=()))
   held, seen = dataclasses.replace(run.held, program=program), []

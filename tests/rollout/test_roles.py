@@ -38,7 +38,7 @@ def files(tmp_path_factory, compile_cache):
       "lora.dropout": 0.05,  # which PPO has not
       "data.max_length": 192,
       "batch_size": 4,
-      "steps": 2,
+      "max_steps": 2,
       "optim.learning_rate": 0.05,
     }
   )

@@ -21,13 +21,13 @@ from vlalign_jax.weights import source
 STEPS = 4
 TIMING = ("tokens_per_second", "examples_per_second")
 SETTINGS = {
-  "steps": STEPS,
+  "max_steps": STEPS,
   "batch_size": 8,  # four devices, two mini-batches
   "save_every": 2,
   "lora.rank": 2,
   "train.vision": False,
   "train.projector": False,
-  "ppo.num_samples": 2,
+  "ppo.num_generations": 2,
   "ppo.reward_function": "tests.rollout.scorers:some",
   "ppo.critic_init": "actor",
   "ppo.critic_warmup": 1,
@@ -115,7 +115,7 @@ def test_metrics_of_a_run(finished):
   assert not {"loss/policy_avg", "loss/sft"} & first.keys()  # only the critic learns
   assert all(line["loss/sft"] > 0 for line in lines[2:])
   assert abs(lines[2]["val/sampler_gap"]) < 1e-5
-  coefficients = [line["objective/kl_coefficient"] for line in lines[1:]]
+  coefficients = [line["objective/kl_coef"] for line in lines[1:]]
   assert len(set(coefficients)) > 1
   # Two updates are an epoch; others end by what the policy has moved.
   assert [line["val/updates"] for line in lines[1:]] == [8, 2, 2, 2]

@@ -15,26 +15,26 @@ from vlalign_jax.rollout import learn, pretraining
 from vlalign_jax.sharding import hosts
 
 SETTINGS = {
-  "gae": {"ppo.num_samples": 2},
+  "gae": {"ppo.num_generations": 2},
   "blank": {"ppo.blank_images": True},
   "rloo": {
     "ppo.estimator": "rloo",
-    "ppo.num_samples": 3,
+    "ppo.num_generations": 3,
     "ppo.loss_level": "sequence",
     "ppo.temperature": 0.7,
   },
-  "at least 3 tokens": {"ppo.num_samples": 2, "ppo.min_new_tokens": 3, "ppo.temperature": 1.3},
+  "at least 3 tokens": {"ppo.num_generations": 2, "ppo.min_new_tokens": 3, "ppo.temperature": 1.3},
   "grpo": {
     "ppo.estimator": "grpo",
-    "ppo.num_samples": 3,
+    "ppo.num_generations": 3,
     "ppo.loss_level": "answer",
-    "ppo.entropy_coefficient": 0.03,
+    "ppo.entropy_coef": 0.03,
     "ppo.sft_weight": 0.7,
     "ppo.min_new_tokens": 2,
     "grad_accumulation": 2,
   },
 }
-COMMON = {"ppo.kl_coefficient": 0.2, "ppo.missing_end_penalty": 0.5, "ppo.clip": 0.1}
+COMMON = {"ppo.kl_coef": 0.2, "ppo.missing_eos_penalty": 0.5, "ppo.cliprange": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ class Torch:
     self.critic = copy.deepcopy(files.scorer)
     self.kernel = torch.nn.Parameter(files.kernel.clone())
     self.answers, plan = [], run.train.plan
-    self.updates = config.ppo.epochs * config.ppo.minibatches
+    self.updates = config.ppo.num_ppo_epochs * config.ppo.num_mini_batches
     self.conversations = [
       [
         (example, tiny.inputs(run.model, example, pictures, ()))
@@ -96,9 +96,9 @@ class Torch:
         answer.reference = self.log_probabilities(self.reference, answer)[0]
         hidden = self.scorer.model(**answer.judged).last_hidden_state[0, -1]
         answer.score = hidden @ self.scorer_kernel
-        placed = answer.score - (0 if answer.ended else self.p.missing_end_penalty)
+        placed = answer.score - (0 if answer.ended else self.p.missing_eos_penalty)
         answer.clipped = placed.clamp(-self.p.score_clip, self.p.score_clip)
-        answer.rewards = -self.p.kl_coefficient * (answer.old - answer.reference)
+        answer.rewards = -self.p.kl_coef * (answer.old - answer.reference)
         answer.rewards[-1] += answer.clipped
         if self.p.estimator == "gae":
           self.generalised(answer)
@@ -143,8 +143,8 @@ class Torch:
       loss = torch.maximum(-answer.advantages * ratio, -answer.advantages * clipped)
       if self.p.estimator == "grpo":
         r = answer.reference - logps
-        loss = loss + self.p.kl_coefficient * (r.exp() - 1 - r)
-      loss = loss - self.p.entropy_coefficient * entropies
+        loss = loss + self.p.kl_coef * (r.exp() - 1 - r)
+      loss = loss - self.p.entropy_coef * entropies
       share = 1 / tokens if self.p.loss_level == "token" else 1 / len(answers)
       terms.append(share * (loss.sum() if self.p.loss_level == "token" else loss.mean()))
     return sum(terms)
@@ -155,7 +155,7 @@ class Torch:
     for example, given in conversations:
       logs = torch.log_softmax(self.actor(**given).logits[0], dim=-1)
       chosen = logs.gather(1, torch.tensor(example.targets)[:, None].long())[:, 0]
-      weights = torch.tensor(example.weights)
+      weights = torch.tensor(example.loss_mask)
       total, count = total - (chosen * weights).sum(), count + weights.sum()
     return total / count
 
@@ -164,7 +164,9 @@ class Torch:
     for answer in answers:
       values = self.values(answer)
       near = torch.clamp(
-        values, answer.old_values - self.p.value_clip, answer.old_values + self.p.value_clip
+        values,
+        answer.old_values - self.p.cliprange_value,
+        answer.old_values + self.p.cliprange_value,
       )
       errors.append(torch.maximum((values - answer.returns) ** 2, (near - answer.returns) ** 2))
     return torch.cat(errors).mean() / 2
@@ -199,7 +201,7 @@ class Torch:
           grads = [p.grad for p in params if p.grad is not None]
           norm = torch.sqrt(sum((g**2).sum() for g in grads)).clamp(min=1e-12)
           for grad in grads:
-            grad.mul_(min(1.0, optim.grad_clip / norm.item()))
+            grad.mul_(min(1.0, optim.max_grad_norm / norm.item()))
           adam.step()
     return {name: np.mean(found) for name, found in losses.items() if found}
 

@@ -13,9 +13,9 @@ from vlalign_jax.sharding import hosts
 
 SETTINGS = {
   "batch_size": 4,
-  "ppo.num_samples": 2,
-  "ppo.epochs": 1,
-  "ppo.minibatches": 1,
+  "ppo.num_generations": 2,
+  "ppo.num_ppo_epochs": 1,
+  "ppo.num_mini_batches": 1,
   "ppo.min_new_tokens": 4,
   "ppo.temperature": 1.5,
 }

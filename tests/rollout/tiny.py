@@ -40,15 +40,15 @@ class Files:
       "data.eval": f"{self.directory}/eval.json",
       "data.max_length": 192,
       "batch_size": 4,
-      "steps": 2,
+      "max_steps": 2,
       "save_every": 1,
-      "keep": 3,
+      "save_total_limit": 3,
       "ppo.max_new_tokens": 6,
-      "ppo.num_samples": 1,
-      "ppo.epochs": 4,
-      "ppo.minibatches": 2,
+      "ppo.num_generations": 1,
+      "ppo.num_ppo_epochs": 4,
+      "ppo.num_mini_batches": 2,
       "ppo.critic_warmup": 0,
-      "ppo.value_clip": 0.2,
+      "ppo.cliprange_value": 0.2,
       "optim.learning_rate": 1e-4,
       "ppo.critic_learning_rate": 3e-4,
       **overrides,
@@ -113,7 +113,7 @@ def make_run(
   sources = roles.open_sources(config, workdir, actor)
   records, _ = data.load_records_of(config)
   scorers = roles.find_scorers(config, sources, records.records)
-  rows = meshes.row_blocks(mesh) * config.grad_accumulation * config.ppo.minibatches
+  rows = meshes.row_blocks(mesh) * config.grad_accumulation * config.ppo.num_mini_batches
   train = data.prepare_train(config, actor, records, rows)
   program = ppo_program.make_program(
     config,

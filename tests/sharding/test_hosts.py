@@ -180,7 +180,7 @@ def config(tmp_path_factory):
     train,
     **{
       "data.eval": evaluation,
-      "steps": STEPS,
+      "max_steps": STEPS,
       "batch_size": 8,
       "save_every": 2,
       "eval_every": 4,

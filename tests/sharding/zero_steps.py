@@ -107,7 +107,7 @@ def run(
   opened = dataclasses.replace(opened, config=model)
   c.grad_accumulation = accumulation
   c.model.update(dtype="float32", remat="none")
-  c.optim.update(learning_rate=3e-3, warmup=0.0, weight_decay=0.1)
+  c.optim.update(learning_rate=3e-3, warmup_ratio=0.0, weight_decay=0.1)
   mesh = meshes.make_mesh(c.mesh, jax.devices()[: data * fsdp * tensor])
   program = sft.make_program(c, opened.config, mesh, STEPS)
   params = load.load_params(opened, program.params)

@@ -30,7 +30,7 @@ def make_preference(
   separate = [_sequence(np.concatenate([trunk, answer]), len(trunk), images) for answer in drawn]
   before = len(trunk) - 1
   # Of each sequence, what comes behind the shared part; then all one after the other.
-  names = ("tokens", "positions", "targets", "weights")
+  names = ("tokens", "positions", "targets", "loss_mask")
   parts = {
     name: np.concatenate(
       [getattr(separate[0], name)[:before], *(getattr(one, name)[before:] for one in separate)]
@@ -56,7 +56,7 @@ def _sequence(tokens: np.ndarray, prompt: int, images: tuple[str, ...]) -> Examp
     positions=np.arange(len(tokens), dtype=np.int32),
     branches=np.zeros(len(tokens), np.int32),
     targets=np.where(learnt, np.roll(tokens, -1), 0).astype(np.int32),
-    weights=learnt.astype(np.float32),
+    loss_mask=learnt.astype(np.float32),
     images=images,
     where="drawn at random",
   )

@@ -47,7 +47,7 @@ LAYOUT = [[0, 1, 4], [6], [2, 3], [5], [7], [], [], []]
 RUNS = {"one device": None, "eight devices": (2, 2, 2)}
 CHUNK = 16
 DPO = {"loss": "sigmoid", "beta": 0.5, "label_smoothing": 0.1, "sft_weight": 0.3}
-REWARD = {"centring": 0.1}
+REWARD = {"center_rewards_coefficient": 0.1}
 
 
 def settings(stage: str, **keys):
@@ -61,7 +61,11 @@ def separate_log_probabilities(graphdef, params, rows, numbers):
   """float32[N, K], from rows of one plain sequence each."""
   model = nnx.merge(graphdef, params)
   tokens = head.token_log_probabilities(
-    model(rows | sft.ONE_ANSWER), model.head_kernel(), rows["targets"], rows["weights"], chunk=CHUNK
+    model(rows | sft.ONE_ANSWER),
+    model.head_kernel(),
+    rows["targets"],
+    rows["loss_mask"],
+    chunk=CHUNK,
   )
   return jnp.sum(tokens, axis=1)[numbers]
 
@@ -78,7 +82,7 @@ def separate_dpo(graphdef, params, initial, rows, numbers):
   """(mean loss, log-probabilities [N, K])."""
   logps = separate_log_probabilities(graphdef, params, rows, numbers)
   base = jax.lax.stop_gradient(separate_log_probabilities(graphdef, initial, rows, numbers))
-  lengths = jnp.sum(rows["weights"], axis=1)[numbers]
+  lengths = jnp.sum(rows["loss_mask"], axis=1)[numbers]
   options = {("kind" if key == "loss" else key): value for key, value in DPO.items()}
   total, count = dpo_losses.loss(logps, base, lengths, numbers >= 0, **options)
   return total / count, logps

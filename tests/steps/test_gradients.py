@@ -24,7 +24,7 @@ from vlalign_jax.steps import accumulate, sft, update
 from vlalign_jax.weights import names
 
 OPTIM = defaults("sft").optim
-OPTIM.update(learning_rate=3e-3, weight_decay=0.1, warmup=4.0)
+OPTIM.update(learning_rate=3e-3, weight_decay=0.1, warmup_steps=4)
 STEPS = 20
 CHUNK = 16
 
@@ -206,7 +206,7 @@ def test_unpacked_rows_give_the_same(model, packed_gradients):
 
 def test_accumulation_over_uneven_micro_batches_gives_the_same(model, packed_gradients):
   rows = planned_rows(model, pack=True, row_multiple=4)
-  learnt = rows["weights"].sum(1)
+  learnt = rows["loss_mask"].sum(1)
   assert min(learnt) == 0  # one micro-batch only pads
   assert len(set(learnt)) == 4
   check(gradients(model, rows, parts=4), packed_gradients, 1e-5)
@@ -243,14 +243,14 @@ def test_twenty_steps_give_the_losses_of_torch(model, packed, trainer, tmp_path)
   adam = torch.optim.AdamW(
     groups, lr=OPTIM.learning_rate, betas=(OPTIM.b1, OPTIM.b2), eps=OPTIM.eps
   )
-  scheduler = transformers.get_scheduler("cosine", adam, int(OPTIM.warmup), STEPS)
+  scheduler = transformers.get_scheduler("cosine", adam, OPTIM.warmup_steps, STEPS)
   state, step = trainer
   losses = []
   for number in range(STEPS):
     adam.zero_grad()
     loss, count = reference.torch_loss(torch_model, model.config, model.examples, model.pictures)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(params, OPTIM.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(params, OPTIM.max_grad_norm)
     rate = scheduler.get_last_lr()[0]
     adam.step()
     scheduler.step()
@@ -260,7 +260,7 @@ def test_twenty_steps_give_the_losses_of_torch(model, packed, trainer, tmp_path)
     assert float(metrics["learning_rate"]) == pytest.approx(rate, rel=1e-5, abs=1e-12), number
     assert float(metrics["learnt_tokens"]) == count
     losses.append(float(loss.detach()))
-  assert float(norm) > OPTIM.grad_clip  # clipping was at work to the end
+  assert float(norm) > OPTIM.max_grad_norm  # clipping was at work to the end
   assert losses[-1] < 0.6 * losses[0]
   trained = trees.flatten(jax.device_get(state.params))
   for path, expected in reference.as_params(model.config, torch_model.state_dict()).items():
@@ -270,7 +270,7 @@ def test_twenty_steps_give_the_losses_of_torch(model, packed, trainer, tmp_path)
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(packed, trainer):
   state, step = trainer
-  broken = packed | {"weights": np.where(packed["weights"] > 0, np.inf, 0).astype(np.float32)}
+  broken = packed | {"loss_mask": np.where(packed["loss_mask"] > 0, np.inf, 0).astype(np.float32)}
   skipped, metrics = step(state, {}, broken)
   assert not np.isfinite(metrics["loss"])
   assert (int(skipped.step), int(skipped.skipped), int(skipped.skipped_in_a_row)) == (1, 1, 1)

@@ -79,7 +79,7 @@ def torch_log_probabilities(model, config, preference, pictures):
     logits = reference.torch_logits(model, config, example, pictures)
     every = torch.log_softmax(logits, dim=-1)
     chosen = every.gather(1, torch.tensor(example.targets).long()[:, None])[:, 0]
-    sums.append((chosen * torch.tensor(example.weights)).sum())
+    sums.append((chosen * torch.tensor(example.loss_mask)).sum())
   return torch.stack(sums)
 
 
@@ -112,14 +112,14 @@ def torch_dpo(model, base, config, made, pictures):
     losses.append((1 - LABEL_SMOOTHING) * forward + LABEL_SMOOTHING * backward)
     margins.append(float((scores[0] - scores[1:].mean()).detach()))
     nll = nll - logps[0]
-    tokens += int(preference.separate[0].weights.sum())
+    tokens += int(preference.separate[0].loss_mask.sum())
   return torch.stack(losses).mean() + SFT_WEIGHT * nll / tokens, np.mean(margins)
 
 
 def make_config():
   c = defaults("dpo")
   c.model.update(dtype="float32", remat="none")
-  c.optim.update(learning_rate=3e-3, weight_decay=0.1, warmup=4.0)
+  c.optim.update(learning_rate=3e-3, weight_decay=0.1, warmup_steps=4)
   c.dpo.update(loss="sigmoid", beta=BETA, label_smoothing=LABEL_SMOOTHING, sft_weight=SFT_WEIGHT)
   return c
 
@@ -144,7 +144,7 @@ def test_twenty_steps_of_dpo_give_the_losses_of_torch(directory, torch_model):
   adam = torch.optim.AdamW(
     groups, lr=c.optim.learning_rate, betas=(c.optim.b1, c.optim.b2), eps=c.optim.eps
   )
-  scheduler = transformers.get_scheduler("cosine", adam, int(c.optim.warmup), STEPS)
+  scheduler = transformers.get_scheduler("cosine", adam, c.optim.warmup_steps, STEPS)
   with torch.no_grad():
     base = [torch_log_probabilities(torch_model, source.config, one, pictures) for one in made]
   losses = []
@@ -152,7 +152,7 @@ def test_twenty_steps_of_dpo_give_the_losses_of_torch(directory, torch_model):
     adam.zero_grad()
     loss, margin = torch_dpo(model, base, source.config, made, pictures)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(trained, c.optim.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(trained, c.optim.max_grad_norm)
     adam.step()
     scheduler.step()
     state, metrics = program.train_step(state, frozen, rows)

@@ -55,7 +55,7 @@ def main(directory: str) -> None:
   checkpoints.make_llava(str(directory / "model"))
   records = sft_run.make_records(str(directory / "data"), 48)
   train = sft_run.write_json(directory / "data" / "train.json", records)
-  settings = {"batch_size": 16, "steps": STEPS, "save_every": SAVED, "keep": 2}
+  settings = {"batch_size": 16, "max_steps": STEPS, "save_every": SAVED, "save_total_limit": 2}
   make_mesh, run_loop, began = meshes.make_mesh, loop.run, {}
 
   def train_on(devices: int, name: str, overrides: dict) -> dict:

@@ -23,7 +23,10 @@ def metrics_of(directory, workdir, dtype, **overrides):
   config = sft_run.make_config(
     directory / "model",
     directory / "data" / "train.json",
-    **({"model.dtype": dtype, "batch_size": 8, "epochs": 4.0, "train.vision": True} | overrides),
+    **(
+      {"model.dtype": dtype, "batch_size": 8, "num_train_epochs": 4.0, "train.vision": True}
+      | overrides
+    ),
   )
   train_sft.train_and_evaluate(config, str(workdir))
   return sft_run.read_metrics(str(workdir))
@@ -44,7 +47,7 @@ def test_a_factor_that_overflows_is_left(directory, tmp_path, monkeypatch):
   """...however many updates that takes."""
   monkeypatch.setattr(loss_scale, "FIRST", 2.0**40)
   monkeypatch.setattr(loss_scale, "MOST", 2.0**40)
-  lines = metrics_of(directory, tmp_path, "float16", epochs=10.0)
+  lines = metrics_of(directory, tmp_path, "float16", num_train_epochs=10.0)
   skipped = int(lines[-1]["skipped_steps"])
   assert 10 < skipped < len(lines)
   assert lines[-1]["loss_scale"] == 2.0 ** (40 - skipped)

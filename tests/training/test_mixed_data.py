@@ -37,7 +37,7 @@ def first_line(directory, stage: str, name: str, size: int, workdir):
     directory / "model",
     directory / f"{kind}_{name}.json",
     stage,
-    **{"batch_size": size, "steps": 1, "optim.warmup": 0.0, "data.shuffle": False},
+    **{"batch_size": size, "max_steps": 1, "optim.warmup_ratio": 0.0, "data.shuffle": False},
   )
   SCRIPTS[stage].train_and_evaluate(config, str(workdir / f"{stage}_{name}"))
   return sft_run.read_metrics(str(workdir / f"{stage}_{name}"))[0]
@@ -76,7 +76,7 @@ def test_a_mixed_run_compiles_its_step_as_often_as_is_said(
   config = sft_run.make_config(
     directory / "model",
     directory / "sft_mixed.json",
-    **{"batch_size": 3, "epochs": 3.0, "data.pack": pack},
+    **{"batch_size": 3, "num_train_epochs": 3.0, "data.pack": pack},
   )
   train_sft.train_and_evaluate(config, str(tmp_path))
   plan = made["prepare_train"].plan

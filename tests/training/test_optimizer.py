@@ -27,7 +27,7 @@ def shapes(tmp_path_factory):
 
 def optim_group(**keys):
   optim = defaults("sft").optim
-  optim.update({"schedule": "constant", "grad_clip": 0.0, **keys})
+  optim.update({"schedule": "constant", "max_grad_norm": 0.0, **keys})
   return optim
 
 
@@ -81,7 +81,9 @@ def test_each_group_moves_at_its_own_rate(shapes):
 
 
 def test_groups_follow_one_schedule():
-  optim = optim_group(learning_rate=0.1, projector_learning_rate=1.0, schedule="cosine", warmup=0.2)
+  optim = optim_group(
+    learning_rate=0.1, projector_learning_rate=1.0, schedule="cosine", warmup_ratio=0.2
+  )
   rates = optimizer.learning_rates(optim, 50)
   assert rates.keys() == set(optimizer.GROUPS)
   for step in (0, 3, 10, 31, 49):
@@ -93,7 +95,7 @@ def test_groups_follow_one_schedule():
 def test_gradients_are_clipped_by_their_norm_over_all_groups():
   params = {"vision": {"a": jnp.zeros(3)}, "projector": {"b": jnp.zeros((2, 2))}}
   gradients = {"vision": {"a": jnp.full(3, 4.0)}, "projector": {"b": jnp.full((2, 2), -3.0)}}
-  tx = optimizer.make_optimizer(optim_group(grad_clip=0.5), params, 10)
+  tx = optimizer.make_optimizer(optim_group(max_grad_norm=0.5), params, 10)
   _, after = tx.update(gradients, tx.init(params), params)
   norm = np.sqrt(3 * 16 + 4 * 9)
   moments = [leaf for leaf in jax.tree.leaves(after) if leaf.shape == (3,)]

@@ -29,15 +29,15 @@ def _steps(workdir):
 
 
 KEPT = {
-  "newest only": ({"keep": 2}, [5, 6]),
-  "newest and best": ({"keep": 2, "keep_best": 1}, [2, 5, 6]),
-  "a best one is among the newest": ({"keep": 2, "keep_best": 2}, [2, 5, 6]),
-  "the newest was not evaluated": ({"keep": 3, "keep_best": 1}, [2, 4, 5, 6]),
+  "newest only": ({"save_total_limit": 2}, [5, 6]),
+  "newest and best": ({"save_total_limit": 2, "save_best_limit": 1}, [2, 5, 6]),
+  "a best one is among the newest": ({"save_total_limit": 2, "save_best_limit": 2}, [2, 5, 6]),
+  "the newest was not evaluated": ({"save_total_limit": 3, "save_best_limit": 1}, [2, 4, 5, 6]),
   "by another metric": (
-    {"keep": 1, "keep_best": 3, "best_metric": "eval/exact_match"},
+    {"save_total_limit": 1, "save_best_limit": 3, "metric_for_best_model": "eval/exact_match"},
     [2, 5, 6],
   ),
-  "more than there are": ({"keep": 1, "keep_best": 9}, [1, 2, 3, 5, 6]),
+  "more than there are": ({"save_total_limit": 1, "save_best_limit": 9}, [1, 2, 3, 5, 6]),
 }
 
 
@@ -53,9 +53,9 @@ def test_what_stays(tmp_path, name, restarts):
 
 def test_a_damaged_one_is_no_best_one(tmp_path):
   """...and does not stop the others from being saved."""
-  _save_all(tmp_path, [1, 2, 3], keep=1, keep_best=1)
+  _save_all(tmp_path, [1, 2, 3], save_total_limit=1, save_best_limit=1)
   (tmp_path / "checkpoints" / "2" / "progress" / "metadata").write_text("")
-  _save_all(tmp_path, [4, 5, 6], keep=1, keep_best=1)
+  _save_all(tmp_path, [4, 5, 6], save_total_limit=1, save_best_limit=1)
   assert _steps(tmp_path) == [5, 6]
 
 
@@ -71,7 +71,7 @@ def test_ranks():
 
 
 def test_a_checkpoint_is_named(tmp_path, monkeypatch):
-  _save_all(tmp_path, [2, 3, 4], keep=3)
+  _save_all(tmp_path, [2, 3, 4], save_total_limit=3)
   steps = tmp_path / "checkpoints"
   named = {
     str(tmp_path): 4,
@@ -91,7 +91,7 @@ def test_a_checkpoint_is_named(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
-  _save_all(tmp_path, [4], keep=1)
+  _save_all(tmp_path, [4], save_total_limit=1)
   for which in ("7", "bset"):
     with pytest.raises(InputError, match=f"no finished checkpoint '{which}'; there are .4."):
       checkpoints.find_step(str(tmp_path), which, "eval/loss")

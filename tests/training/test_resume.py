@@ -33,7 +33,7 @@ def make_config(tmp_path_factory):
   evaluation = sft_run.write_json(directory / "data" / "eval.json", records[24:])
 
   def make(**overrides):
-    settings = {"data.eval": evaluation, "epochs": STEPS / 6, **overrides}
+    settings = {"data.eval": evaluation, "num_train_epochs": STEPS / 6, **overrides}
     return sft_run.make_config(directory / "model", train, **settings)
 
   return make
@@ -153,7 +153,7 @@ def test_killed_and_terminated_run_ends_like_an_uninterrupted_one(
 @pytest.fixture(scope="module")
 def saved_often(make_config, tmp_path_factory, compile_cache):
   """(config, directory) of the same run with checkpoints and evaluations in between."""
-  config = make_config(save_every=7, eval_every=5, keep=3, keep_best=2)
+  config = make_config(save_every=7, eval_every=5, save_total_limit=3, save_best_limit=2)
   workdir = tmp_path_factory.mktemp("saved_often")
   train_sft.train_and_evaluate(config, str(workdir))
   return config, workdir

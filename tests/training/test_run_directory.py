@@ -32,7 +32,7 @@ def _stored(workdir) -> dict:
 def test_keys_of_a_newer_version_do_not_block_it(workdir):
   """...as long as they have their defaults."""
   stored = _stored(workdir)
-  del stored["keep_best"], stored["optim"]["cycles"], stored["mesh"]
+  del stored["save_best_limit"], stored["optim"]["cycles"], stored["mesh"]
   (workdir / "config.json").write_text(json.dumps(stored))
   assert run_directory.open_run(str(workdir), _config())
   assert _stored(workdir) == json.loads(json.dumps(_config().to_dict()))

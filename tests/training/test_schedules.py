@@ -50,27 +50,36 @@ def theirs(name: str, total: int, warmup: int, **keys) -> np.ndarray:
 )
 def test_every_step_equals_transformers(name, key, their_key, value, total, warmup):
   expected = theirs(name, total, warmup, **({their_key: value} if key else {}))
-  # A number up to 1 is a share of all steps.
-  given = float(warmup) if warmup > 1 else 0.0
-  found = ours(total, schedule=name, warmup=given, **({key: value} if key else {}))
+  keys = {"warmup_steps": warmup, "warmup_ratio": 0.0} | ({key: value} if key else {})
+  found = ours(total, schedule=name, **keys)
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * PEAK)
 
 
 def test_restarts_begin_at_the_peak():
   # 5 * (10 / 50) may come out a little below 1 in float32, where the rate would be 0.
-  found = ours(50, schedule="cosine_with_restarts", warmup=0.0, cycles=5)
+  found = ours(50, schedule="cosine_with_restarts", warmup_ratio=0.0, cycles=5)
   np.testing.assert_allclose(found[:50:10], PEAK, rtol=1e-6)
   assert found[50] == 0
 
 
 @pytest.mark.parametrize(
-  ("warmup", "total", "steps"),
-  [(0.03, 1000, 30), (0.03, 10, 1), (0.0, 10, 0), (1.0, 10, 10), (2.0, 10, 2), (500.0, 10, 500)],
+  ("ratio", "given", "total", "steps"),
+  [
+    (0.03, 0, 1000, 30),
+    (0.03, 0, 10, 1),
+    (0.0, 0, 10, 0),
+    (1.0, 0, 10, 10),
+    (0.03, 1, 10, 1),
+    (0.5, 2, 10, 2),
+    (0.0, 500, 10, 500),
+  ],
 )
-def test_warmup_is_a_share_or_steps(warmup, total, steps):
-  assert schedules.warmup_steps(warmup, total) == steps
+def test_warmup_is_a_share_or_steps(ratio, given, total, steps):
+  optim = config.defaults("sft").optim
+  optim.update(warmup_ratio=ratio, warmup_steps=given)
+  assert schedules.warmup_steps(optim, total) == steps
 
 
 @pytest.mark.parametrize("name", config.SCHEDULES)
 def test_a_rate_of_zero_stays_zero(name):
-  np.testing.assert_array_equal(ours(10, peak=0.0, schedule=name, warmup=2.0), 0)
+  np.testing.assert_array_equal(ours(10, peak=0.0, schedule=name, warmup_steps=2), 0)

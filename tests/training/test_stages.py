@@ -36,9 +36,9 @@ def make_config(directory, stage: str, **overrides):
   settings = {
     "data.eval": str(data / "eval.json"),
     "batch_size": 6,
-    "epochs": 2.0,
+    "num_train_epochs": 2.0,
     "save_every": 2,
-    "keep": 3,
+    "save_total_limit": 3,
     **overrides,
   }
   return sft_run.make_config(directory / "model", data / "train.json", stage, **settings)
@@ -59,7 +59,7 @@ def params_of(workdir) -> dict[str, np.ndarray]:
 
 
 RUNS = {
-  "reward": ("reward", {"reward.centring": 0.01, "grad_accumulation": 2}),
+  "reward": ("reward", {"reward.center_rewards_coefficient": 0.01, "grad_accumulation": 2}),
   "adapters": (
     "dpo",
     {"lora.rank": 2, "lora.dropout": 0.2, "train.vision": False, "train.projector": False},
@@ -170,7 +170,7 @@ def test_an_example_that_the_reference_could_not_see_is_not_taken_for_one_it_did
 
 def test_a_picture_that_the_reference_cannot_see(directory, tmp_path):
   """Bad records are counted there, too, before training begins."""
-  config = make_config(directory, "dpo", **{"dpo.reference": "cache", "epochs": 1.0})
+  config = make_config(directory, "dpo", **{"dpo.reference": "cache", "num_train_epochs": 1.0})
   records = json.loads((directory / "data" / "train.json").read_text())
   shutil.copytree(directory / "data", tmp_path / "data")
   first = next(record for record in records if record.get("image"))

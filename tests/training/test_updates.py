@@ -21,22 +21,29 @@ def config(stage: str = "sft", **optim):
   return c
 
 
+def length(warmup: float) -> dict:
+  """The keys of a warm-up: a share up to 1, steps above."""
+  return {"warmup_ratio": warmup} if warmup <= 1 else {"warmup_steps": int(warmup)}
+
+
 @pytest.mark.parametrize("name", configs.SCHEDULES)
 @pytest.mark.parametrize("warmup", [0.0, 0.03, 0.5, 1.0, 3.0, 50.0])
 @pytest.mark.parametrize("count", [1, 2, 30])
 def test_exactly_the_runs_whose_rates_are_all_zero_are_refused(name, warmup, count):
-  c = config(schedule=name, warmup=warmup)
+  c = config(schedule=name, **length(warmup))
   schedule = schedules.make_schedule(c.optim, c.optim.learning_rate, count)
   if any(float(schedule(step)) > 0 for step in range(count)):
     updates.check(c, PARAMS, count)
   else:
     assert count == 1  # a warm-up has a rate above 0 from its second update on
-    with pytest.raises(InputError, match="has 1 update, all with learning rate 0.*optim.warmup=0"):
+    with pytest.raises(
+      InputError, match="has 1 update, all with learning rate 0.*set optim.warmup_.*=0"
+    ):
       updates.check(c, PARAMS, count)
 
 
 def test_rates_of_groups_that_are_trained_count():
-  off = {"learning_rate": 0.0, "warmup": 0.0}
+  off = {"learning_rate": 0.0, "warmup_ratio": 0.0}
   with pytest.raises(InputError, match="give the learning rates of what is trained more than 0"):
     updates.check(config(**off, projector_learning_rate=1.0), PARAMS, 40)
   assert "embeddings" in {optimizer.group_of("language/embedding/embedding")}
@@ -55,7 +62,7 @@ def test_rates_of_groups_that_are_trained_count():
 )
 def test_what_hardly_learns_warns(count, warmup, warnings, caplog):
   with caplog.at_level("WARNING"):
-    updates.check(config(warmup=warmup), PARAMS, count)
+    updates.check(config(**length(warmup)), PARAMS, count)
   assert len(caplog.messages) == len(warnings)
   assert all(text in found for text, found in zip(warnings, caplog.messages, strict=True))
 
@@ -72,15 +79,15 @@ def directory(tmp_path_factory):
 
 SCRIPTS = {"sft": train_sft, "reward": train_reward, "dpo": train_dpo, "ppo": train_ppo}
 PPO = {
-  "epochs": 1.0,
-  "steps": 0,
+  "num_train_epochs": 1.0,
+  "max_steps": -1,
   "data.pack": False,
   "ppo.reward_model": "",
   "ppo.reward_function": "tests.rollout.scorers:length",
   "ppo.critic_init": "actor",
   "ppo.critic_warmup": 0,
-  "ppo.epochs": 1,
-  "ppo.minibatches": 1,
+  "ppo.num_ppo_epochs": 1,
+  "ppo.num_mini_batches": 1,
 }
 
 
@@ -88,7 +95,7 @@ PPO = {
 def test_every_stage_refuses_before_it_computes(stage, directory, tmp_path):
   """12 records and a batch of 128: one update, at the start of the warm-up."""
   kind = "ranked" if stage in ("reward", "dpo") else "sft"
-  overrides = {"batch_size": 128, "optim.warmup": 0.03}
+  overrides = {"batch_size": 128, "optim.warmup_ratio": 0.03}
   if stage == "dpo":
     overrides["dpo.reference"] = "cache"
   name = "this run"
@@ -96,7 +103,7 @@ def test_every_stage_refuses_before_it_computes(stage, directory, tmp_path):
     overrides |= PPO
     name = "the actor"
   if stage == "critic":
-    overrides |= {"optim.warmup": 0.0, "ppo.critic_learning_rate": 0.0}
+    overrides |= {"optim.warmup_ratio": 0.0, "ppo.critic_learning_rate": 0.0}
     stage, name = "ppo", "the critic"
   c = sft_run.make_config(directory / "model", directory / f"{kind}.json", stage, **overrides)
   with pytest.raises(InputError, match=f"{name} has 1 update, all with learning rate 0"):

@@ -90,7 +90,7 @@ def test_transformers_does_not_take_it_for_a_llava(towers, tmp_path):
 
 def test_adapters_alone_belong_to_the_towers(towers, tmp_path):
   """PEFT loads those of each tower on it; here they start what they came from, bit for bit."""
-  ranks = {"rank": 2, "vision_rank": 3, "alpha": 4.0, "rank_stabilised": True}
+  ranks = {"rank": 2, "vision_rank": 3, "alpha": 4.0, "use_rslora": True}
   config = adapters.config_for("", **ranks)
   config.train.embeddings = True
   config.model.update(reference.model_group(**towers, projector="linear", mmca=True))

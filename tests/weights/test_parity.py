@@ -150,7 +150,7 @@ def test_answers_of_a_shared_prompt_equal_sequences_of_their_own(tmp_path):
     ),
     branches=np.repeat(np.arange(4, dtype=np.int32), [len(part) for part in parts]),
     targets=np.zeros(len(tokens), np.int32),
-    weights=np.zeros(len(tokens), np.float32),
+    loss_mask=np.zeros(len(tokens), np.float32),
   )
   rows = reference.make_rows(config, [[before, together]], pictures, LENGTH, 1)
   found = reference.logits(graphdef, params, rows)[0]

@@ -22,7 +22,7 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.runs import checkpoints as run_checkpoints
 from vlalign_jax.weights import export_adapters, load, pin, source
 
-LORA = {"rank": 4, "vision_rank": 2, "alpha": 6.0, "rank_stabilised": True}
+LORA = {"rank": 4, "vision_rank": 2, "alpha": 6.0, "use_rslora": True}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,12 @@ def run(tmp_path_factory):
     str(root / "llava"),
     data,
     **{f"lora.{key}": value for key, value in LORA.items()},
-    **{"lora.dropout": 0.1, "train.embeddings": True, "optim.learning_rate": 3e-2, "epochs": 2.0},
+    **{
+      "lora.dropout": 0.1,
+      "train.embeddings": True,
+      "optim.learning_rate": 3e-2,
+      "num_train_epochs": 2.0,
+    },
     **{"model.dtype": "float32"},
   )
   train_sft.train_and_evaluate(config, str(root / "run"))
@@ -142,7 +147,7 @@ def test_adapters_on_adapters(run, tmp_path):
   config = sft_run.make_config(
     run.run, run.data, **{"lora.rank": 2, "train.projector": False, "train.vision": False}
   )
-  config.steps = 2
+  config.max_steps = 2
   train_sft.train_and_evaluate(config, str(tmp_path / "second"))
   export_hf.export_run(str(tmp_path / "second"), str(tmp_path / "peft"), None, adapters=True)
   merged, graphdef, params = reference.open_model(str(tmp_path / "second"))

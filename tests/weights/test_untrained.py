@@ -39,7 +39,7 @@ def train(root, model, workdir, **overrides):
     "train.vision": False,
     "model.dtype": "float32",
     "optim.learning_rate": 0.1,
-    "optim.warmup": 0.0,
+    "optim.warmup_ratio": 0.0,
     **overrides,
   }
   config = sft_run.make_config(model, root / "data" / "train.json", **settings)

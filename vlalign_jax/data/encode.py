@@ -19,8 +19,8 @@ class Example:
   tokens: int32[N] ids; an image stands as its tokens_per_image image token ids.
   positions: int32[N] RoPE positions.
   branches: int32[N] 0 for what all answers share; k > 0 for the k-th ranked answer.
-  targets: int32[N] id of the next token where weights is 1, else 0.
-  weights: float32[N] 1 where the next token belongs to an answer or its end, else 0.
+  targets: int32[N] id of the next token where loss_mask is 1, else 0.
+  loss_mask: float32[N] 1 where the next token belongs to an answer or its end, else 0.
   images: paths in the order in which their tokens appear.
   where: names the record in error messages.
   answers: int32[K] where the last token of each ranked answer is, best first; none in SFT.
@@ -30,7 +30,7 @@ class Example:
   positions: np.ndarray
   branches: np.ndarray
   targets: np.ndarray
-  weights: np.ndarray
+  loss_mask: np.ndarray
   images: tuple[str, ...]
   where: str
   answers: np.ndarray = field(default_factory=functools.partial(np.zeros, 0, np.int32))
@@ -94,13 +94,13 @@ def encode(
   parts = [expand(part, image_token_id, tokens_per_image) for part in parts]
   tokens = np.concatenate(parts)
   learn = np.repeat(learnt, [len(part) for part in parts])
-  weights = np.append(learn[1:], False)
+  loss_mask = np.append(learn[1:], False)
   example = Example(
     tokens=tokens,
     positions=np.arange(len(tokens), dtype=np.int32),
     branches=np.zeros(len(tokens), np.int32),
-    targets=np.where(weights, np.roll(tokens, -1), 0).astype(np.int32),
-    weights=weights.astype(np.float32),
+    targets=np.where(loss_mask, np.roll(tokens, -1), 0).astype(np.int32),
+    loss_mask=loss_mask.astype(np.float32),
     images=record.images[: sum(image_counts[:kept])],
     where=where,
   )

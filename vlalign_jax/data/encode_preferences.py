@@ -138,16 +138,16 @@ def branch(
   sizes = np.array([len(branch) for branch in branches])
   tokens = np.concatenate([trunk[:-1], *branches]).astype(np.int32)
   ends = shared + np.cumsum(sizes)
-  weights = np.ones(len(tokens), np.float32)
-  weights[:shared] = 0
-  weights[ends - 1] = 0  # nothing follows an answer's end
+  loss_mask = np.ones(len(tokens), np.float32)
+  loss_mask[:shared] = 0
+  loss_mask[ends - 1] = 0  # nothing follows an answer's end
   positions = np.concatenate([np.arange(shared), *(shared + np.arange(size) for size in sizes)])
   return Example(
     tokens=tokens,
     positions=positions.astype(np.int32),
     branches=np.repeat(np.arange(len(sizes) + 1), [shared, *sizes]).astype(np.int32),
-    targets=np.where(weights > 0, np.roll(tokens, -1), 0).astype(np.int32),
-    weights=weights,
+    targets=np.where(loss_mask > 0, np.roll(tokens, -1), 0).astype(np.int32),
+    loss_mask=loss_mask,
     images=images,
     where=where,
     answers=(ends - 1).astype(np.int32),

@@ -22,14 +22,14 @@ class Mixture:
 
   Attributes:
     records: N records, file by file.
-    file_of: int32[N] the position of each record's file in `weights`.
-    weights: how many times an epoch shows each file.
+    file_of: int32[N] the position of each record's file in `repeats`.
+    repeats: how many times an epoch shows each file.
     seed: of every choice made from this mixture.
   """
 
   records: tuple[Record, ...]
   file_of: np.ndarray
-  weights: tuple[float, ...]
+  repeats: tuple[float, ...]
   seed: int
 
 
@@ -37,7 +37,7 @@ def load_mixture(
   files: str,
   image_root: str,
   samples: str,
-  weights: str,
+  repeats: str,
   seed: int,
   answers: Answers = "one",
   max_candidates: int | None = None,
@@ -49,7 +49,7 @@ def load_mixture(
     image_root: of all files; empty: the directory of each.
     samples: records to choose of each file, without replacement; empty or 0: all. One number for
       each file, comma-separated, or one for all.
-    weights: how many times an epoch shows each file; empty: once. 2.5 is twice and half of it
+    repeats: how many times an epoch shows each file; empty: once. 2.5 is twice and half of it
       again, another half in each epoch. One number for each file or one for all.
     seed: of the choice of samples, and of the epochs.
     answers, max_candidates: as for `load_records`.
@@ -57,9 +57,9 @@ def load_mixture(
   Raises:
     InputError: for a file, a record or one of these arguments.
   """
-  shares = _numbers(weights, len(files.split(",")), 1.0, float, "data.weights")
+  shares = _numbers(repeats, len(files.split(",")), 1.0, float, "data.repeats")
   if not any(shares):
-    raise InputError("data.weights is 0 for every file; give at least one a positive weight")
+    raise InputError("data.repeats is 0 for every file; give at least one a positive weight")
   found = load_samples(files, image_root, samples, seed, "train", answers, max_candidates)
   file_of = np.repeat(np.arange(len(found), dtype=np.int32), [len(records) for records in found])
   return Mixture(tuple(itertools.chain(*found)), file_of, tuple(shares), seed)
@@ -111,7 +111,7 @@ def epoch_order(mixture: Mixture, epoch: int, shuffle: bool) -> np.ndarray:
   passes follow each other, then its part, then the next file.
   """
   order = [np.zeros(0, np.int64)]
-  for position, weight in enumerate(mixture.weights):
+  for position, weight in enumerate(mixture.repeats):
     indices = np.flatnonzero(mixture.file_of == position)
     passes = int(weight)
     # Rounded up, so that no file with a weight goes unseen; 1e-9 forgives 2.1 - 2 > 0.1.
@@ -137,7 +137,7 @@ def split_eval(mixture: Mixture, fraction: float) -> tuple[Mixture, tuple[Record
     raise InputError(f"the evaluation fraction is {fraction}; give one between 0 and 1")
   real = {file: os.path.realpath(file) for file in {record.file for record in mixture.records}}
   keys = [(real[record.file], record.index) for record in mixture.records]
-  shown = np.asarray(mixture.weights)[mixture.file_of] > 0
+  shown = np.asarray(mixture.repeats)[mixture.file_of] > 0
   distinct = list(dict.fromkeys(key for key, seen in zip(keys, shown, strict=True) if seen))
   if len(distinct) < 2:
     raise InputError(
@@ -166,7 +166,7 @@ def concatenate(mixture: Mixture, count: int) -> Mixture:
     count: records of each conversation, at least 1.
   """
   joined, file_of = [], []
-  for position in range(len(mixture.weights)):
+  for position in range(len(mixture.repeats)):
     indices = np.flatnonzero(mixture.file_of == position)
     order = _generator(mixture.seed, _JOIN, position).permutation(indices)
     groups = [np.sort(order[start : start + count]) for start in range(0, len(order), count)]

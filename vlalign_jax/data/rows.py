@@ -19,13 +19,13 @@ def empty_row(length: int, pad_id: int = 0) -> dict[str, np.ndarray]:
     pad_id: the token id of padding.
 
   Returns:
-    tokens, positions, segments, branches, targets, image_slots: int32[T]; weights: float32[T].
+    tokens, positions, segments, branches, targets, image_slots: int32[T]; loss_mask: float32[T].
   """
   row = {
     name: np.zeros(length, np.int32) for name in ("positions", "segments", "branches", "targets")
   }
   row["tokens"] = np.full(length, pad_id, np.int32)
-  row["weights"] = np.zeros(length, np.float32)
+  row["loss_mask"] = np.zeros(length, np.float32)
   row["image_slots"] = np.full(length, -1, np.int32)
   return row
 
@@ -73,7 +73,7 @@ def build_row(
   used = int(lengths.sum())
   if used > length:
     raise ValueError(f"{used} tokens in a row of {length}")
-  for name in ("tokens", "positions", "branches", "targets", "weights"):
+  for name in ("tokens", "positions", "branches", "targets", "loss_mask"):
     row[name][:used] = np.concatenate([getattr(example, name) for example in examples])
   row["segments"][:used] = np.repeat(np.arange(1, len(examples) + 1), lengths)
 

@@ -104,7 +104,7 @@ def generate(
   mesh = model.options["mesh"]
   if gather:
     model = nnx.merge(graphdef, _gathered(params, mesh, model.language.embedding.dtype))
-  N, M = sampling.num_samples, sampling.max_new_tokens
+  N, M = sampling.num_return_sequences, sampling.max_new_tokens
   B, V = rows["tokens"].shape[0], model.config.language.vocab_size
   lengths = jnp.sum(rows["segments"] > 0, axis=1)
   images = model.image_tokens(rows)
@@ -206,7 +206,7 @@ def log_memory(
   length: int,
   dtype,
   mesh: Mesh,
-  mend: str = "lower batch_size, generation.num_samples or generation.max_new_tokens",
+  mend: str = "lower batch_size, generation.num_return_sequences or generation.max_new_tokens",
 ) -> int:
   """States the cache of a batch before it is allocated, and refuses one that cannot fit.
 
@@ -229,7 +229,7 @@ def log_memory(
     model.language,
     rows,
     length,
-    sampling.num_samples,
+    sampling.num_return_sequences,
     sampling.max_new_tokens,
     jnp.dtype(dtype).itemsize,
   )
@@ -239,7 +239,7 @@ def log_memory(
     "device",
     rows,
     length,
-    sampling.num_samples,
+    sampling.num_return_sequences,
     sampling.max_new_tokens,
     each / 1e9,
   )
@@ -247,7 +247,7 @@ def log_memory(
   free = known.get("bytes_limit", each) - known.get("bytes_in_use", 0)
   if "bytes_limit" in known and each > free:
     raise InputError(
-      f"the keys and values of {rows} prompts x {sampling.num_samples} answers take "
+      f"the keys and values of {rows} prompts x {sampling.num_return_sequences} answers take "
       f"{each / 1e9:.1f} GB on each device, and {free / 1e9:.1f} GB are free; {mend}, or "
       "split over more devices"
     )

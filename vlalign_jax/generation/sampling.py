@@ -15,7 +15,7 @@ class Sampling:
 
   Attributes:
     max_new_tokens: the most tokens of an answer, its stop token included.
-    num_samples: answers for each prompt.
+    num_return_sequences: answers for each prompt.
     stop_tokens: ids that end an answer.
     repetition_penalty: above 1, logits of tokens seen in prompt or answer are divided by it where
       positive and multiplied where negative (Keskar et al. 2019, CTRL, 4.1).
@@ -30,7 +30,7 @@ class Sampling:
   """
 
   max_new_tokens: int
-  num_samples: int = 1
+  num_return_sequences: int = 1
   stop_tokens: tuple[int, ...] = ()
   repetition_penalty: float = 1.0
   min_new_tokens: int = 0
@@ -47,7 +47,7 @@ def check(sampling: Sampling, vocab_size: int) -> None:
   Raises:
     InputError: names the key of the config's `generation` group.
   """
-  positive = ("max_new_tokens", "num_samples", "repetition_penalty")
+  positive = ("max_new_tokens", "num_return_sequences", "repetition_penalty")
   for name in positive:
     if not getattr(sampling, name) > 0:
       raise InputError(f"generation.{name} is {getattr(sampling, name)}; give more than 0")
@@ -63,10 +63,11 @@ def check(sampling: Sampling, vocab_size: int) -> None:
     )
   if sampling.tempered and not sampling.temperature:
     raise InputError("generation.temperature is 0, which gives no tempered log-probabilities")
-  if sampling.temperature == 0 and sampling.num_samples > 1:
+  if sampling.temperature == 0 and sampling.num_return_sequences > 1:
     raise InputError(
-      f"generation.num_samples is {sampling.num_samples} with generation.temperature 0, which "
-      "gives equal answers; raise the temperature or ask for one sample"
+      f"generation.num_return_sequences is {sampling.num_return_sequences} with "
+      "generation.temperature 0, which"
+      " gives equal answers; raise the temperature or ask for one sample"
     )
   for name in ("stop_tokens", "suppress"):
     wrong = [token for token in getattr(sampling, name) if not 0 <= token < vocab_size]

@@ -1,7 +1,7 @@
 """Data checked as a run would read it, without a run: every record, every picture, what they make.
 
 Where training stops at the first bad record, this lists them all. It reads whole files, whatever
-data.samples and data.weights take of them.
+data.samples and data.repeats take of them.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class MeasureRecord:
       return MeasuredRecord(problem=str(error))
     if found.example is None:
       return MeasuredRecord(counts=found.counts)
-    tokens, learnt = len(found.example.tokens), int(found.example.weights.sum())
+    tokens, learnt = len(found.example.tokens), int(found.example.loss_mask.sum())
     return MeasuredRecord(tokens, learnt, found.counts, found.example.images)
 
 
@@ -164,6 +164,6 @@ def packing(config, report: Report) -> dict[str, float] | None:
     max_length=config.data.max_length,
     row_multiple=config.grad_accumulation,
     pack=config.data.pack,
-    max_images_per_row=config.data.max_images or None,
+    max_images_per_row=config.data.max_images,
   )
   return plan.statistics(planned) | {"row_length": int(planned.lengths.max())}

@@ -146,7 +146,7 @@ def load_records_of(kind: Kind, config) -> tuple[mixture.Mixture, tuple[Record, 
   data = config.data
   wanted = {"answers": kind.answers, "max_candidates": data.max_candidates}
   train = mixture.load_mixture(
-    data.train, data.images, data.samples, data.weights, config.seed, **wanted
+    data.train, data.images, data.samples, data.repeats, config.seed, **wanted
   )
   if data.eval:
     found = mixture.load_samples(
@@ -165,18 +165,19 @@ def load_records_of(kind: Kind, config) -> tuple[mixture.Mixture, tuple[Record, 
 def prepare_train(
   kind: Kind, config, source: Source, train: mixture.Mixture, row_multiple: int
 ) -> Prepared:
-  """Plans the whole run: every step of `config.steps`, or of `config.epochs`.
+  """Plans the whole run: every step of `config.max_steps`, or of `config.num_train_epochs`.
 
   Raises:
     InputError: there is nothing to learn.
   """
   load, measured = measure_records(kind, config, source, train.records, "data.train")
   usable = measured.lengths > 0
-  if not np.any(usable & (np.asarray(train.weights)[train.file_of] > 0)):
+  if not np.any(usable & (np.asarray(train.repeats)[train.file_of] > 0)):
     raise _nothing_fits(kind, config, "data.train")
-  epochs, examples, stream = config.epochs, 0, []
-  wanted = config.steps * config.batch_size if config.steps else None
-  while examples < wanted if config.steps else len(stream) < epochs:
+  epochs, examples, stream = config.num_train_epochs, 0, []
+  by_steps = config.max_steps > 0
+  wanted = config.max_steps * config.batch_size if by_steps else None
+  while examples < wanted if by_steps else len(stream) < epochs:
     order = mixture.epoch_order(train, len(stream), config.data.shuffle)
     order = order[usable[order]]
     stream.append(order)
@@ -259,7 +260,7 @@ def lay_out(
     measured.lengths,
     measured.images,
     row_multiple=row_multiple,
-    max_images_per_row=data.max_images or None,
+    max_images_per_row=data.max_images,
     **options,
   )
   statistics = plan.statistics(planned)

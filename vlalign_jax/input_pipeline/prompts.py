@@ -60,9 +60,9 @@ def encode_prompt(
     return EncodedPrompt(None)
   nothing = np.zeros(len(tokens), np.int32)
   positions = np.arange(len(tokens), dtype=np.int32)
-  weights = nothing.astype(np.float32)
+  loss_mask = nothing.astype(np.float32)
   return EncodedPrompt(
-    Example(tokens, positions, nothing, nothing, weights, record.images, record.where)
+    Example(tokens, positions, nothing, nothing, loss_mask, record.images, record.where)
   )
 
 

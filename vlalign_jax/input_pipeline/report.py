@@ -74,7 +74,7 @@ def render(load: LoadExample, number: int) -> str:
   example = load(number)
   if example is None:
     return f"(skipped: it lacks {load.kind.needs})"
-  learnt = np.concatenate([[False], example.weights[:-1] > 0])
+  learnt = np.concatenate([[False], example.loss_mask[:-1] > 0])
   if not len(example.answers):
     return _text(load, example.tokens, learnt)
   shared = example.tokens[: np.argmax(example.branches == 1) + 1]  # with the copy of its last

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 ESTIMATORS = ("gae", "rloo", "grpo")
 
 
-def penalise_missing_end(scores, ended, penalty: float):
+def penalize_missing_eos(scores, ended, penalty: float):
   """Scores, less by `penalty` where an answer was cut before its end token.
 
   Args:
@@ -27,17 +27,17 @@ def clip_scores(scores, clip: float | None):
   return scores if clip is None else jnp.clip(scores, -clip, clip)
 
 
-def place_scores(scores, kl, mask, *, kl_coefficient, clip: float | None = None):
+def place_scores(scores, kl, mask, *, kl_coef, clip: float | None = None):
   """Rewards of tokens: the penalty of each, and the answer's score at its last one.
 
-  r_t = -kl_coefficient kl_t, + clip(score) at the last token (Stiennon et al. 2020, section 3.4;
+  r_t = -kl_coef kl_t, + clip(score) at the last token (Stiennon et al. 2020, section 3.4;
   Ouyang et al. 2022, equation 2). Their sum over an answer is the reward that `rloo` compares.
 
   Args:
     scores: float32[N].
     kl: float32[N, M] of `kl.estimate`.
     mask: bool[N, M].
-    kl_coefficient: float or float32[].
+    kl_coef: float or float32[].
     clip: bound of the scores' size, or None.
 
   Returns:
@@ -45,7 +45,7 @@ def place_scores(scores, kl, mask, *, kl_coefficient, clip: float | None = None)
   """
   last = mask & ~_next(mask)
   scores = clip_scores(scores.astype(jnp.float32), clip)
-  rewards = -kl_coefficient * jnp.where(mask, kl, 0.0)
+  rewards = -kl_coef * jnp.where(mask, kl, 0.0)
   return rewards + jnp.where(last, scores[:, None], 0.0)
 
 

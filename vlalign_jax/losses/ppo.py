@@ -102,7 +102,7 @@ def average(values, mask, *, level: str = "token"):
   return jnp.sum(means), jnp.sum(tokens > 0).astype(jnp.float32)
 
 
-def objective(scores, shaped, kl, logps, mask, ended, *, kl_coefficient, first_coefficient):
+def objective(scores, shaped, kl, logps, mask, ended, *, kl_coef, first_coefficient):
   """What is reported of a rollout, under the names of TRL's PPOTrainer.
 
   Args:
@@ -113,7 +113,7 @@ def objective(scores, shaped, kl, logps, mask, ended, *, kl_coefficient, first_c
     logps: float32[N, M], log-probabilities of the sampled tokens.
     mask: bool[N, M].
     ended: bool[N], whether the end token is there.
-    kl_coefficient: float or float32[], of this rollout.
+    kl_coef: float or float32[], of this rollout.
     first_coefficient: the config's, which stays where an adaptive one moves.
 
   Returns:
@@ -133,7 +133,7 @@ def objective(scores, shaped, kl, logps, mask, ended, *, kl_coefficient, first_c
     "objective/entropy": (-jnp.sum(logps), count),
     "objective/scores": (jnp.sum(scores), count),
     "objective/shaped_scores": (jnp.sum(shaped), count),
-    "objective/non_score_reward": (jnp.sum(-kl_coefficient * kl_sums), count),
+    "objective/non_score_reward": (jnp.sum(-kl_coef * kl_sums), count),
     "objective/rlhf_reward": (jnp.sum(scores - first_coefficient * kl_sums), count),
     "val/num_eos_tokens": jnp.sum(real & ended).astype(jnp.float32),
   }

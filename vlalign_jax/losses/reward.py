@@ -5,11 +5,12 @@ import jax.numpy as jnp
 from vlalign_jax.losses import ranking
 
 
-def loss(scores, valid, *, margin=None, centring: float = 0.0):
+def loss(scores, valid, *, margin=None, center_rewards_coefficient: float = 0.0):
   """Sum over examples of the ranking's negative log-likelihood, and the number of examples.
 
-  See `ranking.plackett_luce`; two answers make Bradley-Terry. Centring adds, per example,
-  centring * (2 * mean of its scores)^2, which for two answers is centring * (s_0 + s_1)^2
+  See `ranking.plackett_luce`; two answers make Bradley-Terry. Centering adds, per example,
+  c * (2 * mean of its scores)^2 with c = center_rewards_coefficient; for two
+  answers c * (s_0 + s_1)^2
   (Eisenstein et al. 2023, equation 2; TRL's `center_rewards_coefficient`): it chooses, among scores
   that differ by a constant and rank alike, those around 0.
 
@@ -17,7 +18,7 @@ def loss(scores, valid, *, margin=None, centring: float = 0.0):
     scores: float[N, K] in the order of the ranking, best first.
     valid: bool[N, K], false where an example has fewer answers; these scores do not matter.
     margin: float32[N] or None, see `ranking.plackett_luce`.
-    centring: weight of the centring term.
+    center_rewards_coefficient: weight of the center_rewards_coefficient term.
 
   Returns:
     (float32[] sum, float32[] number of examples with at least two answers).
@@ -25,9 +26,9 @@ def loss(scores, valid, *, margin=None, centring: float = 0.0):
   scores = jnp.where(valid, scores, 0).astype(jnp.float32)
   ranked = ranking.is_ranked(valid)
   losses = ranking.plackett_luce(scores, ranking.ordered_pairs(valid), margin)
-  if centring:
+  if center_rewards_coefficient:
     mean = jnp.sum(scores, axis=1) / jnp.maximum(jnp.sum(valid, axis=1), 1)
-    losses += jnp.where(ranked, centring * (2 * mean) ** 2, 0.0)
+    losses += jnp.where(ranked, center_rewards_coefficient * (2 * mean) ** 2, 0.0)
   return jnp.sum(losses), jnp.sum(ranked).astype(jnp.float32)
 
 

@@ -14,15 +14,15 @@ def loss(hidden, kernel, rows, **chunking):
   Args:
     hidden: float[B, T, D] of the model.
     kernel: float[D, V] of the output head.
-    rows: dict with `targets` int32[B, T] and `weights` float32[B, T].
+    rows: dict with `targets` int32[B, T] and `loss_mask` float32[B, T].
     **chunking: shards, chunk, place and scatter of `head.cross_entropy_sum`.
 
   Returns:
     (float32[] sum, float32[] count); the step divides one by the other.
   """
-  targets, weights = rows["targets"], rows["weights"]
-  total = head.cross_entropy_sum(hidden, kernel, targets, weights, **chunking)
-  return total, jnp.sum(weights)
+  targets, loss_mask = rows["targets"], rows["loss_mask"]
+  total = head.cross_entropy_sum(hidden, kernel, targets, loss_mask, **chunking)
+  return total, jnp.sum(loss_mask)
 
 
 def evaluation(hidden, kernel, rows, *, max_segments: int, **chunking):
@@ -39,16 +39,16 @@ def evaluation(hidden, kernel, rows, *, max_segments: int, **chunking):
   Returns:
     Dict of float32[] sums: `loss`, `tokens`, `correct_tokens`, `examples`, `exact_examples`.
   """
-  weights = rows["weights"]
-  losses, correct = head.token_statistics(hidden, kernel, rows["targets"], weights, **chunking)
-  # Counts per example of a row: segment 0 is padding and has no weights.
+  loss_mask = rows["loss_mask"]
+  losses, correct = head.token_statistics(hidden, kernel, rows["targets"], loss_mask, **chunking)
+  # Counts per example of a row: segment 0 is padding and has no loss_mask.
   per_row = jax.vmap(lambda x, s: jax.ops.segment_sum(x, s, max_segments + 1))
-  learnt = per_row((weights != 0).astype(jnp.float32), rows["segments"])
+  learnt = per_row((loss_mask != 0).astype(jnp.float32), rows["segments"])
   right = per_row(correct.astype(jnp.float32), rows["segments"])
   return {
-    "loss": jnp.sum(losses * weights),
-    "tokens": jnp.sum(weights),
-    "correct_tokens": jnp.sum(correct * weights),
+    "loss": jnp.sum(losses * loss_mask),
+    "tokens": jnp.sum(loss_mask),
+    "correct_tokens": jnp.sum(correct * loss_mask),
     "examples": jnp.sum(learnt > 0).astype(jnp.float32),
     "exact_examples": jnp.sum((learnt > 0) & (learnt == right)).astype(jnp.float32),
   }

@@ -26,7 +26,7 @@ class LoraConfig:
     rank: of adapters on the language model's layers and the projector; 0: they have none.
     alpha: adapters count alpha / rank.
     dropout: share of an adapter's inputs that are dropped in training.
-    rank_stabilised: adapters count alpha / sqrt(rank) instead (Kalajdzievski 2023).
+    use_rslora: adapters count alpha / sqrt(rank) instead (Kalajdzievski 2023).
     targets: regular expression that is searched in the paths of linear maps, such as
       "language/layers/attention/query", "vision/layers/mlp/up" or "projector/first".
     vision_rank: of adapters on the vision tower's layers; 0: they have none.
@@ -35,7 +35,7 @@ class LoraConfig:
   rank: int
   alpha: float = 16.0
   dropout: float = 0.0
-  rank_stabilised: bool = False
+  use_rslora: bool = False
   targets: str = "/layers/"
   vision_rank: int = 0
 
@@ -47,7 +47,7 @@ class LoraConfig:
 
   def scale(self, rank: int) -> float:
     """What an adapter's product is multiplied by."""
-    return self.alpha / (rank**0.5 if self.rank_stabilised else rank)
+    return self.alpha / (rank**0.5 if self.use_rslora else rank)
 
 
 def from_group(group) -> LoraConfig | None:

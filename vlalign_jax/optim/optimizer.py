@@ -72,7 +72,7 @@ def make_optimizer(
   rates = learning_rates(optim, total_steps)
   groups = trees.map_paths(lambda path, _: group_of(path), params)
   mask = lambda tree: trees.map_paths(decays, tree)  # noqa: E731
-  clip = optax.clip_by_global_norm(optim.grad_clip) if optim.grad_clip else optax.identity()
+  clip = optax.clip_by_global_norm(optim.max_grad_norm) if optim.max_grad_norm else optax.identity()
   # One Adam for all, so that its state is one tree; only the step size differs by group.
   scale = optax.partition(
     {group: optax.scale_by_learning_rate(rate) for group, rate in rates.items()}, groups

@@ -6,16 +6,16 @@ import jax.numpy as jnp
 import optax
 
 
-def warmup_steps(warmup: float, total_steps: int) -> int:
-  """`optim.warmup` in steps: values up to 1 are a share of all steps."""
-  return math.ceil(warmup * total_steps) if warmup <= 1 else int(warmup)
+def warmup_steps(optim, total_steps: int) -> int:
+  """Returns how many steps warm up: `optim.warmup_steps`, or `optim.warmup_ratio` of all."""
+  return optim.warmup_steps or math.ceil(optim.warmup_ratio * total_steps)
 
 
 def make_schedule(optim, peak: float, total_steps: int) -> optax.Schedule:
   """Learning rate of the update number `count` (from 0).
 
   Args:
-    optim: the config's `optim` group: schedule, warmup, cycles, power.
+    optim: the config's `optim` group: schedule, warmup_ratio, warmup_steps, cycles, power.
     peak: the learning rate after warm-up.
     total_steps: updates of the whole run.
 
@@ -24,7 +24,7 @@ def make_schedule(optim, peak: float, total_steps: int) -> optax.Schedule:
     warm-up, then: `linear` and `polynomial` fall to 0 and 1e-7; `cosine` falls along half a wave;
     `cosine_with_restarts` does so `cycles` times.
   """
-  warmup = 0 if optim.schedule == "constant" else warmup_steps(optim.warmup, total_steps)
+  warmup = 0 if optim.schedule == "constant" else warmup_steps(optim, total_steps)
   decay_steps = max(1, total_steps - warmup)
   final = min(1e-7, peak)
 

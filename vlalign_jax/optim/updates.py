@@ -29,29 +29,41 @@ def check(config, params, updates: int, name: str = "this run") -> None:
   counts = np.arange(updates)
   highest = max((float(np.max(rates[group](counts))) for group in groups), default=0.0)
   rising = optim.schedule != "constant"
-  warmup = min(schedules.warmup_steps(optim.warmup, updates), updates) if rising else 0
-  more = f"give more records, raise epochs or steps, or lower batch_size ({config.batch_size})"
+  warmup = min(schedules.warmup_steps(optim, updates), updates) if rising else 0
+  more = (
+    "give more records, raise num_train_epochs or max_steps, or lower batch_size "
+    f"({config.batch_size})"
+  )
   if highest <= 0:
     if not any(float(np.max(rates[group](np.array([warmup])))) > 0 for group in groups):
       change = "give the learning rates of what is trained more than 0"
     else:
-      change = f"set optim.warmup=0, or {more}"
+      change = f"set {_warmup_key(optim)}=0, or {more}"
     raise InputError(
       f"{name} has {_number(updates)}, all with learning rate 0, of which {warmup} warm up from 0 "
-      f"(optim.warmup={optim.warmup}): its weights would not change; {change}"
+      f"({_warmup(optim)}): its weights would not change; {change}"
     )
   if updates < FEW:
     logging.warning("%s has only %s: it may learn little; %s", name, _number(updates), more)
   if warmup > updates / 2:
     logging.warning(
-      "warm-up takes %d of the %s of %s (optim.warmup=%s): most of them have a low learning rate; "
+      "warm-up takes %d of the %s of %s (%s): most of them have a low learning rate; "
       "lower it, or %s",
       warmup,
       _number(updates),
       name,
-      optim.warmup,
+      _warmup(optim),
       more,
     )
+
+
+def _warmup_key(optim) -> str:
+  """Returns the key that says how long the warm-up is."""
+  return "optim.warmup_steps" if optim.warmup_steps else "optim.warmup_ratio"
+
+
+def _warmup(optim) -> str:
+  return f"{_warmup_key(optim)}={optim.warmup_steps or optim.warmup_ratio}"
 
 
 def _number(updates: int) -> str:

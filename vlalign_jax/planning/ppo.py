@@ -43,7 +43,7 @@ class Rollout:
   @property
   def sizes(self) -> Sizes:
     config, ppo = self.config, self.config.ppo
-    N, M, L = ppo.num_samples, ppo.max_new_tokens, config.data.max_length
+    N, M, L = ppo.num_generations, ppo.max_new_tokens, config.data.max_length
     return Sizes(config.batch_size, L, config.data.max_images or 1, N, M, L + N * (M + 1))
 
   @property
@@ -94,7 +94,7 @@ def plan(config, topology: Topology) -> StepPlan:
     InputError: mesh, batch or models do not fit together.
   """
   mesh = meshes.make_mesh(config.mesh, topology.devices)
-  parts = config.ppo.minibatches * config.grad_accumulation
+  parts = config.ppo.num_mini_batches * config.grad_accumulation
   meshes.check_batch(config.batch_size, parts, config.data.pack, mesh)
   models = ppo_models.open_models(config)
   program = ppo_program.make_program(
@@ -146,8 +146,8 @@ def _summary(rollout: Rollout) -> Iterator[str]:
   ]
   yield f"stage ppo ({ppo.estimator}): {', '.join(stages)}, remat {config.model.remat}"
   yield (
-    f"sampled in {ppo.sample_parts} part{'s' * (ppo.sample_parts > 1)}; {ppo.epochs} x "
-    f"{ppo.minibatches} updates, micro-batches of each: {config.grad_accumulation}"
+    f"sampled in {ppo.sample_parts} part{'s' * (ppo.sample_parts > 1)}; {ppo.num_ppo_epochs} x "
+    f"{ppo.num_mini_batches} updates, micro-batches of each: {config.grad_accumulation}"
   )
   size = cache_bytes(rollout) / 2**30
   yield f"keys and values while sampling: {size:,.2f} GiB a device, among its temporaries"
@@ -163,7 +163,7 @@ def _assumptions(rollout: Rollout) -> Iterator[str]:
   if settings.critic_warmup:
     yield "the actor learns, too: updates of the critic alone take less"
   if settings.sft_weight:
-    yield f"each update also has {B // settings.minibatches} conversations of {L} tokens"
+    yield f"each update also has {B // settings.num_mini_batches} conversations of {L} tokens"
   if settings.reward_function:
     yield "the reward function's own time is not counted"
 
@@ -180,7 +180,7 @@ def _programs(rollout: Rollout) -> Iterator[StepProgram]:
     trips = train_step.trips(rollout.mesh, length, head_tokens, decoded)
     return StepProgram(name, times, trips, lower)
 
-  scored = config.ppo.minibatches * config.grad_accumulation  # in so many parts
+  scored = config.ppo.num_mini_batches * config.grad_accumulation  # in so many parts
   prompts = rollout.batch(length=L)
   if rollout.shares:
     seen = {name: x for name, x in prompts.items() if name != "vision_features"}
@@ -199,8 +199,8 @@ def _programs(rollout: Rollout) -> Iterator[StepProgram]:
     critic = program.state.critic.params, program.critic.frozen
     lower = lambda: program.values.lower(critic, rollout.batch("critic"), shape)  # noqa: E731
     yield one("values", lower, parts=scored)
-  rows = B // config.ppo.minibatches
-  times = config.ppo.epochs * config.ppo.minibatches
+  rows = B // config.ppo.num_mini_batches
+  times = config.ppo.num_ppo_epochs * config.ppo.num_mini_batches
   lower = functools.partial(_lower_update, rollout, rows)
   yield one("update", lower, rows=rows, parts=config.grad_accumulation, times=times)
 

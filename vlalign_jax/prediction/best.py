@@ -22,7 +22,7 @@ def reward_config(config: ConfigDict) -> ConfigDict:
   c = config.copy_and_resolve_references()
   c.data.template = models.trained_template(c.reward_model) or c.data.template
   c.data.max_length = 2 * (c.data.max_length + c.generation.max_new_tokens)
-  c.data.max_images = 0
+  c.data.max_images = None
   c.data.blank_images = False
   return c
 

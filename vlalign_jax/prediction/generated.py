@@ -44,7 +44,7 @@ def generate(
     InputError: see `generate_answers`.
   """
   path = os.path.join(workdir, directory.PREDICTIONS)
-  lines = finished(directory.read_lines(path), sampling.num_samples)
+  lines = finished(directory.read_lines(path), sampling.num_return_sequences)
   directory.write_lines(path, lines)
   done = {line["record"] for line in lines}
   if done:
@@ -53,7 +53,7 @@ def generate(
   if missing:
     options = {"gather": config.generation.gather, "done": done}
     answers = generate_answers(config, source, load()[1], records, sampling, mesh, **options)
-    total = len(missing) * sampling.num_samples
+    total = len(missing) * sampling.num_return_sequences
     with directory.appended(path) as add:
       for answer in progress.shown(answers, "generate", total):
         lines.append(_line(answer, records[answer.record]))

@@ -135,7 +135,7 @@ def _read(rows, values, scores: bool) -> Iterator[tuple[int, int, dict]]:
       yield unit, int(k), {"reward": directory.number(values[b, s, k])}
       continue
     branch = (rows["segments"][b] == s + 1) & (rows["branches"][b] == k + 1)
-    found = values[b][branch & (rows["weights"][b] != 0)]
+    found = values[b][branch & (rows["loss_mask"][b] != 0)]
     total = found.sum(dtype=np.float64)
     yield (
       unit,

@@ -15,7 +15,13 @@ GENERATE, LOG_PROBABILITIES, REWARD = "generate", "logprobs", "reward"
 MODES = (GENERATE, LOG_PROBABILITIES, REWARD)
 # What a line says of a given answer.
 KEYS = {LOG_PROBABILITIES: "logprob", REWARD: "reward"}
-_NAMES = ("max_new_tokens", "num_samples", "repetition_penalty", "min_new_tokens", "temperature")
+_NAMES = (
+  "max_new_tokens",
+  "num_return_sequences",
+  "repetition_penalty",
+  "min_new_tokens",
+  "temperature",
+)
 
 
 def defaults() -> ConfigDict:
@@ -36,7 +42,7 @@ def defaults() -> ConfigDict:
 
   c.generation = ConfigDict()
   c.generation.max_new_tokens = 256
-  c.generation.num_samples = 1  # answers to each record; best-of-n with a reward model
+  c.generation.num_return_sequences = 1  # answers to each record; best-of-n with a reward model
   c.generation.temperature = 0.0  # 0: always the likeliest token
   c.generation.top_k = 0  # 0: all
   c.generation.top_p = 1.0
@@ -80,7 +86,7 @@ def check(config: ConfigDict) -> None:
     "batch_size": 1,
     "gallery": 0,
     "data.max_length": 2,
-    "data.max_images": 0,
+    "data.max_images": 1,
     "data.workers": 0,
   }
   configs.check_choices(config, choices)

@@ -23,7 +23,7 @@ def prepare_train(config, source: Source, records, row_multiple: int) -> prepare
   if warmup >= steps:
     raise InputError(
       f"config.ppo.critic_warmup is {warmup}, and the run has {steps} steps: its actor would never "
-      "learn; lower it, or raise epochs or steps"
+      "learn; lower it, or raise num_train_epochs or max_steps"
     )
   return prepared
 
@@ -37,7 +37,7 @@ def sampling_of(settings, model: ModelConfig, stop_tokens: tuple[int, ...]) -> S
   """As `make_sampling`, of the config's `ppo` group and an architecture alone."""
   return Sampling(
     max_new_tokens=settings.max_new_tokens,
-    num_samples=settings.num_samples,
+    num_return_sequences=settings.num_generations,
     stop_tokens=stop_tokens,
     min_new_tokens=settings.min_new_tokens,
     suppress=(model.image_token_id,),

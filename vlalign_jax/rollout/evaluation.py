@@ -58,7 +58,7 @@ def make_evaluate(roles: collect.Roles, prepared: Prepared | None, records) -> C
       "objective/scores": score,
       "objective/scores_std": float(np.std(scores)),
       "objective/kl": divergence,
-      "objective/rlhf_reward": score - config.ppo.kl_coefficient * divergence,
+      "objective/rlhf_reward": score - config.ppo.kl_coef * divergence,
       "answers": len(scores),
       "answer_tokens": float(np.mean(tokens)),
       "ended": float(np.mean(ended)),

@@ -31,11 +31,11 @@ class Learner:
   """What a run carries from rollout to rollout beside its State; goes through JSON.
 
   Attributes:
-    kl_coefficient: of the next rollout.
+    kl_coef: of the next rollout.
     queue: None: scores are not normalised.
   """
 
-  kl_coefficient: float
+  kl_coef: float
   queue: ScoreQueue | None
 
   @classmethod
@@ -45,12 +45,12 @@ class Learner:
     queue = None
     if settings.score_queue:
       queue = ScoreQueue(settings.score_queue, settings.score_scale, kept.get("scores", ()))
-    return cls(kept.get("kl_coefficient", settings.kl_coefficient), queue)
+    return cls(kept.get("kl_coef", settings.kl_coef), queue)
 
   def progress(self) -> dict:
     """What `make` goes on from."""
     scores = [] if self.queue is None else self.queue.scores.tolist()
-    return {"kl_coefficient": self.kl_coefficient, "scores": scores}
+    return {"kl_coef": self.kl_coef, "scores": scores}
 
 
 def make_train_step(
@@ -87,14 +87,14 @@ def make_train_step(
     learnt = order[rollout.valid[order].any(axis=1)]
     with_policy = step >= settings.critic_warmup
     state, logged = _update(
-      roles, state, rows, learnt, learner.kl_coefficient, step, mixed if with_policy else None
+      roles, state, rows, learnt, learner.kl_coef, step, mixed if with_policy else None
     )
     found, logged = jax.device_get((found, logged))
     metrics = _summary(logged) | sums.quotients(found) | _spread(rollout)
-    metrics["objective/kl_coefficient"] = learner.kl_coefficient
+    metrics["objective/kl_coef"] = learner.kl_coef
     if with_policy:  # before, it is at the reference
-      learner.kl_coefficient = kl.next_coefficient(
-        learner.kl_coefficient,
+      learner.kl_coef = kl.next_coefficient(
+        learner.kl_coef,
         float(hosts.of_first(metrics["objective/kl"])),
         int(found["objective/kl"][1]),
         target=settings.kl_target or None,
@@ -128,7 +128,7 @@ def _learn_from(roles: collect.Roles, state: State, rollout: collect.Rollout, or
     values,
     rollout.lengths,
     rollout.ended,
-    np.float32(learner.kl_coefficient),
+    np.float32(learner.kl_coef),
   )
 
 
@@ -177,7 +177,7 @@ def _update(
   state: State,
   rows: dict,
   learnt: np.ndarray,
-  kl_coefficient: float,
+  kl_coef: float,
   step: int,
   mixed: Stream | None,
 ):
@@ -187,15 +187,15 @@ def _update(
     roles, state: of the run.
     rows: of the rollout, with `learn_from`'s fields.
     learnt: int[R], rows with an answer that counts, in the order of their records.
-    kl_coefficient: of the rollout.
+    kl_coef: of the rollout.
     step: rollouts before this one.
     mixed: what the actor also learns from, if it does.
   """
   config, settings, logged = roles.config, roles.config.ppo, []
   with_policy = step >= settings.critic_warmup
-  for epoch in range(settings.epochs):
+  for epoch in range(settings.num_ppo_epochs):
     shuffled = np.random.default_rng([config.seed, step, epoch]).permutation(learnt)
-    parts = mini_batches(shuffled, len(rows["tokens"]), settings.minibatches)
+    parts = mini_batches(shuffled, len(rows["tokens"]), settings.num_mini_batches)
     for index in parts:
       state, found = roles.program.update_step(
         state,
@@ -203,7 +203,7 @@ def _update(
         roles.critic_frozen,
         rows,
         index,
-        np.float32(kl_coefficient),
+        np.float32(kl_coef),
         mixed.take() if mixed else None,
         with_policy=with_policy,
         same_tower=roles.same_tower_critic,

@@ -37,10 +37,10 @@ def prepare(config, source: Source, mesh: Mesh, steps: int) -> Prepared | None:
   if not settings.sft_weight:
     return None
   own = config.copy_and_resolve_references()
-  own.data.update({"train": settings.sft_data, "samples": "", "weights": "", "pack": True})
+  own.data.update({"train": settings.sft_data, "samples": "", "repeats": "", "pack": True})
   own.data.update({"eval": "", "eval_samples": "", "eval_fraction": 0.0})
-  own.batch_size = config.batch_size // settings.minibatches
-  own.steps = rollouts * settings.epochs * settings.minibatches
+  own.batch_size = config.batch_size // settings.num_mini_batches
+  own.max_steps = rollouts * settings.num_ppo_epochs * settings.num_mini_batches
   records, _ = sft.load_records_of(own)
   multiple = meshes.row_blocks(mesh) * config.grad_accumulation
   found = sft.prepare_train(own, source, records, multiple)

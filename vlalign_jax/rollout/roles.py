@@ -154,7 +154,12 @@ def find_scorers(config: ConfigDict, sources: Sources, records):
   logging.info("the reward model reads answers as text, in its own tokens (%s)", template)
   images = max((len(set(record.images)) for record in records), default=0)
   reader = TextReader(
-    reward, template, config.data.images, images, config.ppo.num_samples, config.ppo.blank_images
+    reward,
+    template,
+    config.data.images,
+    images,
+    config.ppo.num_generations,
+    config.ppo.blank_images,
   )
   reader.check()
   return reader, function

@@ -29,22 +29,27 @@ NEWEST, BEST = "newest", "best"
 
 
 def open_checkpoints(
-  workdir: str, keep: int, keep_best: int = 0, best_metric: str = "eval/loss"
+  workdir: str,
+  save_total_limit: int,
+  save_best_limit: int = 0,
+  metric_for_best_model: str = "eval/loss",
 ) -> ocp.CheckpointManager:
   """The run's checkpoints; leftovers of a killed save go.
 
   Args:
     workdir: the run directory.
-    keep: how many of the newest stay.
-    keep_best: how many of the best stay, besides.
-    best_metric: what makes the best, see `preservation.HIGHER_IS_BETTER`.
+    save_total_limit: how many of the newest stay.
+    save_best_limit: how many of the best stay, besides.
+    metric_for_best_model: what makes the best, see `preservation.HIGHER_IS_BETTER`.
   """
   directory = epath.Path(storage.absolute(workdir)) / DIRECTORY
   return ocp.CheckpointManager(
     directory,
     item_names=("params", "optimizer", "progress"),
     options=ocp.CheckpointManagerOptions(
-      preservation_policy=preservation.NewestAndBest(directory, keep, keep_best, best_metric),
+      preservation_policy=preservation.NewestAndBest(
+        directory, save_total_limit, save_best_limit, metric_for_best_model
+      ),
       cleanup_tmp_directories=True,
       enable_async_checkpointing=True,
     ),
@@ -186,7 +191,7 @@ def find_step(workdir: str, which: str, metric: str) -> int:
     if not best:
       raise InputError(
         f"{workdir}: none of the checkpoints {steps} was saved with {metric}; name one of them, "
-        f"such as {workdir}/{DIRECTORY}/{steps[-1]} (config.keep_best keeps the best ones)"
+        f"such as {workdir}/{DIRECTORY}/{steps[-1]} (config.save_best_limit keeps the best ones)"
       )
     return best[0]
   if not which.isdigit() or int(which) not in steps:

@@ -69,7 +69,7 @@ def answer_rows(prompts, tokens, lengths):
     "segments": row("segments", 0, there.astype(jnp.int32)),
     "branches": jnp.broadcast_to(jnp.pad(numbers, (L, 0)), (B, L + N * (M + 1))),
     "targets": behind(targets),
-    "weights": behind(learnt).astype(jnp.float32),
+    "loss_mask": behind(learnt).astype(jnp.float32),
     "image_slots": row("image_slots", -1, jnp.full((1, 1, 1), -1, jnp.int32)),
     **{name: prompts[name] for name in ("images", "vision_features") if name in prompts},
   }

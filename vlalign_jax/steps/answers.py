@@ -52,7 +52,7 @@ def per_answer(values, rows):
 
 def lengths(rows):
   """float32[B, S, K], tokens of each answer, its end included."""
-  return per_answer((rows["weights"] != 0).astype(jnp.float32), rows)
+  return per_answer((rows["loss_mask"] != 0).astype(jnp.float32), rows)
 
 
 def token_log_probabilities(
@@ -64,7 +64,7 @@ def token_log_probabilities(
   temperature: float = 1.0,
   support: Support | None = None,
 ):
-  """float32[B, T], of each answer's tokens, where `weights` is not 0; else 0.
+  """float32[B, T], of each answer's tokens, where `loss_mask` is not 0; else 0.
 
   Args:
     model: a VisionLanguageModel with a language head.
@@ -78,7 +78,7 @@ def token_log_probabilities(
     tempered(model(rows), temperature),
     model.head_kernel(),
     rows["targets"],
-    rows["weights"],
+    rows["loss_mask"],
     scatter=functools.partial(meshes.scatter_head_gradient, mesh=mesh),
     support=support,
     **sft.chunking(mesh, chunk),

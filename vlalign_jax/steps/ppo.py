@@ -123,7 +123,7 @@ def make_policy_loss(
   graphdef,
   settings,
   sampling: Sampling,
-  kl_coefficient,
+  kl_coef,
   mesh: Mesh | None,
   chunk: int,
 ):
@@ -133,7 +133,7 @@ def make_policy_loss(
     graphdef: of the actor.
     settings: the config's `ppo` group.
     sampling: what the answers were sampled with.
-    kl_coefficient: float32[], of the penalty that grpo has in its loss.
+    kl_coef: float32[], of the penalty that grpo has in its loss.
   """
   del counts, key
   level = settings.loss_level
@@ -148,7 +148,7 @@ def make_policy_loss(
         answers.tempered(model(as_read(rows, shape[0])), sampling.temperature),
         model.head_kernel(),
         rows["targets"],
-        rows["weights"],
+        rows["loss_mask"],
         scatter=functools.partial(meshes.scatter_head_gradient, mesh=mesh),
         support=support(rows, shape, sampling, model.config.language.vocab_size),
         **sft.chunking(mesh, chunk),
@@ -157,14 +157,12 @@ def make_policy_loss(
     old, reference, advantages, mask = _flat(
       rows, "old_log_probabilities", "reference_log_probabilities", "advantages", "mask"
     )
-    clip = settings.clip or jnp.inf
+    clip = settings.cliprange or jnp.inf
     (total, _), found = losses.policy_loss(logps, old, advantages, mask, clip=clip, level=level)
-    if settings.entropy_coefficient:
-      total -= settings.entropy_coefficient * losses.average(entropies, mask, level=level)[0]
+    if settings.entropy_coef:
+      total -= settings.entropy_coef * losses.average(entropies, mask, level=level)[0]
     if settings.estimator == GRPO:
-      total += (
-        kl_coefficient * losses.average(kl.estimate(logps, reference, "k3"), mask, level=level)[0]
-      )
+      total += kl_coef * losses.average(kl.estimate(logps, reference, "k3"), mask, level=level)[0]
     return total, found | {
       "policy/entropy_avg": losses.average(entropies, mask),
       "val/sampler_gap": losses.average(jnp.abs(logps - old), mask),
@@ -183,7 +181,7 @@ def make_value_loss(frozen, counts, key, *, graphdef, settings):
     model = nnx.merge(graphdef, trees.merge(params, frozen))
     found = values(model, rows, shape).reshape(-1, shape[1])
     arrays = _flat(rows, "old_values", "returns", "mask")
-    (total, _), found = losses.value_loss(found, *arrays, clip=settings.value_clip or jnp.inf)
+    (total, _), found = losses.value_loss(found, *arrays, clip=settings.cliprange_value or jnp.inf)
     return total, found
 
   return loss
@@ -213,7 +211,7 @@ def update_step(
   critic_frozen,
   rows,
   index,
-  kl_coefficient,
+  kl_coef,
   sft_rows=None,
   *,
   actor,
@@ -232,7 +230,7 @@ def update_step(
     critic_frozen: the critic's.
     rows: of a whole rollout of B prompts, with the fields of this file's first lines.
     index: int32[b], the rows of the mini-batch.
-    kl_coefficient: float32[].
+    kl_coef: float32[].
     sft_rows: of `mixed_loss`; None: nothing is mixed in.
     actor, critic: program.Learner; critic may be None.
     config: of the run.
@@ -281,9 +279,7 @@ def update_step(
       actor_of(state),
       frozen,
       rows,
-      make_loss=functools.partial(
-        make_policy_loss, kl_coefficient=kl_coefficient, sampling=sampling, **options
-      ),
+      make_loss=functools.partial(make_policy_loss, kl_coef=kl_coef, sampling=sampling, **options),
       count=functools.partial(count, level=config.ppo.loss_level),
       mixed=None if sft_rows is None else mixed_loss(sft_rows, **options),
       **common,

@@ -55,7 +55,7 @@ class Program:
     values: (the critic's trained and frozen parameters, rows, shape) -> float32[B, N, M].
     scores: (the reward model's parameters, rows with `answers` [B, 1, N]) -> float32[B, N].
     learn_from: see `steps.rollout`.
-    update_step: (state, frozen, the critic's frozen, rows, index, kl_coefficient, sft_rows,
+    update_step: (state, frozen, the critic's frozen, rows, index, kl_coef, sft_rows,
       with_policy, same_tower).
     finish: State -> State, with one more rollout learnt from; the state is given up.
   """
@@ -98,7 +98,7 @@ def make_program(
     pad_id: what stands behind an answer's end.
   """
   settings = config.ppo
-  parts = settings.minibatches * config.grad_accumulation
+  parts = settings.num_mini_batches * config.grad_accumulation
   own = of_actor(config)
   actor = program.make_learner(own, model, mesh, actor_updates(config, steps), keep_initial=True)
   critic = critic_model and program.make_learner(
@@ -146,7 +146,7 @@ def make_program(
 
   @functools.cache
   def check_memory(rows, length):
-    mend = "raise ppo.sample_parts, or lower batch_size, ppo.num_samples or ppo.max_new_tokens"
+    mend = "raise ppo.sample_parts, or lower batch_size, ppo.num_generations or ppo.max_new_tokens"
     rows //= settings.sample_parts
     return log_memory(model, sampling, rows, length, config.model.dtype, mesh, mend)
 
@@ -188,12 +188,14 @@ def make_program(
 def actor_updates(config, steps: int) -> int:
   """Updates of the actor in so many rollouts; ppo.stop_kl may leave some out."""
   settings = config.ppo
-  return max(1, steps - settings.critic_warmup) * settings.epochs * settings.minibatches
+  return (
+    max(1, steps - settings.critic_warmup) * settings.num_ppo_epochs * settings.num_mini_batches
+  )
 
 
 def critic_updates(config, steps: int) -> int:
   """Updates of the critic in so many rollouts."""
-  return steps * config.ppo.epochs * config.ppo.minibatches
+  return steps * config.ppo.num_ppo_epochs * config.ppo.num_mini_batches
 
 
 def check_updates(config, program: Program, steps: int) -> None:

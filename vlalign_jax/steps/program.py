@@ -206,7 +206,7 @@ def abstract_rows(
   size = model.vision.image_size
   shapes = {
     **dict.fromkeys(names, ((rows, length), jnp.int32)),
-    "weights": ((rows, length), jnp.float32),
+    "loss_mask": ((rows, length), jnp.float32),
     "images": ((rows, images, size, size, 3), jnp.uint8),
   }
   sharding = meshes.batch_sharding(mesh)

@@ -20,7 +20,9 @@ def _loss(found, rows, settings):
   """(sum, count) of the config's loss, and what is reported, of scores float32[B, S, K]."""
   found, valid = answers.flat(found), answers.flat(answers.valid(rows))
   margin = jnp.full(len(found), settings.margin) if settings.margin else None
-  total = reward.loss(found, valid, margin=margin, centring=settings.centring)
+  total = reward.loss(
+    found, valid, margin=margin, center_rewards_coefficient=settings.center_rewards_coefficient
+  )
   return total, reward.metrics(found, valid) | reward.extremes(found, valid)
 
 

@@ -8,7 +8,7 @@ from vlalign_jax.losses import ppo as losses
 
 
 def learn_from(
-  scores, normalised, logps, reference, drawn, values, lengths, ended, kl_coefficient, *, settings
+  scores, normalised, logps, reference, drawn, values, lengths, ended, kl_coef, *, settings
 ) -> tuple[dict, dict]:
   """Advantages of a rollout's tokens, and what is reported of it.
 
@@ -23,7 +23,7 @@ def learn_from(
     values: float32[B, N, M] of the critic; None: there is none.
     lengths: int32[B, N], tokens of each answer; 0 where there is none.
     ended: bool[B, N], whether it has its end token.
-    kl_coefficient: float32[].
+    kl_coef: float32[].
     settings: the config's `ppo` group.
 
   Returns:
@@ -35,7 +35,7 @@ def learn_from(
   flat = mask.reshape(-1, M)
   logps, reference, drawn = (jnp.where(mask, x, 0.0) for x in (logps, reference, drawn))
   kl = penalties.estimate(logps, reference, settings.kl_estimator).reshape(-1, M)
-  placed = estimators.penalise_missing_end(normalised, ended, settings.missing_end_penalty)
+  placed = estimators.penalize_missing_eos(normalised, ended, settings.missing_eos_penalty)
   placed = jnp.where(valid, placed, 0.0).reshape(-1)
   clip = settings.score_clip or None
   fields = {
@@ -43,7 +43,7 @@ def learn_from(
     "reference_log_probabilities": reference,
     "mask": mask,
   }
-  options = {"kl_coefficient": kl_coefficient, "clip": clip}
+  options = {"kl_coef": kl_coef, "clip": clip}
   found = losses.objective(
     scores.reshape(-1),
     estimators.clip_scores(placed, clip),
@@ -51,8 +51,8 @@ def learn_from(
     logps.reshape(-1, M),
     flat,
     ended.reshape(-1),
-    kl_coefficient=kl_coefficient,
-    first_coefficient=settings.kl_coefficient,
+    kl_coef=kl_coef,
+    first_coefficient=settings.kl_coef,
   )
   rewards = estimators.place_scores(placed, kl, flat, **options)
   if settings.estimator == "gae":

@@ -23,7 +23,7 @@ def chunking(mesh: Mesh | None, chunk: int) -> dict:
 
 def count(rows):
   """What the loss of a step is divided by: learnt tokens."""
-  return {"loss": jnp.sum(rows["weights"])}
+  return {"loss": jnp.sum(rows["loss_mask"])}
 
 
 def make_loss(frozen, counts, key, *, graphdef, mesh: Mesh | None = None, chunk: int = 128):

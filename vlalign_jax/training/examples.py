@@ -29,7 +29,7 @@ def page(prepared: Prepared) -> str:
     example, record = load(number), load.records[number]
     root = load.data["images"] or os.path.dirname(record.file)
     pictures = html.pictures(root, record.images[: len(example.images)])
-    size = f"{len(example.tokens)} tokens, {int(example.weights.sum())} learnt"
+    size = f"{len(example.tokens)} tokens, {int(example.loss_mask.sum())} learnt"
     texts = [
       f"<p>{_marked(parts)}</p>"
       for parts in parts_of(example, load.tokenizer, load.image_token_id, load.tokens_per_image)
@@ -52,7 +52,7 @@ def parts_of(
   Yields:
     Consecutive pieces of a text, each with whether it is learnt.
   """
-  learnt = np.append(False, example.weights[:-1] > 0)
+  learnt = np.append(False, example.loss_mask[:-1] > 0)
   texts = [example.branches == 0]
   if len(example.answers):  # each begins with a copy of the prompt's last token
     firsts = np.flatnonzero(np.diff(example.branches, prepend=0))

@@ -73,7 +73,7 @@ def run(
   """Trains from the state's step to `total_steps`.
 
   Args:
-    config: its log_every, eval_every, save_every, keep_best; all of it goes into checkpoints.
+    config: its log_every, eval_every, save_every, save_best_limit; all of it goes into checkpoints.
     workdir: the run directory.
     stage: see `Stage`.
     state: where to begin.
@@ -186,7 +186,7 @@ def run(
         evaluate(step)
       due = config.save_every and step % config.save_every == 0
       # The best checkpoint can only be one that was saved when it was evaluated.
-      if (due or (config.keep_best and step in measured)) and step < total_steps:
+      if (due or (config.save_best_limit and step in measured)) and step < total_steps:
         save(step)
         saved = step
       if stops():

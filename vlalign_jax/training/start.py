@@ -37,7 +37,7 @@ def open_run(
   configs.check(config, stage)
   source.absolute_paths(config)
   mesh = meshes.make_mesh(config.mesh, devices)
-  parts = config.grad_accumulation * (config.ppo.minibatches if stage == "ppo" else 1)
+  parts = config.grad_accumulation * (config.ppo.num_mini_batches if stage == "ppo" else 1)
   meshes.check_batch(config.batch_size, parts, config.data.pack, mesh)
   hosts.check_same("the config", f"{workdir} {config.to_json()}", "give all hosts the same command")
   resumes = run_directory.open_run(workdir, config)
@@ -83,7 +83,9 @@ def restore_or_load(
   Raises:
     InputError: the checkpoint is of another config or of other data.
   """
-  manager = checkpoints.open_checkpoints(workdir, config.keep, config.keep_best, config.best_metric)
+  manager = checkpoints.open_checkpoints(
+    workdir, config.save_total_limit, config.save_best_limit, config.metric_for_best_model
+  )
   restored = checkpoints.restore_newest(manager, program.state)
   if restored is None:
     if jax.process_index() == 0:

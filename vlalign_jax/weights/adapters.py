@@ -127,7 +127,7 @@ def _compare(found: dict, own: dict, where: str) -> None:
       wrong.append(f"{path}: rank {rank} there, {own[path][0]} by lora.rank or lora.vision_rank")
     elif abs(scale / own[path][1] - 1) > 1e-6:
       wrong.append(
-        f"{path}: counts {scale:g} there, {own[path][1]:g} by lora.alpha and lora.rank_stabilised"
+        f"{path}: counts {scale:g} there, {own[path][1]:g} by lora.alpha and lora.use_rslora"
       )
   if wrong:
     raise InputError(
@@ -143,7 +143,7 @@ def _open_run(directory: str, which: str, shapes):
     raise InputError(
       f"lora.init_from={directory} is a run without adapters; name it as model.init_from"
     )
-  step = checkpoints.find_step(directory, which, config.best_metric)
+  step = checkpoints.find_step(directory, which, config.metric_for_best_model)
   trained = checkpoints.trained_paths(directory, step)
   places = [path.removesuffix("/lora_a") for path in trained if path.endswith("/lora_a")]
   found = {path: (ranks.rank_of(path), ranks.scale(ranks.rank_of(path))) for path in places}

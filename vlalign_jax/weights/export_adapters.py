@@ -149,7 +149,7 @@ def _adapter_config(config: ModelConfig, adapted, whole, base: str | None, tower
     "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
     "alpha_pattern": {},
     "lora_dropout": ranks.dropout,
-    "use_rslora": ranks.rank_stabilised,
+    "use_rslora": ranks.use_rslora,
     "target_modules": "|".join(targets),
     "modules_to_save": sorted(modules) or None,
     "bias": "none",

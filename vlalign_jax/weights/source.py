@@ -205,7 +205,7 @@ def _open_run(directory: str, which: str, aspect: str) -> Source:
   files = storage.local(f"{directory}/model")
   tokenizer = load_tokenizer(files)
   ends = end_tokens(config["data"]["template"], tokenizer)
-  step = checkpoints.find_step(directory, which, config["best_metric"])
+  step = checkpoints.find_step(directory, which, config["metric_for_best_model"])
   return dataclasses.replace(
     base,
     tokenizer=tokenizer,
