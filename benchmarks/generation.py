@@ -151,7 +151,7 @@ def our_side(directory: str, size: str):
   parts = hf_config.parts_of(hf_config.read_config(directory), directory)
   image_token = SIZES[size][1][-1] - 1
   config = vlm.ModelConfig(*parts, image_token, MEAN, STD)
-  opened = source.Source(
+  opened = source.ModelSource(
     config=config,
     hf=None,
     generation=None,

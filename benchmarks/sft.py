@@ -159,7 +159,7 @@ def our_steps(directory: str, load: str, batch: int):
   vision, projector, language = hf_config.parts_of(hf_config.read_config(directory), directory)
   mean, std = normalisation()
   config = vlm.ModelConfig(vision, projector, language, IMAGE_TOKEN, mean, std)
-  opened = source.Source(
+  opened = source.ModelSource(
     config=config,
     hf=None,
     generation=None,

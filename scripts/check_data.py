@@ -19,8 +19,8 @@ from vlalign_jax.weights import source
 def check_data(c, show: int = 0) -> list[check.Report]:
   """Checks what a config names; prints the findings."""
   stage = "sft" if c is None else c.get("stage")
-  if stage not in check.KINDS:
-    stages = ", ".join(check.KINDS)
+  if stage not in check.TASKS:
+    stages = ", ".join(check.TASKS)
     raise InputError(f"this is a config of the stage {stage!r}; give one of {stages}")
   config.check(c, stage)
   model_source = source.open_source(c.model, c.data.image_aspect)

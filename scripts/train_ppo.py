@@ -21,7 +21,7 @@ def train_and_evaluate(c, workdir: str) -> None:
   # --- What is asked for, checked before anything is computed ---
   mesh, actor = start.open_run(c, workdir, "ppo")
   sources = roles.open_sources(c, workdir, actor)
-  records, eval_records = data.load_records_of(c)
+  records, eval_records = data.load_records(c)
   score = roles.find_scorers(c, sources, (*records.records, *eval_records))
 
   # --- Data: which prompt is in which row at which step is decided here, for the whole run ---

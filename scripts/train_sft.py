@@ -22,7 +22,7 @@ def train_and_evaluate(c, workdir: str) -> None:
   """Trains by a config into a run directory, or goes on with the run that is there."""
   # --- What is asked for, checked before anything is computed ---
   mesh, source = start.open_run(c, workdir, "sft")
-  records, eval_records = data.load_records_of(c)
+  records, eval_records = data.load_records(c)
 
   # --- Data: which record is in which row at which step is decided here, for the whole run ---
   blocks = meshes.row_blocks(mesh)

@@ -35,7 +35,7 @@ def model_group(**keys) -> ConfigDict:
   return model
 
 
-def load_all(opened: source.Source, seed: int = 0, **options):
+def load_all(opened: source.ModelSource, seed: int = 0, **options):
   """(graphdef, params on one device) of a source; options as for `vlm.abstract_params`."""
   graphdef, abstract = vlm.abstract_params(opened.config, **options)
   place = meshes.replicated(meshes.make_mesh(defaults("sft").mesh, jax.devices()[:1]))

@@ -117,7 +117,7 @@ def ppo(settings):
   yield line
   (fields, _), line = part(
     "advantages",
-    lambda: program.learn_from(
+    lambda: program.compute_advantages(
       scores,
       scores,
       answers.log_probabilities,

@@ -104,7 +104,7 @@ def test_too_long_records_are_counted(model, records, tmp_path, caplog):
   records[3]["conversations"][2]["value"] += " and" * 300
   path = sft_run.write_json(tmp_path / "data" / "train.json", records)
   config = sft_run.make_config(model, path)
-  found, _ = data.load_records_of(config)
+  found, _ = data.load_records(config)
   with caplog.at_level("INFO", logger="absl"):
     prepared = data.prepare_train(config, source.open_source(config.model), found, 1)
   assert prepared.records == 23

@@ -79,7 +79,7 @@ def test_evaluation_files_are_sampled_alike(files):
 def test_a_config_samples_both_kinds_of_files(files):
   config = defaults("sft")
   config.data.update(train=files, samples="1,2", eval=files, eval_samples="3,0")
-  train, evaluation = sft.load_records_of(config)
+  train, evaluation = sft.load_records(config)
   assert [name[0] for name in ids(train.records)] == ["a", "b", "b"]
   assert [name[0] for name in ids(evaluation)] == ["a"] * 3 + ["b"] * 5
 
@@ -246,7 +246,7 @@ def test_joined_records_bring_their_images(tmp_path):
 def test_held_out_records_stay_alone(files):
   config = defaults("sft")
   config.data.update({"train": files, "concatenate": 5, "eval_fraction": 0.2})
-  train, held_out = sft.load_records_of(config)
+  train, held_out = sft.load_records(config)
   assert [len(record.turns) for record in held_out] == [1] * 3
   assert sum(len(record.turns) for record in train.records) == 12
   assert max(len(record.turns) for record in train.records) == 5

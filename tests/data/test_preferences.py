@@ -48,7 +48,7 @@ def prepare(model, directory, records, row_multiple=1, **overrides):
   path = sft_run.write_json(directory / "train.json", records)
   config = make_config(model, path, **overrides)
   opened = source.open_source(config.model)
-  found, _ = preferences.load_records_of(config)
+  found, _ = preferences.load_records(config)
   return found.records, preferences.prepare_train(config, opened, found, row_multiple), opened
 
 
@@ -153,7 +153,7 @@ def test_the_longest_list_that_is_shown_sets_the_shape(model, tmp_path, records)
 def test_evaluation_shows_every_record_once(model, tmp_path, records):
   path = sft_run.write_json(tmp_path / "eval.json", records)
   config = make_config(model, path, "dpo", **{"data.eval": path})
-  _, evaluation = preferences.load_records_of(config)
+  _, evaluation = preferences.load_records(config)
   prepared = preferences.prepare_eval(config, source.open_source(config.model), evaluation, 1)
   with prepared.batches() as batches:
     numbers = np.concatenate([batch["examples"].reshape(-1) for batch in batches])

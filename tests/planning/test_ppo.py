@@ -96,7 +96,7 @@ def held(preset: str, where: str, **settings):
     c, models.actor, models.critic, models.reward, models.sampling, plan.mesh, 10
   )
   base = trees.size(lora.base_params(program.actor.params))
-  rollout = ppo.Rollout(c, models, plan.mesh, program)
+  rollout = ppo.RolloutShapes(c, models, plan.mesh, program)
   return plan, rollout, base, trees.size(program.actor.params) - base
 
 

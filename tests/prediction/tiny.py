@@ -48,7 +48,7 @@ class Tiny:
   policy: torch.nn.Module
   scorer: torch.nn.Module  # its language head does not count
   kernel: torch.Tensor  # float32[D]
-  opened: source.Source  # the policy; the reward model has the same tokenizer and pictures
+  opened: source.ModelSource  # the policy; the reward model has the same tokenizer and pictures
 
   @property
   def data(self) -> str:

@@ -16,7 +16,7 @@ from vlalign_jax.data.encode import encode
 from vlalign_jax.errors import InputError
 from vlalign_jax.rollout import collect, data, learn
 from vlalign_jax.sharding import hosts
-from vlalign_jax.steps import rollout as steps
+from vlalign_jax.steps import advantages as steps
 
 FUNCTION = "tests.rollout.scorers:"
 GRPO = {"ppo.estimator": "grpo", "ppo.num_generations": 2}
@@ -189,7 +189,7 @@ def test_answers_of_which_none_ends_keep_their_scores(files, tmp_path):
   gae = {"estimator": "gae", "gamma": 1.0, "lam": 1.0, "whiten_advantages": False}
   config.ppo.update(gae)
   logps = rollout.log_probabilities
-  fields, _ = steps.learn_from(
+  fields, _ = steps.compute_advantages(
     rollout.scores,
     rollout.scores,
     logps,
@@ -208,7 +208,7 @@ def test_answers_of_which_none_ends_keep_their_scores(files, tmp_path):
 
 def test_prompts_that_do_not_fit_are_skipped_and_counted(files, tmp_path, caplog):
   config = files.config(**GRPO, **{"data.max_length": 64})
-  assert data.load_records_of(config)
+  assert data.load_records(config)
   with caplog.at_level("INFO"):
     run = tiny.make_run(files, config, str(tmp_path))
   assert "skipped, their prompt does not fit data.max_length=64" in caplog.text

@@ -139,7 +139,7 @@ class Torch:
       if self.p.loss_level == "sequence":
         log_ratio = log_ratio.sum()
       ratio = log_ratio.exp()
-      clipped = ratio.clamp(1 - self.p.clip, 1 + self.p.clip)
+      clipped = ratio.clamp(1 - self.p.cliprange, 1 + self.p.cliprange)
       loss = torch.maximum(-answer.advantages * ratio, -answer.advantages * clipped)
       if self.p.estimator == "grpo":
         r = answer.reference - logps
@@ -185,9 +185,9 @@ class Torch:
       params = [*self.critic.parameters(), self.kernel]
       sides += [("critic/loss", self.value_loss, params, self.p.critic_learning_rate)]
     sides = [(*side[:3], optimizer(*side[2:])) for side in sides]
-    for epoch in range(self.p.epochs):
+    for epoch in range(self.p.num_ppo_epochs):
       order = np.random.default_rng([self.c.seed, 0, epoch]).permutation(self.order)
-      for index in np.split(order, self.p.minibatches):
+      for index in np.split(order, self.p.num_mini_batches):
         answers = [answer for row in index for answer in self.answers[row]]
         for name, loss_of, params, adam in sides:
           adam.zero_grad()

@@ -101,7 +101,7 @@ class Run:
   records: tuple
   model: object  # the actor's ModelConfig
   sampling: Sampling
-  sources: roles.Sources
+  sources: roles.RoleSources
   mixed: object  # Prepared of ppo.sft_data, or None
 
 
@@ -111,7 +111,7 @@ def make_run(
   """A run that has not begun; with_other: its reference is `files.other`; on all devices."""
   mesh, actor = start.open_run(config, workdir, "ppo", devices)
   sources = roles.open_sources(config, workdir, actor)
-  records, _ = data.load_records_of(config)
+  records, _ = data.load_records(config)
   scorers = roles.find_scorers(config, sources, records.records)
   rows = meshes.row_blocks(mesh) * config.grad_accumulation * config.ppo.num_mini_batches
   train = data.prepare_train(config, actor, records, rows)

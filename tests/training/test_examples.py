@@ -21,7 +21,7 @@ def directory(tmp_path_factory):
 
 def prepared_of(directory, name, kind, **overrides):
   config = sft_run.make_config(directory / "model", directory / "data" / name, **overrides)
-  return kind.prepare_train(config, source.open_for(config), kind.load_records_of(config)[0], 1)
+  return kind.prepare_train(config, source.open_for(config), kind.load_records(config)[0], 1)
 
 
 def parts_of(prepared, number):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from scripts import export_hf
 from tests import adapters, checkpoints, reference
 from vlalign_jax.errors import InputError
-from vlalign_jax.weights import pin
+from vlalign_jax.weights import provenance
 
 
 def compare(directory, torch_model):
@@ -51,7 +51,7 @@ def test_a_peft_directory_is_merged_into_its_base(tmp_path):
 
   say(str(tmp_path / "base"))
   opened = compare(tmp_path / "peft", adapted)
-  files = pin.content(opened)["files"]
+  files = provenance.content(opened)["files"]
   assert {os.path.basename(file) for file in files} == {
     "model.safetensors",
     "adapter_model.safetensors",

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from vlalign_jax.weights import identity, pin
+from vlalign_jax.weights import identity, provenance
 
 MIB = 2**20
 
@@ -22,7 +22,7 @@ def test_a_copy_has_the_name_of_its_original_and_a_file_that_differs_its_own(tmp
   copy = write(tmp_path / "copy", content)
   differing = write(tmp_path / "differing", other)
   os.symlink(original, tmp_path / "link")
-  assert pin.fingerprint(original) == pin.fingerprint(differing)
+  assert provenance.fingerprint(original) == provenance.fingerprint(differing)
 
   files = identity.Files()
   name = files.name(original)

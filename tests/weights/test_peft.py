@@ -20,7 +20,7 @@ from tests import adapters, checkpoints, reference, sft_run
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.runs import checkpoints as run_checkpoints
-from vlalign_jax.weights import export_adapters, load, pin, source
+from vlalign_jax.weights import export_adapters, load, provenance, source
 
 LORA = {"rank": 4, "vision_rank": 2, "alpha": 6.0, "use_rslora": True}
 
@@ -177,17 +177,17 @@ def test_pinned_adapters(run, tmp_path):
   shutil.copytree(run.peft, copied)
   opened = source.open_for(config_for(run, copied))
   os.makedirs(tmp_path / "run" / "model")
-  pin.write(opened, str(tmp_path / "run"))
-  assert pin.check(opened, str(tmp_path / "run")) == opened
+  provenance.write(opened, str(tmp_path / "run"))
+  assert provenance.check(opened, str(tmp_path / "run")) == opened
   tensors = load_file(os.path.join(copied, "adapter_model.safetensors"))
   save_file(
     {name: 2 * tensor for name, tensor in tensors.items()}, copied + "/adapter_model.safetensors"
   )
   with pytest.raises(InputError, match="other weights than are there now .*adapter_model"):
-    pin.check(opened, str(tmp_path / "run"))
+    provenance.check(opened, str(tmp_path / "run"))
   of_run = source.open_for(config_for(run, run.run))
-  pin.write(of_run, str(tmp_path / "run"))
-  assert pin.check(of_run, str(tmp_path / "run")).start == of_run.start
+  provenance.write(of_run, str(tmp_path / "run"))
+  assert provenance.check(of_run, str(tmp_path / "run")).start == of_run.start
 
 
 def test_a_score_head_beside_adapters(run, tmp_path):

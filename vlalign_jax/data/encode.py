@@ -45,7 +45,7 @@ class Encoded:
 
   @property
   def counts(self) -> tuple[int]:
-    """Turns dropped, as `prepare.Kind` has them."""
+    """Turns dropped, as `prepare.Task` has them."""
     return (self.dropped_turns,)
 
 

@@ -14,14 +14,14 @@ import numpy as np
 from absl import logging
 
 from vlalign_jax.data.encode import Example
-from vlalign_jax.data.plan import Plan
+from vlalign_jax.data.plan import BatchPlan
 from vlalign_jax.data.rows import answer_places, build_row
 from vlalign_jax.data.workers import call, lost_worker, start_pool
 from vlalign_jax.errors import InputError
 
 
 def batches(
-  plan: Plan,
+  plan: BatchPlan,
   load_example: Callable[[int], Example],
   load_image: Callable[[str], np.ndarray],
   *,
@@ -211,7 +211,7 @@ class _LoadRow:
   would leave out None, and batches would shift).
   """
 
-  plan: Plan
+  plan: BatchPlan
   load_example: Callable[[int], Example]
   load_image: Callable[[str], np.ndarray]
   image_token_id: int

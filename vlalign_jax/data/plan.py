@@ -55,7 +55,7 @@ class ImageSets:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class BatchPlan:
   """Steps of up to R rows; a row of step s holds up to I distinct images and lengths[s] tokens.
 
   Attributes:
@@ -109,7 +109,7 @@ def plan_batches(
   pack: bool,
   max_images_per_row: int | None = None,
   buckets: Sequence[int] | None = None,
-) -> Plan:
+) -> BatchPlan:
   """Plans a run: a step takes the next `batch_size` examples of `order`, the last one the rest.
 
   Packed, they go by first-fit decreasing into rows of one length, the one of the buckets that
@@ -178,7 +178,7 @@ def plan_batches(
   offsets = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=steps * rows))])
 
   row_images = _distinct_images(row[by_row], examples, images, steps * rows)
-  return Plan(
+  return BatchPlan(
     batch_size=batch_size,
     rows=rows,
     row_counts=row_counts,
@@ -197,7 +197,7 @@ def default_buckets(max_length: int) -> list[int]:
   return sorted({_round_up(-(-max_length // part), LENGTH_MULTIPLE) for part in (8, 4, 2, 1)})
 
 
-def statistics(plan: Plan) -> dict[str, float]:
+def statistics(plan: BatchPlan) -> dict[str, float]:
   """How well a plan uses its rows, for the log.
 
   Returns:

@@ -15,7 +15,7 @@ from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.input_pipeline import prompts
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.weights.source import Source
+from vlalign_jax.weights.source import ModelSource
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Answer:
 
 def generate_answers(
   config,
-  source: Source,
+  source: ModelSource,
   params,
   records: list[Record],
   sampling: Sampling,
@@ -127,7 +127,7 @@ def _stream(record: Record) -> int:
   return zlib.crc32(f"{record.index} {record.id} {record.images} {asked}".encode()) & 0x7FFFFFFF
 
 
-def _read(source: Source, numbers: np.ndarray, generated: Generated) -> Iterator[Answer]:
+def _read(source: ModelSource, numbers: np.ndarray, generated: Generated) -> Iterator[Answer]:
   if jax.process_count() > 1:
     generated = multihost_utils.process_allgather(generated, tiled=True)
   generated = jax.device_get(generated)

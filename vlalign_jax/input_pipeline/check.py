@@ -15,13 +15,13 @@ from vlalign_jax.data import measure, mixture, plan
 from vlalign_jax.data.records import Record, scan_records
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline import preferences, prepare, prompts, sft
-from vlalign_jax.weights.source import Source
+from vlalign_jax.weights.source import ModelSource
 
-KINDS = {
-  "sft": sft.KIND,
-  "reward": preferences.KIND,
-  "dpo": preferences.KIND,
-  "ppo": prompts.KIND,
+TASKS = {
+  "sft": sft.TASK,
+  "reward": preferences.TASK,
+  "dpo": preferences.TASK,
+  "ppo": prompts.TASK,
 }
 
 
@@ -31,7 +31,7 @@ class MeasuredRecord:
 
   tokens: int = 0
   learnt: int = 0
-  counts: tuple[int, ...] = ()  # as of `prepare.Kind`
+  counts: tuple[int, ...] = ()  # as of `prepare.Task`
   images: tuple[str, ...] = ()  # full paths
   problem: str | None = None
 
@@ -81,11 +81,11 @@ class Report:
     return np.array([one.tokens for one in self.measured], np.int32)
 
 
-def check(config, source: Source, name: str) -> Report:
+def check(config, source: ModelSource, name: str) -> Report:
   """Reads, tokenises and decodes everything that a config's `name` (such as data.eval) names.
 
   Args:
-    config: of a run of any stage in KINDS.
+    config: of a run of any stage in TASKS.
     source: the model of the run.
     name: "data.train" or "data.eval".
 
@@ -93,12 +93,12 @@ def check(config, source: Source, name: str) -> Report:
     InputError: template and tokenizer do not go together; bad data is no error here.
   """
   paths = list(dict.fromkeys(p.strip() for p in config.data[name.removeprefix("data.")].split(",")))
-  kind = KINDS[config.stage]
+  task = TASKS[config.stage]
   files, records, problems = {}, [], []
   for path in paths:
     try:
       good, errors = scan_records(
-        path, config.data.images, kind.answers, config.data.max_candidates
+        path, config.data.images, task.answers, config.data.max_candidates
       )
     except InputError as error:  # the file as a whole
       files[path] = 0, 0
@@ -111,7 +111,7 @@ def check(config, source: Source, name: str) -> Report:
   if config.data.concatenate > 1 and name == "data.train" and not problems:
     whole = mixture.load_mixture(config.data.train, config.data.images, "", "", config.seed)
     records = mixture.concatenate(whole, config.data.concatenate).records
-  load = prepare.example_loader(kind, config, source, records)
+  load = prepare.example_loader(task, config, source, records)
   measured = measure.map_records(MeasureRecord(load), len(records), os.cpu_count() or 1)
   broken = undecodable({path for one in measured for path in one.images}, source)
   for record, one in zip(records, measured, strict=True):
@@ -133,7 +133,7 @@ def check(config, source: Source, name: str) -> Report:
   )
 
 
-def undecodable(paths: set[str], source: Source) -> dict[str, str]:
+def undecodable(paths: set[str], source: ModelSource) -> dict[str, str]:
   """Which pictures the run could not read: path -> reason."""
   load = prepare.LoadImage(source.images, blank=False)
 

@@ -20,10 +20,10 @@ def _describe(measured: measure.Measured, max_length: int) -> str:
   )
 
 
-KIND = prepare.Kind(
+TASK = prepare.Task(
   "ranked", encode_preferences.encode_preferences, _describe, "two different answers that fit"
 )
 
-load_records_of = functools.partial(prepare.load_records_of, KIND)
-prepare_train = functools.partial(prepare.prepare_train, KIND)
-prepare_eval = functools.partial(prepare.prepare_eval, KIND)
+load_records = functools.partial(prepare.load_records, TASK)
+prepare_train = functools.partial(prepare.prepare_train, TASK)
+prepare_eval = functools.partial(prepare.prepare_eval, TASK)

@@ -14,12 +14,12 @@ from vlalign_jax.data.encode import Example
 from vlalign_jax.data.records import Record
 from vlalign_jax.data.workers import SharedList
 from vlalign_jax.errors import InputError
-from vlalign_jax.weights.source import Source
+from vlalign_jax.weights.source import ModelSource
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-  """What the data of one kind of learning has for its own.
+class Task:
+  """What the data of one task of learning has for its own.
 
   Attributes:
     answers: what a record's last question must have, see `records.load_records`.
@@ -39,7 +39,7 @@ class Kind:
 class LoadExample:
   """Example number -> Example, tokenised when it is asked for; its image paths become full ones."""
 
-  kind: Kind
+  task: Task
   records: SharedList
   data: dict  # template, max_length, max_images, images
   tokenizer: object
@@ -47,13 +47,13 @@ class LoadExample:
   tokens_per_image: int
 
   def encoded(self, number: int):
-    """What `kind.encode` makes of a record.
+    """What `task.encode` makes of a record.
 
     Raises:
       InputError: the record does not go with the template, or has too many images.
     """
     record, data = self.records[number], self.data
-    found = self.kind.encode(
+    found = self.task.encode(
       record,
       data["template"],
       self.tokenizer,
@@ -74,7 +74,7 @@ class LoadExample:
     return dataclasses.replace(found, example=dataclasses.replace(found.example, images=paths))
 
   def measured(self, number: int) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
-    """(tokens, the kind's counts, image paths); 0 tokens where nothing is left to learn."""
+    """(tokens, the task's counts, image paths); 0 tokens where nothing is left to learn."""
     found = self.encoded(number)
     if found.example is None:
       return 0, found.counts, ()
@@ -104,7 +104,7 @@ class LoadImage:
 class Prepared:
   """Planned data, ready to be iterated from any step."""
 
-  plan: plan.Plan
+  plan: plan.BatchPlan
   records: int  # different ones that it shows
   max_answers: int  # K, the most ranked answers of an example; 0 where examples have none
   pipeline: dict  # arguments of `pipeline.batches`
@@ -137,14 +137,14 @@ class Prepared:
     return self.plan.max_segments
 
 
-def load_records_of(kind: Kind, config) -> tuple[mixture.Mixture, tuple[Record, ...]]:
+def load_records(task: Task, config) -> tuple[mixture.Mixture, tuple[Record, ...]]:
   """The training mixture and the evaluation records of a config; checks every record.
 
   Raises:
     InputError: a file or record is bad.
   """
   data = config.data
-  wanted = {"answers": kind.answers, "max_candidates": data.max_candidates}
+  wanted = {"answers": task.answers, "max_candidates": data.max_candidates}
   train = mixture.load_mixture(
     data.train, data.images, data.samples, data.repeats, config.seed, **wanted
   )
@@ -163,17 +163,17 @@ def load_records_of(kind: Kind, config) -> tuple[mixture.Mixture, tuple[Record, 
 
 
 def prepare_train(
-  kind: Kind, config, source: Source, train: mixture.Mixture, row_multiple: int
+  task: Task, config, source: ModelSource, train: mixture.Mixture, row_multiple: int
 ) -> Prepared:
   """Plans the whole run: every step of `config.max_steps`, or of `config.num_train_epochs`.
 
   Raises:
     InputError: there is nothing to learn.
   """
-  load, measured = measure_records(kind, config, source, train.records, "data.train")
+  load, measured = measure_records(task, config, source, train.records, "data.train")
   usable = measured.lengths > 0
   if not np.any(usable & (np.asarray(train.repeats)[train.file_of] > 0)):
-    raise _nothing_fits(kind, config, "data.train")
+    raise _nothing_fits(task, config, "data.train")
   epochs, examples, stream = config.num_train_epochs, 0, []
   by_steps = config.max_steps > 0
   wanted = config.max_steps * config.batch_size if by_steps else None
@@ -187,12 +187,12 @@ def prepare_train(
     wanted = round(examples - len(stream[-1]) * (len(stream) - epochs))
   order = np.concatenate(stream)[: max(1, wanted)]
   if not len(order):  # a weight below 1 has shown none of the few that fit
-    raise _nothing_fits(kind, config, "data.train")
+    raise _nothing_fits(task, config, "data.train")
   return lay_out(config, source, load, measured, order, row_multiple, "data.train")
 
 
 def prepare_eval(
-  kind: Kind, config, source: Source, records: tuple[Record, ...], row_multiple: int
+  task: Task, config, source: ModelSource, records: tuple[Record, ...], row_multiple: int
 ) -> Prepared | None:
   """Plans one pass over the evaluation records in order; None if there are none.
 
@@ -201,16 +201,16 @@ def prepare_eval(
   """
   if not records:
     return None
-  load, measured = measure_records(kind, config, source, records, "data.eval")
+  load, measured = measure_records(task, config, source, records, "data.eval")
   order = np.flatnonzero(measured.lengths > 0)
   if not len(order):
-    raise _nothing_fits(kind, config, "data.eval")
+    raise _nothing_fits(task, config, "data.eval")
   return lay_out(config, source, load, measured, order, row_multiple, "data.eval")
 
 
-def _nothing_fits(kind: Kind, config, name: str) -> InputError:
+def _nothing_fits(task: Task, config, name: str) -> InputError:
   return InputError(
-    f"{name}: no record that is shown has {kind.needs} "
+    f"{name}: no record that is shown has {task.needs} "
     f"data.max_length={config.data.max_length}; raise it"
   )
 
@@ -219,7 +219,7 @@ def _nothing_fits(kind: Kind, config, name: str) -> InputError:
 _OF_EXAMPLES = ("template", "max_length", "max_images", "images", "concatenate")
 
 
-def example_loader(kind: Kind, config, source: Source, records) -> LoadExample:
+def example_loader(task: Task, config, source: ModelSource, records) -> LoadExample:
   """The examples of `records` as a config's `data` group and the model's tokenizer make them.
 
   Raises:
@@ -227,7 +227,7 @@ def example_loader(kind: Kind, config, source: Source, records) -> LoadExample:
   """
   templates.check_template(config.data.template, source.tokenizer)
   return LoadExample(
-    kind,
+    task,
     SharedList(records),
     {key: config.data.get(key, 1) for key in _OF_EXAMPLES},
     source.tokenizer,
@@ -236,16 +236,16 @@ def example_loader(kind: Kind, config, source: Source, records) -> LoadExample:
   )
 
 
-def measure_records(kind: Kind, config, source: Source, records, name: str):
+def measure_records(task: Task, config, source: ModelSource, records, name: str):
   """(LoadExample, Measured) of all records; says in the log what became of them."""
-  load = example_loader(kind, config, source, records)
+  load = example_loader(task, config, source, records)
   measured = measure.measure(load.measured, len(records), os.cpu_count() or 1)
-  logging.info("%s: %s", name, kind.describe(measured, config.data.max_length))
+  logging.info("%s: %s", name, task.describe(measured, config.data.max_length))
   return load, measured
 
 
 def lay_out(
-  config, source: Source, load, measured, order, row_multiple: int, name: str, **options
+  config, source: ModelSource, load, measured, order, row_multiple: int, name: str, **options
 ) -> Prepared:
   """Plans the examples of `order`; options for `plan.plan_batches` go before the config's."""
   data = config.data
@@ -273,7 +273,7 @@ def lay_out(
     planned.images,
     100 * statistics["packing_efficiency"],
   )
-  max_answers = int(measured.counts[order, 0].max()) if load.kind.answers == "ranked" else 0
+  max_answers = int(measured.counts[order, 0].max()) if load.task.answers == "ranked" else 0
   arguments = {
     "load_example": load,
     "load_image": LoadImage(source.images, data.blank_images),

@@ -12,7 +12,7 @@ from vlalign_jax.data.templates import end_tokens, prompt_pieces
 from vlalign_jax.data.tokens import tokenize_pieces
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline import prepare
-from vlalign_jax.weights.source import Source
+from vlalign_jax.weights.source import ModelSource
 
 LENGTH_MULTIPLE = 16
 
@@ -25,7 +25,7 @@ class EncodedPrompt:
 
   @property
   def counts(self) -> tuple[int]:
-    """Prompts too long, as `prepare.Kind` has them."""
+    """Prompts too long, as `prepare.Task` has them."""
     return (int(self.example is None),)
 
 
@@ -74,10 +74,10 @@ def _describe(measured: measure.Measured, max_length: int) -> str:
   )
 
 
-KIND = prepare.Kind("optional", encode_prompt, _describe, "a prompt that fits")
+TASK = prepare.Task("optional", encode_prompt, _describe, "a prompt that fits")
 
 
-def prepare_prompts(config, source: Source, records, row_multiple: int) -> prepare.Prepared:
+def prepare_prompts(config, source: ModelSource, records, row_multiple: int) -> prepare.Prepared:
   """Plans one pass over records, prompts of like lengths together, in at most four row lengths.
 
   Args:
@@ -89,7 +89,7 @@ def prepare_prompts(config, source: Source, records, row_multiple: int) -> prepa
   Raises:
     InputError: no prompt fits.
   """
-  load, measured = prepare.measure_records(KIND, config, source, records, "prompts")
+  load, measured = prepare.measure_records(TASK, config, source, records, "prompts")
   usable = np.flatnonzero(measured.lengths > 0)
   if not len(usable):
     raise InputError(
@@ -117,7 +117,7 @@ def row_lengths(lengths: np.ndarray) -> list[int]:
 
 
 def record_numbers(
-  planned: plan.Plan, step: int, blocks: tuple[int, ...] = (0,), block_count: int = 1
+  planned: plan.BatchPlan, step: int, blocks: tuple[int, ...] = (0,), block_count: int = 1
 ) -> np.ndarray:
   """int32[B], the record of each row of a host's share of a step; -1 for rows that only pad."""
   per_block = int(planned.row_counts[step]) // block_count
@@ -126,7 +126,7 @@ def record_numbers(
   return np.array([numbers[0] if len(numbers) else -1 for numbers in found], np.int32)
 
 
-def stop_tokens(source: Source, template: str) -> tuple[int, ...]:
+def stop_tokens(source: ModelSource, template: str) -> tuple[int, ...]:
   """The ids that end an answer: what the template puts behind one, and the model's own ends.
 
   Raises:

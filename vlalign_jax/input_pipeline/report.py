@@ -27,7 +27,7 @@ def describe(config, report: check.Report) -> list[str]:
       np.array([one.counts for one in sound]),
       plan.ImageSets.from_paths(one.images for one in sound),
     )
-    lines.append(f"  {report.load.kind.describe(found, config.data.max_length)}")
+    lines.append(f"  {report.load.task.describe(found, config.data.max_length)}")
   if not lengths.any():
     return lines
   total, learnt = int(lengths.sum()), sum(one.learnt for one in measured)
@@ -73,7 +73,7 @@ def render(load: LoadExample, number: int) -> str:
   """
   example = load(number)
   if example is None:
-    return f"(skipped: it lacks {load.kind.needs})"
+    return f"(skipped: it lacks {load.task.needs})"
   learnt = np.concatenate([[False], example.loss_mask[:-1] > 0])
   if not len(example.answers):
     return _text(load, example.tokens, learnt)

@@ -15,7 +15,7 @@ from vlalign_jax.data.templates import closing
 from vlalign_jax.data.tokens import tokenize_branches
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline import prepare
-from vlalign_jax.weights.source import Source
+from vlalign_jax.weights.source import ModelSource
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class EncodedAnswers:
 
   @property
   def counts(self) -> tuple[int, int, int]:
-    """Answers kept, apart and too long, as `prepare.Kind` has them."""
+    """Answers kept, apart and too long, as `prepare.Task` has them."""
     return len(self.kept), len(self.apart), len(self.too_long)
 
 
@@ -98,11 +98,11 @@ def _describe(measured: measure.Measured, max_length: int) -> str:
   return f"{kept} answers; {too_long} that do not fit data.max_length={max_length}"
 
 
-KIND = prepare.Kind("ranked", encode_answers, _describe, "an answer that fits")
+TASK = prepare.Task("ranked", encode_answers, _describe, "an answer that fits")
 
 
 def prepare_answers(
-  config, source: Source, records: list[Record], row_multiple: int
+  config, source: ModelSource, records: list[Record], row_multiple: int
 ) -> tuple[prepare.Prepared, list[Unit]]:
   """Plans one pass over the answers of records.
 
@@ -119,7 +119,7 @@ def prepare_answers(
     InputError: no answer fits.
   """
   units = [Unit(number, tuple(range(len(record.answers)))) for number, record in enumerate(records)]
-  load, measured = prepare.measure_records(KIND, config, source, records, "answers")
+  load, measured = prepare.measure_records(TASK, config, source, records, "answers")
   if not measured.lengths.any():
     raise InputError(
       f"no answer of {len(records)} records fits behind its prompt in "
@@ -128,7 +128,7 @@ def prepare_answers(
   if measured.counts[:, 1:].any():
     units = _fitting(load, units, measured)
     parts = [_part(records[unit.record], unit) for unit in units]
-    load, measured = prepare.measure_records(KIND, config, source, parts, "answers, some apart")
+    load, measured = prepare.measure_records(TASK, config, source, parts, "answers, some apart")
   prepared = prepare.lay_out(
     config,
     source,

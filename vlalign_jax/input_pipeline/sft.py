@@ -17,8 +17,8 @@ def _describe(measured: measure.Measured, max_length: int) -> str:
   )
 
 
-KIND = prepare.Kind("one", encode.encode, _describe, "an answer that fits")
+TASK = prepare.Task("one", encode.encode, _describe, "an answer that fits")
 
-load_records_of = functools.partial(prepare.load_records_of, KIND)
-prepare_train = functools.partial(prepare.prepare_train, KIND)
-prepare_eval = functools.partial(prepare.prepare_eval, KIND)
+load_records = functools.partial(prepare.load_records, TASK)
+prepare_train = functools.partial(prepare.prepare_train, TASK)
+prepare_eval = functools.partial(prepare.prepare_eval, TASK)

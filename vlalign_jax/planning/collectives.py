@@ -23,7 +23,7 @@ class Traffic:
 
 
 def traffic(
-  program: hlo.Program, devices: int, unknown: hlo.Trips = hlo.ONCE
+  program: hlo.HloProgram, devices: int, unknown: hlo.Trips = hlo.ONCE
 ) -> dict[str, Traffic]:
   """Counts collectives by kind.
 

@@ -60,7 +60,7 @@ ONCE = Trips()
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class HloProgram:
   """Computations by name."""
 
   computations: dict[str, Computation]
@@ -82,7 +82,7 @@ def bytes_of(shape: str) -> float:
   )
 
 
-def parse(text: str) -> Program:
+def parse(text: str) -> HloProgram:
   """Reads what `compiled.as_text()` gives.
 
   Raises:
@@ -105,7 +105,7 @@ def parse(text: str) -> Program:
         root = instruction if line.lstrip().startswith("ROOT ") else root
   if entry is None:
     raise ValueError("no entry computation: not the text of a compiled program")
-  return Program(computations, entry)
+  return HloProgram(computations, entry)
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -133,7 +133,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def executed(
-  program: Program,
+  program: HloProgram,
   unknown: Trips = ONCE,  # noqa: B008
 ) -> Iterator[tuple[Instruction, Computation, int]]:
   """Yields all instructions that a run of the program executes, with how often it does.

@@ -26,7 +26,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = ("dynamic-update-slice", "scatter")
 
 
-def flops(program: hlo.Program, unknown: hlo.Trips = hlo.ONCE) -> float:
+def flops(program: hlo.HloProgram, unknown: hlo.Trips = hlo.ONCE) -> float:
   """Counts operations that one device runs: 2 for a multiplication with its sum.
 
   Counts matrix products, convolutions and attention kernels (splash on TPUs, cuDNN on GPUs), of
@@ -62,7 +62,7 @@ def _is_kernel(instruction: hlo.Instruction) -> bool:
   )
 
 
-def kernels(program: hlo.Program, unknown: hlo.Trips = hlo.ONCE) -> int:
+def kernels(program: hlo.HloProgram, unknown: hlo.Trips = hlo.ONCE) -> int:
   """Counts calls of attention kernels on one device."""
   return sum(times for found, _, times in hlo.executed(program, unknown) if _is_kernel(found))
 
@@ -88,7 +88,7 @@ def _attention(instruction: hlo.Instruction, where: hlo.Computation) -> float:
   return 2.0 * products * pairs * head_dim / (1 + causal)
 
 
-def bytes_accessed(program: hlo.Program, unknown: hlo.Trips = hlo.ONCE) -> float:
+def bytes_accessed(program: hlo.HloProgram, unknown: hlo.Trips = hlo.ONCE) -> float:
   """Counts bytes that one device reads from its memory and writes to it.
 
   An instruction reads its operands and writes its result; a fusion is one instruction; what is
@@ -113,7 +113,7 @@ def bytes_accessed(program: hlo.Program, unknown: hlo.Trips = hlo.ONCE) -> float
   )
 
 
-def _moved(program: hlo.Program, instruction: hlo.Instruction, where: hlo.Computation) -> float:
+def _moved(program: hlo.HloProgram, instruction: hlo.Instruction, where: hlo.Computation) -> float:
   opcode = instruction.opcode
   if opcode in _FREE or opcode.endswith(("-done", "-update")):
     return 0.0

@@ -32,13 +32,13 @@ class Sizes(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rollout:
+class RolloutShapes:
   """A run's programs with the shapes of what a rollout gives them."""
 
   config: object
   models: ppo_models.Models
   mesh: object
-  program: ppo_program.Program
+  program: ppo_program.PPOProgram
 
   @property
   def sizes(self) -> Sizes:
@@ -106,7 +106,7 @@ def plan(config, topology: Topology) -> StepPlan:
     mesh,
     train_step.TOTAL_STEPS,
   )
-  rollout = Rollout(config, models, mesh, program)
+  rollout = RolloutShapes(config, models, mesh, program)
   sizes, tokens = rollout.sizes, models.actor.tokens_per_image
   if sizes.I * tokens > sizes.L:
     raise InputError(
@@ -128,7 +128,7 @@ def plan(config, topology: Topology) -> StepPlan:
   )
 
 
-def cache_bytes(rollout: Rollout) -> float:
+def cache_bytes(rollout: RolloutShapes) -> float:
   """Returns the bytes of keys and values on a device, while sampling."""
   sizes, config = rollout.sizes, rollout.config
   rows, itemsize = sizes.B // config.ppo.sample_parts, jnp.dtype(config.model.dtype).itemsize
@@ -137,7 +137,7 @@ def cache_bytes(rollout: Rollout) -> float:
   return total / rollout.mesh.size
 
 
-def _summary(rollout: Rollout) -> Iterator[str]:
+def _summary(rollout: RolloutShapes) -> Iterator[str]:
   config, ppo = rollout.config, rollout.config.ppo
   stages = [
     f"{role} ZeRO {config.mesh.zero_stage if stage is None else stage}"
@@ -153,7 +153,7 @@ def _summary(rollout: Rollout) -> Iterator[str]:
   yield f"keys and values while sampling: {size:,.2f} GiB a device, among its temporaries"
 
 
-def _assumptions(rollout: Rollout) -> Iterator[str]:
+def _assumptions(rollout: RolloutShapes) -> Iterator[str]:
   settings, (B, L, I, N, M, T) = rollout.config.ppo, rollout.sizes
   plural = lambda count: "s" * (count > 1)  # noqa: E731
   yield (
@@ -168,7 +168,7 @@ def _assumptions(rollout: Rollout) -> Iterator[str]:
     yield "the reward function's own time is not counted"
 
 
-def _programs(rollout: Rollout) -> Iterator[StepProgram]:
+def _programs(rollout: RolloutShapes) -> Iterator[StepProgram]:
   """Yields those of a step; advantages and the laying out of rows take next to nothing."""
   config, program, sizes = rollout.config, rollout.program, rollout.sizes
   B, L, _, N, M, T = sizes
@@ -205,7 +205,7 @@ def _programs(rollout: Rollout) -> Iterator[StepProgram]:
   yield one("update", lower, rows=rows, parts=config.grad_accumulation, times=times)
 
 
-def _lower_update(rollout: Rollout, rows: int):
+def _lower_update(rollout: RolloutShapes, rows: int):
   """Lowers the critic's update and the actor's, which are one program."""
   config, program, sizes = rollout.config, rollout.program, rollout.sizes
   conversations = None

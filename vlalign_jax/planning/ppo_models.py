@@ -90,7 +90,7 @@ def held(models: Models, program, config) -> dict[str, float]:
 
   Args:
     models: of the run.
-    program: `steps.ppo_program.Program`.
+    program: `steps.ppo_program.PPOProgram`.
     config: of the run.
 
   Returns:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from vlalign_jax import out_of_memory, progress
 from vlalign_jax.data.records import Record
 from vlalign_jax.prediction import directory, models, scored
-from vlalign_jax.weights.source import Source
+from vlalign_jax.weights.source import ModelSource
 
 
 def reward_config(config: ConfigDict) -> ConfigDict:
@@ -32,7 +32,7 @@ def add_rewards(
   config: ConfigDict,
   workdir: str,
   lines: list[dict],
-  source: Source,
+  source: ModelSource,
   load: scored.Load,
   records: tuple[Record, ...],
   mesh: Mesh,

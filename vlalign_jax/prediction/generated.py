@@ -12,7 +12,7 @@ from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.input_pipeline import prompts
 from vlalign_jax.prediction import directory
 from vlalign_jax.prediction import records as data
-from vlalign_jax.weights.source import Source
+from vlalign_jax.weights.source import ModelSource
 
 
 def finished(lines: list[dict], samples: int) -> list[dict]:
@@ -23,7 +23,13 @@ def finished(lines: list[dict], samples: int) -> list[dict]:
 
 @out_of_memory.names(out_of_memory.SAMPLING)
 def generate(
-  config, workdir: str, source: Source, load, records: tuple[Record, ...], sampling: Sampling, mesh
+  config,
+  workdir: str,
+  source: ModelSource,
+  load,
+  records: tuple[Record, ...],
+  sampling: Sampling,
+  mesh,
 ) -> list[dict]:
   """Answers all records that have no lines yet, writing each answer as it comes.
 
@@ -66,7 +72,7 @@ def generate(
   return lines
 
 
-def _reason(config, source: Source, record: Record) -> str:
+def _reason(config, source: ModelSource, record: Record) -> str:
   """Why a record was not answered."""
   length = config.data.max_length
   found = prompts.encode_prompt(

@@ -13,7 +13,7 @@ from vlalign_jax.sharding import zero
 from vlalign_jax.weights import load, source
 
 
-def open_model(config: ConfigDict, key: str, head: str) -> source.Source:
+def open_model(config: ConfigDict, key: str, head: str) -> source.ModelSource:
   """Opens a model directory or a run, whose adapters are merged into the weights.
 
   Args:
@@ -49,7 +49,7 @@ def trained_template(where: str) -> str | None:
 
 
 def load_model(
-  opened: source.Source, dtype: str, mesh: jax.sharding.Mesh, attention: str = backends.AUTO
+  opened: source.ModelSource, dtype: str, mesh: jax.sharding.Mesh, attention: str = backends.AUTO
 ):
   """(graphdef, params split over `fsdp` and `tensor`), all in `dtype`.
 

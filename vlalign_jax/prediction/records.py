@@ -7,8 +7,8 @@ from absl import logging
 
 from vlalign_jax.data import mixture
 from vlalign_jax.data.records import Record
-from vlalign_jax.weights import pin
-from vlalign_jax.weights.source import Source
+from vlalign_jax.weights import provenance
+from vlalign_jax.weights.source import ModelSource
 
 SHOWN = 10  # warnings about single lines
 
@@ -56,7 +56,7 @@ def warn_left_out(lines: list[dict], records: tuple[Record, ...]) -> None:
     logging.warning("%d of %d lines are left out, each says why", len(left_out), len(lines))
 
 
-def inputs(records: tuple[Record, ...], models: dict[str, Source]) -> dict:
+def inputs(records: tuple[Record, ...], models: dict[str, ModelSource]) -> dict:
   """What predictions depend on besides the config, by the key that names it.
 
   Args:
@@ -68,7 +68,7 @@ def inputs(records: tuple[Record, ...], models: dict[str, Source]) -> dict:
     digest.update(repr((record.id, record.images, record.turns, record.answers)).encode())
   return {"data.eval": digest.hexdigest()} | {
     key: {
-      "weights": pin.content(opened),
+      "weights": provenance.content(opened),
       "tokenizer": hashlib.sha256(opened.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     }
     for key, opened in models.items()

@@ -23,7 +23,7 @@ from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import answers as steps
 from vlalign_jax.steps import reward
-from vlalign_jax.weights.source import Source
+from vlalign_jax.weights.source import ModelSource
 
 TOO_LONG, UNREADABLE = "it does not fit behind its prompt", "its pictures cannot be read"
 # () -> (graphdef, params), called if there is anything to compute.
@@ -38,7 +38,7 @@ def with_answers(record: Record, answers: Sequence[str]) -> Record:
 
 def evaluate(
   config,
-  source: Source,
+  source: ModelSource,
   load: Load,
   records: Sequence[Record],
   mesh: Mesh,
@@ -149,7 +149,9 @@ def _read(rows, values, scores: bool) -> Iterator[tuple[int, int, dict]]:
 
 
 @out_of_memory.names(out_of_memory.SCORING)
-def predict_given(config, workdir: str, source: Source, load: Load, records, mesh) -> list[dict]:
+def predict_given(
+  config, workdir: str, source: ModelSource, load: Load, records, mesh
+) -> list[dict]:
   """Modes `logprobs` and `reward`: a line for every answer that the records have.
 
   Args:

@@ -8,7 +8,7 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.generation import sampling as samplings
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models.backends import ATTENTION_NAMES
-from vlalign_jax.weights.source import Source
+from vlalign_jax.weights.source import ModelSource
 
 STAGE = "predict"
 GENERATE, LOG_PROBABILITIES, REWARD = "generate", "logprobs", "reward"
@@ -108,7 +108,7 @@ def check(config: ConfigDict) -> None:
     config.reward_model = storage.absolute(config.reward_model)
 
 
-def sampling(config: ConfigDict, model: Source) -> Sampling | None:
+def sampling(config: ConfigDict, model: ModelSource) -> Sampling | None:
   """What the config's `generation` group asks of a model; None if nothing is generated.
 
   Raises:

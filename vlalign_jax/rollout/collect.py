@@ -16,7 +16,7 @@ from vlalign_jax.rollout.reward_text import TextReader
 from vlalign_jax.sharding import hosts
 from vlalign_jax.steps import answer_rows as layout
 from vlalign_jax.steps.ppo import State
-from vlalign_jax.steps.ppo_program import Program
+from vlalign_jax.steps.ppo_program import PPOProgram
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Roles:
       once; same_tower_critic, same_tower_reward: whether these two have the very same one.
   """
 
-  program: Program
+  program: PPOProgram
   frozen: dict
   critic_frozen: dict | None
   reward: dict | None
@@ -169,7 +169,7 @@ def _scores(roles: Roles, rows, shape, tokens, lengths, records) -> np.ndarray:
       places = layout.last_places(lengths, row_length, shape[1])
       seen = {"same_tower": roles.same_tower_reward, "blank": settings.blank_images}
       places = hosts.whole_to_device(roles.mesh, {"answers": np.asarray(places, np.int32)})
-      rows = layout.for_judge(rows, **seen) | places
+      rows = layout.batch_for_scorer(rows, **seen) | places
     else:
       here = hosts.rows_here(roles.mesh, len(records))
       live = [records[row] if there[row].any() else None for row in here]

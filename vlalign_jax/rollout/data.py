@@ -6,19 +6,19 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.input_pipeline import prepare, prompts
 from vlalign_jax.models.vlm import ModelConfig
-from vlalign_jax.weights.source import Source
+from vlalign_jax.weights.source import ModelSource
 
-load_records_of = functools.partial(prepare.load_records_of, prompts.KIND)
-prepare_eval = functools.partial(prepare.prepare_eval, prompts.KIND)
+load_records = functools.partial(prepare.load_records, prompts.TASK)
+prepare_eval = functools.partial(prepare.prepare_eval, prompts.TASK)
 
 
-def prepare_train(config, source: Source, records, row_multiple: int) -> prepare.Prepared:
+def prepare_train(config, source: ModelSource, records, row_multiple: int) -> prepare.Prepared:
   """As `prepare.prepare_train`, of prompts.
 
   Raises:
     InputError: no prompt fits, or the run ends before its actor learns.
   """
-  prepared = prepare.prepare_train(prompts.KIND, config, source, records, row_multiple)
+  prepared = prepare.prepare_train(prompts.TASK, config, source, records, row_multiple)
   steps, warmup = prepared.plan.steps, config.ppo.critic_warmup
   if warmup >= steps:
     raise InputError(
@@ -28,7 +28,7 @@ def prepare_train(config, source: Source, records, row_multiple: int) -> prepare
   return prepared
 
 
-def make_sampling(config, source: Source) -> Sampling:
+def make_sampling(config, source: ModelSource) -> Sampling:
   """How the actor answers; never with pictures of its own."""
   return sampling_of(config.ppo, source.config, prompts.stop_tokens(source, config.data.template))
 

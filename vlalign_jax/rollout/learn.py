@@ -116,10 +116,10 @@ def _learn_from(roles: collect.Roles, state: State, rollout: collect.Rollout, or
     normalised[order] = ordered
   if roles.config.ppo.estimator == GAE:
     seen = {"same_tower": roles.same_tower_critic, "blank": roles.config.ppo.blank_images}
-    rows = layout.for_judge(rollout.rows, **seen)
+    rows = layout.batch_for_scorer(rollout.rows, **seen)
     critic = state.critic.params, roles.critic_frozen
     values = roles.program.values(critic, rows, rollout.shape)
-  return roles.program.learn_from(
+  return roles.program.compute_advantages(
     rollout.scores,
     normalised,
     rollout.log_probabilities,
@@ -185,7 +185,7 @@ def _update(
 
   Args:
     roles, state: of the run.
-    rows: of the rollout, with `learn_from`'s fields.
+    rows: of the rollout, with `compute_advantages`'s fields.
     learnt: int[R], rows with an answer that counts, in the order of their records.
     kl_coef: of the rollout.
     step: rollouts before this one.

@@ -13,12 +13,12 @@ from vlalign_jax.input_pipeline.prepare import Prepared
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.training import loop, start
-from vlalign_jax.weights.source import Source
+from vlalign_jax.weights.source import ModelSource
 
 KEY = "ppo.sft_data"
 
 
-def prepare(config, source: Source, mesh: Mesh, steps: int) -> Prepared | None:
+def prepare(config, source: ModelSource, mesh: Mesh, steps: int) -> Prepared | None:
   """Plans a batch for each update of the actor, as many examples as it has prompts.
 
   Args:
@@ -41,7 +41,7 @@ def prepare(config, source: Source, mesh: Mesh, steps: int) -> Prepared | None:
   own.data.update({"eval": "", "eval_samples": "", "eval_fraction": 0.0})
   own.batch_size = config.batch_size // settings.num_mini_batches
   own.max_steps = rollouts * settings.num_ppo_epochs * settings.num_mini_batches
-  records, _ = sft.load_records_of(own)
+  records, _ = sft.load_records(own)
   multiple = meshes.row_blocks(mesh) * config.grad_accumulation
   found = sft.prepare_train(own, source, records, multiple)
   # All batches have the rows of the fullest: an update is compiled for each shape.

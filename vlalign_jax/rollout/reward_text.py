@@ -12,7 +12,7 @@ from vlalign_jax.data.rows import answer_places, build_row
 from vlalign_jax.input_pipeline.prepare import LoadImage
 from vlalign_jax.input_pipeline.scored_answers import encode_answers
 from vlalign_jax.sharding import hosts
-from vlalign_jax.weights.source import Source
+from vlalign_jax.weights.source import ModelSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TextReader:
     blank: whether it sees grey pictures, `ppo.blank_images`.
   """
 
-  source: Source
+  source: ModelSource
   template: str
   image_root: str
   images: int

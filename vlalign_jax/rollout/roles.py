@@ -19,18 +19,18 @@ from vlalign_jax.rollout import collect
 from vlalign_jax.rollout.reward_text import TextReader
 from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.steps.ppo import State
-from vlalign_jax.steps.ppo_program import Program
+from vlalign_jax.steps.ppo_program import PPOProgram
 from vlalign_jax.training import start
-from vlalign_jax.weights import identity, pin
-from vlalign_jax.weights.adapters import Start
+from vlalign_jax.weights import identity, provenance
+from vlalign_jax.weights.adapters import AdapterInit
 from vlalign_jax.weights.load import check_weights, load_params
-from vlalign_jax.weights.source import Source, check_head, open_source
+from vlalign_jax.weights.source import ModelSource, check_head, open_source
 
 REWARD = "reward_weights"
 
 
 @dataclasses.dataclass(frozen=True)
-class Sources:
+class RoleSources:
   """Where the models of a run come from.
 
   Attributes:
@@ -40,13 +40,13 @@ class Sources:
     reward_template: in which the reward model reads.
   """
 
-  actor: Source
-  critic: Source | None
-  reward: Source | None
+  actor: ModelSource
+  critic: ModelSource | None
+  reward: ModelSource | None
   reward_template: str
 
 
-def open_sources(config: ConfigDict, workdir: str | None, actor: Source) -> Sources:
+def open_sources(config: ConfigDict, workdir: str | None, actor: ModelSource) -> RoleSources:
   """Opens what the run needs besides its actor; reads no weights.
 
   Args:
@@ -62,17 +62,17 @@ def open_sources(config: ConfigDict, workdir: str | None, actor: Source) -> Sour
   if config.ppo.reward_model:
     reward, template = _open_reward(config, template)
     if workdir is not None and run_directory.has_saved(epath.Path(workdir)):
-      reward = pin.check(reward, workdir, REWARD)
+      reward = provenance.check(reward, workdir, REWARD)
     reward = _with_adapters_apart(reward)
     check_weights(reward)
   critic = None
   if config.ppo.estimator == "gae":
     critic = _critic(config, actor, reward)
     check_weights(critic)
-  return Sources(actor, critic, reward, template)
+  return RoleSources(actor, critic, reward, template)
 
 
-def _open_reward(config: ConfigDict, template: str) -> tuple[Source, str]:
+def _open_reward(config: ConfigDict, template: str) -> tuple[ModelSource, str]:
   where, aspect = config.ppo.reward_model, config.data.image_aspect
   if run := checkpoints.find_run(where):
     # It reads, and sees pictures, as it was trained to.
@@ -82,7 +82,7 @@ def _open_reward(config: ConfigDict, template: str) -> tuple[Source, str]:
   return opened, template
 
 
-def _critic(config: ConfigDict, actor: Source, reward: Source | None) -> Source:
+def _critic(config: ConfigDict, actor: ModelSource, reward: ModelSource | None) -> ModelSource:
   adapters = lora.from_group(config.lora)
   if config.ppo.critic_init == "actor":
     model = dataclasses.replace(actor.config, head=SCORE)
@@ -102,7 +102,7 @@ def _critic(config: ConfigDict, actor: Source, reward: Source | None) -> Source:
   return dataclasses.replace(reward, config=dataclasses.replace(reward.config, lora=adapters))
 
 
-def _with_adapters_apart(reward: Source) -> Source:
+def _with_adapters_apart(reward: ModelSource) -> ModelSource:
   """A run with adapters as its base with these beside it: others may have the same base."""
   if not reward.runs:
     return reward
@@ -111,10 +111,12 @@ def _with_adapters_apart(reward: Source) -> Source:
   if not adapters:
     return reward
   model = dataclasses.replace(reward.config, lora=adapters)
-  return dataclasses.replace(reward, config=model, runs=reward.runs[:-1], start=Start(run=newest))
+  return dataclasses.replace(
+    reward, config=model, runs=reward.runs[:-1], start=AdapterInit(run=newest)
+  )
 
 
-def same_tokens(actor: Source, other: Source) -> bool:
+def same_tokens(actor: ModelSource, other: ModelSource) -> bool:
   """Whether a model reads the actor's token ids and pictures as they are."""
   mine, its = (
     (
@@ -129,7 +131,7 @@ def same_tokens(actor: Source, other: Source) -> bool:
   return mine == its
 
 
-def find_scorers(config: ConfigDict, sources: Sources, records):
+def find_scorers(config: ConfigDict, sources: RoleSources, records):
   """(TextReader or None, function or None): what scores answers besides a model that reads tokens.
 
   Args:
@@ -166,12 +168,14 @@ def find_scorers(config: ConfigDict, sources: Sources, records):
 
 
 @out_of_memory.names(out_of_memory.LOADING)
-def make_state(config: ConfigDict, workdir: str, sources: Sources, program: Program) -> State:
+def make_state(
+  config: ConfigDict, workdir: str, sources: RoleSources, program: PPOProgram
+) -> State:
   """The state before the first rollout; writes down what the run takes besides its actor."""
   if reward := sources.reward:
     if reward.start:  # written down as it was opened
       reward = dataclasses.replace(reward, runs=(*reward.runs, reward.start.run), start=None)
-    pin.write(reward, workdir, REWARD)
+    provenance.write(reward, workdir, REWARD)
   actor = start.load_trained(config, sources.actor, program.actor)
   critic = None
   if sources.critic is not None:
@@ -182,7 +186,7 @@ def make_state(config: ConfigDict, workdir: str, sources: Sources, program: Prog
 
 
 @out_of_memory.names(out_of_memory.LOADING)
-def load(config: ConfigDict, sources: Sources, program: Program, mesh: Mesh, scorers):
+def load(config: ConfigDict, sources: RoleSources, program: PPOProgram, mesh: Mesh, scorers):
   """The collect.Roles of a run; what several models have the same is on the devices once.
 
   Args:
@@ -197,7 +201,7 @@ def load(config: ConfigDict, sources: Sources, program: Program, mesh: Mesh, sco
   stays = {part: x for part, x in frozen.items() if part != "reference"}
   identity.add(pool, known, trees.flatten(stays))
 
-  def load(opened: Source, shapes: dict, wanted=lambda path: True):
+  def load(opened: ModelSource, shapes: dict, wanted=lambda path: True):
     own = identity.identities(opened, files)
     params = _load(pool, own, config, opened, shapes, wanted)
     return params, identity.same_tower(sources.actor.config, known, opened.config, own)
@@ -224,7 +228,7 @@ def load(config: ConfigDict, sources: Sources, program: Program, mesh: Mesh, sco
   )
 
 
-def _load(pool: dict, known: dict, config: ConfigDict, opened: Source, shapes: dict, wanted):
+def _load(pool: dict, known: dict, config: ConfigDict, opened: ModelSource, shapes: dict, wanted):
   """The wanted parameters; those in the pool are not loaded, the others join it."""
   leaves = {path: leaf for path, leaf in trees.flatten(shapes).items() if wanted(path)}
   shared = identity.find(pool, known, leaves)

@@ -75,7 +75,7 @@ def answer_rows(prompts, tokens, lengths):
   }
 
 
-def for_judge(rows: dict, *, same_tower: bool, blank: bool) -> dict:
+def batch_for_scorer(rows: dict, *, same_tower: bool, blank: bool) -> dict:
   """Rows as the reward model or the critic reads them.
 
   Args:
@@ -88,7 +88,7 @@ def for_judge(rows: dict, *, same_tower: bool, blank: bool) -> dict:
   return rows | {"images": jnp.full_like(rows["images"], GREY)} if blank else rows
 
 
-def of_answers(x, answers: int, length: int):
+def select_answers(x, answers: int, length: int):
   """The part of [B, T, ...] that predicts the answers' tokens: [B, N, M, ...].
 
   Args:

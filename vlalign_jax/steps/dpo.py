@@ -130,7 +130,7 @@ def eval_step(
   return {"loss": loss, "examples": examples} | dpo.metrics(*arrays, beta=settings.beta)
 
 
-def make_program(config, model, mesh: Mesh, total_steps: int) -> program.Program:
+def make_program(config, model, mesh: Mesh, total_steps: int) -> program.TrainProgram:
   """See `program.make_program`; with `dpo.reference=cache` rows bring the reference's numbers."""
   options = {
     "reference_graphdef": program.reference_graphdef(config, model, mesh),

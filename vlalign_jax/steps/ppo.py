@@ -64,7 +64,7 @@ def with_actor(state: State, actor: TrainState) -> State:
   return state._replace(**(actor._asdict() | {"step": state.step, "updates": actor.step}))
 
 
-def as_read(rows, count: int):
+def drop_unused_branches(rows, count: int):
   """Rows for a model: with one answer to each prompt, attention need not look at branches."""
   return rows | sft.ONE_ANSWER if count == 1 else rows
 
@@ -89,17 +89,17 @@ def log_probabilities(model, rows, shape, *, sampling: Sampling, **options):
   allowed = support(rows, shape, sampling, model.config.language.vocab_size)
   found = answers.token_log_probabilities(
     model,
-    as_read(rows, shape[0]),
+    drop_unused_branches(rows, shape[0]),
     temperature=sampling.temperature,
     support=allowed,
     **options,
   )
-  return layout.of_answers(found, *shape)
+  return layout.select_answers(found, *shape)
 
 
 def values(model, rows, shape):
   """float32[B, N, M], what a critic expects before each token; `shape` is (N, M)."""
-  hidden = layout.of_answers(model(as_read(rows, shape[0])), *shape)
+  hidden = layout.select_answers(model(drop_unused_branches(rows, shape[0])), *shape)
   kernel = model.score.kernel[...][:, 0].astype(hidden.dtype)
   return jnp.einsum("BNMD,D->BNM", hidden, kernel, preferred_element_type=jnp.float32)
 
@@ -143,9 +143,9 @@ def make_policy_loss(
     shape = rows["mask"].shape[1:]
     model = nnx.merge(graphdef, trees.merge(params, frozen))
     logps, entropies = (
-      layout.of_answers(x, *shape).reshape(-1, shape[1])
+      layout.select_answers(x, *shape).reshape(-1, shape[1])
       for x in entropy.token_log_probabilities_and_entropies(
-        answers.tempered(model(as_read(rows, shape[0])), sampling.temperature),
+        answers.tempered(model(drop_unused_branches(rows, shape[0])), sampling.temperature),
         model.head_kernel(),
         rows["targets"],
         rows["loss_mask"],
@@ -187,7 +187,7 @@ def make_value_loss(frozen, counts, key, *, graphdef, settings):
   return loss
 
 
-def mixed_loss(rows, *, graphdef, settings, mesh: Mesh | None, chunk: int) -> update.Mixed:
+def mixed_loss(rows, *, graphdef, settings, mesh: Mesh | None, chunk: int) -> update.AuxiliaryLoss:
   """The supervised loss of conversations, added to the policy's (Ouyang et al. 2022, equation 2).
 
   Args:
@@ -196,7 +196,7 @@ def mixed_loss(rows, *, graphdef, settings, mesh: Mesh | None, chunk: int) -> up
     settings: the config's `ppo` group.
   """
   make_loss = functools.partial(sft.make_loss, graphdef=graphdef, mesh=mesh, chunk=chunk)
-  return update.Mixed("loss/sft", settings.sft_weight, make_loss, sft.count, rows)
+  return update.AuxiliaryLoss("loss/sft", settings.sft_weight, make_loss, sft.count, rows)
 
 
 def metrics(found, counts):
@@ -232,7 +232,7 @@ def update_step(
     index: int32[b], the rows of the mini-batch.
     kl_coef: float32[].
     sft_rows: of `mixed_loss`; None: nothing is mixed in.
-    actor, critic: program.Learner; critic may be None.
+    actor, critic: program.TrainedModel; critic may be None.
     config: of the run.
     sampling: what the answers were sampled with.
     mesh: over which rows are split.
@@ -255,7 +255,7 @@ def update_step(
     critic_state, found = update.train_step(
       state.critic,
       critic_frozen,
-      layout.for_judge(rows, **seen),
+      layout.batch_for_scorer(rows, **seen),
       make_loss=functools.partial(make_value_loss, graphdef=critic.graphdef, settings=config.ppo),
       count=functools.partial(count, level="token"),
       **common,

@@ -16,7 +16,7 @@ from vlalign_jax.models.vlm import ModelConfig, abstract_params
 from vlalign_jax.optim import updates
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import zero
-from vlalign_jax.steps import accumulate, ppo, program, rollout
+from vlalign_jax.steps import accumulate, advantages, ppo, program
 from vlalign_jax.steps import answer_rows as layout
 
 
@@ -34,7 +34,7 @@ class Scorer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class PPOProgram:
   """Nothing here is allocated; shapes are trees of jax.ShapeDtypeStruct with shardings.
 
   `shape` is (N, M), answers to a prompt and tokens of each; all but `update_step` leave what they
@@ -54,14 +54,14 @@ class Program:
     reference: (the actor's frozen parameters, rows, shape) -> float32[B, N, M] log-probabilities.
     values: (the critic's trained and frozen parameters, rows, shape) -> float32[B, N, M].
     scores: (the reward model's parameters, rows with `answers` [B, 1, N]) -> float32[B, N].
-    learn_from: see `steps.rollout`.
+    compute_advantages: see `steps.advantages`.
     update_step: (state, frozen, the critic's frozen, rows, index, kl_coef, sft_rows,
       with_policy, same_tower).
     finish: State -> State, with one more rollout learnt from; the state is given up.
   """
 
-  actor: program.Learner
-  critic: program.Learner | None
+  actor: program.TrainedModel
+  critic: program.TrainedModel | None
   reward: Scorer | None
   state: ppo.State
   init_state: Callable
@@ -72,7 +72,7 @@ class Program:
   reference: Callable
   values: Callable | None
   scores: Callable | None
-  learn_from: Callable
+  compute_advantages: Callable
   update_step: Callable
   finish: Callable
 
@@ -86,7 +86,7 @@ def make_program(
   mesh: Mesh,
   steps: int,
   pad_id: int = 0,
-) -> Program:
+) -> PPOProgram:
   """The program of a run.
 
   Args:
@@ -122,7 +122,7 @@ def make_program(
   def scores(params, rows, shape):
     del shape
     whole = nnx.merge(reward.graphdef, params)
-    hidden = whole(ppo.as_read(rows, rows["answers"].shape[2]))
+    hidden = whole(ppo.drop_unused_branches(rows, rows["answers"].shape[2]))
     return whole.scores(hidden, rows["answers"])[:, 0]
 
   def vision_features(params, rows, shape):
@@ -156,7 +156,7 @@ def make_program(
   update_step = functools.partial(
     ppo.update_step, actor=actor, critic=critic, config=config, sampling=sampling, mesh=mesh
   )
-  return Program(
+  return PPOProgram(
     actor=actor,
     critic=critic,
     reward=reward,
@@ -169,8 +169,8 @@ def make_program(
     reference=of_parts(reference),
     values=of_parts(values) if critic else None,
     scores=of_parts(scores) if reward else None,
-    learn_from=jax.jit(
-      functools.partial(rollout.learn_from, settings=settings),
+    compute_advantages=jax.jit(
+      functools.partial(advantages.compute_advantages, settings=settings),
       out_shardings=(rows_place, everywhere),
     ),
     update_step=jax.jit(
@@ -198,7 +198,7 @@ def critic_updates(config, steps: int) -> int:
   return steps * config.ppo.num_ppo_epochs * config.ppo.num_mini_batches
 
 
-def check_updates(config, program: Program, steps: int) -> None:
+def check_updates(config, program: PPOProgram, steps: int) -> None:
   """See `optim.updates.check`, of the actor and of the critic.
 
   Args:

@@ -22,7 +22,7 @@ from vlalign_jax.steps import update
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class TrainProgram:
   """Nothing here is allocated; shapes are trees of jax.ShapeDtypeStruct with shardings.
 
   Attributes:
@@ -57,7 +57,7 @@ def make_program(
   eval_step,
   keep_initial: bool = False,
   static: tuple[str, ...] = (),
-) -> Program:
+) -> TrainProgram:
   """The program of a run.
 
   Args:
@@ -87,7 +87,7 @@ def make_program(
     placement = placement._replace(
       optimizer=zero.offload(mesh, meshes.place(learner.state.optimizer, placement.optimizer))
     )
-  return Program(
+  return TrainProgram(
     graphdef=learner.graphdef,
     params=learner.params,
     state=meshes.place(learner.state, placement),
@@ -105,11 +105,11 @@ def make_program(
 
 
 @dataclasses.dataclass(frozen=True)
-class Learner:
+class TrainedModel:
   """A model of which a part is trained; nothing here is allocated.
 
   Attributes:
-    graphdef, params, state, frozen: as of Program.
+    graphdef, params, state, frozen: as of TrainProgram.
     init_state: trained parameters -> TrainState.
     placement: TrainState of the shardings of its leaves.
     update: the arguments of `update.train_step` that depend on the model: optimizer, learning_rate
@@ -131,7 +131,7 @@ def make_learner(
   mesh: jax.sharding.Mesh,
   total_steps: int,
   keep_initial: bool = False,
-) -> Learner:
+) -> TrainedModel:
   """What is trained of a model, where all of it goes, and how it moves; see `make_program`."""
   meshes.check_heads(mesh, model.language.heads, model.language.kv_heads)
   stage = config.mesh.zero_stage
@@ -156,7 +156,7 @@ def make_learner(
   placement = zero.state_shardings(mesh, state, stage)
   if keep_initial:
     frozen = frozen | {"reference": _initial(trained, config)}
-  return Learner(
+  return TrainedModel(
     graphdef=graphdef,
     params=params,
     state=meshes.place(state, placement),
@@ -177,7 +177,7 @@ def reference_model(config, model: ModelConfig) -> ModelConfig:
 
 
 def reference_graphdef(config, model: ModelConfig, mesh: jax.sharding.Mesh):
-  """The graphdef that goes with `Program.frozen["reference"]` and the other frozen parameters."""
+  """The graphdef that goes with a reference and the parameters that stay."""
   options = {name: config.model[name] for name in ("dtype", "remat", "attention")} | {"mesh": mesh}
   return abstract_params(reference_model(config, model), **options)[0]
 

@@ -61,7 +61,7 @@ def eval_step(params, frozen, rows, *, graphdef, settings, mesh=None, chunk=None
   return {"loss": loss, "examples": answers.examples(rows)} | reported
 
 
-def make_program(config, model, mesh: Mesh, total_steps: int) -> program.Program:
+def make_program(config, model, mesh: Mesh, total_steps: int) -> program.TrainProgram:
   """See `program.make_program`."""
   return program.make_program(
     config,

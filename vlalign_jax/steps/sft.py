@@ -64,7 +64,7 @@ def eval_step(
   )
 
 
-def make_program(config, model, mesh: Mesh, total_steps: int) -> program.Program:
+def make_program(config, model, mesh: Mesh, total_steps: int) -> program.TrainProgram:
   """See `program.make_program`."""
   return program.make_program(
     config,

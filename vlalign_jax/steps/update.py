@@ -12,7 +12,7 @@ from vlalign_jax.optim import state as training_state
 from vlalign_jax.steps import accumulate
 
 
-class Mixed(NamedTuple):
+class AuxiliaryLoss(NamedTuple):
   """A second loss, of other rows, whose mean times `weight` is added; reported as `name`.
 
   `make_loss` and `count` are as of `train_step`.
@@ -39,7 +39,7 @@ def train_step(
   seed: int,
   mesh: Mesh | None = None,
   constrain_gradients=lambda gradients: gradients,
-  mixed: Mixed | None = None,
+  mixed: AuxiliaryLoss | None = None,
 ):
   """One update.
 

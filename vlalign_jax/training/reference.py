@@ -21,13 +21,13 @@ from vlalign_jax.sharding import hosts
 from vlalign_jax.steps import dpo
 from vlalign_jax.steps.program import reference_model
 from vlalign_jax.training import loop
-from vlalign_jax.weights import load, pin, source
+from vlalign_jax.weights import load, provenance, source
 
 DIRECTORY = "reference"
 
 
 def log_probabilities(
-  config, workdir: str, mesh: jax.sharding.Mesh, opened: source.Source, data: dict, share: dict
+  config, workdir: str, mesh: jax.sharding.Mesh, opened: source.ModelSource, data: dict, share: dict
 ) -> dict[str, np.ndarray]:
   """The reference's log-probabilities of all answers of data sets, read where they are kept.
 
@@ -83,7 +83,7 @@ def prepare_rows(table: np.ndarray, rows: dict[str, np.ndarray]) -> dict[str, np
   return rows | {"reference": found}
 
 
-def fingerprint(config, opened: source.Source, prepared: Prepared) -> str:
+def fingerprint(config, opened: source.ModelSource, prepared: Prepared) -> str:
   """What the numbers depend on: records, template, tokenizer, preprocessing and the model."""
   example, pictures = (prepared.pipeline[name] for name in ("load_example", "load_image"))
   digest = hashlib.sha256(repr(sorted(example.data.items())).encode())
@@ -91,7 +91,7 @@ def fingerprint(config, opened: source.Source, prepared: Prepared) -> str:
   model = reference_model(config, opened.config)
   seed = config.seed if opened.fresh else None
   for part in (
-    *(pin.content(opened), model, seed, config.model.dtype, config.model.attention),
+    *(provenance.content(opened), model, seed, config.model.dtype, config.model.attention),
     *(pictures.blank, opened.images.config),
   ):
     digest.update(repr(part).encode())

@@ -12,14 +12,14 @@ from vlalign_jax.optim import optimizer
 from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.steps.program import Program
+from vlalign_jax.steps.program import TrainProgram
 from vlalign_jax.training import examples
-from vlalign_jax.weights import export, load, pin, source
+from vlalign_jax.weights import export, load, provenance, source
 
 
 def open_run(
   config, workdir: str, stage: str, devices=None
-) -> tuple[jax.sharding.Mesh, source.Source]:
+) -> tuple[jax.sharding.Mesh, source.ModelSource]:
   """Checks what can be checked without data, and makes or finds the run directory.
 
   Args:
@@ -43,7 +43,7 @@ def open_run(
   resumes = run_directory.open_run(workdir, config)
   opened = source.open_for(config)
   if resumes:
-    opened = pin.check(opened, workdir)
+    opened = provenance.check(opened, workdir)
   load.check_weights(opened)
   return mesh, opened
 
@@ -65,7 +65,12 @@ def my_share(mesh: jax.sharding.Mesh) -> dict:
 
 @out_of_memory.names(out_of_memory.LOADING)
 def restore_or_load(
-  config, workdir: str, opened: source.Source, program: Program, train: Prepared, make_state=None
+  config,
+  workdir: str,
+  opened: source.ModelSource,
+  program: TrainProgram,
+  train: Prepared,
+  make_state=None,
 ):
   """The newest checkpoint's state, or the first one.
 
@@ -92,7 +97,7 @@ def restore_or_load(
       with storage.written(f"{workdir}/model") as directory:
         export.save_model_files(opened, directory, config.model.param_dtype, config.data.template)
       storage.write(f"{workdir}/{examples.FILE}", examples.page(train))
-    pin.write(opened, workdir)
+    provenance.write(opened, workdir)
     if make_state is not None:
       state = make_state()
     else:
@@ -109,14 +114,14 @@ def restore_or_load(
 
 
 @out_of_memory.names(out_of_memory.LOADING)
-def load_trained(config, opened: source.Source, program: Program) -> dict:
+def load_trained(config, opened: source.ModelSource, program: TrainProgram) -> dict:
   """The trained parameters as they are before training."""
   is_trained = functools.partial(optimizer.is_trained, config=config)
   return load.load_params(opened, program.params, config.seed, is_trained)
 
 
 @out_of_memory.names(out_of_memory.LOADING)
-def load_frozen(config, opened: source.Source, program: Program) -> dict:
+def load_frozen(config, opened: source.ModelSource, program: TrainProgram) -> dict:
   """The parameters that stay, and what the trained ones were at first where the stage needs it."""
   is_trained = functools.partial(optimizer.is_trained, config=config)
   frozen = load.load_params(opened, program.params, config.seed, lambda path: not is_trained(path))

@@ -11,15 +11,15 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora, vlm
 from vlalign_jax.optim import optimizer
 from vlalign_jax.runs import checkpoints, run_directory
-from vlalign_jax.weights import hf_config, names, peft, pin
+from vlalign_jax.weights import hf_config, names, peft, provenance
 from vlalign_jax.weights.tensors import Tensor, read_headers
 
 if TYPE_CHECKING:
-  from vlalign_jax.weights.parts import Source
+  from vlalign_jax.weights.parts import ModelSource
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class AdapterInit:
   """Adapters, and parameters that were trained whole beside them; one of both is empty.
 
   Attributes:
@@ -31,7 +31,7 @@ class Start:
   run: tuple[str, int] | None = None
 
 
-def open_start(config, model: vlm.ModelConfig, base: "Source") -> Start | None:
+def open_start(config, model: vlm.ModelConfig, base: "ModelSource") -> AdapterInit | None:
   """Opens what `lora.init_from` names; reads configs and headers only.
 
   Args:
@@ -88,9 +88,9 @@ def _mend(frozen: list[str], config) -> str:
   return f"set {' and '.join(sorted(keys))} to true"
 
 
-def _check_base(run: str, base: "Source", where: str) -> None:
+def _check_base(run: str, base: "ModelSource", where: str) -> None:
   """Refuses a run's adapters over weights that it did not start from."""
-  own = pin.stored(run)
+  own = provenance.stored(run)
   if own is None:
     return
   if run in [directory for directory, _ in base.runs]:
@@ -98,7 +98,7 @@ def _check_base(run: str, base: "Source", where: str) -> None:
       f"model.init_from={where} has the adapters of lora.init_from={run} already: they would count "
       "twice; name what that run started from as model.init_from, or leave lora.init_from empty"
     )
-  files = pin.content(base)["files"]
+  files = provenance.content(base)["files"]
   if sorted(files.values()) != sorted(own["files"].values()) or len(base.runs) != len(own["runs"]):
     started = [f"{directory}/checkpoints/{step}" for directory, step in own["runs"]]
     raise InputError(
@@ -107,7 +107,7 @@ def _check_base(run: str, base: "Source", where: str) -> None:
     )
 
 
-def _check_shapes(start: Start, model: vlm.ModelConfig, shapes, where: str) -> None:
+def _check_shapes(start: AdapterInit, model: vlm.ModelConfig, shapes, where: str) -> None:
   wrong = []
   for name in [*peft.names_of(model), *names.names_of(model)]:
     expected = names.tensor_shape(name.kind, shapes[name.path].shape[name.stacked :])
@@ -148,7 +148,7 @@ def _open_run(directory: str, which: str, shapes):
   places = [path.removesuffix("/lora_a") for path in trained if path.endswith("/lora_a")]
   found = {path: (ranks.rank_of(path), ranks.scale(ranks.rank_of(path))) for path in places}
   beside = [path for path in trained if not lora.is_adapter(path)]
-  return Start(run=(directory, step)), found, beside
+  return AdapterInit(run=(directory, step)), found, beside
 
 
 def _open_peft(directory: str, model: vlm.ModelConfig):
@@ -190,7 +190,7 @@ def _open_peft(directory: str, model: vlm.ModelConfig):
     raise InputError(
       f"lora.init_from={directory}: these are not adapters of this model:\n  " + "\n  ".join(wrong)
     )
-  return Start(tensors=used), found, beside
+  return AdapterInit(tensors=used), found, beside
 
 
 def _everywhere(model: vlm.ModelConfig) -> lora.LoraConfig:

@@ -10,7 +10,7 @@ from vlalign_jax.models.projector import PROJECTORS
 from vlalign_jax.weights import hf_config, tensors
 from vlalign_jax.weights.parts import (
   IMAGE_TOKEN,
-  Source,
+  ModelSource,
   from_parts,
   load_generation,
   load_tokenizer,
@@ -21,7 +21,7 @@ PAD_TOKEN = "<pad>"
 VOCABULARY_MULTIPLE = 64
 
 
-def open_towers(model, aspect: str) -> Source:
+def open_towers(model, aspect: str) -> ModelSource:
   """Opens the towers that the `model` group of a config names.
 
   Args:

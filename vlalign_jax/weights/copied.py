@@ -11,7 +11,7 @@ import numpy as np
 from vlalign_jax import trees
 from vlalign_jax.models import vlm
 from vlalign_jax.weights import load, names, shards
-from vlalign_jax.weights.parts import Source
+from vlalign_jax.weights.parts import ModelSource
 from vlalign_jax.weights.tensors import Tensor
 
 POST_NORM = ("vision.post_layernorm.weight", "vision.post_layernorm.bias")
@@ -37,7 +37,7 @@ class Tower:
     return self.unused.keys() >= set(POST_NORM)
 
 
-def tower_of(source: Source) -> Tower:
+def tower_of(source: ModelSource) -> Tower:
   """Returns the vision tower that an export has; reads no weights."""
   config, hf = source.config, source.hf
   used, total = config.vision.layers, hf.vision_config.num_hidden_layers
@@ -70,7 +70,7 @@ def _layer_shapes(config: vlm.ModelConfig) -> dict[str, tuple[int, ...]]:
   }
 
 
-def _holds(source: Source, shapes: dict[str, tuple[int, ...]]) -> bool:
+def _holds(source: ModelSource, shapes: dict[str, tuple[int, ...]]) -> bool:
   found = (source.tensors.get(name) for name in shapes)
   return all(
     tensor is not None and tensor.shape == shape
@@ -78,7 +78,7 @@ def _holds(source: Source, shapes: dict[str, tuple[int, ...]]) -> bool:
   )
 
 
-def untrained(source: Source, paths: set[str], dtype: np.dtype | None):
+def untrained(source: ModelSource, paths: set[str], dtype: np.dtype | None):
   """Reads parameters from the source's files, one tensor at a time.
 
   Args:

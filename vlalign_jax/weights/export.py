@@ -37,14 +37,14 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.models.vlm import SCORE, ModelConfig
 from vlalign_jax.weights import copied, names
 from vlalign_jax.weights.hf_config import OWN_FAMILY, PROJECTOR, REWARD_ARCHITECTURE, TOWERS
-from vlalign_jax.weights.parts import IMAGE_TOKEN, Source, with_ends
+from vlalign_jax.weights.parts import IMAGE_TOKEN, ModelSource, with_ends
 
 MAX_SHARD_BYTES = 5 * 10**9
 _SCORE_LABELS = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
 
 
 def save_model_files(
-  source: Source,
+  source: ModelSource,
   directory: str,
   dtype: str,
   template: str | None = None,
@@ -78,7 +78,7 @@ def save_model_files(
   json_files.write(os.path.join(directory, "processor_config.json"), processor)
 
 
-def _save_tokenizer(source: Source, directory: str, template: str | None) -> None:
+def _save_tokenizer(source: ModelSource, directory: str, template: str | None) -> None:
   """Tokenizer and generation config."""
   os.makedirs(directory, exist_ok=True)
   tokenizer = source.tokenizer
@@ -98,7 +98,7 @@ def is_llava(config: ModelConfig) -> bool:
   return config.projector.kind == "mlp" and not config.mmca
 
 
-def _config(source: Source, dtype: str, vision_dtype: str | None) -> dict:
+def _config(source: ModelSource, dtype: str, vision_dtype: str | None) -> dict:
   """The content of config.json."""
   config, tower = source.config, copied.tower_of(source)
   hf = source.hf.to_dict()
@@ -123,7 +123,7 @@ def _config(source: Source, dtype: str, vision_dtype: str | None) -> dict:
   return hf
 
 
-def _save_parts(source: Source, directory: str, dtype: str, vision_dtype: str | None) -> None:
+def _save_parts(source: ModelSource, directory: str, dtype: str, vision_dtype: str | None) -> None:
   """Writes everything but the weights of the towers' own directories."""
   hf, own = _config(source, dtype, vision_dtype), {}
   for part, key in (("vision", "vision_config"), ("language", "text_config")):
@@ -168,7 +168,7 @@ def check_output(output: str) -> None:
 
 
 def export_model(
-  source: Source,
+  source: ModelSource,
   params,
   output: str,
   *,
@@ -272,7 +272,7 @@ def _name_shards(directory: str, shards: list[tuple[str, list[str]]], total: int
   json_files.write(os.path.join(directory, f"{stem}.safetensors.index.json"), index)
 
 
-def _tensors(source: Source, table: list[names.Name], flat, dtype, exported, writes: bool):
+def _tensors(source: ModelSource, table: list[names.Name], flat, dtype, exported, writes: bool):
   """(name as `exported` has it, tensor) of a model or a part of it, one at a time.
 
   A process that does not write takes part in gathering only.
@@ -288,7 +288,7 @@ def _tensors(source: Source, table: list[names.Name], flat, dtype, exported, wri
       yield exported(name), tensor
 
 
-def _unused(source: Source, identity_dtype, dtype: np.dtype | None):
+def _unused(source: ModelSource, identity_dtype, dtype: np.dtype | None):
   """(canonical name, tensor) of the vision tower's layers that are not run, and post_layernorm."""
   tower, layers = copied.tower_of(source), source.hf.vision_config.num_hidden_layers
   if tower.layers < layers:

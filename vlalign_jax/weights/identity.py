@@ -6,8 +6,8 @@ import os
 from vlalign_jax import trees
 from vlalign_jax.models import lora, vlm
 from vlalign_jax.runs import checkpoints, run_directory
-from vlalign_jax.weights import load, pin
-from vlalign_jax.weights.parts import Source
+from vlalign_jax.weights import load, provenance
+from vlalign_jax.weights.parts import ModelSource
 
 # Bytes that are compared at a time.
 _BLOCK = 2**22
@@ -24,7 +24,7 @@ class Files:
     """The first of the files so far with the content of this one."""
     file = os.path.realpath(file)
     if file not in self._names:
-      alike = self._alike[pin.fingerprint(file)]  # of samples, which may miss a difference
+      alike = self._alike[provenance.fingerprint(file)]  # of samples, which may miss a difference
       same = (other for other in alike if _same(file, other))
       self._names[file] = next(same, file)
       if self._names[file] == file:
@@ -45,7 +45,7 @@ def _same(file: str, other: str) -> bool:
   return True
 
 
-def identities(source: Source, files: Files) -> dict[str, tuple]:
+def identities(source: ModelSource, files: Files) -> dict[str, tuple]:
   """path -> what a parameter's values come from; equal ones are equal, and fresh ones have none.
 
   That is the file with its tensors, or the checkpoint of the run that trained it last, with the

@@ -11,7 +11,7 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora, vlm
 from vlalign_jax.runs import checkpoints
 from vlalign_jax.weights import names, peft, runs, shards
-from vlalign_jax.weights.parts import Source
+from vlalign_jax.weights.parts import ModelSource
 from vlalign_jax.weights.tensors import Tensor
 
 
@@ -23,7 +23,7 @@ class Entry:
   tensors: tuple[Tensor, ...]
 
 
-def resolve(source: Source, shapes: dict[str, tuple[int, ...]]) -> dict[str, Entry]:
+def resolve(source: ModelSource, shapes: dict[str, tuple[int, ...]]) -> dict[str, Entry]:
   """Finds every parameter's tensors and checks that names and shapes fit exactly.
 
   Args:
@@ -69,14 +69,14 @@ def resolve(source: Source, shapes: dict[str, tuple[int, ...]]) -> dict[str, Ent
   return entries
 
 
-def check_weights(source: Source) -> None:
+def check_weights(source: ModelSource) -> None:
   """Raises the InputErrors of `resolve` before anything is read."""
   _, abstract = vlm.abstract_params(source.config)
   resolve(source, {path: leaf.shape for path, leaf in trees.flatten(abstract).items()})
 
 
 def load_params(
-  source: Source,
+  source: ModelSource,
   abstract,
   seed: int = 0,
   wanted: Callable[[str], bool] = lambda path: True,
@@ -122,7 +122,7 @@ def load_params(
   return trees.unflatten({path: loaded[path] for path in leaves})
 
 
-def _check_tied(source: Source) -> None:
+def _check_tied(source: ModelSource) -> None:
   """A stored head that differs from the embedding it is said to be tied to would be lost.
 
   Each process compares its part of the rows.
@@ -138,7 +138,7 @@ def _check_tied(source: Source) -> None:
     )
 
 
-def start_entries(source: Source) -> dict[str, Entry]:
+def start_entries(source: ModelSource) -> dict[str, Entry]:
   """path -> Entry of what a PEFT directory gives."""
   tensors = source.start.tensors if source.start else {}
   entries = {}

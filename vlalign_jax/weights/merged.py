@@ -8,7 +8,7 @@ import numpy as np
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.vlm import SCORE
 from vlalign_jax.weights import names, peft
-from vlalign_jax.weights.parts import Source
+from vlalign_jax.weights.parts import ModelSource
 from vlalign_jax.weights.tensors import Tensor
 
 _KEY = "base_model_name_or_path"
@@ -66,7 +66,7 @@ def base_of(directory: str) -> str:
   )
 
 
-def with_adapters(base: Source, directory: str) -> Source:
+def with_adapters(base: ModelSource, directory: str) -> ModelSource:
   """Returns the base with a PEFT directory's adapters merged and what was trained beside them.
 
   Args:

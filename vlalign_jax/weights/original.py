@@ -19,7 +19,7 @@ from vlalign_jax import json_files
 from vlalign_jax.data.images import ImagePreprocessor
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights import assemble, hf_config, original_names, original_tokenizer
-from vlalign_jax.weights.parts import IMAGE_TOKEN, Source, from_parts, load_generation
+from vlalign_jax.weights.parts import IMAGE_TOKEN, ModelSource, from_parts, load_generation
 from vlalign_jax.weights.pickled import PickledTensor, read_pickle
 
 WEIGHTS = "pytorch_model.bin"
@@ -30,7 +30,7 @@ _RIGHT, _LEFT = ".lora_right_weight", ".lora_left_weight"
 
 def open_original(
   directory: str, vision: str, language: str, *, lora: str | None = None, mmca: bool = False
-) -> Source:
+) -> ModelSource:
   """Opens a checkpoint; `export.export_model` writes what it becomes.
 
   Args:
@@ -73,7 +73,7 @@ def open_original(
   return dataclasses.replace(parts, tensors=found, fresh=())
 
 
-def dtype_of(source: Source) -> np.dtype:
+def dtype_of(source: ModelSource) -> np.dtype:
   """The dtype that holds all tensors of an opened checkpoint without loss."""
   return functools.reduce(jnp.promote_types, {t.dtype for t in source.tensors.values()})
 

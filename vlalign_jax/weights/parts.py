@@ -19,7 +19,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ModelSource:
   """A model that can be loaded.
 
   Attributes:
@@ -44,7 +44,7 @@ class Source:
   tensors: dict[str, tensors.Tensor]
   fresh: tuple[str, ...] = ()
   runs: tuple[tuple[str, int], ...] = ()
-  start: adapters.Start | None = None
+  start: adapters.AdapterInit | None = None
   new_tokens: bool = False
 
   @property
@@ -127,17 +127,17 @@ def from_parts(
   tokenizer: PreTrainedTokenizerBase,
   images: ImagePreprocessor,
   where: str,
-) -> Source:
+) -> ModelSource:
   """A model without weights; every parameter of it is fresh.
 
   Args:
-    hf, generation, tokenizer, images: see Source.
+    hf, generation, tokenizer, images: see ModelSource.
     where: what to call the model in errors.
 
   Raises:
     InputError: the parts do not fit together.
   """
-  return Source(
+  return ModelSource(
     config=_model_config(hf, images, tokenizer, where),
     hf=hf,
     generation=generation,

@@ -6,10 +6,10 @@ from vlalign_jax import trees
 from vlalign_jax.models import lora, vlm
 from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.sharding import zero
-from vlalign_jax.weights.parts import Source
+from vlalign_jax.weights.parts import ModelSource
 
 
-def trained_paths(source: Source) -> set[str]:
+def trained_paths(source: ModelSource) -> set[str]:
   """Returns the paths of all parameters that the runs of a source have changed.
 
   Adapters stand for the kernels that they are merged into.
@@ -24,7 +24,7 @@ def trained_paths(source: Source) -> set[str]:
   return paths
 
 
-def restore(source: Source, leaves, placement):
+def restore(source: ModelSource, leaves, placement):
   """Restores what the runs that a source stands on have trained.
 
   Args:
@@ -53,7 +53,7 @@ def restore(source: Source, leaves, placement):
   return loaded, merges
 
 
-def _adapters_of(source: Source, config: lora.LoraConfig, directory, step, weights, placement):
+def _adapters_of(source: ModelSource, config: lora.LoraConfig, directory, step, weights, placement):
   """(path of a kernel among `weights`, (a, b, scale)) of a run's adapters."""
   model = dataclasses.replace(source.config, lora=config)
   shapes = trees.flatten(vlm.abstract_params(model)[1])

@@ -23,12 +23,12 @@ from vlalign_jax.weights import (
   llava_layout,
   merged,
   peft,
-  pin,
+  provenance,
   tensors,
 )
 from vlalign_jax.weights.parts import (
   IMAGE_TOKEN,
-  Source,
+  ModelSource,
   from_parts,
   load_generation,
   load_tokenizer,
@@ -49,7 +49,7 @@ def absolute_paths(config) -> None:
     config.ppo.reward_model = storage.absolute(config.ppo.reward_model)
 
 
-def open_for(config) -> Source:
+def open_for(config) -> ModelSource:
   """The model that a training run starts from, with the head that its stage trains.
 
   Args:
@@ -76,7 +76,7 @@ def with_adapters(model: ModelConfig, group) -> ModelConfig:
   return dataclasses.replace(model, lora=config)
 
 
-def check_head(opened: Source, head: str, key: str, where: str) -> None:
+def check_head(opened: ModelSource, head: str, key: str, where: str) -> None:
   """Refuses a reward model where a policy is wanted, and the reverse.
 
   Args:
@@ -101,7 +101,7 @@ def check_head(opened: Source, head: str, key: str, where: str) -> None:
   )
 
 
-def _with_head(opened: Source, head: str, where: str) -> Source:
+def _with_head(opened: ModelSource, head: str, where: str) -> ModelSource:
   if opened.config.head == SCORE or head == LANGUAGE:
     check_head(opened, head, "model.init_from", where)
     return opened
@@ -110,7 +110,7 @@ def _with_head(opened: Source, head: str, where: str) -> Source:
   return dataclasses.replace(opened, config=config, fresh=(*opened.fresh, "score/"))
 
 
-def open_source(model, aspect: str = "auto") -> Source:
+def open_source(model, aspect: str = "auto") -> ModelSource:
   """Opens what the `model` group of a config names.
 
   Args:
@@ -132,7 +132,7 @@ def open_source(model, aspect: str = "auto") -> Source:
   return dataclasses.replace(opened, config=dataclasses.replace(opened.config, mmca=mmca))
 
 
-def _open(model, aspect: str) -> Source:
+def _open(model, aspect: str) -> ModelSource:
   if not model.init_from:
     return assemble.open_towers(model, aspect)
   storage.check(model.init_from, "model.init_from")
@@ -155,13 +155,13 @@ def is_convertible(directory: str) -> bool:
   return adapted or llava_layout.read(directory) is not None
 
 
-def _open_directory(directory: str, aspect: str) -> Source:
+def _open_directory(directory: str, aspect: str) -> ModelSource:
   if (config := llava_layout.read(directory)) is not None:
     return _open_original_llava(directory, config, aspect)
   return _open_llava(directory, aspect)
 
 
-def _open_original_llava(directory: str, config: dict, aspect: str) -> Source:
+def _open_original_llava(directory: str, config: dict, aspect: str) -> ModelSource:
   """Opens a model in the layout of LLaVA's own repository."""
   tower = llava_layout.tower_of(directory, config)
   tokenizer = load_tokenizer(directory)
@@ -177,7 +177,7 @@ def _open_original_llava(directory: str, config: dict, aspect: str) -> Source:
   return dataclasses.replace(opened, tensors=found, fresh=(), new_tokens=True)
 
 
-def _open_llava(directory: str, aspect: str) -> Source:
+def _open_llava(directory: str, aspect: str) -> ModelSource:
   hf = hf_config.read_config(directory)
   if not isinstance(hf, LlavaConfig):
     raise InputError(
@@ -197,10 +197,10 @@ def _open_llava(directory: str, aspect: str) -> Source:
   return dataclasses.replace(opened, tensors=found, fresh=())
 
 
-def _open_run(directory: str, which: str, aspect: str) -> Source:
+def _open_run(directory: str, which: str, aspect: str) -> ModelSource:
   config = run_directory.stored_config(directory)
   base = open_source(_Group(config["model"]), aspect)
-  base = pin.check(base, directory)
+  base = provenance.check(base, directory)
   base = _with_head(base, HEADS.get(config["stage"], LANGUAGE), config["model"]["init_from"])
   files = storage.local(f"{directory}/model")
   tokenizer = load_tokenizer(files)

@@ -7,7 +7,7 @@ from vlalign_jax.losses import kl as penalties
 from vlalign_jax.losses import ppo as losses
 
 
-def learn_from(
+def compute_advantages(
   scores, normalised, logps, reference, drawn, values, lengths, ended, kl_coef, *, settings
 ) -> tuple[dict, dict]:
   """Advantages of a rollout's tokens, and what is reported of it.

@@ -17,7 +17,7 @@ from vlalign_jax import storage
 from vlalign_jax.errors import InputError
 
 if TYPE_CHECKING:
-  from vlalign_jax.weights.parts import Source
+  from vlalign_jax.weights.parts import ModelSource
 
 FILE = "model/{}.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
@@ -40,7 +40,7 @@ def _fingerprints(tensors: dict) -> dict[str, str]:
   }
 
 
-def content(source: "Source") -> dict:
+def content(source: "ModelSource") -> dict:
   """What tells a source's weights: fingerprints of their files, and the checkpoints of runs."""
   found = {"files": _fingerprints(source.tensors), "runs": source.runs}
   if source.start:
@@ -48,7 +48,7 @@ def content(source: "Source") -> dict:
   return found
 
 
-def write(source: "Source", workdir: str, name: str = "weights") -> None:
+def write(source: "ModelSource", workdir: str, name: str = "weights") -> None:
   """Writes down what a new run starts from; `name` tells its model from others that it takes."""
   if jax.process_index() == 0:
     storage.write(f"{workdir}/{FILE.format(name)}", json.dumps(content(source), indent=2))
@@ -78,7 +78,7 @@ def stored(workdir: str, name: str = "weights") -> dict | None:
     raise InputError(f"{path}: damaged; restore it, or start in a new --workdir") from error
 
 
-def check(source: "Source", workdir: str, name: str = "weights") -> "Source":
+def check(source: "ModelSource", workdir: str, name: str = "weights") -> "ModelSource":
   """The source as it was when the run in `workdir` started.
 
   Args:
