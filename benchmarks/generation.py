@@ -138,7 +138,6 @@ def our_side(directory: str, size: str):
   """`(drawn) -> int[8, 64]`, with ours; one row length, as `prepare_prompts` gives to one batch."""
   import jax
 
-  from vlalign_jax.config import defaults
   from vlalign_jax.data.encode import Example
   from vlalign_jax.data.rows import build_row
   from vlalign_jax.generation.generate import make_generate
@@ -146,6 +145,7 @@ def our_side(directory: str, size: str):
   from vlalign_jax.input_pipeline.prompts import row_lengths
   from vlalign_jax.models import vlm
   from vlalign_jax.sharding import mesh as meshes
+  from vlalign_jax.stages import defaults
   from vlalign_jax.weights import hf_config, load, source, tensors
 
   parts = hf_config.parts_of(hf_config.read_config(directory), directory)

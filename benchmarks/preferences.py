@@ -26,7 +26,6 @@ import numpy as np
 import separate
 
 from vlalign_jax import trees
-from vlalign_jax.config import defaults
 from vlalign_jax.data import rows as layouts
 from vlalign_jax.data.encode import Example
 from vlalign_jax.models import clip, llama, projector, rope, tiles, vlm
@@ -35,7 +34,7 @@ from vlalign_jax.planning import hlo
 from vlalign_jax.planning import operations as compiled_operations
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.steps import dpo
+from vlalign_jax.stages import defaults, dpo
 from vlalign_jax.weights import published
 
 IMAGE, PROMPT, ANSWER = 576, 64, 64
@@ -132,7 +131,9 @@ def operations(stage: str, rows, *, shared: bool) -> tuple[float, float]:
     name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=meshes.batch_sharding(mesh))
     for name, x in rows.items()
   }
-  done = program.train_step.lower(program.state, program.frozen, shapes).compile()
+  done = program.train_step.lower(
+    program.state, program.frozen, shapes, program.reference
+  ).compile()
   learnt = int(np.sum(rows["loss_mask"] != 0))
   key_tiles = -(-rows["tokens"].shape[1] // tiles.CPU_TILE)
   assert key_tiles % 2, "the mean over tiles of queries would be rounded"
@@ -151,12 +152,11 @@ def steps(stage: str, rows, *, shared: bool):
   program = separate.make_program(stage, c, model, mesh, EXAMPLES, shared=shared)
   params = jax.jit(lambda key: vlm.init_params(model, key)[1])(jax.random.key(0))
   params, frozen = trees.split(params, functools.partial(optimizer.is_trained, config=c))
-  if "reference" in program.frozen:
-    frozen["reference"] = jax.tree.map(jnp.copy, params)
+  reference = None if program.reference is None else jax.tree.map(jnp.copy, params)
   state = program.init_state(params)
   rows = hosts.to_device(mesh, rows)
   while True:
-    state, metrics = program.train_step(state, frozen, rows)
+    state, metrics = program.train_step(state, frozen, rows, reference)
     yield float(metrics["loss"])
 
 

@@ -10,27 +10,26 @@ from vlalign_jax import trees
 from vlalign_jax.losses import dpo as dpo_losses
 from vlalign_jax.losses import reward as reward_losses
 from vlalign_jax.models import vlm
-from vlalign_jax.steps import answers, dpo, reward, sft
+from vlalign_jax.stages import dpo, reward
+from vlalign_jax.steps import answers, sft
 from vlalign_jax.steps import program as programs
 
 
-def separate_dpo_loss(frozen, counts, key, *, graphdef, settings, examples: int, mesh, chunk):
-  """As `steps.dpo.make_loss`, of rows of one plain sequence each."""
-  del counts, key
+def separate_dpo_loss(inputs, *, graphdef, settings, examples: int, mesh, chunk):
+  """As `stages.dpo.make_loss`, of rows of one plain sequence each."""
 
   def loss(params, rows, number):
     del number
-    base = {part: tree for part, tree in frozen.items() if part != "reference"}
     rows = rows | sft.ONE_ANSWER
-    policy = nnx.merge(graphdef, trees.merge(params, base))
+    policy = nnx.merge(graphdef, trees.merge(params, inputs.frozen))
     rows["vision_features"] = policy.vision_features(rows["images"])
 
     def log_probabilities(params):
-      model = nnx.merge(graphdef, trees.merge(params, base))
+      model = nnx.merge(graphdef, trees.merge(params, inputs.frozen))
       tokens = answers.token_log_probabilities(model, rows, mesh=mesh, chunk=chunk)
       return jnp.sum(tokens, axis=1).reshape(examples, -1)
 
-    initial = jax.lax.stop_gradient(log_probabilities(frozen["reference"]))
+    initial = jax.lax.stop_gradient(log_probabilities(inputs.reference))
     logps = log_probabilities(params)
     lengths = jnp.sum(rows["loss_mask"], axis=1).reshape(examples, -1)
     everywhere = jnp.ones(logps.shape, bool)
@@ -40,14 +39,14 @@ def separate_dpo_loss(frozen, counts, key, *, graphdef, settings, examples: int,
   return loss
 
 
-def separate_reward_loss(frozen, counts, key, *, graphdef, settings, examples: int, mesh, chunk):
-  """As `steps.reward.make_loss`, of rows of one plain sequence each."""
-  del counts, key, settings, mesh, chunk
+def separate_reward_loss(inputs, *, graphdef, settings, examples: int, mesh, chunk):
+  """As `stages.reward.make_loss`, of rows of one plain sequence each."""
+  del settings, mesh, chunk
 
   def loss(params, rows, number):
     del number
-    model = nnx.merge(graphdef, trees.merge(params, frozen))
-    found = reward.scores(model, rows | sft.ONE_ANSWER).reshape(examples, -1)
+    model = nnx.merge(graphdef, trees.merge(params, inputs.frozen))
+    found = answers.scores(model, rows | sft.ONE_ANSWER).reshape(examples, -1)
     total, _ = reward_losses.loss(found, jnp.ones(found.shape, bool))
     return total, {}
 
@@ -72,9 +71,9 @@ def make_program(stage: str, config, model: vlm.ModelConfig, mesh, examples: int
     model,
     mesh,
     1000,
-    functools.partial(losses[stage], settings=config[stage], examples=examples),
-    lambda rows: {"loss": jnp.float32(examples)},
-    lambda sums, counts: {},
-    lambda params, frozen, rows, graphdef, mesh, chunk: {},
-    keep_initial=stage == "dpo",
+    make_loss=functools.partial(losses[stage], settings=config[stage], examples=examples),
+    denominators=lambda batch: {"loss": jnp.float32(examples)},
+    metrics=lambda sums, denominators: {},
+    eval_step=lambda params, inputs, batch, graphdef, mesh, chunk: {},
+    with_reference=stage == "dpo",
   )

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlalign_jax import trees
-from vlalign_jax.config import defaults
 from vlalign_jax.models import clip, llama, projector, rope, vlm
 from vlalign_jax.optim import optimizer
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import rules, zero
+from vlalign_jax.stages import defaults
 from vlalign_jax.steps import program as programs
 from vlalign_jax.steps import sft
 
@@ -80,7 +80,7 @@ def measure(stage: str, mesh_keys: dict) -> tuple[dict[str, int], dict[str, int]
   is_trained = functools.partial(optimizer.is_trained, config=c)
   trained, frozen = trees.split(params, is_trained)
   state = program.init_state(trained)
-  shapes = programs.abstract_rows(MODEL, mesh, DEVICES, 64, 1)
+  shapes = programs.abstract_batch(MODEL, mesh, DEVICES, 64, 1)
   rows = {
     name: jax.device_put(jnp.ones(leaf.shape, leaf.dtype), leaf.sharding)
     for name, leaf in shapes.items()

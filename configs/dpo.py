@@ -20,8 +20,8 @@ LoRA in DPO (10 times its full rate).
 
 from ml_collections import ConfigDict
 
-from vlalign_jax.config import defaults
 from vlalign_jax.errors import InputError
+from vlalign_jax.stages.dpo import STAGE
 
 PRESETS = ("demo", "llava15_7b", "llava15_7b_lora")
 
@@ -30,8 +30,7 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
   """The config of a preset; every key can be overridden with --config.KEY=VALUE."""
   if preset not in PRESETS:
     raise InputError(f"no DPO preset {preset!r}; choose from {', '.join(PRESETS)}")
-  c = defaults("dpo")
-  c.metric_for_best_model = "eval/rewards/accuracies"
+  c = STAGE.defaults()
   if preset == "demo":
     return _demo(c)
   c.mesh.data, c.mesh.fsdp, c.mesh.zero_stage = 1, -1, 3

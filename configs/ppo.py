@@ -27,8 +27,8 @@ adapters the actor's rate is 1e-5.
 
 from ml_collections import ConfigDict
 
-from vlalign_jax.config import defaults
 from vlalign_jax.errors import InputError
+from vlalign_jax.stages.ppo import STAGE
 
 PRESETS = ("demo", "llava15_7b", "llava15_7b_lora", "rloo", "grpo")
 
@@ -37,7 +37,7 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
   """The config of a preset; every key can be overridden with --config.KEY=VALUE."""
   if preset not in PRESETS:
     raise InputError(f"no PPO preset {preset!r}; choose from {', '.join(PRESETS)}")
-  c = defaults("ppo")
+  c = STAGE.defaults()
   if preset == "demo":
     return _demo(c)
   c.mesh.data, c.mesh.fsdp, c.mesh.zero_stage = 1, -1, 3

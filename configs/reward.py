@@ -16,8 +16,8 @@ with a warm-up of a tenth, one epoch; adapters take 1e-4, TRL's rate for them.
 
 from ml_collections import ConfigDict
 
-from vlalign_jax.config import defaults
 from vlalign_jax.errors import InputError
+from vlalign_jax.stages.reward import STAGE
 
 PRESETS = ("demo", "llava15_7b", "llava15_7b_lora")
 
@@ -26,8 +26,7 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
   """The config of a preset; every key can be overridden with --config.KEY=VALUE."""
   if preset not in PRESETS:
     raise InputError(f"no reward preset {preset!r}; choose from {', '.join(PRESETS)}")
-  c = defaults("reward")
-  c.metric_for_best_model = "eval/accuracy"
+  c = STAGE.defaults()
   if preset == "demo":
     return _demo(c)
   c.mesh.data, c.mesh.fsdp, c.mesh.zero_stage = 1, -1, 3

@@ -37,8 +37,8 @@ and suggests 2e-3 for the first stage. It often turns on model.mmca, too.
 
 from ml_collections import ConfigDict
 
-from vlalign_jax.config import defaults
 from vlalign_jax.errors import InputError
+from vlalign_jax.stages.sft import STAGE
 
 PRESETS = (
   "demo",
@@ -56,7 +56,7 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
   """The config of a preset; every key can be overridden with --config.KEY=VALUE."""
   if preset not in PRESETS:
     raise InputError(f"no SFT preset {preset!r}; choose from {', '.join(PRESETS)}")
-  c = defaults("sft")
+  c = STAGE.defaults()
   if preset == "demo":
     return _demo(c)
   # Whole, a 7B model in training is too large for any one device.

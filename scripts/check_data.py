@@ -10,23 +10,19 @@ code 1 if there is one.
 from absl import flags
 from ml_collections import config_flags
 
-from vlalign_jax import cli, config
-from vlalign_jax.errors import InputError
+from vlalign_jax import cli, stages
 from vlalign_jax.input_pipeline import check, report
 from vlalign_jax.weights import source
 
 
 def check_data(c, show: int = 0) -> list[check.Report]:
   """Checks what a config names; prints the findings."""
-  stage = "sft" if c is None else c.get("stage")
-  if stage not in check.TASKS:
-    stages = ", ".join(check.TASKS)
-    raise InputError(f"this is a config of the stage {stage!r}; give one of {stages}")
-  config.check(c, stage)
+  stage = stages.of_config(c)
+  stage.check(c)
   model_source = source.open_source(c.model, c.data.image_aspect)
   reports = []
   for name in ("data.train", "data.eval") if c.data.eval else ("data.train",):
-    found = check.check(c, model_source, name)
+    found = check.check(stage.task, c, model_source, name)
     print("\n".join(report.describe(c, found)))
     for number in range(min(show, len(found.records))):
       print(f"\n{found.records[number].where}\n{report.render(found.load, number)}")

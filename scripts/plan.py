@@ -15,24 +15,25 @@ import json
 from absl import flags
 from ml_collections import config_flags
 
-from vlalign_jax import cli
+from vlalign_jax import cli, stages
 from vlalign_jax.errors import InputError
-from vlalign_jax.planning import ppo, report, step_plan, topology, train_step
+from vlalign_jax.planning import report, step_plan, topology, train_step
 
 
 def main(_):
   topology.stay_on_host()
   c, where = flags.FLAGS.config, flags.FLAGS.topology
-  train_step.check(c)
+  stage = stages.of_config(c)
+  train_step.check(stage, c)
   if not where:
     raise InputError(f"--topology is missing; there are {topology.KNOWN}")
   devices = topology.open_topology(where)
-  if c.stage == train_step.PPO:
-    plan = ppo.plan(c, devices)
+  if stage.plan is not None:
+    plan = stage.plan(c, devices)
   else:
-    model = train_step.model_config(c)
+    model = train_step.model_config(c, stage.head)
     examples, answers = flags.FLAGS.examples_per_row, flags.FLAGS.answers
-    plan = train_step.plan(c, model, devices, examples, answers)
+    plan = train_step.plan(stage, c, model, devices, examples, answers)
   plan = step_plan.compile_plan(plan, lambda line: print(line, flush=True))
   print("\n" + report.as_text(plan))
   if flags.FLAGS.json:

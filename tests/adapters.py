@@ -4,7 +4,7 @@ import peft
 import torch
 
 from tests import reference
-from vlalign_jax.config import defaults
+from vlalign_jax.stages import defaults
 from vlalign_jax.weights import names, source
 from vlalign_jax.weights import peft as peft_format
 

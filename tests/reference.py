@@ -11,11 +11,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from vlalign_jax import trees
-from vlalign_jax.config import defaults
 from vlalign_jax.data.encode import Example
 from vlalign_jax.data.rows import build_row
 from vlalign_jax.models import vlm
 from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.stages import defaults
 from vlalign_jax.weights import load, names, source
 
 torch.set_num_threads(1)  # its idle threads would spin beside JAX's

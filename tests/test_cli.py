@@ -122,7 +122,7 @@ BAD_CONFIG_FILES = {
   "fails": ("def get_config():\n  return [][0]", ["IndexError: list index out of range"]),
   "no config": ("def get_config():\n  return {}", ["gives a dict, not a ConfigDict"]),
   "value of another type": (
-    "from vlalign_jax.config import defaults\n"
+    "from vlalign_jax.stages import defaults\n"
     "def get_config():\n  c = defaults('sft')\n  c.batch_size = 'x'\n  return c",
     ["batch_size", "str", "int"],
   ),

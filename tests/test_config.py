@@ -4,7 +4,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import sft
-from vlalign_jax import config
+from vlalign_jax import config, stages
 from vlalign_jax.errors import InputError
 
 
@@ -20,9 +20,9 @@ def _usable(preset: str = "llava15_7b", **overrides) -> ConfigDict:
 
 @pytest.mark.parametrize("preset", sft.PRESETS)
 def test_presets_are_usable(preset):
-  config.check(_usable(preset), "sft")
+  stages.check(_usable(preset), "sft")
   with pytest.raises(InputError, match="config.data.train is empty"):
-    config.check(sft.get_config(preset), "sft")
+    stages.check(sft.get_config(preset), "sft")
 
 
 def test_every_preset_is_explained():
@@ -89,14 +89,14 @@ BAD_VALUES = {
 def test_bad_values(key):
   value, expected = BAD_VALUES[key]
   with pytest.raises(InputError) as caught:
-    config.check(_usable(**{key: value}), "sft")
+    stages.check(_usable(**{key: value}), "sft")
   assert f"config.{key}" in str(caught.value)
   assert expected in str(caught.value)
   assert "\n" not in str(caught.value)
 
 
 def _check(content: dict):
-  config.check(ConfigDict(content), "sft")
+  stages.check(ConfigDict(content), "sft")
 
 
 def test_values_of_another_type():
@@ -136,35 +136,35 @@ def test_presets_refuse_unknown_keys_and_other_types_themselves():
 
 def test_config_of_another_stage_or_none():
   with pytest.raises(InputError, match="--config is missing: such as --config=configs/sft.py:"):
-    config.check(None, "sft")
+    stages.check(None, "sft")
   with pytest.raises(InputError, match="a config of the stage 'dpo', not 'sft'"):
-    config.check(_usable(stage="dpo"), "sft")
+    stages.check(_usable(stage="dpo"), "sft")
 
 
 def test_the_best_of_nothing():
   with pytest.raises(
     InputError, match="config.save_best_limit is 1, and nothing is evaluated; give"
   ):
-    config.check(_usable(save_best_limit=1, eval_every=5), "sft")
+    stages.check(_usable(save_best_limit=1, eval_every=5), "sft")
   with pytest.raises(InputError, match="config.save_best_limit is 1, and config.eval_every is 0"):
-    config.check(_usable(save_best_limit=1, **{"data.eval_fraction": 0.1}), "sft")
-  config.check(_usable(save_best_limit=1, eval_every=5, **{"data.eval": "eval.json"}), "sft")
+    stages.check(_usable(save_best_limit=1, **{"data.eval_fraction": 0.1}), "sft")
+  stages.check(_usable(save_best_limit=1, eval_every=5, **{"data.eval": "eval.json"}), "sft")
 
 
 def test_nothing_to_train():
   parts = {f"train.{part}": False for part in ("vision", "projector", "language")}
   with pytest.raises(InputError, match="nothing to train: set one of config.train.vision"):
-    config.check(_usable(**parts), "sft")
-  config.check(_usable(**parts, **{"train.embeddings": True}), "sft")
-  config.check(_usable(**parts, **{"lora.vision_rank": 4}), "sft")
-  of_head = config.defaults("reward")
+    stages.check(_usable(**parts), "sft")
+  stages.check(_usable(**parts, **{"train.embeddings": True}), "sft")
+  stages.check(_usable(**parts, **{"lora.vision_rank": 4}), "sft")
+  of_head = stages.defaults("reward")
   of_head.data.train = "ranked.json"
   of_head.update_from_flattened_dict(parts)
-  config.check(of_head, "reward")
+  stages.check(of_head, "reward")
 
 
 def test_only_conversations_are_joined():
-  c = config.defaults("dpo")
+  c = stages.defaults("dpo")
   c.data.update({"train": "a.json", "concatenate": 2})
   with pytest.raises(InputError, match=r"config.data.concatenate is 2; only conversations of sft"):
-    config.check(c, "dpo")
+    stages.check(c, "dpo")

@@ -3,7 +3,7 @@
 import pytest
 
 from configs import ppo as presets
-from vlalign_jax import config as configs
+from vlalign_jax import stages
 from vlalign_jax.errors import InputError
 
 
@@ -17,7 +17,7 @@ def make_config(preset: str = "demo", **overrides):
 
 @pytest.mark.parametrize("preset", presets.PRESETS)
 def test_presets_pass_all_checks(preset):
-  configs.check(make_config(preset), "ppo")
+  stages.check(make_config(preset), "ppo")
 
 
 def test_an_unknown_preset_is_named():
@@ -60,4 +60,4 @@ def test_settings_that_make_no_sense_are_refused(overrides, message):
   config.ppo.critic_warmup = 0
   config.update_from_flattened_dict(overrides)
   with pytest.raises(InputError, match=message):
-    configs.check(config, "ppo")
+    stages.check(config, "ppo")

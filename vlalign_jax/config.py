@@ -1,4 +1,4 @@
-"""The configuration every stage shares: all keys with their defaults, and their checks."""
+"""The configuration that every stage shares: its keys with their defaults, and their checks."""
 
 import difflib
 import math
@@ -6,18 +6,14 @@ import re
 
 from ml_collections import ConfigDict, config_dict
 
-from vlalign_jax import config_ppo
 from vlalign_jax.config_checks import check_at_least, check_choices, check_seed, value
 from vlalign_jax.errors import InputError
-from vlalign_jax.evaluation_metrics import METRICS
-from vlalign_jax.losses import dpo
 from vlalign_jax.models.backends import ATTENTION_NAMES
 from vlalign_jax.models.stack import REMAT_NAMES
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Sums of small updates need more than float16 has.
 PARAM_DTYPES = ("float32", "bfloat16")
-REFERENCES = ("step", "cache")
 SCHEDULES = (
   "linear",
   "cosine",
@@ -129,53 +125,6 @@ def shared() -> ConfigDict:
   return c
 
 
-def defaults(stage: str) -> ConfigDict:
-  """All keys of a stage with their defaults; presets start from these."""
-  c = shared()
-  c.stage = stage
-  if stage == "reward":
-    c.reward = ConfigDict()
-    c.reward.margin = 0.0  # by how much more an answer must score than one ranked below it
-    c.reward.center_rewards_coefficient = (
-      0.0  # weight of the mean square of the scores' sum, which keeps them at 0
-    )
-  if stage == "dpo":
-    c.dpo = ConfigDict()
-    c.dpo.loss = "sigmoid"  # sigmoid, hinge, ipo, robust; see losses/dpo.py
-    c.dpo.beta = 0.1
-    c.dpo.label_smoothing = 0.0  # of sigmoid (cDPO) and robust
-    c.dpo.sft_weight = 0.0  # of the best answers' cross-entropy per token, added to the loss
-    # The reference's log-probabilities: "step": in every step, by a copy of what is trained as it
-    # was at first (none with adapters); "cache": once before training, kept in the run directory.
-    c.dpo.reference = "step"
-  if stage == "ppo":
-    config_ppo.add(c)
-  return c
-
-
-def check(config: ConfigDict, stage: str) -> None:
-  """Refuses a config with unknown or missing keys, or with values that no run can have.
-
-  Raises:
-    InputError: names the first such key and the mend.
-  """
-  if config is None:
-    raise InputError(f"--config is missing: such as --config=configs/{stage}.py:PRESET")
-  check_keys(config, defaults(stage))
-  if config.stage != stage:
-    raise InputError(f"this is a config of the stage {config.stage!r}, not {stage!r}")
-  check_shared(config)
-  if stage == "reward":
-    check_at_least(config, {"reward.margin": 0, "reward.center_rewards_coefficient": 0})
-  if stage == "dpo":
-    check_choices(config, {"dpo.loss": dpo.KINDS, "dpo.reference": REFERENCES})
-    dpo.check_settings(
-      config.dpo.loss, config.dpo.beta, config.dpo.label_smoothing, config.dpo.sft_weight
-    )
-  if stage == "ppo":
-    config_ppo.check(config)
-
-
 def check_keys(config: ConfigDict, known: ConfigDict, prefix: str = "config") -> None:
   """Refuses keys that `known` lacks, keys that are missing, and values of another type.
 
@@ -215,14 +164,18 @@ def _check_type(name: str, given, kind: type, default) -> None:
     raise InputError(f"{name} is {given}; give a finite number")
 
 
-def check_shared(config: ConfigDict) -> None:
-  """Refuses values that no run can have.
+def check_shared(config: ConfigDict, metrics: tuple[str, ...]) -> None:
+  """Refuses values of the shared keys that no run can have.
+
+  Args:
+    config: of a run.
+    metrics: what the stage's evaluation reports.
 
   Raises:
     InputError: names the key, its value and what it may be.
   """
   choices = {
-    "metric_for_best_model": METRICS[config.stage],
+    "metric_for_best_model": metrics,
     "model.dtype": DTYPES,
     "model.param_dtype": PARAM_DTYPES,
     "model.remat": REMAT_NAMES,
@@ -274,11 +227,6 @@ def check_shared(config: ConfigDict) -> None:
     raise InputError("config.num_train_epochs must be above 0, or config.max_steps given")
   if not config.data.train:
     raise InputError("config.data.train is empty; name a LLaVA-format JSON file")
-  if config.data.concatenate > 1 and config.stage != "sft":
-    raise InputError(
-      f"config.data.concatenate is {config.data.concatenate}; only conversations of sft are joined,"
-      " set it to 1"
-    )
   if config.data.eval_samples and not config.data.eval:
     raise InputError("config.data.eval_samples is given, and config.data.eval is empty; name files")
   if config.save_best_limit and not (config.data.eval or config.data.eval_fraction):
@@ -292,10 +240,6 @@ def check_shared(config: ConfigDict) -> None:
       "only the end is evaluated; set it"
     )
   adapters = config.lora.rank or config.lora.vision_rank
-  parts = ("vision", "projector", "language", "embeddings")
-  # A reward model's head is trained in any case.
-  if not (adapters or any(config.train[part] for part in parts) or config.stage == "reward"):
-    raise InputError("nothing to train: set one of config.train.vision, .projector, .language")
   _check_lora(config.lora, adapters)
 
 

@@ -14,15 +14,3 @@ HIGHER_IS_BETTER = {
   "eval/objective/scores": True,
   "eval/objective/rlhf_reward": True,
 }
-# Stage -> those that it reports.
-METRICS = {
-  "sft": ("eval/loss", "eval/perplexity", "eval/token_accuracy", "eval/exact_match"),
-  "reward": ("eval/loss", "eval/accuracy", "eval/margin"),
-  "dpo": (
-    "eval/loss",
-    "eval/rewards/accuracies",
-    "eval/rewards/margins",
-    "eval/logps/accuracies",
-  ),
-  "ppo": ("eval/objective/scores", "eval/objective/rlhf_reward"),
-}

@@ -168,9 +168,9 @@ def advice(program: str, config=None) -> str:
   """Returns what to change in a config so that a program takes less, the gentlest first."""
   if config is None or "batch_size" not in config:
     return "close other programs, or use a machine with more memory"
-  if config.get("stage") not in ("sft", "reward", "dpo", "ppo"):
+  if "optim" not in config:  # only training has an optimizer
     return _advice_for_prediction(program, config)
-  ppo, changes = config.get("stage") == "ppo", []
+  ppo, changes = "ppo" in config, []
   mesh = config.mesh
   if program == SAMPLING:
     changes += ["raise ppo.sample_parts", "lower ppo.num_generations or ppo.max_new_tokens"]

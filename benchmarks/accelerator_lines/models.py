@@ -73,12 +73,11 @@ def random_params(shapes):
 
 
 def initial(program, config):
-  """Returns (state, frozen parameters) of a program with random parameters."""
+  """Returns (state, frozen parameters, reference or None) of a program with random parameters."""
   params = random_params(program.params)
   params, frozen = trees.split(params, functools.partial(optimizer.is_trained, config=config))
-  if "reference" in program.frozen:
-    frozen["reference"] = copied(params, program.frozen["reference"])
-  return program.init_state(params), frozen
+  reference = None if program.reference is None else copied(params, program.reference)
+  return program.init_state(params), frozen, reference
 
 
 def copied(params, shapes):

@@ -86,7 +86,7 @@ def ppo(settings):
 
   (params, frozen), (critic, critic_frozen) = split(program.actor), split(program.critic)
   reward = models.random_params(program.reward.params)
-  reference = models.copied(params, program.actor.frozen["reference"])
+  reference = models.copied(params, program.actor.reference)
   state = program.init_state(params, critic)
   rows = models.packed_rows(model, mesh, c.batch_size, length, 1)
   prompts, streams = models.prompt_rows(rows), jnp.arange(c.batch_size, dtype=jnp.int32)
@@ -104,9 +104,7 @@ def ppo(settings):
   answers, line = part("sample", lambda: program.sample(actor, prompts, streams, np.int32(0)))
   yield line | {"tokens_per_s": c.batch_size * new / line["s"]}
   rows = program.answer_rows(prompts, answers.tokens, answers.lengths)
-  expected, line = part(
-    "reference", lambda: program.reference(frozen | {"reference": reference}, rows, shape)
-  )
+  expected, line = part("reference", lambda: program.reference((reference, frozen), rows, shape))
   yield line
   values, line = part(
     "values", lambda: program.values((state.critic.params, critic_frozen), rows, shape)

@@ -32,19 +32,21 @@ def sizes(settings, rows: int = 8) -> tuple[int, int, int]:
 
 def compile_step(program, rows):
   """Returns (the compiled step, seconds, GiB that it takes in all)."""
-  step, seconds = timing.compiled(program.train_step, program.state, program.frozen, rows)
+  step, seconds = timing.compiled(
+    program.train_step, program.state, program.frozen, rows, program.reference
+  )
   memory = step.memory_analysis()
   total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   total += memory.output_size_in_bytes - memory.alias_size_in_bytes
   return step, seconds, total / timing.GIB
 
 
-def time_steps(step, state, frozen, rows):
+def time_steps(step, state, frozen, rows, reference=None):
   """Returns (median seconds of a step, losses), after one step of warm-up."""
   took, losses = [], []
   for number in range(STEPS + 1):
     start = time.perf_counter()
-    state, metrics = step(state, frozen, rows)
+    state, metrics = step(state, frozen, rows, reference)
     jax.block_until_ready((state, metrics))
     losses.append(float(metrics["loss"]))
     if number:
@@ -76,8 +78,8 @@ def measure(config, model, settings, count: int = 8, again: bool = False) -> dic
   if again:
     jax.clear_caches()
     result["compile_again_s"] = compile_step(program, batch)[1]
-  state, frozen = models.initial(program, config)
-  took, losses = time_steps(step, state, frozen, batch)
+  state, frozen, reference = models.initial(program, config)
+  took, losses = time_steps(step, state, frozen, batch, reference)
   flops = models.step_flops(
     model,
     rows,
@@ -169,9 +171,9 @@ def dpo(settings):
   for shared, rows in zip((True, False), both, strict=True):
     program = separate.make_program("dpo", c, model, mesh, pairs, shared=shared)
     step, compiling, total = compile_step(program, rows)
-    state, frozen = models.initial(program, c)
-    took, losses = time_steps(step, state, frozen, rows)
-    del state, frozen
+    state, frozen, reference = models.initial(program, c)
+    took, losses = time_steps(step, state, frozen, rows, reference)
+    del state, frozen, reference
     yield {
       "what": "shared prompts" if shared else "two sequences a pair",
       "pairs_per_s": pairs / took,
@@ -191,12 +193,12 @@ def profile(settings):
   program = sft_steps.make_program(c, model, mesh, 1000)
   rows = models.packed_rows(model, mesh, *sizes(settings))
   step, _, _ = compile_step(program, rows)
-  state, frozen = models.initial(program, c)
-  state, _ = step(state, frozen, rows)
+  state, frozen, reference = models.initial(program, c)
+  state, _ = step(state, frozen, rows, reference)
   jax.block_until_ready(state)
   with jax.profiler.trace(settings["profile"]):
     for _ in range(2):
-      state, metrics = step(state, frozen, rows)
+      state, metrics = step(state, frozen, rows, reference)
     jax.block_until_ready((state, metrics))
   with open(f"{settings['profile']}/sft_step.hlo.txt", "w", encoding="utf-8") as file:
     file.write(step.as_text())

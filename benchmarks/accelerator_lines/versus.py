@@ -54,7 +54,7 @@ def our_steps(sizes: dict, tiny: bool):
   mesh = meshes.make_mesh(c.mesh)
   program = sft.make_program(c, model, mesh, 1000)
   rows = models.packed_rows(model, mesh, sizes["rows"], sizes["length"], 1)
-  state, frozen = models.initial(program, c)
+  state, frozen, _ = models.initial(program, c)
   while True:
     state, metrics = program.train_step(state, frozen, rows)
     yield float(metrics["loss"])

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from vlalign_jax.config import defaults
 from vlalign_jax.data.mixture import (
   concatenate,
   epoch_order,
@@ -15,6 +14,7 @@ from vlalign_jax.data.mixture import (
 )
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline import sft
+from vlalign_jax.stages import defaults
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from scripts import check_data
 from tests import checkpoints, sft_run
 from tests.bad_inputs.failing import fails
-from vlalign_jax import config as configs
+from vlalign_jax import stages
 from vlalign_jax.data.encode import Example
 from vlalign_jax.data.rows import answer_places, build_row
 from vlalign_jax.input_pipeline import preferences
@@ -35,7 +35,7 @@ def records(tmp_path):
 
 
 def make_config(model, train, stage="reward", **overrides):
-  config = configs.defaults(stage)
+  config = stages.defaults(stage)
   settings = {"model.init_from": str(model), "data.train": train, "data.max_length": 640}
   for key, value in (settings | {"batch_size": 8, "num_train_epochs": 1.0} | overrides).items():
     group, _, name = key.rpartition(".")

@@ -14,12 +14,12 @@ import numpy as np
 
 from tests import reference
 from tests.generation import tiny
-from vlalign_jax.config import defaults
 from vlalign_jax.generation.generate import make_generate
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models import vlm
 from vlalign_jax.sharding import hosts, rules, zero
 from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.stages import defaults
 from vlalign_jax.weights import load, source
 
 ROWS = 16

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from tests import reference
-from vlalign_jax.config import defaults
 from vlalign_jax.data.records import load_records
 from vlalign_jax.errors import InputError
 from vlalign_jax.generation.answers import generate_answers
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.stages import defaults
 from vlalign_jax.weights import source
 
 SYSTEM = (

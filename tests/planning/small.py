@@ -1,11 +1,13 @@
 """A small model to plan, with sizes that all differ, and a config for it."""
 
-from vlalign_jax.config import defaults
+from vlalign_jax import stages
 from vlalign_jax.models.clip import VisionConfig
 from vlalign_jax.models.llama import LanguageConfig
 from vlalign_jax.models.projector import ProjectorConfig
 from vlalign_jax.models.rope import RopeConfig
 from vlalign_jax.models.vlm import ModelConfig
+from vlalign_jax.planning import train_step
+from vlalign_jax.stages import defaults
 
 LENGTH = 64
 
@@ -40,3 +42,16 @@ def config(kind: str = "sft", **keys):
       holder = holder[group]
     holder[name] = value
   return c
+
+
+def check(c):
+  train_step.check(stages.of_config(c), c)
+
+
+def model_config(c):
+  return train_step.model_config(c, stages.of_config(c).head)
+
+
+def plan(c, architecture, where, **options):
+  """As `train_step.plan`, of the config's own stage."""
+  return train_step.plan(stages.of_config(c), c, architecture, where, **options)

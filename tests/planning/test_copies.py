@@ -9,11 +9,12 @@ import pytest
 from configs import dpo as presets
 from scripts import train_dpo
 from tests import checkpoints, sft_run
+from tests.planning import small
 from vlalign_jax import trees
 from vlalign_jax.models import lora
-from vlalign_jax.planning import topology, train_step
+from vlalign_jax.planning import topology
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.steps import dpo
+from vlalign_jax.stages import dpo
 
 ADAPTERS = {"lora.rank": 2, "train.projector": False, "dpo.reference": "step"}
 # Copies of the weights, as a share of what is trained of them.
@@ -75,8 +76,8 @@ def test_bytes_that_a_run_holds(name, directory, tmp_path, monkeypatch):
   gc.collect()
   before = jax.live_arrays()
   train_dpo.train_and_evaluate(config, str(tmp_path))
-  model = train_step.model_config(config)
-  plan = train_step.plan(config, model, topology.open_topology("cpu:1"))
+  model = small.model_config(config)
+  plan = small.plan(config, model, topology.open_topology("cpu:1"))
   planned = sum(size for name, size in plan.resident.items() if name != "batch")
   assert planned == pytest.approx(found["live"] - found["rows"], rel=0.01)
   program = dpo.make_program(config, model, plan.mesh, 10)
@@ -95,7 +96,7 @@ def test_bytes_of_a_large_model_on_eight_devices():
   def held(preset, **settings):
     config = presets.get_config(preset)
     config.dpo.update(settings)
-    model = train_step.model_config(config)
+    model = small.model_config(config)
     program = dpo.make_program(config, model, meshes.make_mesh(config.mesh, devices.devices), 10)
     weights = trees.size(lora.base_params(program.params))
     return program, weights, trees.size(program.state.params)

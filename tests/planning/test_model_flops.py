@@ -3,8 +3,8 @@
 import pytest
 
 from tests.planning import small
-from vlalign_jax.models.vlm import LANGUAGE
-from vlalign_jax.planning import step_plan, topology, train_step
+from vlalign_jax import stages
+from vlalign_jax.planning import step_plan, topology
 from vlalign_jax.weights import source
 
 
@@ -15,9 +15,9 @@ def cpu():
 
 def compiled(cpu, stage="sft", layers=3, kind="mlp", width=64, **keys):
   config = small.config(stage, **({"model__remat": "none"} | keys))
-  model = small.model(layers, kind, width=width, head=source.HEADS.get(stage, LANGUAGE))
+  model = small.model(layers, kind, width=width, head=stages.STAGES[stage].head)
   model = source.with_adapters(model, config.lora)
-  return step_plan.compile_plan(train_step.plan(config, model, cpu))
+  return step_plan.compile_plan(small.plan(config, model, cpu))
 
 
 @pytest.mark.parametrize(

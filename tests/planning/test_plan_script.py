@@ -105,15 +105,15 @@ def test_a_mistake_ends_in_one_line():
 
 
 def test_what_no_run_can_have_is_refused():
-  train_step.check(small.config())
+  small.check(small.config())
   with pytest.raises(InputError, match="--config is missing"):
-    train_step.check(None)
+    small.check(None)
   with pytest.raises(InputError, match="config.stage is 'spt', which .*choose from sft, reward"):
-    train_step.check(small.config(stage="spt"))
+    small.check(small.config(stage="spt"))
   with pytest.raises(InputError, match="config.model.remat is 'some'; choose from none, full"):
-    train_step.check(small.config(model__remat="some"))
+    small.check(small.config(model__remat="some"))
   with pytest.raises(InputError, match="config.model.architecture is 'llama'; choose from llava15"):
-    train_step.model_config(small.config(model__architecture="llama"))
+    small.model_config(small.config(model__architecture="llama"))
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +126,11 @@ def test_presets_have_published_sizes(cpu, stage):
   """Two bytes a frozen weight, twelve a trained one, and two of a whole reference in the step."""
   for preset in stage.PRESETS:
     config = stage.get_config(preset)
-    train_step.check(config)
+    small.check(config)
     if preset == "demo":
       continue
     config.mesh.tensor = 1
-    plan = train_step.plan(config, train_step.model_config(config), cpu)
+    plan = small.plan(config, small.model_config(config), cpu)
     every, trained = (sum(x[key] for x in plan.parameters.values()) for key in ("all", "trained"))
     assert every > 6e9
     held = sum(size for name, size in plan.resident.items() if name not in ("batch", "reference"))
@@ -153,17 +153,17 @@ def test_a_row_of_the_docs_table_is_made_of_the_json():
 
 def test_rows_of_a_step(cpu):
   config = small.config(batch_size=10, grad_accumulation=2)
-  plan = train_step.plan(config, small.model(), cpu, examples_per_row=3)
+  plan = small.plan(config, small.model(), cpu, examples_per_row=3)
   assert plan.tokens == 4 * 64
   assert "10 examples, 3 a row of 64 tokens with 3 images: 4 rows" in plan.assumptions
   assert "2 micro-batches of 2 rows a device" in plan.summary[0]
-  assert train_step.plan(config, small.model(), cpu).tokens == 10 * 64
+  assert small.plan(config, small.model(), cpu).tokens == 10 * 64
   config.data.pack = False
   with pytest.raises(InputError, match="more only with config.data.pack"):
-    train_step.plan(config, small.model(), cpu, examples_per_row=3)
+    small.plan(config, small.model(), cpu, examples_per_row=3)
   config.data.pack, config.data.max_images = True, 9
   with pytest.raises(InputError, match="9 images of 16 tokens do not fit into rows of"):
-    train_step.plan(config, small.model(), cpu)
+    small.plan(config, small.model(), cpu)
 
 
 def test_answers_and_adapters_that_no_run_can_have(cpu):
@@ -172,16 +172,16 @@ def test_answers_and_adapters_that_no_run_can_have(cpu):
     with pytest.raises(
       InputError, match=f"--answers={answers}: at least 2, and at most config.data"
     ):
-      train_step.plan(config, small.model(), cpu, answers=answers)
+      small.plan(config, small.model(), cpu, answers=answers)
   config = dpo.get_config("llava15_7b_lora")
   config.lora.targets = "language/layer/"
   with pytest.raises(InputError, match="config.lora.targets, 'language/layer/', is found in none"):
-    train_step.model_config(config)
+    small.model_config(config)
 
 
 def test_a_program_that_is_too_large(cpu):
   """The report names the program, and what the compiler says where it refuses one."""
-  plan = train_step.plan(small.config(), small.model(), cpu)
+  plan = small.plan(small.config(), small.model(), cpu)
   done = Compiled(1.0, 3 * GIB, arguments=GIB, temporaries=2 * GIB)
   tight = dataclasses.replace(cpu, chip=chips.Chip("small", 2 * GIB, 1e12, 1e12, 1e12))
   for refused in ("", "XLA:TPU compile permanent error. Ran out of memory"):

@@ -41,7 +41,7 @@ def config(**keys):
 def test_flops_of_each_program_of_a_step(tiny, keys):
   """2 N T of a forward pass and 4 N T of its gradients; the decoder runs to its longest answer."""
   c = config(**keys)
-  train_step.check(c)
+  small.check(c)
   plan = step_plan.compile_plan(ppo.plan(c, topology.open_topology("cpu:1")))
   programs = {program.name: program for program in plan.programs}
   assert ("pictures" in programs) == ("train__vision" not in keys)
@@ -89,7 +89,7 @@ def held(preset: str, where: str, **settings):
   c = presets.get_config(preset)
   c.ppo.update(settings)
   c.mesh.tensor = 1
-  train_step.check(c)
+  small.check(c)
   devices = topology.open_topology(where)
   plan, models = ppo.plan(c, devices), ppo_models.open_models(c)
   program = ppo_program.make_program(
@@ -135,4 +135,4 @@ def test_what_is_refused(tiny):
   with pytest.raises(InputError, match="9 images of 16 tokens do not fit into prompts of config"):
     ppo.plan(config(data__max_images=9), cpu)
   with pytest.raises(InputError, match="config.ppo.num_generations is 1; rloo compares answers"):
-    train_step.check(config(ppo__estimator="rloo"))
+    small.check(config(ppo__estimator="rloo"))

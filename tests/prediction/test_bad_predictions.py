@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from tests.prediction import tiny
-from vlalign_jax.config import defaults
 from vlalign_jax.errors import InputError
 from vlalign_jax.prediction.predict import predict
+from vlalign_jax.stages import defaults
 
 SETTINGS = {
   "mode": ({"mode": "speak"}, "config.mode is 'speak'; choose from generate, logprobs, reward"),

@@ -39,16 +39,17 @@ def test_a_last_step_of_few_prompts_is_reported_and_learnt_as_others(files, tmp_
   }
   run = tiny.make_run(files, files.config(**settings, max_steps=-1), str(tmp_path))
   assert list(run.train.plan.row_counts) == [4, 4]
-  step, state = learn.make_train_step(run.held, run.train, run.records, {}), run.state
+  step, state = learn.make_train_step(run.held, run.train, run.records), run.state
+  carried = {}
   with run.train.batches() as batches:
     for rows in batches:
       del rows["skipped"]
-      state, metrics = step(state, hosts.to_device(run.held.mesh, rows))
+      state, metrics, carried = step(state, hosts.to_device(run.held.mesh, rows), carried)
   # One prompt is left for the second step: one mini-batch in each of four epochs.
   assert metrics["val/updates"] == 4
   assert metrics["val/ratio"] == pytest.approx(1, abs=0.05)
   assert 0 < metrics["val/sampler_gap"] < 1e-5
-  assert int(state.updates) == 8 + 4
+  assert int(state.actor.step) == 8 + 4
 
 
 def test_an_actor_that_would_never_learn_is_refused(files, tmp_path):

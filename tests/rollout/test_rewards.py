@@ -86,8 +86,8 @@ def test_model_and_function_are_summed_and_what_is_no_number_is_left_out(files, 
   np.testing.assert_allclose(rollout.scores, wanted, rtol=1e-5)
   bad = int(np.sum(np.isnan(wanted)))
   assert 0 < bad < wanted.size
-  step = learn.make_train_step(run.held, run.train, run.records, {})
-  state, metrics = step(run.state, first_prompts(run)[0])
+  step = learn.make_train_step(run.held, run.train, run.records)
+  state, metrics, _ = step(run.state, first_prompts(run)[0], {})
   assert metrics["val/bad_scores"] > 0
   assert metrics["skipped_steps"] == 0
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
@@ -114,7 +114,8 @@ def test_prompts_without_pictures(files, tmp_path):
   run = tiny.make_run(files, files.config(**{"data.train": path}), str(tmp_path / "run"))
   rows, _ = first_prompts(run)
   assert rows["images"].shape[1] == 0
-  _, metrics = learn.make_train_step(run.held, run.train, run.records, {})(run.state, rows)
+  step = learn.make_train_step(run.held, run.train, run.records)
+  _, metrics, _ = step(run.state, rows, {})
   assert metrics["val/sampler_gap"] < 1e-5
   assert np.isfinite(list(map(float, metrics.values()))).all()
 
@@ -170,9 +171,9 @@ def test_answers_of_which_none_ends_keep_their_scores(files, tmp_path):
   program = tiny.with_sampling(run, dataclasses.replace(run.sampling, stop_tokens=()))
   held, seen = dataclasses.replace(run.held, program=program), []
   step = learn.make_train_step(
-    held, run.train, run.records, {}, lambda step, rollout, numbers: seen.append(rollout)
+    held, run.train, run.records, lambda step, rollout, numbers: seen.append(rollout)
   )
-  state, metrics = step(run.state, first_prompts(run)[0])
+  state, metrics, _ = step(run.state, first_prompts(run)[0], {})
   (rollout,) = seen
   assert not rollout.ended.any()
   assert (rollout.lengths == config.ppo.max_new_tokens).all()

@@ -50,8 +50,9 @@ def first_step(run):
   with run.train.batches() as batches:
     rows = next(batches)
   del rows["skipped"]
-  step = learn.make_train_step(run.held, run.train, run.records, {})
-  return step(run.state, hosts.to_device(run.held.mesh, rows))
+  step = learn.make_train_step(run.held, run.train, run.records)
+  state, metrics, _ = step(run.state, hosts.to_device(run.held.mesh, rows), {})
+  return state, metrics
 
 
 def size(*trees_of_arrays) -> int:
@@ -93,7 +94,7 @@ def test_one_base_for_all(files, tmp_path, monkeypatch):
   base = size(held.frozen)
   own = [path for path in trees.flatten(held.reward) if lora.is_adapter(path)]
   assert own
-  assert held.frozen["reference"] == {}
+  assert held.reference == {}
   more = size(held.frozen, held.critic_frozen, held.reward) - base
   assert more == sum(trees.flatten(held.reward)[path].size for path in [*own, "score/kernel"])
   # Of what is trained also two moments; all in float32.

@@ -218,8 +218,8 @@ def test_a_step_equals_torch(name, files, tmp_path):
   del rows["skipped"]
   show = lambda *found: seen.append(found)  # noqa: E731
   with pretraining.opened(config, run.held.mesh, run.mixed, {}) as mixed:
-    step = learn.make_train_step(run.held, run.train, run.records, {}, show, mixed)
-    state, metrics = step(run.state, hosts.to_device(run.held.mesh, rows))
+    step = learn.make_train_step(run.held, run.train, run.records, show, mixed)
+    state, metrics, _ = step(run.state, hosts.to_device(run.held.mesh, rows), {})
   rollout = seen[0][1]
   plain = Torch(files, config, run, rollout)
   plain.observe()

@@ -35,8 +35,8 @@ def test_a_policy_that_equals_its_reference_has_no_divergence(files, tmp_path):
   del rows["skipped"]
   seen = []
   show = lambda *found: seen.append(found)  # noqa: E731
-  step = learn.make_train_step(run.held, run.train, run.records, {}, show)
-  _, metrics = step(run.state, hosts.to_device(run.held.mesh, rows))
+  step = learn.make_train_step(run.held, run.train, run.records, show)
+  _, metrics, _ = step(run.state, hosts.to_device(run.held.mesh, rows), {})
   rollout = seen[0][1]
   assert rollout.lengths.min() >= 4
   assert abs(metrics["objective/kl"]) < 1e-5

@@ -14,9 +14,11 @@ from tests.data.tokenizers import sentencepiece_style_tokenizer
 from tests.prediction.tiny import make_reward_model
 from vlalign_jax.generation.generate import make_generate
 from vlalign_jax.generation.sampling import Sampling
+from vlalign_jax.input_pipeline import prepare
 from vlalign_jax.rollout import data, pretraining, roles
 from vlalign_jax.rollout.reward_text import TextReader
 from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.stages.ppo import STAGE
 from vlalign_jax.steps import ppo_program
 from vlalign_jax.training import start
 from vlalign_jax.weights import load, source
@@ -109,9 +111,9 @@ def make_run(
   files: Files, config: ConfigDict, workdir: str, with_other: bool = False, devices=None
 ) -> Run:
   """A run that has not begun; with_other: its reference is `files.other`; on all devices."""
-  mesh, actor = start.open_run(config, workdir, "ppo", devices)
+  mesh, actor = start.open_run(config, workdir, STAGE, devices)
   sources = roles.open_sources(config, workdir, actor)
-  records, _ = data.load_records(config)
+  records, _ = prepare.load_records(STAGE.task, config)
   scorers = roles.find_scorers(config, sources, records.records)
   rows = meshes.row_blocks(mesh) * config.grad_accumulation * config.ppo.num_mini_batches
   train = data.prepare_train(config, actor, records, rows)
@@ -131,7 +133,7 @@ def make_run(
     opened = source.open_source(reference.model_group(init_from=f"{files.directory}/other"))
     placed = program.actor.params
     params = load.load_params(opened, placed)
-    held = dataclasses.replace(held, frozen=held.frozen | {"reference": params})
+    held = dataclasses.replace(held, reference=params)
   sampling = data.make_sampling(config, actor)
   mixed = pretraining.prepare(config, actor, mesh, train.plan.steps)
   return Run(held, state, train, records.records, actor.config, sampling, sources, mixed)

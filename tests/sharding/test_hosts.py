@@ -240,5 +240,5 @@ def test_run_of_two_processes(config, compile_cache, tmp_path):
   assert found.keys() == expected.keys() >= {"loss", "grad_norm", "eval/loss"}
   for name, values in expected.items():
     np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)
-  for name in ("learnt_tokens", "bad_records", "eval/examples"):
+  for name in ("learned_tokens", "bad_records", "eval/examples"):
     np.testing.assert_array_equal(found[name], expected[name], err_msg=name)

@@ -5,10 +5,10 @@ import re
 
 import jax
 
-from vlalign_jax.config import defaults
 from vlalign_jax.models import clip, llama, projector, rope, vlm
 from vlalign_jax.planning import topology
 from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.stages import defaults
 from vlalign_jax.steps import program as programs
 from vlalign_jax.steps import sft
 
@@ -29,7 +29,7 @@ def compiled(stage: int, layers: int, fsdp: int):
   )
   mesh = meshes.make_mesh(c.mesh, topology.open_topology("v5e:4x4").devices)
   program = sft.make_program(c, model, mesh, 10)
-  rows = programs.abstract_rows(model, mesh, ROWS, LENGTH, 1)
+  rows = programs.abstract_batch(model, mesh, ROWS, LENGTH, 1)
   step = program.train_step.lower(program.state, program.frozen, rows).compile()
   return program, step
 

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 
 from tests import reference
 from vlalign_jax import trees
-from vlalign_jax.config import defaults
 from vlalign_jax.models import lora
 from vlalign_jax.optim import optimizer
 from vlalign_jax.sharding import hosts, rules
 from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.stages import defaults
 from vlalign_jax.steps import sft
 from vlalign_jax.weights import load, source
 

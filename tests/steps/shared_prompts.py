@@ -20,14 +20,14 @@ from flax import nnx
 from tests import reference
 from tests.steps import preferences
 from vlalign_jax import trees
-from vlalign_jax.config import defaults
 from vlalign_jax.losses import dpo as dpo_losses
 from vlalign_jax.losses import head
 from vlalign_jax.losses import reward as reward_losses
 from vlalign_jax.models import vlm
 from vlalign_jax.sharding import hosts, rules, zero
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.steps import accumulate, answers, dpo, reward, sft
+from vlalign_jax.stages import defaults, dpo, reward
+from vlalign_jax.steps import accumulate, answers, sft, update
 from vlalign_jax.weights import source
 
 # Prompt tokens, tokens of each answer, pictures: two to five answers, with and without pictures.
@@ -104,20 +104,21 @@ def by_example(values, numbers):
   return np.where(numbers >= 0, found, 0)
 
 
-def step_gradients(stage, values, options, params, frozen, rows, mesh, parts):
+def step_gradients(stage, values, options, params, initial, rows, mesh, parts):
   """(mean loss, values [B, S, K], gradients) by the stage's own step; `values` makes the second."""
 
   @jax.jit
-  def compute(params, frozen, rows):
-    counts = stage.count(rows)
-    loss = stage.make_loss(frozen, counts, jax.random.key(0), mesh=mesh, chunk=CHUNK, **options)
+  def compute(params, initial, rows):
+    counts = stage.loss_denominators(rows)
+    inputs = update.StepInputs({}, initial, counts, jax.random.key(0))
+    loss = stage.make_loss(inputs, mesh=mesh, chunk=CHUNK, **options)
     total, _, grads = accumulate.sum_gradients(loss, params, rows, parts, mesh)
-    # One after the other: see steps/dpo.py.
+    # One after the other: see stages/dpo.py.
     params, rows, total, grads = jax.lax.optimization_barrier((params, rows, total, grads))
     found = values(nnx.merge(options["graphdef"], params), rows)
     return total / counts["loss"], found, jax.tree.map(lambda g: g / counts["loss"], grads)
 
-  loss, found, grads = jax.device_get(compute(params, frozen, rows))
+  loss, found, grads = jax.device_get(compute(params, initial, rows))
   return float(loss), found, grads
 
 
@@ -162,14 +163,13 @@ def run(case, mesh_sizes):
     errors[f"{name} gradients"] = gradient_errors(grads, expected_grads)
 
   policy, _ = vlm.abstract_params(case.config, mesh=mesh)
-  frozen = {"reference": place(case.initial)}
   log_probabilities = functools.partial(answers.log_probabilities, mesh=mesh, chunk=CHUNK)
   options = {"graphdef": policy, "reference_graphdef": policy, "settings": settings("dpo", **DPO)}
-  compare("dpo", case.dpo, dpo, log_probabilities, options, place(case.params), frozen)
+  compare("dpo", case.dpo, dpo, log_probabilities, options, place(case.params), place(case.initial))
 
   scorer, _ = vlm.abstract_params(dataclasses.replace(case.config, head=vlm.SCORE), mesh=mesh)
   options = {"graphdef": scorer, "settings": settings("reward", **REWARD)}
-  compare("reward", case.reward, reward, reward.scores, options, place(case.scorer), {})
+  compare("reward", case.reward, reward, answers.scores, options, place(case.scorer), None)
   return errors
 
 

@@ -14,12 +14,12 @@ import transformers
 from flax import nnx
 
 from tests import checkpoints, reference, torch_parts
-from vlalign_jax import trees
-from vlalign_jax.config import defaults
+from vlalign_jax import stages, trees
 from vlalign_jax.data import plan
 from vlalign_jax.models import tiles, vlm
 from vlalign_jax.optim import optimizer
 from vlalign_jax.optim import state as training_state
+from vlalign_jax.stages import defaults
 from vlalign_jax.steps import accumulate, sft, update
 from vlalign_jax.weights import names
 
@@ -119,10 +119,9 @@ def gradients(model, rows, *, graphdef=None, trained=lambda path: True, parts=1)
 
   @jax.jit
   def compute(params, frozen, rows):
-    counts = sft.count(rows)
-    loss = sft.make_loss(
-      frozen, counts, jax.random.key(0), graphdef=graphdef or model.graphdef, chunk=CHUNK
-    )
+    counts = sft.loss_denominators(rows)
+    inputs = update.StepInputs(frozen, None, counts, jax.random.key(0))
+    loss = sft.make_loss(inputs, graphdef=graphdef or model.graphdef, chunk=CHUNK)
     total, _, grads = accumulate.sum_gradients(loss, params, rows, parts)
     return total / counts["loss"], jax.tree.map(lambda g: g / counts["loss"], grads)
 
@@ -220,8 +219,8 @@ def trainer(model, packed):
   step = functools.partial(
     update.train_step,
     make_loss=functools.partial(sft.make_loss, graphdef=model.graphdef, chunk=CHUNK),
-    count=sft.count,
-    metrics=sft.metrics,
+    denominators=sft.loss_denominators,
+    metrics=stages.sft.metrics,
     optimizer=tx,
     learning_rate=optimizer.learning_rates(OPTIM, STEPS)["base"],
     accumulation=1,
@@ -258,7 +257,7 @@ def test_twenty_steps_give_the_losses_of_torch(model, packed, trainer, tmp_path)
     assert float(metrics["loss"]) == pytest.approx(float(loss.detach()), rel=1e-4), number
     assert float(metrics["grad_norm"]) == pytest.approx(float(norm), rel=1e-3), number
     assert float(metrics["learning_rate"]) == pytest.approx(rate, rel=1e-5, abs=1e-12), number
-    assert float(metrics["learnt_tokens"]) == count
+    assert float(metrics["learned_tokens"]) == count
     losses.append(float(loss.detach()))
   assert float(norm) > OPTIM.max_grad_norm  # clipping was at work to the end
   assert losses[-1] < 0.6 * losses[0]

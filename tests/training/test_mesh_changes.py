@@ -50,7 +50,7 @@ def test_on_the_same_mesh_it_ends_with_the_same_bits(runs):
 def test_its_losses_are_those_of_the_uninterrupted_run(name, runs):
   lines, expected = (_logged(runs[run]) for run in (name, "uninterrupted"))
   assert [line["step"] for line in lines] == list(range(1, mesh_changes.STEPS + 1))
-  for key in ("learnt_tokens", "learning_rate"):  # the same examples
+  for key in ("learned_tokens", "learning_rate"):  # the same examples
     assert [line[key] for line in lines] == [line[key] for line in expected]
   for key in ("loss", "grad_norm"):
     found, wanted = ([line[key] for line in run] for run in (lines, expected))

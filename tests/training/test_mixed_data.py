@@ -50,7 +50,7 @@ def test_a_mixed_batch_has_the_loss_of_its_parts(stage, directory, tmp_path):
     first_line(directory, stage, name, size, tmp_path)
     for name, size in (("pictures", half), ("texts", half), ("mixed", 2 * half))
   )
-  shares = [line["learnt_tokens"] if stage == "sft" else 1.0 for line in (pictures, texts)]
+  shares = [line["learned_tokens"] if stage == "sft" else 1.0 for line in (pictures, texts)]
   mixed, *parts = (line[VALUES[stage]] for line in (mixed, pictures, texts))
   assert abs(parts[0] - parts[1]) > 1e-2
   assert mixed == pytest.approx(np.average(parts, weights=shares), rel=1e-5)

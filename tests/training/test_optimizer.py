@@ -8,10 +8,10 @@ import torch
 
 from tests import checkpoints, reference
 from vlalign_jax import trees
-from vlalign_jax.config import defaults
 from vlalign_jax.models import vlm
 from vlalign_jax.optim import optimizer
 from vlalign_jax.optim import state as training_state
+from vlalign_jax.stages import defaults
 
 EMBEDDING = "language/embedding/embedding"
 

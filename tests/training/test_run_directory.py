@@ -5,11 +5,11 @@ import json
 import pytest
 
 from tests import sft_run
-from vlalign_jax import config as configs
-from vlalign_jax import trees
+from vlalign_jax import stages, trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.runs import run_directory
 
+DEFAULTS = stages.defaults("sft")
 PLAN = {"steps": 6, "records": 24, "examples": 7}
 
 
@@ -34,12 +34,12 @@ def test_keys_of_a_newer_version_do_not_block_it(workdir):
   stored = _stored(workdir)
   del stored["save_best_limit"], stored["optim"]["cycles"], stored["mesh"]
   (workdir / "config.json").write_text(json.dumps(stored))
-  assert run_directory.open_run(str(workdir), _config())
+  assert run_directory.open_run(str(workdir), _config(), DEFAULTS)
   assert _stored(workdir) == json.loads(json.dumps(_config().to_dict()))
 
   (workdir / "config.json").write_text(json.dumps(stored))
   with pytest.raises(InputError, match=r"\(optim.cycles: 1 there, 2 now\)"):
-    run_directory.open_run(str(workdir), _config(**{"optim.cycles": 2}))
+    run_directory.open_run(str(workdir), _config(**{"optim.cycles": 2}), DEFAULTS)
 
 
 def test_a_key_that_this_version_lacks_blocks_it(workdir):
@@ -50,8 +50,8 @@ def test_a_key_that_this_version_lacks_blocks_it(workdir):
 
 @pytest.mark.parametrize("key", run_directory.HARMLESS + run_directory.ROUNDING)
 def test_harmless_keys_exist(key):
-  stages = [trees.flatten(configs.defaults(stage).to_dict()) for stage in ("sft", "ppo")]
-  assert any(key.replace(".", "/") in known for known in stages)
+  keys = [trees.flatten(stages.defaults(stage).to_dict()) for stage in ("sft", "ppo")]
+  assert any(key.replace(".", "/") in known for known in keys)
 
 
 def test_what_costs_rounding_is_logged(workdir, caplog):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from vlalign_jax import config
+from vlalign_jax import config, stages
 from vlalign_jax.optim import schedules
 
 PEAK = 1e-3
@@ -14,7 +14,7 @@ PEAK = 1e-3
 
 def ours(total: int, peak: float = PEAK, **keys) -> np.ndarray:
   """Learning rates of all updates, and the one after the last."""
-  optim = config.defaults("sft").optim
+  optim = stages.defaults("sft").optim
   optim.update(keys)
   schedule = schedules.make_schedule(optim, peak, total)
   return np.asarray(jax.jit(jax.vmap(schedule))(np.arange(total + 1)))
@@ -75,7 +75,7 @@ def test_restarts_begin_at_the_peak():
   ],
 )
 def test_warmup_is_a_share_or_steps(ratio, given, total, steps):
-  optim = config.defaults("sft").optim
+  optim = stages.defaults("sft").optim
   optim.update(warmup_ratio=ratio, warmup_steps=given)
   assert schedules.warmup_steps(optim, total) == steps
 

@@ -161,11 +161,11 @@ def test_a_kept_reference_of_other_data_is_refused(finished, tmp_path):
 def test_an_example_that_the_reference_could_not_see_is_not_taken_for_one_it_did():
   table = np.array([[-3.0, -4.0], [np.nan, np.nan]], np.float32)
   rows = {"examples": np.array([[0, 1]]), "answers": np.array([[[5, 9], [-1, -1]]])}
-  found = reference.prepare_rows(table, rows)["reference"]
+  found = reference.add_to_batch(table, rows)["reference"]
   np.testing.assert_array_equal(found, [[[-3, -4], [0, 0]]])
   rows["answers"][0, 1] = 5, 9  # its picture has been mended
   with pytest.raises(InputError, match="example 1 has no log-probability .* delete reference/"):
-    reference.prepare_rows(table, rows)
+    reference.add_to_batch(table, rows)
 
 
 def test_a_picture_that_the_reference_cannot_see(directory, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from scripts import train_dpo, train_ppo, train_reward, train_sft
 from tests import checkpoints, sft_run
 from vlalign_jax import config as configs
+from vlalign_jax import stages
 from vlalign_jax.errors import InputError
 from vlalign_jax.optim import optimizer, schedules, updates
 
@@ -16,7 +17,7 @@ PARAMS = {"language": {"embedding": {"embedding": np.zeros((3, 2))}, "x": {"scal
 
 
 def config(stage: str = "sft", **optim):
-  c = configs.defaults(stage)
+  c = stages.defaults(stage)
   c.optim.update(optim)
   return c
 

@@ -6,11 +6,11 @@ import pytest
 from transformers import LlavaConfig
 
 from configs import sft
+from tests.planning import small
 from vlalign_jax import trees
-from vlalign_jax.config import defaults
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import vlm
-from vlalign_jax.planning import train_step
+from vlalign_jax.stages import defaults
 from vlalign_jax.weights import hf_config
 from vlalign_jax.weights import published as sizes
 
@@ -58,7 +58,7 @@ def test_unknown_name():
 def test_a_model_is_as_its_config_says():
   """The original's towers with its projectors: their tokens, features and parameters."""
   preset = sft.get_config("clip_llama2_7b_pretrain")
-  config = train_step.model_config(preset)
+  config = small.model_config(preset)
   assert (config.projector.kind, config.tokens_per_image) == ("linear", 257)
   assert (config.vision.layers, config.vision.image_size) == (24, 224)
   _, params = vlm.abstract_params(config)

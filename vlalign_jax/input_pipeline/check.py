@@ -14,15 +14,8 @@ from tqdm import tqdm
 from vlalign_jax.data import measure, mixture, plan
 from vlalign_jax.data.records import Record, scan_records
 from vlalign_jax.errors import InputError
-from vlalign_jax.input_pipeline import preferences, prepare, prompts, sft
+from vlalign_jax.input_pipeline import prepare
 from vlalign_jax.weights.source import ModelSource
-
-TASKS = {
-  "sft": sft.TASK,
-  "reward": preferences.TASK,
-  "dpo": preferences.TASK,
-  "ppo": prompts.TASK,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +74,12 @@ class Report:
     return np.array([one.tokens for one in self.measured], np.int32)
 
 
-def check(config, source: ModelSource, name: str) -> Report:
+def check(task: prepare.Task, config, source: ModelSource, name: str) -> Report:
   """Reads, tokenises and decodes everything that a config's `name` (such as data.eval) names.
 
   Args:
-    config: of a run of any stage in TASKS.
+    task: of the stage.
+    config: of the run.
     source: the model of the run.
     name: "data.train" or "data.eval".
 
@@ -93,7 +87,6 @@ def check(config, source: ModelSource, name: str) -> Report:
     InputError: template and tokenizer do not go together; bad data is no error here.
   """
   paths = list(dict.fromkeys(p.strip() for p in config.data[name.removeprefix("data.")].split(",")))
-  task = TASKS[config.stage]
   files, records, problems = {}, [], []
   for path in paths:
     try:

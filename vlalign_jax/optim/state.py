@@ -10,11 +10,17 @@ from vlalign_jax.optim import loss_scale
 
 
 class TrainState(NamedTuple):
+  """What an update changes."""
+
   step: jax.Array  # int32[], updates done or skipped
   params: dict[str, Any]  # the trained ones
   optimizer: Any
   skipped: jax.Array  # int32[], updates skipped because loss or gradient was not finite
   skipped_in_a_row: jax.Array  # int32[]
+
+  def with_params(self, params) -> "TrainState":
+    """Returns the state with other parameters."""
+    return self._replace(params=params)
 
 
 def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:

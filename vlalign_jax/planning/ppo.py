@@ -49,7 +49,7 @@ class RolloutShapes:
   @property
   def frozen(self) -> dict:
     """The actor's parameters that stay."""
-    return {part: x for part, x in self.program.actor.frozen.items() if part != "reference"}
+    return self.program.actor.frozen
 
   @property
   def shares(self) -> bool:
@@ -68,7 +68,7 @@ class RolloutShapes:
   def batch(self, role: str = "actor", length: int | None = None) -> dict:
     """Returns the shapes of a rollout, or of prompts of a length, as a role is given them."""
     B, _, I, _, _, T = self.sizes
-    batch = programs.abstract_rows(self.models.actor, self.mesh, B, length or T, I)
+    batch = programs.abstract_batch(self.models.actor, self.mesh, B, length or T, I)
     if self.shares and (
       role == "actor" or (self.same_towers[role] and not self.config.ppo.blank_images)
     ):
@@ -188,7 +188,8 @@ def _programs(rollout: RolloutShapes) -> Iterator[StepProgram]:
   shapes = collect.for_sampling(prompts), rollout.array((B,), jnp.int32), 0
   lower = lambda: program.sample.lower(actor, *shapes)  # noqa: E731
   yield one("sampling", lower, length=L, decoded=max(1, M - 1))
-  lower = lambda: program.reference.lower(program.actor.frozen, rollout.batch(), shape)  # noqa: E731
+  reference = program.actor.reference, rollout.frozen
+  lower = lambda: program.reference.lower(reference, rollout.batch(), shape)  # noqa: E731
   yield one("reference", lower, parts=scored)
   if program.reward:
     answers = {"answers": rollout.array((B, 1, N), jnp.int32)}
@@ -211,7 +212,7 @@ def _lower_update(rollout: RolloutShapes, rows: int):
   conversations = None
   if config.ppo.sft_weight:
     actor = rollout.models.actor
-    conversations = programs.abstract_rows(actor, rollout.mesh, rows, sizes.L, sizes.I)
+    conversations = programs.abstract_batch(actor, rollout.mesh, rows, sizes.L, sizes.I)
   return program.update_step.lower(
     program.state,
     rollout.frozen,

@@ -6,7 +6,7 @@ from vlalign_jax import trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models import lora
-from vlalign_jax.models.vlm import SCORE, ModelConfig, abstract_params
+from vlalign_jax.models.vlm import LANGUAGE, SCORE, ModelConfig, abstract_params
 from vlalign_jax.optim import optimizer
 from vlalign_jax.planning import train_step
 from vlalign_jax.planning.step_plan import device_bytes
@@ -48,11 +48,11 @@ def open_models(config) -> Models:
       "config.model.init_from, too, or leave it empty"
     )
   if not named:
-    actor = train_step.model_config(config)
+    actor = train_step.model_config(config, LANGUAGE)
     sampling = data.sampling_of(settings, actor, stop_tokens=(0,))
     origin = dict.fromkeys(trees.flatten(abstract_params(actor)[1]), ("the base",))
     return _with_assumed(config, actor, sampling, origin)
-  opened = source.open_for(config)
+  opened = source.open_for(config, LANGUAGE)
   files = identity.Files()
   sampling, origin = data.make_sampling(config, opened), identity.identities(opened, files)
   if not settings.reward_model:
@@ -104,12 +104,11 @@ def held(models: Models, program, config) -> dict[str, float]:
     identity.add(pool, known, leaves)
     return size([leaf for path, leaf in leaves.items() if path not in shared])
 
-  frozen = {part: tree for part, tree in program.actor.frozen.items() if part != "reference"}
   sizes = {
     "actor, trained": size(state.params),
-    "actor, optimizer": size(state.optimizer),
-    "actor, frozen": more("actor", trees.flatten(frozen)),
-    "reference, unshared": size(program.actor.frozen["reference"]),
+    "actor, optimizer": size(state.actor.optimizer),
+    "actor, frozen": more("actor", trees.flatten(program.actor.frozen)),
+    "reference, unshared": size(program.actor.reference),
   }
   if program.critic:
     leaves = trees.flatten(program.critic.params)

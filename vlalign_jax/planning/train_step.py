@@ -7,68 +7,64 @@ import math
 import jax
 import jax.numpy as jnp
 
-from vlalign_jax import config as configs
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import tiles
-from vlalign_jax.models.vlm import LANGUAGE, ModelConfig
+from vlalign_jax.models.vlm import ModelConfig
 from vlalign_jax.planning import hlo, model_flops
 from vlalign_jax.planning.step_plan import StepPlan, StepProgram, device_bytes
 from vlalign_jax.planning.topology import Topology
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.steps import dpo, program, reward, sft
+from vlalign_jax.stage import Stage
+from vlalign_jax.steps import program
 from vlalign_jax.weights import published, source
 
-STAGES = {"sft": sft, "reward": reward, "dpo": dpo}
-PPO = "ppo"  # its steps are several programs: see `planning.ppo`
 # Of a learning-rate schedule, whose length changes nothing that is planned.
 TOTAL_STEPS = 1000
 
 
-def check(config) -> None:
+def check(stage: Stage, config) -> None:
   """Refuses what no run can have; data is not needed for a plan.
 
   Raises:
     InputError: names the first such key.
   """
-  if config is None:
-    raise InputError("--config is missing: such as --config=configs/sft.py:llava15_7b")
-  if config.stage not in (*STAGES, PPO):
-    raise InputError(
-      f"config.stage is {config.stage!r}, which has no step to plan; choose from "
-      f"{', '.join((*STAGES, PPO))}"
-    )
   planned = copy.deepcopy(config)
   planned.data.train = planned.data.train or "unknown yet"
-  if config.stage == PPO and not config.ppo.reward_function:
-    planned.ppo.reward_model = planned.ppo.reward_model or "unknown yet"
-  configs.check(planned, config.stage)
+  stage.fill_paths(planned)
+  stage.check(planned)
 
 
-def model_config(config) -> ModelConfig:
+def model_config(config, head: str) -> ModelConfig:
   """Returns the architecture of a run: of the weights that it names, or else of published size.
 
   Raises:
     InputError: the config names neither, or adapters that match no parameter.
   """
   if config.model.init_from or config.model.vision or config.model.language:
-    return source.open_for(config).config
+    return source.open_for(config, head).config
   if not config.model.architecture:
     raise InputError(
       "the config names no model: give config.model.init_from, or config.model.architecture="
       f"{' | '.join(published.MODELS)} to plan before the weights are there"
     )
   model = published.published(config.model)
-  model = dataclasses.replace(model, head=source.HEADS.get(config.stage, LANGUAGE))
+  model = dataclasses.replace(model, head=head)
   return source.with_adapters(model, config.lora)
 
 
 def plan(
-  config, model: ModelConfig, topology: Topology, examples_per_row: int = 1, answers: int = 2
+  stage: Stage,
+  config,
+  model: ModelConfig,
+  topology: Topology,
+  examples_per_row: int = 1,
+  answers: int = 2,
 ) -> StepPlan:
   """Returns a plan that is yet to be compiled, see `step_plan.compile_plan`.
 
   Args:
+    stage: of the run.
     config: of the run.
     model: the architecture.
     topology: the devices.
@@ -80,22 +76,20 @@ def plan(
   """
   mesh = meshes.make_mesh(config.mesh, topology.devices)
   meshes.check_heads(mesh, model.language.heads, model.language.kv_heads)
-  batch, assumptions = abstract_batch(config, model, mesh, examples_per_row, answers)
-  step = STAGES[config.stage].make_program(config, model, mesh, TOTAL_STEPS)
+  batch, assumptions = abstract_batch(stage, config, model, mesh, examples_per_row, answers)
+  step = stage.make_program(config, model, mesh, TOTAL_STEPS)
   rows, length = batch["tokens"].shape
   device_rows = rows // (meshes.row_blocks(mesh) * config.grad_accumulation)
-  reference = step.frozen.get("reference", {})
-  frozen = {part: tree for part, tree in step.frozen.items() if part != "reference"}
   resident = {
     "trained parameters": device_bytes(step.state.params),
     "optimizer": device_bytes(step.state.optimizer),
-    "frozen parameters": device_bytes(frozen),
-    "reference": device_bytes(reference),
+    "frozen parameters": device_bytes(step.frozen),
+    "reference": device_bytes(step.reference or {}),
     "batch": device_bytes(batch),
   }
   sizes = (model, rows, length, batch["images"].shape[1])
   needed = model_flops.count(step.params, step.state.params, *sizes)
-  if "reference" in step.frozen:
+  if step.reference is not None:
     needed += model_flops.count(step.params, {}, *sizes)
   return StepPlan(
     config=config,
@@ -106,7 +100,7 @@ def plan(
         "training step",
         times=1,
         trips=trips(mesh, length, device_rows * length),
-        lower=lambda: step.train_step.lower(step.state, step.frozen, batch),
+        lower=lambda: step.train_step.lower(step.state, step.frozen, batch, step.reference),
       ),
     ),
     resident={name: size for name, size in resident.items() if size},
@@ -114,7 +108,7 @@ def plan(
     tokens=rows * length,
     model_flops=needed,
     summary=(
-      f"stage {config.stage}: ZeRO {config.mesh.zero_stage}, remat {config.model.remat}, "
+      f"stage {stage.name}: ZeRO {config.mesh.zero_stage}, remat {config.model.remat}, "
       f"{config.grad_accumulation} micro-batch{'es' * (config.grad_accumulation > 1)} of "
       f"{device_rows} row{'s' * (device_rows > 1)} a device",
     ),
@@ -148,14 +142,14 @@ def trips(mesh, length: int, head_tokens: int, decoded: int = 0) -> hlo.Trips:
 
 
 def abstract_batch(
-  config, model: ModelConfig, mesh, examples_per_row: int, answers: int
+  stage: Stage, config, model: ModelConfig, mesh, examples_per_row: int, answers: int
 ) -> tuple[dict, tuple[str, ...]]:
   """Returns the shapes of a batch of `config.batch_size` examples, and the assumptions in them.
 
   Raises:
     InputError: the rows cannot be spread over the mesh, or the images do not fit into a row.
   """
-  ranked = config.stage in ("reward", "dpo")
+  ranked = stage.task.answers == "ranked"
   if ranked and not 2 <= answers <= config.data.max_candidates:
     raise InputError(
       f"--answers={answers}: at least 2, and at most config.data.max_candidates="
@@ -182,18 +176,16 @@ def abstract_batch(
   ]
   if rows > filled:
     assumptions.append(f"{rows - filled} of the rows are padding")
-  batch = program.abstract_rows(model, mesh, rows, length, images)
+  batch = program.abstract_batch(model, mesh, rows, length, images)
   if ranked:
     assumptions.append(
       f"each example has {answers} ranked answers, within the row's length (--answers)"
     )
     ranks = (rows, examples_per_row, answers)
     shapes = {"answers": (ranks, jnp.int32), "examples": (ranks[:2], jnp.int32)}
-    if config.stage == "dpo" and config.dpo.reference == dpo.CACHED:
-      shapes["reference"] = (ranks, jnp.float32)
-      assumptions.append(
-        "the reference's log-probabilities are there: a forward pass each, before training"
-      )
+    fields, sentences = stage.planned_fields(config, ranks)
+    shapes |= fields
+    assumptions += sentences
     for name, (shape, dtype) in shapes.items():
       sharding = meshes.batch_sharding(mesh)
       batch[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

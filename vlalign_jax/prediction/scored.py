@@ -22,7 +22,6 @@ from vlalign_jax.prediction import records as data
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import answers as steps
-from vlalign_jax.steps import reward
 from vlalign_jax.weights.source import ModelSource
 
 TOO_LONG, UNREADABLE = "it does not fit behind its prompt", "its pictures cannot be read"
@@ -104,7 +103,7 @@ def _make_program(load: Load, mesh: Mesh, scores: bool):
   def of_rows(params, rows):
     model = nnx.merge(graphdef, params)
     if scores:
-      return reward.scores(model, rows)
+      return steps.scores(model, rows)
     return steps.token_log_probabilities(model, rows, mesh=mesh, chunk=meshes.head_chunk(mesh))
 
   program = jax.jit(of_rows, out_shardings=meshes.batch_sharding(mesh))

@@ -1,4 +1,4 @@
-"""A rollout: prompts answered by the actor, the answers scored, and what the other roles say."""
+"""A rollout: answers that the actor samples, their scores, and the reference's probabilities."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -15,18 +15,19 @@ from vlalign_jax.rollout import reward_function
 from vlalign_jax.rollout.reward_text import TextReader
 from vlalign_jax.sharding import hosts
 from vlalign_jax.steps import answer_rows as layout
-from vlalign_jax.steps.ppo import State
+from vlalign_jax.steps.ppo import PPOState
 from vlalign_jax.steps.ppo_program import PPOProgram
 
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-  """The models of a run beside what is trained, and how answers are scored.
+  """The models of a run apart from what is trained, and how answers are scored.
 
   Attributes:
     program: of the run.
-    frozen: the actor's parameters that stay, with the reference's.
-    critic_frozen: the critic's; None: there is none.
+    frozen: the actor's parameters that are not trained.
+    reference: the initial values of those that are.
+    critic_frozen: the critic's frozen parameters; None: there is none.
     reward: the reward model's; None: there is none.
     reader: None: the reward model reads the rollout's rows as they are.
     function: of `find_function`.
@@ -39,6 +40,7 @@ class Roles:
 
   program: PPOProgram
   frozen: dict
+  reference: dict
   critic_frozen: dict | None
   reward: dict | None
   reader: TextReader | None
@@ -100,7 +102,7 @@ def decode(tokenizer, tokens: np.ndarray, lengths: np.ndarray) -> list[list[str]
 @out_of_memory.names(out_of_memory.SAMPLING)
 def collect(
   roles: Roles,
-  state: State,
+  state: PPOState,
   prompts: dict,
   records: Sequence[Record | None],
   streams: np.ndarray,
@@ -121,8 +123,7 @@ def collect(
       keys and values do not fit.
   """
   program, settings = roles.program, roles.config.ppo
-  frozen = {part: tree for part, tree in roles.frozen.items() if part != "reference"}
-  actor = trees.merge(state.params, frozen)
+  actor = trees.merge(state.params, roles.frozen)
   if roles.shares_features and prompts["images"].shape[1]:
     prompts = prompts | {"vision_features": program.vision_features(actor, prompts, None)}
   streams = hosts.whole_to_device(roles.mesh, {"streams": streams.astype(np.int32)})["streams"]
@@ -135,7 +136,7 @@ def collect(
   rows = program.answer_rows(prompts, generated.tokens[:, :, : shape[1]], generated.lengths)
   scores = _scores(roles, rows, shape, tokens, lengths, records)
   with out_of_memory.explained(out_of_memory.REFERENCE, roles.config):
-    reference = program.reference(roles.frozen, rows, shape)
+    reference = program.reference((roles.reference, roles.frozen), rows, shape)
   return Rollout(
     rows=rows,
     shape=shape,
@@ -191,7 +192,7 @@ def _check_finite(scores: np.ndarray) -> None:
   bad = int(np.sum(~np.isfinite(scores)))
   if bad and bad == len(scores):
     raise InputError(
-      f"none of the {bad} answers of a rollout has a finite score; mend what scores them "
+      f"none of the {bad} answers of a rollout has a finite score; fix what scores them "
       "(ppo.reward_model, ppo.reward_function)"
     )
   if bad:

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlalign_jax.errors import InputError
+from vlalign_jax.input_pipeline import prepare as prepare_data
 from vlalign_jax.input_pipeline import sft
 from vlalign_jax.input_pipeline.prepare import Prepared
 from vlalign_jax.sharding import hosts
@@ -41,9 +42,9 @@ def prepare(config, source: ModelSource, mesh: Mesh, steps: int) -> Prepared | N
   own.data.update({"eval": "", "eval_samples": "", "eval_fraction": 0.0})
   own.batch_size = config.batch_size // settings.num_mini_batches
   own.max_steps = rollouts * settings.num_ppo_epochs * settings.num_mini_batches
-  records, _ = sft.load_records(own)
+  records, _ = prepare_data.load_records(sft.TASK, own)
   multiple = meshes.row_blocks(mesh) * config.grad_accumulation
-  found = sft.prepare_train(own, source, records, multiple)
+  found = prepare_data.prepare_train(sft.TASK, own, source, records, multiple)
   # All batches have the rows of the fullest: an update is compiled for each shape.
   rows = np.full_like(found.plan.row_counts, found.plan.rows)
   return dataclasses.replace(found, plan=dataclasses.replace(found.plan, row_counts=rows))
@@ -94,4 +95,4 @@ def opened(config, mesh: Mesh, prepared: Prepared | None, progress: dict):
     yield None
     return
   with prepared.batches(**start.my_share(mesh)) as batches:
-    yield Stream(config, mesh, prepared, batches, progress.get("ppo", {}).get("sft", {}))
+    yield Stream(config, mesh, prepared, batches, progress.get("carried", {}).get("sft", {}))

@@ -18,7 +18,7 @@ from vlalign_jax.optim import optimizer
 from vlalign_jax.rollout import collect
 from vlalign_jax.rollout.reward_text import TextReader
 from vlalign_jax.runs import checkpoints, run_directory
-from vlalign_jax.steps.ppo import State
+from vlalign_jax.steps.ppo import PPOState
 from vlalign_jax.steps.ppo_program import PPOProgram
 from vlalign_jax.training import start
 from vlalign_jax.weights import identity, provenance
@@ -170,7 +170,7 @@ def find_scorers(config: ConfigDict, sources: RoleSources, records):
 @out_of_memory.names(out_of_memory.LOADING)
 def make_state(
   config: ConfigDict, workdir: str, sources: RoleSources, program: PPOProgram
-) -> State:
+) -> PPOState:
   """The state before the first rollout; writes down what the run takes besides its actor."""
   if reward := sources.reward:
     if reward.start:  # written down as it was opened
@@ -198,8 +198,7 @@ def load(config: ConfigDict, sources: RoleSources, program: PPOProgram, mesh: Me
   pool, files = {}, identity.Files()
   known = identity.identities(sources.actor, files)
   frozen = start.load_frozen(config, sources.actor, program.actor)
-  stays = {part: x for part, x in frozen.items() if part != "reference"}
-  identity.add(pool, known, trees.flatten(stays))
+  identity.add(pool, known, trees.flatten(frozen))
 
   def load(opened: ModelSource, shapes: dict, wanted=lambda path: True):
     own = identity.identities(opened, files)
@@ -215,6 +214,7 @@ def load(config: ConfigDict, sources: RoleSources, program: PPOProgram, mesh: Me
   return collect.Roles(
     program=program,
     frozen=frozen,
+    reference=start.load_reference(config, sources.actor, program.actor),
     critic_frozen=critic,
     reward=reward,
     reader=scorers[0],

@@ -56,8 +56,8 @@ def open_checkpoints(
   )
 
 
-def _without_params(state: TrainState):
-  return state._replace(params=())._asdict()
+def _without_params(state: TrainState) -> dict:
+  return state.with_params(())._asdict()
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: TrainState, progress: dict) -> None:
@@ -104,7 +104,7 @@ def restore_newest(
   Args:
     manager: from `open_checkpoints`.
     state: TrainState of jax.ShapeDtypeStruct with shardings: what is wanted, and where. Another
-      NamedTuple with `params`, `step` and more will do as well, here and in `save`.
+      NamedTuple with `params` and `with_params` will do as well, here and in `save`.
 
   Raises:
     InputError: all checkpoints are damaged; or the newest that is not cannot be read for want of
@@ -138,7 +138,7 @@ def _restore(place: epath.Path, state: TrainState) -> tuple[TrainState, dict]:
   arrays = ocp.StandardCheckpointHandler()
   params = arrays.restore(place / "params", args=ocp.args.StandardRestore(state.params))
   rest = arrays.restore(place / "optimizer", args=ocp.args.StandardRestore(_without_params(state)))
-  return type(state)(**{**rest, "params": params}), progress
+  return type(state)(**rest).with_params(params), progress
 
 
 def _of_first_process(steps: list[int]) -> list[int]:

@@ -10,7 +10,6 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vlalign_jax import config as configs
 from vlalign_jax import storage, trees
 from vlalign_jax.errors import InputError
 
@@ -46,8 +45,13 @@ ROUNDING = (
 )
 
 
-def open_run(workdir: str, config: ConfigDict) -> bool:
+def open_run(workdir: str, config: ConfigDict, defaults: ConfigDict | None = None) -> bool:
   """Makes the directory and its config.json, or checks that a run there has the same config.
+
+  Args:
+    workdir: the run directory.
+    config: of the run.
+    defaults: of its stage, for keys that a run's config.json lacks as it is older than they are.
 
   Returns:
     Whether there is a run to go on with; one that has saved nothing begins anew, with any config.
@@ -66,7 +70,7 @@ def open_run(workdir: str, config: ConfigDict) -> bool:
     stored = _read_config(path) if path.exists() else None
     resumes = has_saved(directory)
     if stored and resumes:
-      _check_config(stored, config, workdir)
+      _check_config(stored, config, workdir, defaults)
     _check_shared(directory)
     if jax.process_index() == 0:
       storage.write(str(path), json.dumps(config.to_dict(), indent=2) + "\n")
@@ -118,34 +122,30 @@ def _read_config(path: epath.Path) -> dict:
   return stored
 
 
-def with_defaults(stored: dict) -> dict:
-  """A stored config with the keys that it lacks, of a version that did not have them yet.
-
-  Their defaults do what was done before there were these keys.
-  """
-  known = trees.flatten(configs.defaults(stored["stage"]).to_dict())
-  return trees.unflatten(known | trees.flatten(stored))
-
-
 def stored_config(directory: str) -> dict:
-  """The config of a run directory; keys that its version did not know have their defaults.
+  """The config of a run directory.
 
   Raises:
     InputError: its config.json is missing or damaged.
   """
   path = epath.Path(directory) / "config.json"
   try:
-    return with_defaults(json.loads(path.read_text()))
+    stored = json.loads(path.read_text())
+    stored["stage"]
+    return stored
   except (OSError, ValueError, KeyError) as error:
     raise InputError(f"{path}: no readable config of a run: {error}") from error
 
 
-def _check_config(stored: dict, config: ConfigDict, workdir: str) -> list[str]:
+def _check_config(
+  stored: dict, config: ConfigDict, workdir: str, defaults: ConfigDict | None
+) -> list[str]:
   """Refuses keys that differ and are not known to be harmless; gives those that cost rounding."""
-  stored, now = (
+  known, stored, now = (
     {path.replace("/", "."): value for path, value in trees.flatten(values).items()}
-    for values in (with_defaults(stored), config.to_dict())
+    for values in (defaults.to_dict() if defaults else {}, stored, config.to_dict())
   )
+  stored = known | stored
   differing = {
     key: f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now"
     for key in sorted(stored.keys() | now.keys())
@@ -163,7 +163,13 @@ def _check_config(stored: dict, config: ConfigDict, workdir: str) -> list[str]:
   return rounding
 
 
-def check_progress(progress: dict, config: ConfigDict, plan: dict, workdir: str) -> None:
+def check_progress(
+  progress: dict,
+  config: ConfigDict,
+  plan: dict,
+  workdir: str,
+  defaults: ConfigDict | None = None,
+) -> None:
   """Refuses to go on from a checkpoint with another config or other data.
 
   Args:
@@ -177,7 +183,7 @@ def check_progress(progress: dict, config: ConfigDict, plan: dict, workdir: str)
   Raises:
     InputError: they differ.
   """
-  rounding = _check_config(progress.get("config", config.to_dict()), config, workdir)
+  rounding = _check_config(progress.get("config", config.to_dict()), config, workdir, defaults)
   if rounding:
     logging.info("from here on the same up to rounding only (%s)", "; ".join(rounding))
   stored, now = progress["plan"], plan

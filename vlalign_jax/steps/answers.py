@@ -31,6 +31,11 @@ def examples(rows):
   return jnp.sum(jnp.sum(valid(rows), axis=-1) > 1).astype(jnp.float32)
 
 
+def scores(model, rows):
+  """Returns float32[B, S, K], the score of each answer by a reward model."""
+  return model.scores(model(rows), rows["answers"])
+
+
 def per_answer(values, rows):
   """Sums over the tokens of each answer.
 

@@ -27,41 +27,26 @@ from vlalign_jax.steps import answers, sft, update
 GAE, GRPO = "gae", "grpo"
 
 
-class State(NamedTuple):
-  """What a PPO run changes; `params` are the actor's, so that a run is read as any other."""
+class PPOState(NamedTuple):
+  """What a PPO run changes; checkpoints hold the actor's parameters as those of any run."""
 
-  step: jax.Array  # int32[], rollouts learnt from
-  params: dict[str, Any]
-  optimizer: Any
-  updates: jax.Array  # int32[], of the actor
-  skipped: jax.Array  # int32[], of these, those that were not finite
-  skipped_in_a_row: jax.Array  # int32[]
+  step: jax.Array  # int32[], rollouts that were learned from
+  actor: TrainState
   critic: TrainState | tuple  # (): there is none
 
+  @property
+  def params(self) -> dict[str, Any]:
+    """The actor's trained parameters."""
+    return self.actor.params
 
-def make_state(actor: TrainState, critic: TrainState | tuple) -> State:
-  """The state before the first rollout."""
-  return State(
-    step=jnp.zeros((), jnp.int32),
-    params=actor.params,
-    optimizer=actor.optimizer,
-    updates=actor.step,
-    skipped=actor.skipped,
-    skipped_in_a_row=actor.skipped_in_a_row,
-    critic=critic,
-  )
+  def with_params(self, params) -> "PPOState":
+    """Returns the state with other parameters of the actor."""
+    return self._replace(actor=self.actor.with_params(params))
 
 
-def actor_of(state: State) -> TrainState:
-  """The actor's own state."""
-  return TrainState(
-    state.updates, state.params, state.optimizer, state.skipped, state.skipped_in_a_row
-  )
-
-
-def with_actor(state: State, actor: TrainState) -> State:
-  """The state with another state of the actor."""
-  return state._replace(**(actor._asdict() | {"step": state.step, "updates": actor.step}))
+def make_state(actor: TrainState, critic: TrainState | tuple) -> PPOState:
+  """Returns the state before the first rollout."""
+  return PPOState(jnp.zeros((), jnp.int32), actor, critic)
 
 
 def drop_unused_branches(rows, count: int):
@@ -109,16 +94,14 @@ def _flat(rows, *names):
   return (rows[name].reshape(-1, rows[name].shape[-1]) for name in names)
 
 
-def count(rows, level: str):
-  """What a step's loss is divided by: tokens, or answers."""
+def loss_denominators(rows, level: str):
+  """Returns what a step's loss is divided by: the number of tokens, or of answers."""
   (mask,) = _flat(rows, "mask")
   return {"loss": losses.average(jnp.ones(mask.shape), mask, level=level)[1]}
 
 
 def make_policy_loss(
-  frozen,
-  counts,
-  key,
+  inputs: update.StepInputs,
   *,
   graphdef,
   settings,
@@ -135,13 +118,12 @@ def make_policy_loss(
     sampling: what the answers were sampled with.
     kl_coef: float32[], of the penalty that grpo has in its loss.
   """
-  del counts, key
   level = settings.loss_level
 
   def loss(params, rows, number):
     del number
     shape = rows["mask"].shape[1:]
-    model = nnx.merge(graphdef, trees.merge(params, frozen))
+    model = nnx.merge(graphdef, trees.merge(params, inputs.frozen))
     logps, entropies = (
       layout.select_answers(x, *shape).reshape(-1, shape[1])
       for x in entropy.token_log_probabilities_and_entropies(
@@ -171,14 +153,13 @@ def make_policy_loss(
   return loss
 
 
-def make_value_loss(frozen, counts, key, *, graphdef, settings):
+def make_value_loss(inputs: update.StepInputs, *, graphdef, settings):
   """See `update.train_step`; the sum is that of `losses.ppo.value_loss`."""
-  del counts, key
 
   def loss(params, rows, number):
     del number
     shape = rows["mask"].shape[1:]
-    model = nnx.merge(graphdef, trees.merge(params, frozen))
+    model = nnx.merge(graphdef, trees.merge(params, inputs.frozen))
     found = values(model, rows, shape).reshape(-1, shape[1])
     arrays = _flat(rows, "old_values", "returns", "mask")
     (total, _), found = losses.value_loss(found, *arrays, clip=settings.cliprange_value or jnp.inf)
@@ -187,16 +168,20 @@ def make_value_loss(frozen, counts, key, *, graphdef, settings):
   return loss
 
 
-def mixed_loss(rows, *, graphdef, settings, mesh: Mesh | None, chunk: int) -> update.AuxiliaryLoss:
+def auxiliary_loss(
+  batch, *, graphdef, settings, mesh: Mesh | None, chunk: int
+) -> update.AuxiliaryLoss:
   """The supervised loss of conversations, added to the policy's (Ouyang et al. 2022, equation 2).
 
   Args:
-    rows: as supervised fine-tuning learns from.
+    batch: as supervised fine-tuning learns from.
     graphdef: of the actor.
     settings: the config's `ppo` group.
   """
   make_loss = functools.partial(sft.make_loss, graphdef=graphdef, mesh=mesh, chunk=chunk)
-  return update.AuxiliaryLoss("loss/sft", settings.sft_weight, make_loss, sft.count, rows)
+  return update.AuxiliaryLoss(
+    "loss/sft", settings.sft_weight, make_loss, sft.loss_denominators, batch
+  )
 
 
 def metrics(found, counts):
@@ -206,13 +191,13 @@ def metrics(found, counts):
 
 
 def update_step(
-  state: State,
+  state: PPOState,
   frozen,
   critic_frozen,
   rows,
   index,
   kl_coef,
-  sft_rows=None,
+  sft_batch=None,
   *,
   actor,
   critic,
@@ -231,7 +216,7 @@ def update_step(
     rows: of a whole rollout of B prompts, with the fields of this file's first lines.
     index: int32[b], the rows of the mini-batch.
     kl_coef: float32[].
-    sft_rows: of `mixed_loss`; None: nothing is mixed in.
+    sft_batch: of `auxiliary_loss`; None: there is none.
     actor, critic: program.TrainedModel; critic may be None.
     config: of the run.
     sampling: what the answers were sampled with.
@@ -240,7 +225,7 @@ def update_step(
     same_tower: whether `vision_features` of the actor are the critic's, too.
 
   Returns:
-    (State, dict of values as in `losses.sums`; the critic's own begin with `critic/`).
+    (PPOState, dict of values as in `losses.sums`; the critic's own begin with `critic/`).
   """
   rows = {name: meshes.constrain_rows(jnp.take(x, index, axis=0), mesh) for name, x in rows.items()}
   common = {
@@ -257,13 +242,13 @@ def update_step(
       critic_frozen,
       layout.batch_for_scorer(rows, **seen),
       make_loss=functools.partial(make_value_loss, graphdef=critic.graphdef, settings=config.ppo),
-      count=functools.partial(count, level="token"),
+      denominators=functools.partial(loss_denominators, level="token"),
       **common,
       **critic.update,
     )
     own = ("loss", "grad_norm", "learning_rate", "skipped_steps", "skipped_in_a_row", "loss_scale")
     logged = {f"critic/{name}" if name in own else name: found[name] for name in found}
-    # One after the other, as in steps.dpo.
+    # One after the other, as in stages.dpo.
     state, rows, critic_state, logged = jax.lax.optimization_barrier(
       (state, rows, critic_state, logged)
     )
@@ -276,14 +261,14 @@ def update_step(
       "chunk": meshes.head_chunk(mesh),
     }
     actor_state, found = update.train_step(
-      actor_of(state),
+      state.actor,
       frozen,
       rows,
       make_loss=functools.partial(make_policy_loss, kl_coef=kl_coef, sampling=sampling, **options),
-      count=functools.partial(count, level=config.ppo.loss_level),
-      mixed=None if sft_rows is None else mixed_loss(sft_rows, **options),
+      denominators=functools.partial(loss_denominators, level=config.ppo.loss_level),
+      auxiliary=None if sft_batch is None else auxiliary_loss(sft_batch, **options),
       **common,
       **actor.update,
     )
-    state, logged = with_actor(state, actor_state), logged | found
+    state, logged = state._replace(actor=actor_state), logged | found
   return state, logged

@@ -41,29 +41,30 @@ class PPOProgram:
   are given.
 
   Attributes:
-    actor: with the reference's parameters among its frozen ones.
+    actor: with a reference.
     critic: None: there is none.
     reward: None: a function alone scores.
-    state: shapes of the ppo.State.
-    init_state: (actor's trained parameters, critic's or None; both given up) -> State.
+    state: shapes of the PPOState.
+    init_state: (actor's trained parameters, critic's or None; both given up) -> PPOState.
     check_memory: (rows, tokens of each) -> bytes that sampling holds on each device, stated once;
       see `generate.log_memory`.
     sample: (all parameters, prompts, int32[B] streams, seed) -> Generated.
     answer_rows: see `steps.answer_rows`.
     vision_features: (the actor's vision parameters, rows) -> float[B, I, P, W].
-    reference: (the actor's frozen parameters, rows, shape) -> float32[B, N, M] log-probabilities.
+    reference: ((reference's parameters, the actor's frozen ones), rows, shape) ->
+      float32[B, N, M] log-probabilities.
     values: (the critic's trained and frozen parameters, rows, shape) -> float32[B, N, M].
     scores: (the reward model's parameters, rows with `answers` [B, 1, N]) -> float32[B, N].
     compute_advantages: see `steps.advantages`.
-    update_step: (state, frozen, the critic's frozen, rows, index, kl_coef, sft_rows,
+    update_step: (state, frozen, the critic's frozen, rows, index, kl_coef, sft_batch,
       with_policy, same_tower).
-    finish: State -> State, with one more rollout learnt from; the state is given up.
+    finish: PPOState -> PPOState, with one more rollout learnt from; the state is given up.
   """
 
   actor: program.TrainedModel
   critic: program.TrainedModel | None
   reward: Scorer | None
-  state: ppo.State
+  state: ppo.PPOState
   init_state: Callable
   check_memory: Callable
   sample: Callable
@@ -100,8 +101,10 @@ def make_program(
   settings = config.ppo
   parts = settings.num_mini_batches * config.grad_accumulation
   own = of_actor(config)
-  actor = program.make_learner(own, model, mesh, actor_updates(config, steps), keep_initial=True)
-  critic = critic_model and program.make_learner(
+  actor = program.make_trained_model(
+    own, model, mesh, actor_updates(config, steps), with_reference=True
+  )
+  critic = critic_model and program.make_trained_model(
     of_critic(config), critic_model, mesh, critic_updates(config, steps)
   )
   reward = reward_model and _make_scorer(config, reward_model, mesh)
@@ -111,10 +114,9 @@ def make_program(
   # As many rows at a time as an update takes.
   of_parts = functools.partial(_by_parts, mesh=mesh, parts=parts, placement=rows_place)
 
-  def reference(frozen, rows, shape):
-    rest = {part: tree for part, tree in frozen.items() if part != "reference"}
-    whole = nnx.merge(reference_graphdef, trees.merge(frozen["reference"], rest))
-    return ppo.log_probabilities(whole, rows, shape, **of_head)
+  def reference(params, rows, shape):
+    reference_model = nnx.merge(reference_graphdef, trees.merge(*params))
+    return ppo.log_probabilities(reference_model, rows, shape, **of_head)
 
   def values(params, rows, shape):
     return ppo.values(nnx.merge(critic.graphdef, trees.merge(*params)), rows, shape)
@@ -146,9 +148,11 @@ def make_program(
 
   @functools.cache
   def check_memory(rows, length):
-    mend = "raise ppo.sample_parts, or lower batch_size, ppo.num_generations or ppo.max_new_tokens"
+    remedy = (
+      "raise ppo.sample_parts, or lower batch_size, ppo.num_generations or ppo.max_new_tokens"
+    )
     rows //= settings.sample_parts
-    return log_memory(model, sampling, rows, length, config.model.dtype, mesh, mend)
+    return log_memory(model, sampling, rows, length, config.model.dtype, mesh, remedy)
 
   state = jax.eval_shape(init_state, actor.state.params, critic and critic.state.params)
   placement = ppo.make_state(actor.placement, critic.placement if critic else ())

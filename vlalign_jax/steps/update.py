@@ -1,7 +1,7 @@
 """One optimizer update, whatever the stage: gradients of a sum, divided by what it counts."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +12,43 @@ from vlalign_jax.optim import state as training_state
 from vlalign_jax.steps import accumulate
 
 
-class AuxiliaryLoss(NamedTuple):
-  """A second loss, of other rows, whose mean times `weight` is added; reported as `name`.
+class StepInputs(NamedTuple):
+  """What a loss is computed from besides trained parameters and a batch.
 
-  `make_loss` and `count` are as of `train_step`.
+  Attributes:
+    frozen: nested dict of the parameters that are not trained.
+    reference: nested dict of the initial values of those that are; None: the step has no reference.
+    denominators: dict of float32[], of the whole step; None in an evaluation.
+    key: of what is random in a step; None in an evaluation.
+  """
+
+  frozen: dict
+  reference: dict | None = None
+  denominators: dict | None = None
+  key: Any = None
+
+
+class AuxiliaryLoss(NamedTuple):
+  """A second loss, of another batch, whose mean times `weight` is added; reported as `name`.
+
+  `make_loss` and `denominators` are as of `train_step`.
   """
 
   name: str
   weight: float
   make_loss: Callable
-  count: Callable
-  rows: dict
+  denominators: Callable
+  batch: dict
 
 
 def train_step(
   state,
   frozen,
-  rows,
+  batch,
+  reference=None,
   *,
   make_loss,
-  count,
+  denominators,
   metrics,
   optimizer,
   learning_rate,
@@ -39,24 +56,26 @@ def train_step(
   seed: int,
   mesh: Mesh | None = None,
   constrain_gradients=lambda gradients: gradients,
-  mixed: AuxiliaryLoss | None = None,
+  auxiliary: AuxiliaryLoss | None = None,
 ):
-  """One update.
+  """Updates the parameters once.
 
   Args:
     state: TrainState.
-    frozen: nested dict of the parameters that stay.
-    rows: dict of arrays, see ARCHITECTURE.md, "Rows".
-    make_loss: `(frozen, counts, key) -> loss`, with loss as in `accumulate.sum_gradients`.
-    count: rows -> dict of float32[], of all rows of the step; the loss is divided by its "loss".
-    metrics: `(sums, counts) -> dict of float32[]` for the log.
+    frozen: nested dict of the parameters that are not trained.
+    batch: dict of arrays, see ARCHITECTURE.md, "Rows".
+    reference: nested dict of the initial values of the trained parameters, for stages that compare
+      with them.
+    make_loss: `(StepInputs) -> loss`, with loss as in `accumulate.sum_gradients`.
+    denominators: batch -> dict of float32[], of the whole step; its loss is divided by "loss".
+    metrics: `(sums, denominators) -> dict of float32[]` for the log.
     optimizer: optax transformation for state.params.
     learning_rate: its base schedule, for the log.
     accumulation: micro-batches, a divisor of the number of rows of each shard.
     seed: of what is random in a step.
-    mesh: over which rows are split.
+    mesh: over which the batch is split.
     constrain_gradients: tree -> tree, places gradients over devices.
-    mixed: what else is learnt from in this step.
+    auxiliary: a loss that is added to the stage's own.
 
   Returns:
     (next state, dict of float32[] metrics).
@@ -64,28 +83,29 @@ def train_step(
   key = jax.random.fold_in(jax.random.key(seed), state.step)
   factor = loss_scale.factor(state.optimizer)
 
-  def mean(make_loss, counts, rows):
-    """(mean loss, sums, gradients of the mean)."""
+  def mean(make_loss, counts, batch):
+    """Returns (mean loss, sums, gradients of the mean)."""
     divisor = jnp.maximum(counts["loss"], 1.0)
     scale = 1.0 if factor is None else factor / divisor
-    loss = make_loss(frozen, counts, key)
+    loss = make_loss(StepInputs(frozen, reference, counts, key))
     total, sums, grads = accumulate.sum_gradients(
-      loss, state.params, rows, accumulation, mesh, constrain_gradients, scale
+      loss, state.params, batch, accumulation, mesh, constrain_gradients, scale
     )
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / (divisor * scale), grads)
     return total / divisor, sums, grads
 
   extra = {}
-  if mixed is not None:
-    added, _, more = mean(mixed.make_loss, mixed.count(mixed.rows), mixed.rows)
-    # One after the other, as in steps.dpo.
-    state, rows, added, more = jax.lax.optimization_barrier((state, rows, added, more))
-    extra = {mixed.name: added}
-  counts = count(rows)
-  loss, sums, grads = mean(make_loss, counts, rows)
-  if mixed is not None:
-    loss += mixed.weight * added
-    grads = jax.tree.map(lambda g, other: g + mixed.weight * other, grads, more)
+  if auxiliary is not None:
+    counts = auxiliary.denominators(auxiliary.batch)
+    added, _, more = mean(auxiliary.make_loss, counts, auxiliary.batch)
+    # One after the other, as in stages.dpo.
+    state, batch, added, more = jax.lax.optimization_barrier((state, batch, added, more))
+    extra = {auxiliary.name: added}
+  counts = denominators(batch)
+  loss, sums, grads = mean(make_loss, counts, batch)
+  if auxiliary is not None:
+    loss += auxiliary.weight * added
+    grads = jax.tree.map(lambda g, other: g + auxiliary.weight * other, grads, more)
   rate = learning_rate(state.step - state.skipped)
   state, logged = training_state.apply_gradients(state, optimizer, grads, loss)
   if factor is not None:
@@ -94,6 +114,6 @@ def train_step(
 
 
 def dropout(model, key, number) -> dict:
-  """What a micro-batch's rows hold besides where the model's adapters have dropout: a key."""
+  """Returns the field of a micro-batch that adapters with dropout need: a key; else nothing."""
   lora = model.config.lora
   return {"dropout_key": jax.random.fold_in(key, number)} if lora and lora.dropout else {}

@@ -24,14 +24,15 @@ MAX_SKIPPED_IN_A_ROW = 10
 MAX_BAD_RECORDS = 0.01
 
 
-@dataclasses.dataclass
-class Stage:
-  """What differs between stages, as functions.
+@dataclasses.dataclass(frozen=True)
+class LoopFunctions:
+  """What the loop calls.
 
   Attributes:
-    train_step: `(state, rows) -> (state, metrics)`, jitted.
-    to_device: host batch (dict of arrays of this process's rows) -> rows on the devices.
-    count: `(rows, skipped, stop) -> counts` over all hosts, see `hosts.make_counter`.
+    train_step: `(state, batch, carried) -> (state, metrics, carried)`, with `carried` a dict that
+      goes through JSON into checkpoints: what the stage takes along from step to step on the host.
+    to_device: host batch (dict of arrays of this process's rows) -> batch on the devices.
+    count: `(batch, skipped, stop) -> counts` over all hosts, see `hosts.make_counter`.
     evaluate: `(state) -> dict of floats`, or None.
     records: number of training records.
     evaluates_first: whether to evaluate the state of step 0, too.
@@ -63,7 +64,7 @@ class Stop:
 def run(
   config,
   workdir: str,
-  stage: Stage,
+  functions: LoopFunctions,
   state: TrainState,
   progress: dict,
   batches,
@@ -75,10 +76,10 @@ def run(
   Args:
     config: its log_every, eval_every, save_every, save_best_limit; all of it goes into checkpoints.
     workdir: the run directory.
-    stage: see `Stage`.
+    functions: what the loop calls.
     state: where to begin.
     progress: of the checkpoint that `state` is from; at the start {"bad_records": 0}, and what
-      every checkpoint of the run shall hold.
+      every checkpoint of the run is to hold.
     batches: iterator with `get_state` and `set_state`, standing at the state's step.
     manager: takes the checkpoints.
     total_steps: where to end.
@@ -93,13 +94,14 @@ def run(
     batches.set_state(progress["data"])  # checks that the examples so far are the same
   stop, first = Stop(), int(state.step)
   alone, told = jax.process_count() == 1, False
-  log, throughput = MetricLog(workdir, first, total_steps, stage.lag), Throughput()
+  log, throughput = MetricLog(workdir, first, total_steps, functions.lag), Throughput()
   pending, bad_records = collections.deque(), progress["bad_records"]
+  carried = progress.get("carried", {})
   measured = {}  # step -> metrics of the evaluation there, of the newest one
 
   def evaluated(step: int) -> bool:
     due = config.eval_every and step % config.eval_every == 0
-    return stage.evaluate is not None and bool(due or step == total_steps)
+    return functions.evaluate is not None and bool(due or step == total_steps)
 
   def settle(keep: int) -> None:
     """Reads the metrics of all but the newest `keep` steps."""
@@ -108,7 +110,7 @@ def run(
       step, metrics, counts = pending.popleft()
       metrics, counts = jax.device_get((metrics, counts))
       bad_records += int(counts["bad_records"])
-      examples = max(stage.records, step * config.batch_size)
+      examples = max(functions.records, step * config.batch_size)
       check_bad_records("data.train", bad_records, examples, config.data.on_bad_record)
       told = told or counts["stop"] > 0
       if metrics.pop("skipped_in_a_row") >= MAX_SKIPPED_IN_A_ROW:
@@ -137,7 +139,7 @@ def run(
     settle(0)
     try:
       with out_of_memory.explained(out_of_memory.EVALUATION, config):
-        found = stage.evaluate(state)
+        found = functions.evaluate(state)
     except InputError:  # an evaluation that fails must not cost what was trained
       save(step)
       raise
@@ -156,6 +158,7 @@ def run(
       "data": position or batches.get_state(),
       "config": config.to_dict(),
       "metrics": measured.get(step, {}),
+      "carried": carried,
     }
     checkpoints.save(manager, step, state, progress | here)
 
@@ -167,21 +170,21 @@ def run(
 
   saved = first
   try:
-    if stage.evaluates_first and stage.evaluate is not None and not first:
+    if functions.evaluates_first and functions.evaluate is not None and not first:
       evaluate(0)
     for step in range(first + 1, total_steps + 1):
       position = batches.get_state()
-      rows = stage.to_device(next(batches))
-      skipped = rows.pop("skipped")
-      counts = stage.count(rows, skipped, stop.asked)
+      batch = functions.to_device(next(batches))
+      skipped = batch.pop("skipped")
+      counts = functions.count(batch, skipped, stop.asked)
       try:
         with out_of_memory.explained(out_of_memory.TRAINING, config):
-          state, metrics = stage.train_step(state, rows)
+          state, metrics, carried = functions.train_step(state, batch, carried)
       except InputError:  # a step that fails must not cost those before it
         save_before(step, position)
         raise
       pending.append((step, metrics, counts))
-      settle(stage.lag)
+      settle(functions.lag)
       if evaluated(step):
         evaluate(step)
       due = config.save_every and step % config.save_every == 0
@@ -220,7 +223,7 @@ def check_bad_records(name: str, bad: int, examples: int, on_bad_record: str = "
   """
   if bad and on_bad_record == "error":
     raise InputError(
-      f"{name}: a record could not be read; the host that has it names it in its log: mend it, or "
+      f"{name}: a record could not be read; the host that has it names it in its log: fix it, or "
       "set data.on_bad_record=skip"
     )
   if bad == examples or bad > max(1, MAX_BAD_RECORDS * examples):

@@ -5,20 +5,27 @@ records, of how they become tokens and pixels, and of the model. What is in pict
 it. The reference is freed before training.
 """
 
+import dataclasses
+import functools
 import hashlib
 import io
+import math
 import zipfile
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
 
 from vlalign_jax import out_of_memory, progress, storage
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline.prepare import Prepared
-from vlalign_jax.sharding import hosts
-from vlalign_jax.steps import dpo
+from vlalign_jax.models.vlm import ModelConfig, abstract_params
+from vlalign_jax.sharding import hosts, zero
+from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.steps import accumulate, answers
 from vlalign_jax.steps.program import reference_model
 from vlalign_jax.training import loop
 from vlalign_jax.weights import load, provenance, source
@@ -27,7 +34,7 @@ DIRECTORY = "reference"
 
 
 def log_probabilities(
-  config, workdir: str, mesh: jax.sharding.Mesh, opened: source.ModelSource, data: dict, share: dict
+  config, workdir: str, mesh: Mesh, opened: source.ModelSource, data: dict, share: dict
 ) -> dict[str, np.ndarray]:
   """The reference's log-probabilities of all answers of data sets, read where they are kept.
 
@@ -54,7 +61,7 @@ def log_probabilities(
     tables[name] = _read(place, key) if place.exists() else None
   if all(table is not None for table in tables.values()):
     return tables
-  reference = dpo.make_reference(config, opened.config, mesh)
+  reference = make_reference(config, opened.config, mesh)
   with out_of_memory.explained(out_of_memory.LOADING, config):
     params = load.load_params(opened, reference.params, config.seed)
   for name, prepared in data.items():
@@ -67,20 +74,20 @@ def log_probabilities(
   return tables
 
 
-def prepare_rows(table: np.ndarray, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """A host batch with `reference` float32[B, S, K] for its `examples`; 0 where there is none.
+def add_to_batch(table: np.ndarray, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Adds `reference` float32[B, S, K] to a host batch, for its `examples`; 0 where there is none.
 
   Raises:
     InputError: the reference has not seen an example, whose picture could not be read then.
   """
-  found = np.where(rows["answers"] >= 0, table[rows["examples"]], 0).astype(np.float32)
-  if np.isnan(found).any():
-    number = rows["examples"][np.isnan(found).any(axis=-1)][0]
+  values = np.where(batch["answers"] >= 0, table[batch["examples"]], 0).astype(np.float32)
+  if np.isnan(values).any():
+    number = batch["examples"][np.isnan(values).any(axis=-1)][0]
     raise InputError(
       f"example {number} has no log-probability by the reference: its picture could not be read "
       f"when they were computed, and can be now; delete {DIRECTORY}/ in the run directory"
     )
-  return rows | {"reference": found}
+  return batch | {"reference": values}
 
 
 def fingerprint(config, opened: source.ModelSource, prepared: Prepared) -> str:
@@ -99,6 +106,48 @@ def fingerprint(config, opened: source.ModelSource, prepared: Prepared) -> str:
     record = example.records[int(number)]
     digest.update(repr((record.images, record.turns, record.answers)).encode())
   return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """The compiled function that gives the reference's log-probabilities.
+
+  Attributes:
+    params: shapes of its parameters, all in model.dtype, with shardings.
+    log_probabilities: `(params, batch) -> (int32[B, S] examples, float32[B, S, K])`, on every host.
+  """
+
+  params: dict
+  log_probabilities: object
+
+
+def make_reference(config, model: ModelConfig, mesh: Mesh) -> Reference:
+  """Returns the reference of a run of an architecture over a mesh."""
+  dtype = config.model.dtype
+  graphdef, shapes = abstract_params(
+    reference_model(config, model),
+    dtype=dtype,
+    param_dtype=dtype,
+    attention=config.model.attention,
+    mesh=mesh,
+  )
+  split = config.mesh.zero_stage >= 3
+  params = meshes.place(shapes, zero.shardings(mesh, shapes, split=split))
+  chunking = {"mesh": mesh, "chunk": meshes.head_chunk(mesh)}
+
+  def micro_batch(params, batch):
+    batch = jax.tree.map(lambda x: meshes.constrain_rows(x, mesh), batch)
+    return answers.log_probabilities(nnx.merge(graphdef, params), batch, **chunking)
+
+  def log_probabilities(params, batch):
+    # In micro-batches, as training; held-out rows may not divide into as many of them.
+    device_rows = batch["tokens"].shape[0] // meshes.row_blocks(mesh)
+    parts = accumulate.split_rows(batch, math.gcd(config.grad_accumulation, device_rows))
+    per_part = jax.lax.map(functools.partial(micro_batch, params), parts)
+    return batch["examples"], accumulate.join_rows(per_part)
+
+  place = meshes.replicated(mesh)  # a few numbers an answer
+  return Reference(params, jax.jit(log_probabilities, out_shardings=place))
 
 
 @out_of_memory.names(out_of_memory.REFERENCE)

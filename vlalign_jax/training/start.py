@@ -4,28 +4,29 @@ import functools
 
 import jax
 from absl import logging
+from ml_collections import ConfigDict
 
-from vlalign_jax import config as configs
 from vlalign_jax import out_of_memory, storage, trees
 from vlalign_jax.input_pipeline.prepare import Prepared
 from vlalign_jax.optim import optimizer
 from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.steps.program import TrainProgram
+from vlalign_jax.stage import Stage
+from vlalign_jax.steps.program import TrainedModel
 from vlalign_jax.training import examples
 from vlalign_jax.weights import export, load, provenance, source
 
 
 def open_run(
-  config, workdir: str, stage: str, devices=None
+  config, workdir: str, stage: Stage, devices=None
 ) -> tuple[jax.sharding.Mesh, source.ModelSource]:
   """Checks what can be checked without data, and makes or finds the run directory.
 
   Args:
     config: of the run; paths in it become absolute.
     workdir: the run directory.
-    stage: that the script is for.
+    stage: that the run is of.
     devices: to run on; None: all.
 
   Returns:
@@ -34,14 +35,13 @@ def open_run(
   Raises:
     InputError: names the first thing that is wrong.
   """
-  configs.check(config, stage)
+  stage.check(config)
   source.absolute_paths(config)
   mesh = meshes.make_mesh(config.mesh, devices)
-  parts = config.grad_accumulation * (config.ppo.num_mini_batches if stage == "ppo" else 1)
-  meshes.check_batch(config.batch_size, parts, config.data.pack, mesh)
+  meshes.check_batch(config.batch_size, stage.rows_divide_into(config), config.data.pack, mesh)
   hosts.check_same("the config", f"{workdir} {config.to_json()}", "give all hosts the same command")
-  resumes = run_directory.open_run(workdir, config)
-  opened = source.open_for(config)
+  resumes = run_directory.open_run(workdir, config, stage.defaults())
+  opened = source.open_for(config, stage.head)
   if resumes:
     opened = provenance.check(opened, workdir)
   load.check_weights(opened)
@@ -68,8 +68,9 @@ def restore_or_load(
   config,
   workdir: str,
   opened: source.ModelSource,
-  program: TrainProgram,
+  program: TrainedModel,
   train: Prepared,
+  defaults: ConfigDict,
   make_state=None,
 ):
   """The newest checkpoint's state, or the first one.
@@ -80,6 +81,7 @@ def restore_or_load(
     opened: from `open_run`.
     program: of the run.
     train: the training data.
+    defaults: of the stage's config.
     make_state: () -> the first state; None: that of the program with the model's weights.
 
   Returns:
@@ -104,7 +106,7 @@ def restore_or_load(
       state = program.init_state(load_trained(config, opened, program))
     return manager, state, {"bad_records": 0, "plan": train.identity}
   state, progress = restored
-  run_directory.check_progress(progress, config, train.identity, workdir)
+  run_directory.check_progress(progress, config, train.identity, workdir, defaults)
   steps = train.plan.steps
   logging.info("going on from step %d of %d", progress["step"], steps)
   if progress["step"] >= steps:
@@ -114,28 +116,35 @@ def restore_or_load(
 
 
 @out_of_memory.names(out_of_memory.LOADING)
-def load_trained(config, opened: source.ModelSource, program: TrainProgram) -> dict:
+def load_trained(config, opened: source.ModelSource, program: TrainedModel) -> dict:
   """The trained parameters as they are before training."""
   is_trained = functools.partial(optimizer.is_trained, config=config)
   return load.load_params(opened, program.params, config.seed, is_trained)
 
 
 @out_of_memory.names(out_of_memory.LOADING)
-def load_frozen(config, opened: source.ModelSource, program: TrainProgram) -> dict:
-  """The parameters that stay, and what the trained ones were at first where the stage needs it."""
+def load_frozen(config, opened: source.ModelSource, program: TrainedModel) -> dict:
+  """Loads the parameters that are not trained."""
   is_trained = functools.partial(optimizer.is_trained, config=config)
   frozen = load.load_params(opened, program.params, config.seed, lambda path: not is_trained(path))
-  if "reference" in program.frozen:  # nothing in it if only adapters are trained
-    initial = trees.flatten(program.frozen["reference"])
-    wanted = trees.unflatten(trees.flatten(program.params) | initial)
-    frozen["reference"] = load.load_params(
-      opened, wanted, config.seed, lambda path: path in initial
-    )
   logging.info(
     "%.1f M parameters are trained, %.1f M are frozen; %d devices (%s)",
     trees.size(program.state.params) / 1e6,
-    trees.size(program.frozen) / 1e6,
+    (trees.size(program.frozen) + trees.size(program.reference or {})) / 1e6,
     jax.device_count(),
     jax.devices()[0].device_kind,
   )
   return frozen
+
+
+@out_of_memory.names(out_of_memory.LOADING)
+def load_reference(config, opened: source.ModelSource, program: TrainedModel) -> dict | None:
+  """Loads the initial values of what is trained; None for a stage without a reference.
+
+  The tree is empty where only new adapters are trained.
+  """
+  if program.reference is None:
+    return None
+  initial = trees.flatten(program.reference)
+  wanted = trees.unflatten(trees.flatten(program.params) | initial)
+  return load.load_params(opened, wanted, config.seed, lambda path: path in initial)

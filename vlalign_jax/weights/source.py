@@ -35,9 +35,6 @@ from vlalign_jax.weights.parts import (
   with_ends,
 )
 
-# What a run's stage trains; the others train what speaks.
-HEADS = {"reward": SCORE}
-
 
 def absolute_paths(config) -> None:
   """Makes the paths of a run's models independent of where the run is started from."""
@@ -49,17 +46,18 @@ def absolute_paths(config) -> None:
     config.ppo.reward_model = storage.absolute(config.ppo.reward_model)
 
 
-def open_for(config) -> ModelSource:
-  """The model that a training run starts from, with the head that its stage trains.
+def open_for(config, head: str = LANGUAGE) -> ModelSource:
+  """Opens the model that a training run starts from.
 
   Args:
-    config: of the run: stage, `model`, `lora` and data.image_aspect.
+    config: of the run: `model`, `lora` and data.image_aspect.
+    head: that the run trains, one of models.vlm's LANGUAGE and SCORE.
 
   Raises:
     InputError: as `open_source`; or a policy is to be trained from a reward model.
   """
   opened = open_source(config.model, config.data.image_aspect)
-  opened = _with_head(opened, HEADS.get(config.stage, LANGUAGE), config.model.init_from)
+  opened = _with_head(opened, head, config.model.init_from)
   model = with_adapters(opened.config, config.lora)
   return dataclasses.replace(opened, config=model, start=adapters.open_start(config, model, opened))
 
@@ -201,8 +199,10 @@ def _open_run(directory: str, which: str, aspect: str) -> ModelSource:
   config = run_directory.stored_config(directory)
   base = open_source(_Group(config["model"]), aspect)
   base = provenance.check(base, directory)
-  base = _with_head(base, HEADS.get(config["stage"], LANGUAGE), config["model"]["init_from"])
   files = storage.local(f"{directory}/model")
+  trained = hf_config.read_config(files)
+  head = SCORE if hf_config.is_reward_model(trained) else LANGUAGE
+  base = _with_head(base, head, config["model"]["init_from"])
   tokenizer = load_tokenizer(files)
   ends = end_tokens(config["data"]["template"], tokenizer)
   step = checkpoints.find_step(directory, which, config["metric_for_best_model"])

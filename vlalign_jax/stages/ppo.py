@@ -1,17 +1,20 @@
-"""The config group of PPO: all keys with their defaults, and their checks."""
+"""Proximal policy optimization: its keys with their defaults, their checks, and its record."""
 
 from ml_collections import ConfigDict, config_dict
 
 from vlalign_jax.config_checks import check_at_least, check_choices
 from vlalign_jax.errors import InputError
+from vlalign_jax.input_pipeline.prompts import TASK
 from vlalign_jax.losses import advantages, kl
 from vlalign_jax.losses import ppo as losses
+from vlalign_jax.planning import ppo as planning
+from vlalign_jax.stage import Stage
 
 CRITIC_STARTS = ("reward", "actor")
 
 
-def add(c: ConfigDict) -> None:
-  """The keys of PPO, whose steps are rollouts: batch_size counts prompts.
+def add_keys(c: ConfigDict) -> None:
+  """Adds the keys of PPO, whose steps are rollouts: batch_size counts prompts.
 
   Defaults are those of TRL's PPOConfig where nothing else is said; "original" is
   Vision-LLM-Alignment.
@@ -77,7 +80,7 @@ def add(c: ConfigDict) -> None:
   ppo.log_samples = 16  # answers of each
 
 
-def check(config: ConfigDict) -> None:
+def check_keys(config: ConfigDict) -> None:
   """Refuses values that no run can have.
 
   Raises:
@@ -159,3 +162,21 @@ def check(config: ConfigDict) -> None:
       f"config.ppo.sample_parts is {ppo.sample_parts}; it must divide ppo.num_mini_batches x "
       f"grad_accumulation = {shares}"
     )
+
+
+def fill_paths(config: ConfigDict) -> None:
+  """Names a reward model in a config that is only planned, where no function scores."""
+  if not config.ppo.reward_function:
+    config.ppo.reward_model = config.ppo.reward_model or "unknown yet"
+
+
+STAGE = Stage(
+  name="ppo",
+  task=TASK,
+  metrics=("eval/objective/scores", "eval/objective/rlhf_reward"),
+  add_keys=add_keys,
+  check_keys=check_keys,
+  plan=planning.plan,
+  fill_paths=fill_paths,
+  rows_divide_into=lambda config: config.grad_accumulation * config.ppo.num_mini_batches,
+)
