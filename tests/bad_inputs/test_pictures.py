@@ -7,8 +7,7 @@ import pytest
 from tests import sft_run
 from tests.bad_inputs.failing import fails, saved_steps
 from vlalign_jax.errors import InputError
-from vlalign_jax.input_pipeline import prepare
-from vlalign_jax.input_pipeline import sft as data
+from vlalign_jax.input_pipeline import prepare, sft
 from vlalign_jax.training import loop
 from vlalign_jax.weights import source
 
@@ -104,9 +103,9 @@ def test_too_long_records_are_counted(model, records, tmp_path, caplog):
   records[3]["conversations"][2]["value"] += " and" * 300
   path = sft_run.write_json(tmp_path / "data" / "train.json", records)
   config = sft_run.make_config(model, path)
-  found, _ = data.load_records(config)
+  found, _ = prepare.load_records(sft.TASK, config)
   with caplog.at_level("INFO", logger="absl"):
-    prepared = data.prepare_train(config, source.open_source(config.model), found, 1)
+    prepared = prepare.prepare_train(sft.TASK, config, source.open_source(config.model), found, 1)
   assert prepared.records == 23
   assert "24 records; 1 skipped, their first answer does not fit" in caplog.text
   assert "1 turns dropped from the ends of 1 others" in caplog.text

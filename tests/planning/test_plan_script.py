@@ -14,7 +14,7 @@ from configs import dpo, reward, sft
 from tests import checkpoints
 from tests.planning import small
 from vlalign_jax.errors import InputError
-from vlalign_jax.planning import chips, report, topology, train_step
+from vlalign_jax.planning import chips, report, topology
 from vlalign_jax.planning.chips import GIB
 from vlalign_jax.planning.compiled import Compiled
 
@@ -108,7 +108,7 @@ def test_what_no_run_can_have_is_refused():
   small.check(small.config())
   with pytest.raises(InputError, match="--config is missing"):
     small.check(None)
-  with pytest.raises(InputError, match="config.stage is 'spt', which .*choose from sft, reward"):
+  with pytest.raises(InputError, match="a config of the stage 'spt'; give one of sft, reward"):
     small.check(small.config(stage="spt"))
   with pytest.raises(InputError, match="config.model.remat is 'some'; choose from none, full"):
     small.check(small.config(model__remat="some"))

@@ -14,7 +14,8 @@ from tests import reference, sft_run
 from tests.rollout import tiny
 from vlalign_jax.data.encode import encode
 from vlalign_jax.errors import InputError
-from vlalign_jax.rollout import collect, data, learn
+from vlalign_jax.input_pipeline import prepare, prompts
+from vlalign_jax.rollout import collect, learn
 from vlalign_jax.sharding import hosts
 from vlalign_jax.steps import advantages as steps
 
@@ -209,7 +210,7 @@ def test_answers_of_which_none_ends_keep_their_scores(files, tmp_path):
 
 def test_prompts_that_do_not_fit_are_skipped_and_counted(files, tmp_path, caplog):
   config = files.config(**GRPO, **{"data.max_length": 64})
-  assert data.load_records(config)
+  assert prepare.load_records(prompts.TASK, config)
   with caplog.at_level("INFO"):
     run = tiny.make_run(files, config, str(tmp_path))
   assert "skipped, their prompt does not fit data.max_length=64" in caplog.text

@@ -63,4 +63,4 @@ def test_the_page(directory):
 def test_the_page_of_a_blind_run(directory):
   page = examples.page(prepared_of(directory, "sft.json", sft, **{"data.blank_images": True}))
   assert page.count("<section>") == examples.SHOWN
-  assert "grey" in page
+  assert "gray" in page

@@ -27,15 +27,15 @@ class Roles:
     program: of the run.
     frozen: the actor's parameters that are not trained.
     reference: the initial values of those that are.
-    critic_frozen: the critic's frozen parameters; None: there is none.
-    reward: the reward model's; None: there is none.
-    reader: None: the reward model reads the rollout's rows as they are.
+    critic_frozen: the critic's frozen parameters; None: there is no critic.
+    reward: the reward model's parameters; None: there is no reward model.
+    reader: makes text for the reward model; None: it reads the rollout's tokens as they are.
     function: of `find_function`.
     tokenizer: the actor's.
     config: of the run.
-    mesh: over which rows are split.
-    shares_features: whether the actor's tower stays, so that a rollout's pictures go through it
-      once; same_tower_critic, same_tower_reward: whether these two have the very same one.
+    mesh: over which batches are split.
+    shares_features: whether the actor's tower is frozen, so that a rollout's pictures go through it
+      once; same_tower_critic, same_tower_reward: whether these two have the same tower.
   """
 
   program: PPOProgram
@@ -55,20 +55,20 @@ class Roles:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rollout:
-  """Answers to B prompts, N to each of up to M tokens; those of all hosts.
+  """Answers to B prompts of all hosts: N to each, of up to M tokens.
 
   Attributes:
-    rows: see `steps.answer_rows`, maybe with `vision_features`; on the devices.
+    batch: see `steps.answer_rows`, maybe with `vision_features`; on the devices.
     shape: (N, M).
     log_probabilities, reference: float32[B, N, M], on the devices, by the policy and by the
       reference, both at the temperature and over the tokens that may be chosen.
     drawn: float32[B, N, M], on the devices, by the distribution that top_k and top_p leave.
-    lengths: int32[B, N]; ended: bool[B, N]; the same on every host, as what follows.
-    scores: float32[B, N], of no meaning where lengths is 0.
+    lengths: int32[B, N]; ended: bool[B, N]; these and the following are the same on every host.
+    scores: float32[B, N], without meaning where lengths is 0.
     tokens: int32[B, N, M].
   """
 
-  rows: dict
+  batch: dict
   shape: tuple[int, int]
   log_probabilities: jax.Array
   reference: jax.Array
@@ -80,16 +80,16 @@ class Rollout:
 
   @property
   def valid(self) -> np.ndarray:
-    """bool[B, N], which answers there are and count: their scores are finite."""
+    """bool[B, N], true for answers with a finite score."""
     return (self.lengths > 0) & np.isfinite(self.scores)
 
   def texts(self, tokenizer) -> list[list[str]]:
-    """The answers without special tokens, stripped."""
+    """Returns the answers as text, without special tokens."""
     return decode(tokenizer, self.tokens, self.lengths)
 
 
 def decode(tokenizer, tokens: np.ndarray, lengths: np.ndarray) -> list[list[str]]:
-  """Texts of answers int32[B, N, M] of so many tokens int[B, N], as prediction gives them."""
+  """Decodes answers int32[B, N, M] with lengths int[B, N] to text, as prediction does."""
   return [
     [
       tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
@@ -112,11 +112,11 @@ def collect(
 
   Args:
     roles: of the run.
-    state: the actor as it is.
-    prompts: rows of one prompt each.
-    records: of each row of all hosts; None for rows that only pad.
-    streams: int32[B], also of all hosts, what chooses the random numbers of each row.
-    seed: chooses them all.
+    state: with the actor's parameters.
+    prompts: a batch with one prompt a row.
+    records: of each row of all hosts; None for rows of padding.
+    streams: int32[B], of all hosts, which choose the random numbers of each row.
+    seed: of all random numbers.
 
   Raises:
     InputError: the reward function fails, no answer has a finite score, or the devices say that
@@ -133,12 +133,12 @@ def collect(
   shape = tokens.shape[1], layout.answer_length(int(lengths.max()), settings.max_new_tokens)
   tokens = tokens[:, :, : shape[1]]
   logps = generated.log_probabilities[:, :, : shape[1]]
-  rows = program.answer_rows(prompts, generated.tokens[:, :, : shape[1]], generated.lengths)
-  scores = _scores(roles, rows, shape, tokens, lengths, records)
+  batch = program.answer_rows(prompts, generated.tokens[:, :, : shape[1]], generated.lengths)
+  scores = _scores(roles, batch, shape, tokens, lengths, records)
   with out_of_memory.explained(out_of_memory.REFERENCE, roles.config):
-    reference = program.reference((roles.reference, roles.frozen), rows, shape)
+    reference = program.reference((roles.reference, roles.frozen), batch, shape)
   return Rollout(
-    rows=rows,
+    batch=batch,
     shape=shape,
     log_probabilities=logps,
     reference=reference,
@@ -151,40 +151,40 @@ def collect(
 
 
 def for_sampling(prompts: dict) -> dict:
-  """What of rows of prompts is given to the sampler."""
+  """Returns the fields of a batch of prompts that the sampler takes."""
   names = ("tokens", "positions", "segments", "image_slots", "images", "vision_features")
   return {name: prompts[name] for name in names if name in prompts}
 
 
 @out_of_memory.names(out_of_memory.SCORING)
-def _scores(roles: Roles, rows, shape, tokens, lengths, records) -> np.ndarray:
-  settings, texts = roles.config.ppo, None
-  there = lengths > 0
+def _scores(roles: Roles, batch, shape, tokens, lengths, records) -> np.ndarray:
+  """Returns float32[B, N], the weighted sum of the reward model's and the function's scores."""
+  settings, texts, model_scores = roles.config.ppo, None, None
+  has_answer = lengths > 0
   total = np.zeros(lengths.shape, np.float64)
-  found = None
   if roles.reader is not None or roles.function is not None:
     texts = decode(roles.tokenizer, tokens, lengths)
-  if roles.reward is not None:  # under way while the function runs
+  if roles.reward is not None:  # the devices compute while the function runs
     if roles.reader is None:
-      row_length = rows["tokens"].shape[1]
+      row_length = batch["tokens"].shape[1]
       places = layout.last_places(lengths, row_length, shape[1])
       seen = {"same_tower": roles.same_tower_reward, "blank": settings.blank_images}
       places = hosts.whole_to_device(roles.mesh, {"answers": np.asarray(places, np.int32)})
-      rows = layout.batch_for_scorer(rows, **seen) | places
+      batch = layout.batch_for_scorer(batch, **seen) | places
     else:
       here = hosts.rows_here(roles.mesh, len(records))
-      live = [records[row] if there[row].any() else None for row in here]
-      rows = hosts.to_device(roles.mesh, roles.reader.rows(live, [texts[row] for row in here]))
-    found = roles.program.scores(roles.reward, rows, None)
-  if roles.function is not None:  # a host calls it for its own rows, and hears of the others'
+      answered = [records[row] if has_answer[row].any() else None for row in here]
+      batch = hosts.to_device(roles.mesh, roles.reader.rows(answered, [texts[row] for row in here]))
+    model_scores = roles.program.scores(roles.reward, batch, None)
+  if roles.function is not None:  # each host calls it for its own rows
     mine = hosts.rows_owned(roles.mesh, len(records))
-    for row, sample in np.argwhere(there & mine[:, None]):
-      given = roles.function(records[row], texts[row][sample])
-      total[row, sample] += settings.function_weight * given
+    for row, sample in np.argwhere(has_answer & mine[:, None]):
+      score = roles.function(records[row], texts[row][sample])
+      total[row, sample] += settings.function_weight * score
     total = hosts.joined(total, mine)
-  if found is not None:
-    total += settings.reward_weight * hosts.fetch(found).astype(np.float64)
-  _check_finite(total[there])
+  if model_scores is not None:
+    total += settings.reward_weight * hosts.fetch(model_scores).astype(np.float64)
+  _check_finite(total[has_answer])
   return total.astype(np.float32)
 
 
@@ -200,7 +200,7 @@ def _check_finite(scores: np.ndarray) -> None:
 
 
 def find_function(config) -> Callable | None:
-  """(record, answer) -> float, of the config's ppo.reward_function."""
+  """Returns `(record, answer) -> float` from the config's ppo.reward_function, or None."""
   name = config.ppo.reward_function
   if not name:
     return None
@@ -209,8 +209,8 @@ def find_function(config) -> Callable | None:
 
 
 def divergence(rollout: Rollout, kind: str = "k1") -> np.ndarray:
-  """float64[B, N], of each answer the sum over its tokens of `losses.kl.estimate`."""
+  """Returns float64[B, N], `losses.kl.estimate` summed over the tokens of each answer."""
   logps, reference = hosts.fetch((rollout.log_probabilities, rollout.reference))
   mask = np.arange(logps.shape[-1]) < rollout.lengths[..., None]
-  found = np.asarray(kl.estimate(logps, reference, kind))
-  return np.sum(np.where(mask, found, 0.0), axis=-1, dtype=np.float64)
+  per_token = np.asarray(kl.estimate(logps, reference, kind))
+  return np.sum(np.where(mask, per_token, 0.0), axis=-1, dtype=np.float64)

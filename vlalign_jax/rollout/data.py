@@ -1,6 +1,4 @@
-"""The data of PPO: prompts, whose answers are absent or read by reward functions alone."""
-
-import functools
+"""The prompts of PPO, and how the actor answers them."""
 
 from vlalign_jax.errors import InputError
 from vlalign_jax.generation.sampling import Sampling
@@ -8,12 +6,9 @@ from vlalign_jax.input_pipeline import prepare, prompts
 from vlalign_jax.models.vlm import ModelConfig
 from vlalign_jax.weights.source import ModelSource
 
-load_records = functools.partial(prepare.load_records, prompts.TASK)
-prepare_eval = functools.partial(prepare.prepare_eval, prompts.TASK)
-
 
 def prepare_train(config, source: ModelSource, records, row_multiple: int) -> prepare.Prepared:
-  """As `prepare.prepare_train`, of prompts.
+  """Plans the prompts of all steps, see `prepare.prepare_train`.
 
   Raises:
     InputError: no prompt fits, or the run ends before its actor learns.
@@ -29,12 +24,12 @@ def prepare_train(config, source: ModelSource, records, row_multiple: int) -> pr
 
 
 def make_sampling(config, source: ModelSource) -> Sampling:
-  """How the actor answers; never with pictures of its own."""
+  """Returns how the actor answers; it never writes image tokens."""
   return sampling_of(config.ppo, source.config, prompts.stop_tokens(source, config.data.template))
 
 
 def sampling_of(settings, model: ModelConfig, stop_tokens: tuple[int, ...]) -> Sampling:
-  """As `make_sampling`, of the config's `ppo` group and an architecture alone."""
+  """Returns how an actor answers, from the config's `ppo` group and its architecture."""
   return Sampling(
     max_new_tokens=settings.max_new_tokens,
     num_return_sequences=settings.num_generations,
@@ -44,5 +39,5 @@ def sampling_of(settings, model: ModelConfig, stop_tokens: tuple[int, ...]) -> S
     temperature=settings.temperature,
     top_k=settings.top_k,
     top_p=settings.top_p,
-    tempered=True,  # as `steps.ppo` computes them
+    tempered=True,  # log-probabilities at the temperature, as in `steps.ppo`
   )

@@ -1,4 +1,4 @@
-"""Held-out prompts: what the actor's answers score, and how far it is from the reference."""
+"""Evaluation of PPO on held-out prompts: the scores of answers, and the KL to the reference."""
 
 import zlib
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from vlalign_jax.training import evaluation, start
 
 
 def make_evaluate(roles: collect.Roles, prepared: Prepared | None, records) -> Callable | None:
-  """The function of a state that the loop calls, after reading all records once.
+  """Reads all records once, and returns the function of a state that the loop calls.
 
   Answers are sampled as in training, with the same random numbers each time, so that evaluations
-  differ by what was learnt. What `losses.ppo.objective` names is the same quantity here.
+  differ only by the policy. Metrics mean what they mean in `losses.ppo.objective`.
 
   Args:
     roles: of the run.
@@ -40,25 +40,27 @@ def make_evaluate(roles: collect.Roles, prepared: Prepared | None, records) -> C
   def evaluate(state) -> dict[str, float]:
     scores, divergences, ended, tokens = [], [], [], []
     with prepared.batches(workers=0, **share) as batches:
-      for step, rows in enumerate(batches):
+      for step, batch in enumerate(batches):
         numbers = prompts.record_numbers(prepared.plan, step)
-        of_rows = [None if number < 0 else records[number] for number in numbers]
-        rows = hosts.to_device(roles.mesh, {n: x for n, x in rows.items() if n != "skipped"})
-        rollout = collect.collect(
-          roles, state, rows, of_rows, streams[np.maximum(numbers, 0)], config.seed
+        row_records = [None if number < 0 else records[number] for number in numbers]
+        batch = hosts.to_device(
+          roles.mesh, {name: x for name, x in batch.items() if name != "skipped"}
         )
-        found = collect.divergence(rollout, config.ppo.kl_estimator)
+        rollout = collect.collect(
+          roles, state, batch, row_records, streams[np.maximum(numbers, 0)], config.seed
+        )
+        divergence = collect.divergence(rollout, config.ppo.kl_estimator)
         valid = rollout.valid
         scores += rollout.scores[valid].tolist()
-        divergences += found[valid].tolist()
+        divergences += divergence[valid].tolist()
         ended += rollout.ended[valid].tolist()
         tokens += rollout.lengths[valid].tolist()
-    score, divergence = float(np.mean(scores)), float(np.mean(divergences))
+    score, mean_kl = float(np.mean(scores)), float(np.mean(divergences))
     return {
       "objective/scores": score,
       "objective/scores_std": float(np.std(scores)),
-      "objective/kl": divergence,
-      "objective/rlhf_reward": score - config.ppo.kl_coef * divergence,
+      "objective/kl": mean_kl,
+      "objective/rlhf_reward": score - config.ppo.kl_coef * mean_kl,
       "answers": len(scores),
       "answer_tokens": float(np.mean(tokens)),
       "ended": float(np.mean(ended)),

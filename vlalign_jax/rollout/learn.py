@@ -61,7 +61,7 @@ def make_train_step(
     learned = order[rollout.valid[order].any(axis=1)]
     with_policy = step >= settings.critic_warmup
     stream = conversations if with_policy else None
-    state, logged = _update(roles, state, rollout.rows | fields, learned, kl_coef, step, stream)
+    state, logged = _update(roles, state, rollout.batch | fields, learned, kl_coef, step, stream)
     reported, logged = jax.device_get((reported, logged))
     metrics = _summary(logged) | sums.quotients(reported) | _spread(rollout)
     metrics["objective/kl_coef"] = kl_coef
@@ -103,7 +103,7 @@ def _compute_advantages(
   values = None
   if roles.config.ppo.estimator == GAE:
     seen = {"same_tower": roles.same_tower_critic, "blank": roles.config.ppo.blank_images}
-    batch = layout.batch_for_scorer(rollout.rows, **seen)
+    batch = layout.batch_for_scorer(rollout.batch, **seen)
     critic = state.critic.params, roles.critic_frozen
     values = roles.program.values(critic, batch, rollout.shape)
   return roles.program.compute_advantages(
@@ -164,7 +164,7 @@ def mini_batches(learned: np.ndarray, rows: int, count: int) -> list[np.ndarray]
 def _update(
   roles: collect.Roles,
   state: PPOState,
-  rows: dict,
+  batch: dict,
   learned: np.ndarray,
   kl_coef: float,
   step: int,
@@ -174,7 +174,7 @@ def _update(
 
   Args:
     roles, state: of the run.
-    rows: of the rollout, with `compute_advantages`'s fields.
+    batch: of the rollout, with the fields of `compute_advantages`.
     learned: int[R], rows with an answer that counts, in the order of their records.
     kl_coef: of the rollout.
     step: rollouts before this one.
@@ -184,13 +184,13 @@ def _update(
   with_policy = step >= settings.critic_warmup
   for epoch in range(settings.num_ppo_epochs):
     shuffled = np.random.default_rng([config.seed, step, epoch]).permutation(learned)
-    parts = mini_batches(shuffled, len(rows["tokens"]), settings.num_mini_batches)
+    parts = mini_batches(shuffled, len(batch["tokens"]), settings.num_mini_batches)
     for index in parts:
       state, reported = roles.program.update_step(
         state,
         roles.frozen,
         roles.critic_frozen,
-        rows,
+        batch,
         index,
         np.float32(kl_coef),
         conversations.take() if conversations else None,

@@ -1,4 +1,4 @@
-"""Conversations whose supervised loss is mixed into PPO's updates (Ouyang et al. 2022, PPO-ptx)."""
+"""Conversations whose supervised loss is added to PPO's updates (Ouyang et al. 2022, PPO-ptx)."""
 
 import contextlib
 import dataclasses
@@ -25,63 +25,63 @@ def prepare(config, source: ModelSource, mesh: Mesh, steps: int) -> Prepared | N
   Args:
     config: of the run.
     source: the actor.
-    mesh: over which rows are split.
+    mesh: over which batches are split.
     steps: rollouts of the whole run.
 
   Returns:
-    None if nothing is mixed in.
+    None without `ppo.sft_weight`.
 
   Raises:
-    InputError: a file or record is bad, or there is nothing to learn.
+    InputError: a file or record is bad, or nothing can be learned from them.
   """
   settings, rollouts = config.ppo, steps - config.ppo.critic_warmup
   if not settings.sft_weight:
     return None
-  own = config.copy_and_resolve_references()
-  own.data.update({"train": settings.sft_data, "samples": "", "repeats": "", "pack": True})
-  own.data.update({"eval": "", "eval_samples": "", "eval_fraction": 0.0})
-  own.batch_size = config.batch_size // settings.num_mini_batches
-  own.max_steps = rollouts * settings.num_ppo_epochs * settings.num_mini_batches
-  records, _ = prepare_data.load_records(sft.TASK, own)
+  sft_config = config.copy_and_resolve_references()
+  sft_config.data.update({"train": settings.sft_data, "samples": "", "repeats": "", "pack": True})
+  sft_config.data.update({"eval": "", "eval_samples": "", "eval_fraction": 0.0})
+  sft_config.batch_size = config.batch_size // settings.num_mini_batches
+  sft_config.max_steps = rollouts * settings.num_ppo_epochs * settings.num_mini_batches
+  records, _ = prepare_data.load_records(sft.TASK, sft_config)
   multiple = meshes.row_blocks(mesh) * config.grad_accumulation
-  found = prepare_data.prepare_train(sft.TASK, own, source, records, multiple)
+  prepared = prepare_data.prepare_train(sft.TASK, sft_config, source, records, multiple)
   # All batches have the rows of the fullest: an update is compiled for each shape.
-  rows = np.full_like(found.plan.row_counts, found.plan.rows)
-  return dataclasses.replace(found, plan=dataclasses.replace(found.plan, row_counts=rows))
+  rows = np.full_like(prepared.plan.row_counts, prepared.plan.rows)
+  return dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, row_counts=rows))
 
 
 class Stream:
-  """The batches of updates, one after the other; what it was saved with goes through JSON."""
+  """The batches of conversations, one for each update; its progress goes through JSON."""
 
-  def __init__(self, config, mesh: Mesh, prepared: Prepared, batches, kept: dict):
-    """Goes on where `kept`, an earlier `progress`, stopped; use `opened`.
+  def __init__(self, config, mesh: Mesh, prepared: Prepared, batches, progress: dict):
+    """Goes on where an earlier `progress` stopped; use `opened`.
 
     Raises:
-      InputError: the batches until there had other examples.
+      InputError: the batches up to there had other examples.
     """
     self._config, self._mesh, self._prepared, self._batches = config, mesh, prepared, batches
     self._count, self._pending = hosts.make_counter(mesh), []
-    self._bad = kept.get("bad_records", 0)
+    self._bad = progress.get("bad_records", 0)
     try:
-      if kept:
-        batches.set_state(kept["data"])
+      if progress:
+        batches.set_state(progress["data"])
     except InputError as error:
       raise InputError(f"config.{KEY}: {error}") from error
 
   def take(self) -> dict[str, jax.Array]:
-    """The rows of the next update, on the devices."""
-    rows = hosts.to_device(self._mesh, next(self._batches))
-    self._pending.append(self._count(rows, rows.pop("skipped")))
-    return rows
+    """Returns the batch of the next update, on the devices."""
+    batch = hosts.to_device(self._mesh, next(self._batches))
+    self._pending.append(self._count(batch, batch.pop("skipped")))
+    return batch
 
   def progress(self) -> dict:
-    """What goes on from here.
+    """Returns what a resumed run needs to go on from here.
 
     Raises:
       InputError: too many records could not be read.
     """
-    found, self._pending = jax.device_get(self._pending), []
-    self._bad += sum(int(counts["bad_records"]) for counts in found)
+    newest, self._pending = jax.device_get(self._pending), []
+    self._bad += sum(int(counts["bad_records"]) for counts in newest)
     state = self._batches.get_state()
     examples = max(self._prepared.records, state["step"] * self._prepared.plan.batch_size)
     loop.check_bad_records(KEY, self._bad, examples, self._config.data.on_bad_record)
@@ -90,7 +90,7 @@ class Stream:
 
 @contextlib.contextmanager
 def opened(config, mesh: Mesh, prepared: Prepared | None, progress: dict):
-  """The Stream of a run that goes on from `progress`; None if nothing is mixed in."""
+  """Opens the Stream of a run that goes on from `progress`; None without conversations."""
   if prepared is None:
     yield None
     return

@@ -11,10 +11,10 @@ KEY = "config.ppo.reward_function"
 
 
 def find(name: str) -> Callable:
-  """The function behind `module:name`; modules of the working directory count.
+  """Imports the function `module:name`; the working directory is searched, too.
 
   Raises:
-    InputError: there is none.
+    InputError: there is no such function.
   """
   module, _, attribute = name.partition(":")
   if not module or not attribute:
@@ -32,19 +32,19 @@ def find(name: str) -> Callable:
 
 
 def score(function: Callable, name: str, record, answer: str) -> float:
-  """What the function gives for an answer; nan and infinities are given back as they are.
+  """Calls the function for an answer; returns nan and infinities as they are.
 
   It is called with the keywords `prompt` (the last question), `answer`, `reference` (the record's
   own answer, the best of ranked ones, or None) and `record` (a dict: id, images, turns, answers).
 
   Args:
     function: from `find`.
-    name: what it was found by, for errors.
+    name: `module:name`, for errors.
     record: a data.records.Record.
     answer: without special tokens.
 
   Raises:
-    InputError: it raises, or gives no number.
+    InputError: it raises, or returns something that is not a number.
   """
   last = record.turns[-1]
   reference = record.answers[0] if last.gpt is None and record.answers else last.gpt

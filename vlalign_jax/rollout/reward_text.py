@@ -1,4 +1,4 @@
-"""Answers as a reward model with another tokenizer, template or picture size reads them: text."""
+"""Text for a reward model that has another tokenizer, template or picture size than the actor."""
 
 import dataclasses
 import os
@@ -17,7 +17,7 @@ from vlalign_jax.weights.source import ModelSource
 
 @dataclasses.dataclass(frozen=True)
 class TextReader:
-  """Makes rows of a reward model from prompts and answers.
+  """Makes batches for a reward model from prompts and answers as text.
 
   Attributes:
     source: the reward model.
@@ -25,7 +25,7 @@ class TextReader:
     image_root: the config's data.images.
     images: of every row.
     answers: N, to each prompt.
-    blank: whether it sees grey pictures, `ppo.blank_images`.
+    blank: whether it sees gray pictures, `ppo.blank_images`.
   """
 
   source: ModelSource
@@ -40,13 +40,13 @@ class TextReader:
     templates.check_template(self.template, self.source.tokenizer)
 
   def rows(self, records: list[Record | None], texts: list[list[str]]) -> dict[str, np.ndarray]:
-    """A batch with one row a prompt and `answers` int32[B, 1, N]; see ARCHITECTURE.md, "Rows".
+    """Returns a batch with one prompt a row, and `answers` int32[B, 1, N]; see ARCHITECTURE.md.
 
-    All hosts call it together, each for its own rows; these have one length on all of them. An
-    answer that was cut gets the end token that the template writes behind every answer.
+    All hosts call it together, each for its own rows, which have one length on all of them. An
+    answer that was cut gets the end token that the template writes after every answer.
 
     Args:
-      records: of each row; None for rows that only pad.
+      records: of each row; None for rows of padding.
       texts: N answers to each.
 
     Raises:
@@ -59,7 +59,7 @@ class TextReader:
     longest = max((len(example.tokens) for row in examples for example in row), default=1)
     longest, length = hosts.greatest(longest), LENGTH_MULTIPLE
     while length < longest:
-      length *= 2  # few lengths, so that little is compiled
+      length *= 2  # few lengths, so that few shapes are compiled
     model, height = self.source.config, self.source.images.height
     pixels = np.zeros((len(records), self.images, height, self.source.images.width, 3), np.uint8)
     rows, load = [], LoadImage(self.source.images, self.blank)

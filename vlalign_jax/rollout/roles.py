@@ -1,4 +1,4 @@
-"""The models of a PPO run besides the actor: opened, checked, and loaded."""
+"""Opens, checks and loads the models of a PPO run besides the actor."""
 
 import dataclasses
 
@@ -35,9 +35,9 @@ class RoleSources:
 
   Attributes:
     actor: also the reference, and maybe the critic.
-    critic: None: there is none.
-    reward: None: a function alone scores. A run with adapters has them beside its weights.
-    reward_template: in which the reward model reads.
+    critic: None: there is no critic.
+    reward: None: a function alone scores. Adapters of a run are apart from its weights.
+    reward_template: the template in which the reward model reads.
   """
 
   actor: ModelSource
@@ -56,7 +56,7 @@ def open_sources(config: ConfigDict, workdir: str | None, actor: ModelSource) ->
 
   Raises:
     InputError: a model is missing, damaged or of the wrong kind, has changed since the run started,
-      or cannot be the critic's start.
+      or the critic cannot start from it.
   """
   reward, template = None, config.data.template
   if config.ppo.reward_model:
@@ -103,7 +103,7 @@ def _critic(config: ConfigDict, actor: ModelSource, reward: ModelSource | None) 
 
 
 def _with_adapters_apart(reward: ModelSource) -> ModelSource:
-  """A run with adapters as its base with these beside it: others may have the same base."""
+  """Returns a run as its base and its adapters: other models may share the base."""
   if not reward.runs:
     return reward
   newest = reward.runs[-1]
@@ -117,8 +117,8 @@ def _with_adapters_apart(reward: ModelSource) -> ModelSource:
 
 
 def same_tokens(actor: ModelSource, other: ModelSource) -> bool:
-  """Whether a model reads the actor's token ids and pictures as they are."""
-  mine, its = (
+  """Returns whether a model reads the actor's token ids and pictures as they are."""
+  first, second = (
     (
       source.tokenizer.backend_tokenizer.to_str(),
       source.config.image_token_id,
@@ -128,11 +128,11 @@ def same_tokens(actor: ModelSource, other: ModelSource) -> bool:
     )
     for source in (actor, other)
   )
-  return mine == its
+  return first == second
 
 
 def find_scorers(config: ConfigDict, sources: RoleSources, records):
-  """(TextReader or None, function or None): what scores answers besides a model that reads tokens.
+  """Returns (TextReader or None, function or None), which score answers.
 
   Args:
     config: of the run.
@@ -140,7 +140,7 @@ def find_scorers(config: ConfigDict, sources: RoleSources, records):
     records: all prompts, held-out ones too.
 
   Raises:
-    InputError: the reward function is not found, or template and tokenizer do not go together.
+    InputError: the reward function is not found, or template and tokenizer do not fit together.
   """
   function, reward, template = (
     collect.find_function(config),
@@ -171,23 +171,23 @@ def find_scorers(config: ConfigDict, sources: RoleSources, records):
 def make_state(
   config: ConfigDict, workdir: str, sources: RoleSources, program: PPOProgram
 ) -> PPOState:
-  """The state before the first rollout; writes down what the run takes besides its actor."""
+  """Returns the state before the first rollout; records which reward model the run takes."""
   if reward := sources.reward:
-    if reward.start:  # written down as it was opened
+    if reward.start:  # recorded as it was opened
       reward = dataclasses.replace(reward, runs=(*reward.runs, reward.start.run), start=None)
     provenance.write(reward, workdir, REWARD)
   actor = start.load_trained(config, sources.actor, program.actor)
   critic = None
   if sources.critic is not None:
     critic = start.load_trained(config, sources.critic, program.critic)
-    if "score/" in sources.critic.fresh:  # it expects nothing until it has learnt
+    if "score/" in sources.critic.fresh:  # its values are 0 until it has learned
       critic["score"]["kernel"] = jnp.zeros_like(critic["score"]["kernel"])
   return program.init_state(actor, critic)
 
 
 @out_of_memory.names(out_of_memory.LOADING)
 def load(config: ConfigDict, sources: RoleSources, program: PPOProgram, mesh: Mesh, scorers):
-  """The collect.Roles of a run; what several models have the same is on the devices once.
+  """Loads the models of a run; weights that several of them share are on the devices once.
 
   Args:
     config: of the run.
@@ -201,9 +201,9 @@ def load(config: ConfigDict, sources: RoleSources, program: PPOProgram, mesh: Me
   identity.add(pool, known, trees.flatten(frozen))
 
   def load(opened: ModelSource, shapes: dict, wanted=lambda path: True):
-    own = identity.identities(opened, files)
-    params = _load(pool, own, config, opened, shapes, wanted)
-    return params, identity.same_tower(sources.actor.config, known, opened.config, own)
+    origins = identity.identities(opened, files)
+    params = _load(pool, origins, config, opened, shapes, wanted)
+    return params, identity.same_tower(sources.actor.config, known, opened.config, origins)
 
   critic, reward, of_critic, of_reward = None, None, False, False
   if sources.critic is not None:
@@ -229,7 +229,7 @@ def load(config: ConfigDict, sources: RoleSources, program: PPOProgram, mesh: Me
 
 
 def _load(pool: dict, known: dict, config: ConfigDict, opened: ModelSource, shapes: dict, wanted):
-  """The wanted parameters; those in the pool are not loaded, the others join it."""
+  """Loads the wanted parameters that are not in the pool, and adds them to it."""
   leaves = {path: leaf for path, leaf in trees.flatten(shapes).items() if wanted(path)}
   shared = identity.find(pool, known, leaves)
   missing = leaves.keys() - shared.keys()

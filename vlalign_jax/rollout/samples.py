@@ -23,7 +23,7 @@ _VALUES = ("score", "kl", "tokens")
 
 
 def make_show(workdir: str, config, tokenizer, records, first: int) -> Callable:
-  """The function `(step, rollout, numbers)` that writes the first answers of every few rollouts.
+  """Returns the function `(step, rollout, numbers)` that writes answers of every few rollouts.
 
   A line is one answer: step, record, id, images, prompt, maybe history and reference, sample,
   answer, tokens, ended, score (null if it is not finite) and kl (k1, summed over the answer). The
@@ -33,8 +33,8 @@ def make_show(workdir: str, config, tokenizer, records, first: int) -> Callable:
     workdir: the run directory.
     config: of the run.
     tokenizer: the actor's.
-    records: that `numbers` count.
-    first: the step that the run goes on from; later lines go.
+    records: that `numbers` are positions of.
+    first: the step that the run goes on from; lines of later steps are removed.
   """
   every, path = config.ppo.log_samples_every, os.path.join(workdir, FILE)
   writes, kept, shown = jax.process_index() == 0, "", collections.deque(maxlen=ON_PAGE)
@@ -62,13 +62,13 @@ def make_show(workdir: str, config, tokenizer, records, first: int) -> Callable:
     texts, lengths = rollout.texts(tokenizer), rollout.lengths
     order = np.argsort(numbers, kind="stable")  # by record: rows depend on the mesh
     places = [(b, n) for b in order for n, m in enumerate(lengths[b]) if m]
-    found = []
+    lines = []
     for b, n in places[: config.ppo.log_samples]:
       record, line = records[numbers[b]], data.shown(int(numbers[b]), records[numbers[b]])
       reference = data.reference(record)
       if reference is not None:
         line["reference"] = reference
-      own = {
+      values = {
         "sample": n,
         "answer": texts[b][n],
         "tokens": int(lengths[b, n]),
@@ -76,15 +76,15 @@ def make_show(workdir: str, config, tokenizer, records, first: int) -> Callable:
         "score": directory.number(rollout.scores[b, n]),
         "kl": directory.number(kl[b, n]),
       }
-      found.append({"step": step} | line | own)
-    kept += "".join(json.dumps(line) + "\n" for line in found)
-    write(found)
+      lines.append({"step": step} | line | values)
+    kept += "".join(json.dumps(line) + "\n" for line in lines)
+    write(lines)
 
   return show
 
 
 def _sections(images: str, records, lines: list[dict]) -> str:
-  """A part of the page for each record among the lines of a rollout."""
+  """Returns a section of the page for each record among the lines of a rollout."""
   lines = [line if line["ended"] else line | {"reason": "no end token"} for line in lines]
   groups = itertools.groupby(lines, lambda line: line["record"])
   parts = (gallery.section(images, records[n], list(group), _VALUES) for n, group in groups)

@@ -1,4 +1,4 @@
-"""What is computed of a rollout before it is learnt from: values, the reference, advantages."""
+"""The advantages of a rollout."""
 
 import jax.numpy as jnp
 
@@ -8,18 +8,19 @@ from vlalign_jax.losses import ppo as losses
 
 
 def compute_advantages(
-  scores, normalised, logps, reference, drawn, values, lengths, ended, kl_coef, *, settings
+  scores, normalized, logps, reference, drawn, values, lengths, ended, kl_coef, *, settings
 ) -> tuple[dict, dict]:
-  """Advantages of a rollout's tokens, and what is reported of it.
+  """Computes the advantages of the tokens of a rollout, and its metrics.
 
   An answer whose score is not finite is left out, as if it had no token.
 
   Args:
-    scores: float32[B, N], as they were given.
-    normalised: float32[B, N], the same by `ppo.score_queue`, or as they are; what is learnt from.
+    scores: float32[B, N], raw, for the metrics.
+    normalized: float32[B, N], scores relative to `ppo.score_queue`, or raw; they make the rewards.
     logps, reference: float32[B, N, M] log-probabilities of the tokens, when they were sampled and
       by the reference.
-    drawn: float32[B, N, M], the same of what top_k and top_p left, of which they were drawn.
+    drawn: float32[B, N, M], the same under the distribution that top_k and top_p leave, from which
+      the tokens were drawn.
     values: float32[B, N, M] of the critic; None: there is none.
     lengths: int32[B, N], tokens of each answer; 0 where there is none.
     ended: bool[B, N], whether it has its end token.
@@ -30,12 +31,12 @@ def compute_advantages(
     (fields of `steps.ppo`, values as in `losses.sums`).
   """
   B, N, M = logps.shape
-  valid = (lengths > 0) & jnp.isfinite(normalised)
+  valid = (lengths > 0) & jnp.isfinite(normalized)
   mask = (jnp.arange(M) < lengths[:, :, None]) & valid[:, :, None]
   flat = mask.reshape(-1, M)
   logps, reference, drawn = (jnp.where(mask, x, 0.0) for x in (logps, reference, drawn))
   kl = penalties.estimate(logps, reference, settings.kl_estimator).reshape(-1, M)
-  placed = estimators.penalize_missing_eos(normalised, ended, settings.missing_eos_penalty)
+  placed = estimators.penalize_missing_eos(normalized, ended, settings.missing_eos_penalty)
   placed = jnp.where(valid, placed, 0.0).reshape(-1)
   clip = settings.score_clip or None
   fields = {
@@ -44,7 +45,7 @@ def compute_advantages(
     "mask": mask,
   }
   options = {"kl_coef": kl_coef, "clip": clip}
-  found = losses.objective(
+  reported = losses.objective(
     scores.reshape(-1),
     estimators.clip_scores(placed, clip),
     kl,
@@ -71,10 +72,10 @@ def compute_advantages(
   advantages = jnp.broadcast_to(advantages.reshape(B, N, -1), (B, N, M))
   count = jnp.sum(valid).astype(jnp.float32)
   tokens = jnp.sum(mask).astype(jnp.float32)
-  found |= {
+  reported |= {
     "val/answer_tokens": (tokens, count),
-    # What was kept is the ratio of the two, of each position: no further sum over the vocabulary.
+    # The ratio of the two is the probability that was kept: no further sum over the vocabulary.
     "policy/cut_probability": (jnp.sum(jnp.maximum(-jnp.expm1(logps - drawn), 0.0)), tokens),
     "val/bad_scores": jnp.sum((lengths > 0) & ~jnp.isfinite(scores)).astype(jnp.float32),
   }
-  return fields | {"advantages": jnp.where(mask, advantages, 0.0)}, found
+  return fields | {"advantages": jnp.where(mask, advantages, 0.0)}, reported

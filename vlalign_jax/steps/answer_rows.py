@@ -1,9 +1,9 @@
-"""Rows of a rollout: each prompt once with its sampled answers behind it as branches.
+"""The batch of a rollout: a row has one prompt and its sampled answers as branches.
 
-Everything has its fixed place, so that what is known per token of an answer is an array [B, N, M]
-that a slice of the row gives: columns 0 to L - 1 hold the prompt without its last token, at their
-end; then come N branches of M + 1 columns, each a copy of that token and an answer's tokens. What
-an answer leaves of its columns stays in its branch, behind all that it may see.
+Columns are fixed, so that a slice of a row gives an array [B, N, M] per answer token. Columns 0 to
+L - 1 hold the prompt without its last token, aligned to the right. Then come N branches of M + 1
+columns: a copy of that token, then the answer. Columns that a short answer leaves free belong to
+its branch, after all that the answer may see.
 """
 
 import jax.numpy as jnp
@@ -11,12 +11,12 @@ import numpy as np
 
 from vlalign_jax.data.blank import GREY
 
-# Rows of a rollout are cut to this share of max_new_tokens, or to all, by its longest answer.
+# The longest answer decides which share of max_new_tokens a rollout has room for: 1/4, 1/2 or all.
 SHARES = (4, 2, 1)
 
 
 def answer_length(longest: int, most: int) -> int:
-  """M of a rollout: few different ones, so that little is compiled and little is padding.
+  """Returns M of a rollout: one of three sizes, so that few shapes are compiled.
 
   Args:
     longest: tokens of its longest answer.
@@ -26,28 +26,28 @@ def answer_length(longest: int, most: int) -> int:
 
 
 def answer_rows(prompts, tokens, lengths):
-  """The rows of prompts with answers, see ARCHITECTURE.md, "Rows".
+  """Lays out prompts with their answers, see ARCHITECTURE.md, "Rows".
 
   Args:
-    prompts: rows of one prompt each, from their start: tokens, positions, segments and image_slots
-      int32[B, L], and images, maybe with `vision_features`, what a tower that stays made of them.
+    prompts: a batch of one prompt a row, aligned to the left: tokens, positions, segments and
+      image_slots int32[B, L], images, and maybe `vision_features`, the output of a frozen tower.
     tokens: int32[B, N, M], of the answers.
-    lengths: int32[B, N], how many of these each has; none where there is no prompt.
+    lengths: int32[B, N], how many tokens each answer has; 0 where there is no prompt.
 
   Returns:
-    dict of arrays [B, L + N * (M + 1)], and the images with what was made of them.
+    dict of arrays [B, L + N * (M + 1)], and the images with their features.
   """
   B, N, M = tokens.shape
   L = prompts["tokens"].shape[1]
   sizes = jnp.sum(prompts["segments"] > 0, axis=1)
-  there = sizes[:, None, None] > 0
+  has_prompt = sizes[:, None, None] > 0
   last = jnp.maximum(sizes - 1, 0)[:, None]
-  # The prompt moves to the end of its columns: tokens of a segment are neighbours.
+  # The prompt is aligned to the right, so that tokens of a segment are neighbors.
   place = jnp.arange(L) - (L - last)
   in_prompt = (place >= 0) & (sizes[:, None] > 0)
 
-  def row(name, fill, answers):
-    """[B, T] of a field: the prompt's, and of each branch its first column and the others."""
+  def lay_out(name, fill, answers):
+    """Returns a field [B, T]: the prompt, then each branch's first column and the others."""
     x = prompts[name]
     prompt = jnp.where(in_prompt, jnp.take_along_axis(x, jnp.maximum(place, 0), axis=1), fill)
     first = jnp.take_along_axis(x, last, axis=1)
@@ -57,42 +57,42 @@ def answer_rows(prompts, tokens, lengths):
 
   steps = jnp.arange(M)
   numbers = jnp.repeat(jnp.arange(1, N + 1), M + 1)
-  learnt = jnp.pad(steps < lengths[:, :, None], ((0, 0), (0, 0), (0, 1)))
-  targets = jnp.where(learnt, jnp.pad(tokens, ((0, 0), (0, 0), (0, 1))), 0)
+  in_answer = jnp.pad(steps < lengths[:, :, None], ((0, 0), (0, 0), (0, 1)))
+  targets = jnp.where(in_answer, jnp.pad(tokens, ((0, 0), (0, 0), (0, 1))), 0)
 
   def behind(x):
     return jnp.pad(x.reshape(B, -1), ((0, 0), (L, 0)))
 
   return {
-    "tokens": row("tokens", 0, tokens),
-    "positions": row("positions", 0, sizes[:, None, None] + steps),
-    "segments": row("segments", 0, there.astype(jnp.int32)),
+    "tokens": lay_out("tokens", 0, tokens),
+    "positions": lay_out("positions", 0, sizes[:, None, None] + steps),
+    "segments": lay_out("segments", 0, has_prompt.astype(jnp.int32)),
     "branches": jnp.broadcast_to(jnp.pad(numbers, (L, 0)), (B, L + N * (M + 1))),
     "targets": behind(targets),
-    "loss_mask": behind(learnt).astype(jnp.float32),
-    "image_slots": row("image_slots", -1, jnp.full((1, 1, 1), -1, jnp.int32)),
+    "loss_mask": behind(in_answer).astype(jnp.float32),
+    "image_slots": lay_out("image_slots", -1, jnp.full((1, 1, 1), -1, jnp.int32)),
     **{name: prompts[name] for name in ("images", "vision_features") if name in prompts},
   }
 
 
-def batch_for_scorer(rows: dict, *, same_tower: bool, blank: bool) -> dict:
-  """Rows as the reward model or the critic reads them.
+def batch_for_scorer(batch: dict, *, same_tower: bool, blank: bool) -> dict:
+  """Returns a batch as the reward model or the critic reads it.
 
   Args:
-    rows: of `answer_rows`, maybe with the actor's `vision_features`.
-    same_tower: whether the one who reads has the actor's vision tower.
-    blank: whether it sees grey pictures, `ppo.blank_images`.
+    batch: of `answer_rows`, maybe with the actor's `vision_features`.
+    same_tower: whether the model has the actor's vision tower.
+    blank: whether it sees gray pictures, `ppo.blank_images`.
   """
   if not same_tower or blank:
-    rows = {name: x for name, x in rows.items() if name != "vision_features"}
-  return rows | {"images": jnp.full_like(rows["images"], GREY)} if blank else rows
+    batch = {name: x for name, x in batch.items() if name != "vision_features"}
+  return batch | {"images": jnp.full_like(batch["images"], GREY)} if blank else batch
 
 
 def select_answers(x, answers: int, length: int):
-  """The part of [B, T, ...] that predicts the answers' tokens: [B, N, M, ...].
+  """Slices from [B, T, ...] what predicts the tokens of the answers: [B, N, M, ...].
 
   Args:
-    x: of rows that `answer_rows` made.
+    x: of a batch that `answer_rows` made.
     answers: N.
     length: M.
   """
@@ -102,9 +102,9 @@ def select_answers(x, answers: int, length: int):
 
 
 def answer_steps(row_length: int, answers: int, length: int) -> np.ndarray:
-  """int32[T], how many tokens its answer has before the one that each column predicts.
+  """Returns int32[T], the number of answer tokens before the one that each column predicts.
 
-  A prompt's columns, which predict nothing that is learnt, have M.
+  Columns of the prompt, whose predictions are not trained, have M.
 
   Args:
     row_length: T.
@@ -116,10 +116,10 @@ def answer_steps(row_length: int, answers: int, length: int) -> np.ndarray:
 
 
 def last_places(lengths, row_length: int, length: int):
-  """int32[B, 1, N], where in its row the last token of each answer is; -1 where there is none.
+  """Returns int32[B, 1, N], the column of the last token of each answer; -1 where there is none.
 
   Args:
-    lengths: int32[B, N], tokens of the answers.
+    lengths: int32[B, N], number of tokens of each answer.
     row_length: T.
     length: M.
   """

@@ -1,8 +1,8 @@
-"""One optimizer update of PPO: the actor's and the critic's, from a mini-batch of a rollout.
+"""One optimizer update of PPO: of the critic and the actor, from a mini-batch of a rollout.
 
-A mini-batch is rows of `steps.answer_rows` and, per token of their answers, float32[B, N, M]:
-`old_log_probabilities` (when they were sampled), `reference_log_probabilities`, `advantages`, and
-with a critic `old_values` and `returns`; `mask` bool[B, N, M] says which tokens there are.
+A mini-batch is a batch of `steps.answer_rows` with float32[B, N, M] per answer token:
+`old_log_probabilities` (from sampling), `reference_log_probabilities`, `advantages`, and with a
+critic `old_values` and `returns`. `mask` bool[B, N, M] is true where there is a token.
 """
 
 import functools
@@ -49,32 +49,32 @@ def make_state(actor: TrainState, critic: TrainState | tuple) -> PPOState:
   return PPOState(jnp.zeros((), jnp.int32), actor, critic)
 
 
-def drop_unused_branches(rows, count: int):
-  """Rows for a model: with one answer to each prompt, attention need not look at branches."""
-  return rows | sft.ONE_ANSWER if count == 1 else rows
+def drop_unused_branches(batch, count: int):
+  """Drops the branches of a batch with one answer to each prompt: attention is then faster."""
+  return batch | sft.ONE_ANSWER if count == 1 else batch
 
 
-def support(rows, shape, sampling: Sampling, vocab_size: int) -> Support:
-  """Which tokens the sampler may choose at each position of rows; `shape` is (N, M)."""
-  steps = layout.answer_steps(rows["targets"].shape[1], *shape)
-  early = jnp.broadcast_to(steps < sampling.min_new_tokens, rows["targets"].shape)
+def support(batch, shape, sampling: Sampling, vocab_size: int) -> Support:
+  """Returns which tokens the sampler may choose at each position; `shape` is (N, M)."""
+  steps = layout.answer_steps(batch["targets"].shape[1], *shape)
+  early = jnp.broadcast_to(steps < sampling.min_new_tokens, batch["targets"].shape)
   always, at_first = samplings.forbidden(sampling, vocab_size)
   return Support(jnp.asarray(always), jnp.asarray(at_first), early)
 
 
-def log_probabilities(model, rows, shape, *, sampling: Sampling, **options):
-  """float32[B, N, M], of the answers' tokens; `shape` is (N, M).
+def log_probabilities(model, batch, shape, *, sampling: Sampling, **options):
+  """Returns the log-probability of each answer token, float32[B, N, M].
 
   Args:
-    model, rows: see `answers.token_log_probabilities`, which takes the options.
+    model, batch: see `answers.token_log_probabilities`, which takes the options.
     shape: (N, M).
-    sampling: what the answers were sampled with.
+    sampling: how the answers were sampled.
     **options: see there.
   """
-  allowed = support(rows, shape, sampling, model.config.language.vocab_size)
+  allowed = support(batch, shape, sampling, model.config.language.vocab_size)
   found = answers.token_log_probabilities(
     model,
-    drop_unused_branches(rows, shape[0]),
+    drop_unused_branches(batch, shape[0]),
     temperature=sampling.temperature,
     support=allowed,
     **options,
@@ -82,21 +82,21 @@ def log_probabilities(model, rows, shape, *, sampling: Sampling, **options):
   return layout.select_answers(found, *shape)
 
 
-def values(model, rows, shape):
-  """float32[B, N, M], what a critic expects before each token; `shape` is (N, M)."""
-  hidden = layout.select_answers(model(drop_unused_branches(rows, shape[0])), *shape)
+def values(model, batch, shape):
+  """Returns the critic's value before each answer token, float32[B, N, M]; `shape` is (N, M)."""
+  hidden = layout.select_answers(model(drop_unused_branches(batch, shape[0])), *shape)
   kernel = model.score.kernel[...][:, 0].astype(hidden.dtype)
   return jnp.einsum("BNMD,D->BNM", hidden, kernel, preferred_element_type=jnp.float32)
 
 
-def _flat(rows, *names):
-  """[B * N, M] of fields [B, N, M]."""
-  return (rows[name].reshape(-1, rows[name].shape[-1]) for name in names)
+def _flat(batch, *names):
+  """Returns fields [B, N, M] as [B * N, M]."""
+  return (batch[name].reshape(-1, batch[name].shape[-1]) for name in names)
 
 
-def loss_denominators(rows, level: str):
+def loss_denominators(batch, level: str):
   """Returns what a step's loss is divided by: the number of tokens, or of answers."""
-  (mask,) = _flat(rows, "mask")
+  (mask,) = _flat(batch, "mask")
   return {"loss": losses.average(jnp.ones(mask.shape), mask, level=level)[1]}
 
 
@@ -110,34 +110,37 @@ def make_policy_loss(
   mesh: Mesh | None,
   chunk: int,
 ):
-  """See `update.train_step`; the sum is that of `losses.ppo.policy_loss`.
+  """Returns the loss of a micro-batch, `losses.ppo.policy_loss`; see `update.train_step`.
 
   Args:
+    inputs: of the step.
     graphdef: of the actor.
     settings: the config's `ppo` group.
-    sampling: what the answers were sampled with.
-    kl_coef: float32[], of the penalty that grpo has in its loss.
+    sampling: how the answers were sampled.
+    kl_coef: float32[], weight of the KL penalty in GRPO's loss.
+    mesh: over which the batch is split.
+    chunk: see `losses.head.cross_entropy_sum`.
   """
   level = settings.loss_level
 
-  def loss(params, rows, number):
+  def loss(params, batch, number):
     del number
-    shape = rows["mask"].shape[1:]
+    shape = batch["mask"].shape[1:]
     model = nnx.merge(graphdef, trees.merge(params, inputs.frozen))
     logps, entropies = (
       layout.select_answers(x, *shape).reshape(-1, shape[1])
       for x in entropy.token_log_probabilities_and_entropies(
-        answers.tempered(model(drop_unused_branches(rows, shape[0])), sampling.temperature),
+        answers.tempered(model(drop_unused_branches(batch, shape[0])), sampling.temperature),
         model.head_kernel(),
-        rows["targets"],
-        rows["loss_mask"],
+        batch["targets"],
+        batch["loss_mask"],
         scatter=functools.partial(meshes.scatter_head_gradient, mesh=mesh),
-        support=support(rows, shape, sampling, model.config.language.vocab_size),
+        support=support(batch, shape, sampling, model.config.language.vocab_size),
         **sft.chunking(mesh, chunk),
       )
     )
     old, reference, advantages, mask = _flat(
-      rows, "old_log_probabilities", "reference_log_probabilities", "advantages", "mask"
+      batch, "old_log_probabilities", "reference_log_probabilities", "advantages", "mask"
     )
     clip = settings.cliprange or jnp.inf
     (total, _), found = losses.policy_loss(logps, old, advantages, mask, clip=clip, level=level)
@@ -154,14 +157,14 @@ def make_policy_loss(
 
 
 def make_value_loss(inputs: update.StepInputs, *, graphdef, settings):
-  """See `update.train_step`; the sum is that of `losses.ppo.value_loss`."""
+  """Returns the loss of a micro-batch, `losses.ppo.value_loss`; see `update.train_step`."""
 
-  def loss(params, rows, number):
+  def loss(params, batch, number):
     del number
-    shape = rows["mask"].shape[1:]
+    shape = batch["mask"].shape[1:]
     model = nnx.merge(graphdef, trees.merge(params, inputs.frozen))
-    found = values(model, rows, shape).reshape(-1, shape[1])
-    arrays = _flat(rows, "old_values", "returns", "mask")
+    found = values(model, batch, shape).reshape(-1, shape[1])
+    arrays = _flat(batch, "old_values", "returns", "mask")
     (total, _), found = losses.value_loss(found, *arrays, clip=settings.cliprange_value or jnp.inf)
     return total, found
 
@@ -171,12 +174,14 @@ def make_value_loss(inputs: update.StepInputs, *, graphdef, settings):
 def auxiliary_loss(
   batch, *, graphdef, settings, mesh: Mesh | None, chunk: int
 ) -> update.AuxiliaryLoss:
-  """The supervised loss of conversations, added to the policy's (Ouyang et al. 2022, equation 2).
+  """Returns the supervised loss that is added to the policy's (Ouyang et al. 2022, equation 2).
 
   Args:
     batch: as supervised fine-tuning learns from.
     graphdef: of the actor.
     settings: the config's `ppo` group.
+    mesh: over which the batch is split.
+    chunk: see `losses.head.cross_entropy_sum`.
   """
   make_loss = functools.partial(sft.make_loss, graphdef=graphdef, mesh=mesh, chunk=chunk)
   return update.AuxiliaryLoss(
@@ -184,17 +189,17 @@ def auxiliary_loss(
   )
 
 
-def metrics(found, counts):
-  """What is reported of a mini-batch, as in `losses.sums`: a rollout has several."""
-  del counts
-  return found
+def metrics(reported, denominators):
+  """Returns the sums of a mini-batch, see `losses.sums`; a rollout has several mini-batches."""
+  del denominators
+  return reported
 
 
 def update_step(
   state: PPOState,
   frozen,
   critic_frozen,
-  rows,
+  batch,
   index,
   kl_coef,
   sft_batch=None,
@@ -207,27 +212,29 @@ def update_step(
   with_policy: bool,
   same_tower: bool,
 ):
-  """One update of the critic, if there is one, and of the actor, if it is to learn yet.
+  """Updates the critic, if there is one, and the actor, unless only the critic learns yet.
 
   Args:
     state: given up.
-    frozen: the actor's parameters that stay.
+    frozen: the actor's frozen parameters.
     critic_frozen: the critic's.
-    rows: of a whole rollout of B prompts, with the fields of this file's first lines.
+    batch: of a whole rollout of B prompts, with the fields named at the top of this file.
     index: int32[b], the rows of the mini-batch.
     kl_coef: float32[].
     sft_batch: of `auxiliary_loss`; None: there is none.
     actor, critic: program.TrainedModel; critic may be None.
     config: of the run.
-    sampling: what the answers were sampled with.
-    mesh: over which rows are split.
+    sampling: how the answers were sampled.
+    mesh: over which the batch is split.
     with_policy: whether the actor learns.
-    same_tower: whether `vision_features` of the actor are the critic's, too.
+    same_tower: whether the critic has the actor's vision tower, and so its `vision_features`.
 
   Returns:
-    (PPOState, dict of values as in `losses.sums`; the critic's own begin with `critic/`).
+    (PPOState, dict of values as in `losses.sums`; names of the critic's begin with `critic/`).
   """
-  rows = {name: meshes.constrain_rows(jnp.take(x, index, axis=0), mesh) for name, x in rows.items()}
+  batch = {
+    name: meshes.constrain_rows(jnp.take(x, index, axis=0), mesh) for name, x in batch.items()
+  }
   common = {
     "metrics": metrics,
     "seed": config.seed,
@@ -240,17 +247,24 @@ def update_step(
     critic_state, found = update.train_step(
       state.critic,
       critic_frozen,
-      layout.batch_for_scorer(rows, **seen),
+      layout.batch_for_scorer(batch, **seen),
       make_loss=functools.partial(make_value_loss, graphdef=critic.graphdef, settings=config.ppo),
       denominators=functools.partial(loss_denominators, level="token"),
       **common,
       **critic.update,
     )
-    own = ("loss", "grad_norm", "learning_rate", "skipped_steps", "skipped_in_a_row", "loss_scale")
-    logged = {f"critic/{name}" if name in own else name: found[name] for name in found}
+    shared_names = (
+      "loss",
+      "grad_norm",
+      "learning_rate",
+      "skipped_steps",
+      "skipped_in_a_row",
+      "loss_scale",
+    )
+    logged = {f"critic/{name}" if name in shared_names else name: found[name] for name in found}
     # One after the other, as in stages.dpo.
-    state, rows, critic_state, logged = jax.lax.optimization_barrier(
-      (state, rows, critic_state, logged)
+    state, batch, critic_state, logged = jax.lax.optimization_barrier(
+      (state, batch, critic_state, logged)
     )
     state = state._replace(critic=critic_state)
   if with_policy:
@@ -263,7 +277,7 @@ def update_step(
     actor_state, found = update.train_step(
       state.actor,
       frozen,
-      rows,
+      batch,
       make_loss=functools.partial(make_policy_loss, kl_coef=kl_coef, sampling=sampling, **options),
       denominators=functools.partial(loss_denominators, level=config.ppo.loss_level),
       auxiliary=None if sft_batch is None else auxiliary_loss(sft_batch, **options),

@@ -1,4 +1,4 @@
-"""PPO's compiled functions together with the shapes and places of all that they take."""
+"""PPO's compiled functions together with the shapes and placements of all that they take."""
 
 import dataclasses
 import functools
@@ -50,13 +50,13 @@ class PPOProgram:
       see `generate.log_memory`.
     sample: (all parameters, prompts, int32[B] streams, seed) -> Generated.
     answer_rows: see `steps.answer_rows`.
-    vision_features: (the actor's vision parameters, rows) -> float[B, I, P, W].
-    reference: ((reference's parameters, the actor's frozen ones), rows, shape) ->
+    vision_features: (the actor's vision parameters, batch) -> float[B, I, P, W].
+    reference: ((reference's parameters, the actor's frozen ones), batch, shape) ->
       float32[B, N, M] log-probabilities.
-    values: (the critic's trained and frozen parameters, rows, shape) -> float32[B, N, M].
+    values: (the critic's trained and frozen parameters, batch, shape) -> float32[B, N, M].
     scores: (the reward model's parameters, rows with `answers` [B, 1, N]) -> float32[B, N].
     compute_advantages: see `steps.advantages`.
-    update_step: (state, frozen, the critic's frozen, rows, index, kl_coef, sft_batch,
+    update_step: (state, frozen, the critic's frozen, batch, index, kl_coef, sft_batch,
       with_policy, same_tower).
     finish: PPOState -> PPOState, with one more rollout learnt from; the state is given up.
   """
@@ -88,7 +88,7 @@ def make_program(
   steps: int,
   pad_id: int = 0,
 ) -> PPOProgram:
-  """The program of a run.
+  """Returns the program of a run.
 
   Args:
     config: of the run.
@@ -96,7 +96,7 @@ def make_program(
     sampling: of answers.
     mesh: over which rows are split.
     steps: rollouts of the whole run.
-    pad_id: what stands behind an answer's end.
+    pad_id: the token that follows an answer's end.
   """
   settings = config.ppo
   parts = settings.num_mini_batches * config.grad_accumulation
@@ -111,26 +111,26 @@ def make_program(
   reference_graphdef = program.reference_graphdef(config, model, mesh)
   of_head = {"mesh": mesh, "chunk": meshes.head_chunk(mesh), "sampling": sampling}
   rows_place, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
-  # As many rows at a time as an update takes.
+  # As many rows at a time as a micro-batch has.
   of_parts = functools.partial(_by_parts, mesh=mesh, parts=parts, placement=rows_place)
 
-  def reference(params, rows, shape):
+  def reference(params, batch, shape):
     reference_model = nnx.merge(reference_graphdef, trees.merge(*params))
-    return ppo.log_probabilities(reference_model, rows, shape, **of_head)
+    return ppo.log_probabilities(reference_model, batch, shape, **of_head)
 
-  def values(params, rows, shape):
-    return ppo.values(nnx.merge(critic.graphdef, trees.merge(*params)), rows, shape)
+  def values(params, batch, shape):
+    return ppo.values(nnx.merge(critic.graphdef, trees.merge(*params)), batch, shape)
 
-  def scores(params, rows, shape):
+  def scores(params, batch, shape):
     del shape
     whole = nnx.merge(reward.graphdef, params)
-    hidden = whole(ppo.drop_unused_branches(rows, rows["answers"].shape[2]))
-    return whole.scores(hidden, rows["answers"])[:, 0]
+    hidden = whole(ppo.drop_unused_branches(batch, batch["answers"].shape[2]))
+    return whole.scores(hidden, batch["answers"])[:, 0]
 
-  def vision_features(params, rows, shape):
+  def vision_features(params, batch, shape):
     del shape
-    found = nnx.merge(actor.graphdef, params).vision_features(rows["images"])
-    return found.reshape(*rows["images"].shape[:2], *found.shape[1:])
+    found = nnx.merge(actor.graphdef, params).vision_features(batch["images"])
+    return found.reshape(*batch["images"].shape[:2], *found.shape[1:])
 
   def init_state(params, critic_params):
     of_critic_state = critic.init_state(critic_params) if critic else ()
@@ -190,7 +190,7 @@ def make_program(
 
 
 def actor_updates(config, steps: int) -> int:
-  """Updates of the actor in so many rollouts; ppo.stop_kl may leave some out."""
+  """Returns the number of updates of the actor in so many rollouts, before ppo.stop_kl."""
   settings = config.ppo
   return (
     max(1, steps - settings.critic_warmup) * settings.num_ppo_epochs * settings.num_mini_batches
@@ -198,12 +198,12 @@ def actor_updates(config, steps: int) -> int:
 
 
 def critic_updates(config, steps: int) -> int:
-  """Updates of the critic in so many rollouts."""
+  """Returns the number of updates of the critic in so many rollouts."""
   return steps * config.ppo.num_ppo_epochs * config.ppo.num_mini_batches
 
 
 def check_updates(config, program: PPOProgram, steps: int) -> None:
-  """See `optim.updates.check`, of the actor and of the critic.
+  """Checks the updates of actor and critic, see `optim.updates.check`.
 
   Args:
     config: of the run.
@@ -220,12 +220,12 @@ def check_updates(config, program: PPOProgram, steps: int) -> None:
 
 
 def of_actor(config):
-  """The config that the actor is placed by."""
+  """Returns the config that the actor is placed by."""
   return _side(config, config.ppo.actor_zero_stage)
 
 
 def of_critic(config):
-  """The config that the critic learns by."""
+  """Returns the config that the critic learns by."""
   own = _side(config, config.ppo.critic_zero_stage)
   if config.ppo.critic_learning_rate is not None:
     own.optim.learning_rate = config.ppo.critic_learning_rate
@@ -250,20 +250,20 @@ def _make_scorer(config, model: ModelConfig, mesh: Mesh) -> Scorer:
 
 
 def _by_parts(function, *, mesh: Mesh, parts: int, placement):
-  """The compiled `(params, rows, shape)` that goes through rows some at a time."""
+  """Compiles `(params, batch, shape)` so that it takes some rows at a time."""
 
-  def whole(params, rows, shape):
+  def whole(params, batch, shape):
     def of_part(part):
       part = jax.tree.map(lambda x: meshes.constrain_rows(x, mesh), part)
       return function(params, part, shape)
 
-    return accumulate.join_rows(jax.lax.map(of_part, accumulate.split_rows(rows, parts)))
+    return accumulate.join_rows(jax.lax.map(of_part, accumulate.split_rows(batch, parts)))
 
   return jax.jit(whole, static_argnames="shape", out_shardings=placement)
 
 
 def _sample_by_parts(generate, mesh: Mesh, parts: int, placement):
-  """As `generate`, a part of the rows after the other: one cache goes before the next is made."""
+  """Samples some rows at a time, so that one cache is freed before the next is made."""
   if parts == 1:
     return generate
 

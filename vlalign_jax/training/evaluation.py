@@ -12,14 +12,18 @@ from vlalign_jax.training import loop
 
 
 def bad_records(config, prepared: Prepared, counts) -> int:
-  """The bad records among batches that have these `counts`; an InputError if they are too many."""
-  bad = sum(int(found["bad_records"]) for found in jax.device_get(counts))
+  """Returns the number of bad records from the `counts` of batches.
+
+  Raises:
+    InputError: they are too many.
+  """
+  bad = sum(int(one["bad_records"]) for one in jax.device_get(counts))
   loop.check_bad_records("data.eval", bad, prepared.records, config.data.on_bad_record)
   return bad
 
 
 def read_all(config, mesh: jax.sharding.Mesh, prepared: Prepared, share: dict) -> int:
-  """Makes all evaluation batches once; the number of records that cannot be read, of all hosts.
+  """Makes all evaluation batches once; returns how many records cannot be read, on all hosts.
 
   Args:
     config, mesh, prepared, share: of `make_evaluate`.
@@ -28,8 +32,8 @@ def read_all(config, mesh: jax.sharding.Mesh, prepared: Prepared, share: dict) -
     InputError: they are too many.
   """
   count = hosts.make_counter(mesh)
-  read = (hosts.to_device(mesh, rows) for rows in prepared.read(**share))
-  return bad_records(config, prepared, [count(rows, rows["skipped"]) for rows in read])
+  read = (hosts.to_device(mesh, batch) for batch in prepared.read(**share))
+  return bad_records(config, prepared, [count(batch, batch["skipped"]) for batch in read])
 
 
 def make_evaluate(
@@ -41,18 +45,18 @@ def make_evaluate(
   summary: Callable,
   to_device: Callable | None = None,
 ) -> Callable | None:
-  """The function of a state that the loop calls, after reading all records once.
+  """Reads all records once, and returns the function of a state that the loop calls.
 
-  Reading comes first because the first evaluation may be days away.
+  Bad records are found now, as the first evaluation may be days away.
 
   Args:
     config: of the run.
-    mesh: over which rows are split.
+    mesh: over which batches are split.
     prepared: the evaluation data; None: there is none.
     share: of `start.my_share`.
-    eval_step: `(trained parameters, rows) -> values`, see `losses.sums`.
-    summary: the values of all batches together -> dict of floats, what is reported.
-    to_device: host batch -> rows on the devices, for eval_step; None: `hosts.to_device`.
+    eval_step: `(trained parameters, batch) -> values`, see `losses.sums`.
+    summary: the values of all batches together -> dict of floats, the metrics.
+    to_device: host batch -> batch on the devices; None: `hosts.to_device`.
 
   Returns:
     `state -> dict of floats`, or None without data.
@@ -70,12 +74,12 @@ def make_evaluate(
     counts, sums = [], []
     # Threads: a pool of processes takes longer to start than most evaluations take.
     with prepared.batches(workers=0, **share) as batches:
-      for rows in batches:
-        rows = to_device(rows)
-        counts.append(count(rows, rows.pop("skipped")))
-        sums.append(eval_step(state.params, rows))
+      for batch in batches:
+        batch = to_device(batch)
+        counts.append(count(batch, batch.pop("skipped")))
+        sums.append(eval_step(state.params, batch))
     bad = bad_records(config, prepared, counts)
-    # Fetched once at the end, so that the devices go on.
+    # Fetched once at the end, so that the devices need not wait.
     return summary(reported.total(jax.device_get(sums))) | {"bad_records": bad}
 
   return evaluate

@@ -1,4 +1,4 @@
-"""examples.html: the first examples of a run as its model reads them, what is learnt marked."""
+"""examples.html: the first examples of a run as its model reads them, learned text marked."""
 
 import itertools
 import os
@@ -16,7 +16,7 @@ SHOWN = 10
 
 
 def page(prepared: Prepared) -> str:
-  """HTML of the first SHOWN = 10 different examples of a plan, their pictures inside."""
+  """Returns HTML of the first SHOWN = 10 different examples of a plan, with their pictures."""
   load, images = prepared.pipeline["load_example"], prepared.pipeline["load_image"]
   numbers = [int(number) for number in dict.fromkeys(prepared.plan.examples)][:SHOWN]
   lines = [
@@ -24,12 +24,12 @@ def page(prepared: Prepared) -> str:
     " is what the model learns to say.</p>"
   ]
   if images.blank:
-    lines.append('<p class="label">data.blank_images: the model sees grey instead.</p>')
+    lines.append('<p class="label">data.blank_images: the model sees gray instead.</p>')
   for number in numbers:
     example, record = load(number), load.records[number]
     root = load.data["images"] or os.path.dirname(record.file)
     pictures = html.pictures(root, record.images[: len(example.images)])
-    size = f"{len(example.tokens)} tokens, {int(example.loss_mask.sum())} learnt"
+    size = f"{len(example.tokens)} tokens, {int(example.loss_mask.sum())} learned"
     texts = [
       f"<p>{_marked(parts)}</p>"
       for parts in parts_of(example, load.tokenizer, load.image_token_id, load.tokens_per_image)
@@ -42,25 +42,25 @@ def page(prepared: Prepared) -> str:
 def parts_of(
   example: Example, tokenizer, image_token_id: int, tokens_per_image: int
 ) -> Iterator[list[tuple[str, bool]]]:
-  """The texts of an example: its prompt, or all of it, then its ranked answers.
+  """Yields the texts of an example: the conversation, or the prompt and then its ranked answers.
 
   Args:
-    example: tokenised.
-    tokenizer: what it was tokenised by.
+    example: tokenized.
+    tokenizer: that made its tokens.
     image_token_id, tokens_per_image: of the model.
 
   Yields:
-    Consecutive pieces of a text, each with whether it is learnt.
+    Consecutive pieces of a text, each with whether it is learned.
   """
-  learnt = np.append(False, example.loss_mask[:-1] > 0)
+  learned = np.append(False, example.loss_mask[:-1] > 0)
   texts = [example.branches == 0]
   if len(example.answers):  # each begins with a copy of the prompt's last token
     firsts = np.flatnonzero(np.diff(example.branches, prepend=0))
-    texts[0] = texts[0] | (np.arange(len(learnt)) == firsts[0])
-    rest = ~np.isin(np.arange(len(learnt)), firsts)
+    texts[0] = texts[0] | (np.arange(len(learned)) == firsts[0])
+    rest = ~np.isin(np.arange(len(learned)), firsts)
     texts += [rest & (example.branches == k + 1) for k in range(len(example.answers))]
   for chosen in texts:
-    tokens, marks = example.tokens[chosen], learnt[chosen]
+    tokens, marks = example.tokens[chosen], learned[chosen]
     pieces, ids, before = [], [], ""
     pictures = tokens == image_token_id
     for (mark, picture), group in itertools.groupby(
@@ -84,5 +84,5 @@ def _kind(token) -> tuple[bool, bool]:
 
 def _marked(pieces: list[tuple[str, bool]]) -> str:
   return "".join(
-    f"<mark>{html.text(text)}</mark>" if learnt else html.text(text) for text, learnt in pieces
+    f"<mark>{html.text(text)}</mark>" if learned else html.text(text) for text, learned in pieces
   )

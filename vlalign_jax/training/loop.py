@@ -1,4 +1,4 @@
-"""The loop all stages share: next batch, step, log, evaluate, save; stops and resumes exactly."""
+"""The loop of all stages: next batch, step, log, evaluate, save; stops and resumes exactly."""
 
 import collections
 import dataclasses
@@ -19,7 +19,7 @@ from vlalign_jax.training.metrics import MetricLog, Throughput
 # Metrics are read this many steps late, so that the devices never wait for the host.
 LAG = 2
 MAX_SKIPPED_IN_A_ROW = 10
-# Share of the records, and later of the examples so far, that may turn out unreadable under
+# Share of the records, or of the examples so far if they are more, that may be unreadable with
 # data.on_bad_record=skip.
 MAX_BAD_RECORDS = 0.01
 
@@ -49,7 +49,7 @@ class LoopFunctions:
 
 
 class Stop:
-  """Set by SIGTERM (preemption) of this host: the loops of all then save and end in order."""
+  """Whether SIGTERM (preemption) asked this host to stop; all hosts then save and end in order."""
 
   def __init__(self):
     self.asked = False
@@ -78,10 +78,10 @@ def run(
     workdir: the run directory.
     functions: what the loop calls.
     state: where to begin.
-    progress: of the checkpoint that `state` is from; at the start {"bad_records": 0}, and what
-      every checkpoint of the run is to hold.
-    batches: iterator with `get_state` and `set_state`, standing at the state's step.
-    manager: takes the checkpoints.
+    progress: of the checkpoint that `state` is from. At the start it has {"bad_records": 0}, and
+      what every checkpoint of the run is to hold.
+    batches: iterator with `get_state` and `set_state`, at the state's step.
+    manager: of the checkpoints.
     total_steps: where to end.
 
   Returns:
@@ -93,7 +93,7 @@ def run(
   if "data" in progress:
     batches.set_state(progress["data"])  # checks that the examples so far are the same
   stop, first = Stop(), int(state.step)
-  alone, told = jax.process_count() == 1, False
+  alone, others_stop = jax.process_count() == 1, False
   log, throughput = MetricLog(workdir, first, total_steps, functions.lag), Throughput()
   pending, bad_records = collections.deque(), progress["bad_records"]
   carried = progress.get("carried", {})
@@ -105,14 +105,14 @@ def run(
 
   def settle(keep: int) -> None:
     """Reads the metrics of all but the newest `keep` steps."""
-    nonlocal bad_records, told
+    nonlocal bad_records, others_stop
     while len(pending) > keep:
       step, metrics, counts = pending.popleft()
       metrics, counts = jax.device_get((metrics, counts))
       bad_records += int(counts["bad_records"])
       examples = max(functions.records, step * config.batch_size)
       check_bad_records("data.train", bad_records, examples, config.data.on_bad_record)
-      told = told or counts["stop"] > 0
+      others_stop = others_stop or counts["stop"] > 0
       if metrics.pop("skipped_in_a_row") >= MAX_SKIPPED_IN_A_ROW:
         raise InputError(
           f"step {step}: loss or gradient was not finite for {MAX_SKIPPED_IN_A_ROW} updates in a "
@@ -126,33 +126,33 @@ def run(
         log.write(step, values, more_follow=evaluated(step))
 
   def stops() -> bool:
-    """Whether a host was asked to stop: all hosts are told at the same step, and none waits for it.
+    """Returns whether a host was asked to stop: all hosts know at the same step, without waiting.
 
     A step is counted before its update, so the oldest count here is known as soon as the metrics
     that `settle` has just read.
     """
     if alone:
       return stop.asked
-    return told or bool(pending and jax.device_get(pending[0][2]["stop"]) > 0)
+    return others_stop or bool(pending and jax.device_get(pending[0][2]["stop"]) > 0)
 
   def evaluate(step: int) -> None:
     settle(0)
     try:
       with out_of_memory.explained(out_of_memory.EVALUATION, config):
-        found = functions.evaluate(state)
+        values = functions.evaluate(state)
     except InputError:  # an evaluation that fails must not cost what was trained
       save(step)
       raise
-    found = {f"eval/{key}": value for key, value in found.items()}
-    log.write(step, found)
+    values = {f"eval/{key}": value for key, value in values.items()}
+    log.write(step, values)
     measured.clear()
-    measured[step] = found
-    throughput.rates()  # the time of evaluation is nobody's throughput
+    measured[step] = values
+    throughput.restart()  # the time of evaluation does not count
 
   def save(step: int, position: dict | None = None) -> None:
     settle(0)
     log.flush()  # a checkpoint never knows of steps that the log does not
-    here = {
+    newest = {
       "step": step,
       "bad_records": bad_records,
       "data": position or batches.get_state(),
@@ -160,12 +160,12 @@ def run(
       "metrics": measured.get(step, {}),
       "carried": carried,
     }
-    checkpoints.save(manager, step, state, progress | here)
+    checkpoints.save(manager, step, state, progress | newest)
 
   def save_before(step: int, position: dict) -> None:
-    """Saves what was reached before a step that has failed, unless it had begun to learn."""
-    gone = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    if alone and saved < step - 1 and not gone:
+    """Saves the state from before a step that failed, unless the step has already given it up."""
+    deleted = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    if alone and saved < step - 1 and not deleted:
       save(step - 1, position)
 
   saved = first
@@ -200,7 +200,7 @@ def run(
       save(last)
   finally:
     log.close()
-    manager.wait_until_finished()  # a bad record must not end a save, too
+    manager.wait_until_finished()  # a bad record must not interrupt a save
   if last < total_steps:
     logging.info("SIGTERM: saved at step %d; the same command goes on from there", last)
     return None
@@ -210,16 +210,16 @@ def run(
 def check_bad_records(name: str, bad: int, examples: int, on_bad_record: str = "skip") -> None:
   """Refuses data of which more than MAX_BAD_RECORDS = 1 % is bad; one bad record alone is fine.
 
-  With several hosts every bad record comes here, so that all hosts end at the same step.
+  With several hosts every bad record is counted here, so that all hosts end at the same step.
 
   Args:
     name: the config key of the data.
-    bad: how many examples were left out.
-    examples: of how many.
+    bad: number of examples that were left out.
+    examples: number of all examples.
     on_bad_record: the config's; with "error" no record may be bad.
 
   Raises:
-    InputError: there are too many, or there is no good one.
+    InputError: too many are bad, or all are.
   """
   if bad and on_bad_record == "error":
     raise InputError(

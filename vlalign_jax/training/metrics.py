@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, TensorBoard and a progress bar, from process 0 only."""
+"""Writes metrics to metrics.jsonl, TensorBoard and a progress bar, from process 0 only."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from vlalign_jax.runs import run_directory
 
 # A bucket takes files as a whole: seconds between copies of the log while nothing is saved.
 UPLOAD_EVERY = 60.0
-# What stands beside the progress bar.
+# What the progress bar shows.
 SHOWN = (
   "loss",
   "accuracy",
@@ -32,9 +32,9 @@ SHOWN = (
 
 
 class MetricLog:
-  """Writes metrics as they come; what was logged before a crash and after `step` is replaced.
+  """Writes metrics as they come; those that a crashed run logged after `step` are replaced.
 
-  If `workdir` is a URL, the files grow in a directory of this machine and are copied by `flush`.
+  If `workdir` is a URL, the files are written to this machine and copied there by `flush`.
   """
 
   def __init__(self, workdir: str, step: int, total_steps: int, lag: int = 0):
@@ -46,8 +46,8 @@ class MetricLog:
     self._directory = self._copied.name if self._copied else workdir
     path = os.path.join(self._directory, "metrics.jsonl")
     storage.write(path, run_directory.metrics_until(epath.Path(workdir) / "metrics.jsonl", step))
-    self._held: dict[str, float] = {}
-    self._held_step = 0
+    self._waiting: dict[str, float] = {}
+    self._waiting_step = 0
     self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
     self._board = SummaryWriter(self._directory, purge_step=step + 1 if step else None)
     self._uploaded = time.monotonic()
@@ -59,15 +59,15 @@ class MetricLog:
       self._bar.advance(step - self._bar.n)
 
   def write(self, step: int, metrics: dict[str, float], more_follow: bool = False) -> None:
-    """One line of metrics.jsonl and one point a curve; non-finite numbers become null.
+    """Writes one line of metrics.jsonl and one point of each curve; non-finite numbers become null.
 
     With `more_follow` the line waits for the next call, which must be for the same step.
     """
     if not self._writes:
       return
-    metrics, self._held = self._held | metrics, {}
+    metrics, self._waiting = self._waiting | metrics, {}
     if more_follow:
-      self._held, self._held_step = metrics, step
+      self._waiting, self._waiting_step = metrics, step
       return
     finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
     self._file.write(json.dumps({"step": step} | finite) + "\n")
@@ -81,11 +81,11 @@ class MetricLog:
       self.flush()
 
   def flush(self) -> None:
-    """Brings all that was written to where it lasts."""
+    """Writes everything to the disk, or to the bucket."""
     if not self._writes:
       return
-    if self._held:  # what was to follow never came
-      self.write(self._held_step, {})
+    if self._waiting:  # the rest of its line never came
+      self.write(self._waiting_step, {})
     if not self._copied:
       os.fsync(self._file.fileno())
       return
@@ -105,9 +105,13 @@ class MetricLog:
 
 
 class Throughput:
-  """Rates since the last call of `rates`."""
+  """Tokens and examples a second since the last call of `rates` or `restart`."""
 
   def __init__(self):
+    self.restart()
+
+  def restart(self) -> None:
+    """Starts counting anew."""
     self._start, self._tokens, self._examples = time.perf_counter(), 0, 0
 
   def add(self, tokens: int, examples: int) -> None:
@@ -116,11 +120,11 @@ class Throughput:
     self._examples += examples
 
   def rates(self) -> dict[str, float]:
-    """tokens_per_second (padding not counted) and examples_per_second; starts counting anew."""
+    """Returns tokens_per_second (without padding) and examples_per_second, and starts anew."""
     seconds = max(time.perf_counter() - self._start, 1e-9)
     rates = {
       "tokens_per_second": round(self._tokens / seconds, 1),
       "examples_per_second": round(self._examples / seconds, 3),
     }
-    self.__init__()
+    self.restart()
     return rates

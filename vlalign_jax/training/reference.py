@@ -36,12 +36,12 @@ DIRECTORY = "reference"
 def log_probabilities(
   config, workdir: str, mesh: Mesh, opened: source.ModelSource, data: dict, share: dict
 ) -> dict[str, np.ndarray]:
-  """The reference's log-probabilities of all answers of data sets, read where they are kept.
+  """Reads or computes the reference's log-probabilities of all answers of data sets.
 
   Args:
     config: of the run.
     workdir: the run directory.
-    mesh: over which rows are split.
+    mesh: over which batches are split.
     opened: the model that the run starts from.
     data: name of the set -> Prepared.
     share: of `start.my_share`.
@@ -51,8 +51,8 @@ def log_probabilities(
     could not be read.
 
   Raises:
-    InputError: what is kept there is of other data or of another model, or damaged; or too many
-      records cannot be read.
+    InputError: a stored file is damaged, or of other data or another model; or too many records
+      cannot be read.
   """
   tables = {}
   for name, prepared in data.items():
@@ -91,7 +91,7 @@ def add_to_batch(table: np.ndarray, batch: dict[str, np.ndarray]) -> dict[str, n
 
 
 def fingerprint(config, opened: source.ModelSource, prepared: Prepared) -> str:
-  """What the numbers depend on: records, template, tokenizer, preprocessing and the model."""
+  """Returns a hash of what the log-probabilities depend on: records, preprocessing and model."""
   example, pictures = (prepared.pipeline[name] for name in ("load_example", "load_image"))
   digest = hashlib.sha256(repr(sorted(example.data.items())).encode())
   digest.update(opened.tokenizer.backend_tokenizer.to_str().encode())
@@ -162,23 +162,23 @@ def _compute(config, reference, params, mesh, prepared, name: str, share: dict) 
 
   def settle(keep: int) -> None:
     while len(pending) > keep:
-      numbers, found = jax.device_get(pending.pop(0))
-      table[numbers[numbers >= 0]] = found[numbers >= 0]
+      numbers, values = jax.device_get(pending.pop(0))
+      table[numbers[numbers >= 0]] = values[numbers >= 0]
 
   with prepared.batches(workers=0, **share) as batches:
     for step in progress.shown(range(steps), "reference", steps, unit="step"):
-      rows = next(batches)
-      of_step = _examples_of(prepared, step)
-      if missing[of_step].any():  # later epochs show them again
-        missing[of_step] = False
-        rows = hosts.to_device(mesh, rows)
-        counts.append(count(rows, rows.pop("skipped")))
-        pending.append(reference.log_probabilities(params, rows))
+      batch = next(batches)
+      in_step = _examples_of(prepared, step)
+      if missing[in_step].any():  # later epochs show them again
+        missing[in_step] = False
+        batch = hosts.to_device(mesh, batch)
+        counts.append(count(batch, batch.pop("skipped")))
+        pending.append(reference.log_probabilities(params, batch))
         settle(2)
       if not missing.any():
         break
   settle(0)
-  bad = sum(int(found["bad_records"]) for found in jax.device_get(counts))
+  bad = sum(int(one["bad_records"]) for one in jax.device_get(counts))
   loop.check_bad_records(f"data.{name}", bad, prepared.records, config.data.on_bad_record)
   return table
 
@@ -199,10 +199,10 @@ def _write(directory: epath.Path, name: str, key: str, table: np.ndarray) -> Non
 def _read(place: epath.Path, key: str) -> np.ndarray:
   try:
     with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as content:
-      found, table = str(content["fingerprint"]), content["log_probabilities"]
+      stored, table = str(content["fingerprint"]), content["log_probabilities"]
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
     raise InputError(f"{place}: damaged ({error}); delete it, and it is computed again") from error
-  if found != key:
+  if stored != key:
     raise InputError(
       f"{place}: the reference's log-probabilities there are of other data, another template or "
       "another model than this command's; delete it to compute them again, or start in a new "

@@ -1,4 +1,4 @@
-"""How every stage's run begins: what is asked for is checked, then its state loaded or restored."""
+"""Begins a run of any stage: checks what is asked for, then loads or restores its state."""
 
 import functools
 
@@ -21,7 +21,7 @@ from vlalign_jax.weights import export, load, provenance, source
 def open_run(
   config, workdir: str, stage: Stage, devices=None
 ) -> tuple[jax.sharding.Mesh, source.ModelSource]:
-  """Checks what can be checked without data, and makes or finds the run directory.
+  """Checks what can be checked without data, and makes or opens the run directory.
 
   Args:
     config: of the run; paths in it become absolute.
@@ -55,10 +55,10 @@ def check_same_data(*prepared: Prepared | None) -> None:
 
 
 def my_share(mesh: jax.sharding.Mesh) -> dict:
-  """The arguments of `Prepared.batches` that give this process its rows."""
+  """Returns the arguments of `Prepared.batches` that give this process its rows."""
   share = hosts.row_share(mesh)
   options = {"blocks": share.blocks, "block_count": share.count}
-  if jax.process_count() > 1:  # what one host cannot read is every host's to end at, or to skip
+  if jax.process_count() > 1:  # all hosts then end, or skip, at the same step
     options["on_bad_record"] = "skip"
   return options
 
@@ -73,7 +73,7 @@ def restore_or_load(
   defaults: ConfigDict,
   make_state=None,
 ):
-  """The newest checkpoint's state, or the first one.
+  """Restores the newest checkpoint's state, or loads the first one.
 
   Args:
     config: of the run.
@@ -82,7 +82,7 @@ def restore_or_load(
     program: of the run.
     train: the training data.
     defaults: of the stage's config.
-    make_state: () -> the first state; None: that of the program with the model's weights.
+    make_state: () -> the first state; None: the program's, with the model's weights.
 
   Returns:
     (checkpoint manager, TrainState, progress); the state is None if the run is finished.
@@ -117,7 +117,7 @@ def restore_or_load(
 
 @out_of_memory.names(out_of_memory.LOADING)
 def load_trained(config, opened: source.ModelSource, program: TrainedModel) -> dict:
-  """The trained parameters as they are before training."""
+  """Loads the trained parameters with their values before training."""
   is_trained = functools.partial(optimizer.is_trained, config=config)
   return load.load_params(opened, program.params, config.seed, is_trained)
 
