@@ -1,4 +1,4 @@
-"""A run directory: made, checked against the config that is resumed with, and written to."""
+"""Makes a run directory, and checks it against the config that a run is resumed with."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from vlalign_jax import config as configs
 from vlalign_jax import storage, trees
 from vlalign_jax.errors import InputError
 
-# What may change between a run and its resumption without changing what it computed so far, nor
+# Keys that may change when a run is resumed: they change neither what it has computed so far nor
 # which examples a step learns from.
 HARMLESS = (
   "log_every",
@@ -29,8 +29,9 @@ HARMLESS = (
   "ppo.log_samples_every",
   "ppo.log_samples",
 )
-# These change the order of sums besides, and so the last bits: a run may need them to fit on other
-# devices. Micro-batches are weighted by their tokens, so their number changes no more than that.
+# These may change as well, since a run may need it to fit on other devices. They change the order
+# of sums, and so the last bits. Micro-batches are weighted by their tokens, so their number changes
+# no more than that.
 ROUNDING = (
   "grad_accumulation",
   "model.remat",
@@ -47,14 +48,15 @@ ROUNDING = (
 
 
 def open_run(workdir: str, config: ConfigDict) -> bool:
-  """Makes the directory and its config.json, or checks that a run there has the same config.
+  """Makes the directory and its config.json, or checks that the run there has the same config.
 
   Returns:
-    Whether there is a run to go on with; one that has saved nothing begins anew, with any config.
+    Whether there is a run to resume; one that has saved nothing starts again, with any config.
 
   Raises:
-    InputError: the directory is none or cannot be written to, holds a run with another config, or
-      a config.json that is no run's; or the processes do not see the same directory.
+    InputError: the directory is missing from the command, cannot be written to, or has a
+      config.json of a run with another config, of another version or of no run; or the processes do
+      not see the same directory.
   """
   if not workdir:
     raise InputError("--workdir is missing: the directory that this run is written to")
@@ -63,7 +65,7 @@ def open_run(workdir: str, config: ConfigDict) -> bool:
   path = directory / "config.json"
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    stored = _read_config(path) if path.exists() else None
+    stored = stored_config(workdir) if path.exists() else None
     resumes = has_saved(directory)
     if stored and resumes:
       _check_config(stored, config, workdir)
@@ -75,7 +77,7 @@ def open_run(workdir: str, config: ConfigDict) -> bool:
   except Exception as error:
     if not isinstance(error, OSError) and not storage.is_url(workdir):
       raise
-    reason = getattr(error, "strerror", None) or error  # libraries of buckets have their own errors
+    reason = getattr(error, "strerror", None) or error  # a bucket's library has errors of its own
     raise InputError(f"--workdir {workdir} cannot be written to: {reason}") from error
   return resumes
 
@@ -84,7 +86,7 @@ def _check_shared(directory: epath.Path) -> None:
   """Refuses a directory that is not the same one for all processes, and waits for all of them."""
   if jax.process_count() == 1:
     return
-  # A name that no process has ever looked for, so that no file system remembers its absence.
+  # A new name: a file system may remember that a file which was looked for before was missing.
   number = int(multihost_utils.broadcast_one_to_all(np.uint32(time.time_ns() % 2**32)))
   probe = directory / f"shared-{number}"
   if jax.process_index() == 0:
@@ -101,50 +103,51 @@ def _check_shared(directory: epath.Path) -> None:
 
 
 def has_saved(directory: epath.Path) -> bool:
-  """Whether the run there has saved a checkpoint to go on from."""
+  """Returns whether the run there has saved a checkpoint to resume from."""
   steps = directory / "checkpoints"
   return steps.is_dir() and any(step.name.isdigit() for step in steps.iterdir())
 
 
-def _read_config(path: epath.Path) -> dict:
-  try:
-    stored = json.loads(path.read_text())
-  except ValueError as error:
-    raise InputError(f"{path} is not JSON ({error}); restore it or choose another --workdir") from (
-      error
-    )
-  if not isinstance(stored, dict) or "stage" not in stored:
-    raise InputError(f"{path} is not the config of a run; choose another --workdir")
-  return stored
-
-
-def with_defaults(stored: dict) -> dict:
-  """A stored config with the keys that it lacks, of a version that did not have them yet.
-
-  Their defaults do what was done before there were these keys.
-  """
-  known = trees.flatten(configs.defaults(stored["stage"]).to_dict())
-  return trees.unflatten(known | trees.flatten(stored))
-
-
 def stored_config(directory: str) -> dict:
-  """The config of a run directory; keys that its version did not know have their defaults.
+  """Reads the config of a run directory; keys that it lacks get their defaults.
 
   Raises:
-    InputError: its config.json is missing or damaged.
+    InputError: its config.json is missing or damaged, is not a run's, or has keys that this version
+      does not have.
   """
   path = epath.Path(directory) / "config.json"
   try:
-    return with_defaults(json.loads(path.read_text()))
-  except (OSError, ValueError, KeyError) as error:
-    raise InputError(f"{path}: no readable config of a run: {error}") from error
+    stored = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise InputError(
+      f"{path} cannot be read as JSON ({error}); restore it, or name another directory"
+    ) from error
+  if not isinstance(stored, dict) or "stage" not in stored:
+    raise InputError(f"{path} is not the config of a run; name another directory")
+  return _complete(stored, path)
+
+
+def _complete(stored: dict, where: str | epath.Path) -> dict:
+  """Returns a stored config with the defaults of keys that were added since it was written.
+
+  Raises:
+    InputError: the version that wrote it had other names for the keys.
+  """
+  known = trees.flatten(configs.defaults(stored["stage"]).to_dict())
+  stored = trees.flatten(stored)
+  if unknown := sorted(path.replace("/", ".") for path in stored.keys() - known.keys()):
+    raise InputError(
+      f"{where} was written by an earlier version (or a later one), whose keys had other names: "
+      f"{', '.join(unknown)}; export the run with that version, or start again in a new directory"
+    )
+  return trees.unflatten(known | stored)
 
 
 def _check_config(stored: dict, config: ConfigDict, workdir: str) -> list[str]:
-  """Refuses keys that differ and are not known to be harmless; gives those that cost rounding."""
+  """Refuses keys that differ and are not in HARMLESS; returns those that change the rounding."""
   stored, now = (
     {path.replace("/", "."): value for path, value in trees.flatten(values).items()}
-    for values in (with_defaults(stored), config.to_dict())
+    for values in (stored, config.to_dict())
   )
   differing = {
     key: f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now"
@@ -164,12 +167,12 @@ def _check_config(stored: dict, config: ConfigDict, workdir: str) -> list[str]:
 
 
 def check_progress(progress: dict, config: ConfigDict, plan: dict, workdir: str) -> None:
-  """Refuses to go on from a checkpoint with another config or other data.
+  """Refuses to resume a checkpoint with another config or other data.
 
   Args:
     progress: of the checkpoint. Its `plan` has `steps` and `records`, and `examples`, a checksum of
-      which records come when and how long they are: schedules and the order of records span the
-      whole run. Its `config` is what it was computed by, if there is no config.json left, too.
+      the order and the lengths of the records: schedules and the order span all steps. Its `config`
+      is the one that computed it, and is there even if config.json is lost.
     config: of this command.
     plan: of this command.
     workdir: the run directory.
@@ -177,8 +180,8 @@ def check_progress(progress: dict, config: ConfigDict, plan: dict, workdir: str)
   Raises:
     InputError: they differ.
   """
-  rounding = _check_config(progress.get("config", config.to_dict()), config, workdir)
-  if rounding:
+  stored = _complete(progress.get("config", config.to_dict()), f"the checkpoint in {workdir}")
+  if rounding := _check_config(stored, config, workdir):
     logging.info("from here on the same up to rounding only (%s)", "; ".join(rounding))
   stored, now = progress["plan"], plan
   if stored == now:
@@ -196,9 +199,9 @@ def check_progress(progress: dict, config: ConfigDict, plan: dict, workdir: str)
 
 
 def metrics_until(path: epath.Path, step: int) -> str:
-  """The lines of metrics.jsonl up to a step, without a half-written last one.
+  """Returns the lines of metrics.jsonl up to a step, without a half-written last one.
 
-  A run that begins anew, at step 0, keeps none: it writes that of step 0 again.
+  A run that starts again at step 0 keeps none: it writes the line of step 0 again.
   """
   if not step:
     return ""
