@@ -98,7 +98,7 @@ def untrained(source: ModelSource, paths: set[str], dtype: np.dtype | None):
   for path in sorted(paths):
     name = entries[path].name
     for layer, tensor in enumerate(entries[path].tensors):
-      stored = shards.read_whole(name, tensor, source.config.language.vocab_size)
+      stored = shards.read_tensor(name, tensor, source.config.language.vocab_size)
       yield name.tensor.format(layer), as_stored(stored, dtype)
 
 
