@@ -1,4 +1,4 @@
-"""What users get wrong on the command line ends in one line that names the flag and the mend."""
+"""Tests that mistakes on the command line end in one line that names the flag and the fix."""
 
 import logging
 import pathlib
@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture
 def parse(monkeypatch):
-  """`(*arguments) -> config`, as scripts read their command line."""
+  """Returns `(*arguments) -> config`, which reads a command line as scripts do."""
 
   def parse(*arguments):
     values = flags.FlagValues()
@@ -67,24 +67,24 @@ BAD_COMMANDS = {
   ),
   "key without dashes": (
     [DEMO, "config.num_train_epochs=3"],
-    ["'config.num_train_epochs=3' is no flag"],
+    ["'config.num_train_epochs=3' is not a flag"],
   ),
   "misspelt flag": ([DEMO, "--workdri=x"], ["'workdri'", "Did you mean: workdir"]),
   "not a number": (
     [DEMO, "--config.batch_size=many"],
-    ["config.batch_size is 'many'; give a whole number"],
+    ["config.batch_size is 'many'; it must be a whole number"],
   ),
-  "not whole": (
+  "not a whole number": (
     [DEMO, "--config.max_steps", "1.5"],
-    ["config.max_steps is '1.5'; give a whole number"],
+    ["config.max_steps is '1.5'; it must be a whole number"],
   ),
   "not a fraction": (
     [DEMO, "--config.num_train_epochs=two"],
-    ["config.num_train_epochs is 'two'; give a number"],
+    ["config.num_train_epochs is 'two'; it must be a number"],
   ),
   "not true or false": (
     [DEMO, "--config.train.embeddings=maybe"],
-    ["config.train.embeddings is 'maybe'; give true or false"],
+    ["config.train.embeddings is 'maybe'; it must be true or false"],
   ),
   "value missing": (
     [DEMO, "--config.num_train_epochs"],
@@ -120,7 +120,7 @@ BAD_CONFIG_FILES = {
   "not Python": ("def get_config(:", ["SyntaxError", "line 1"]),
   "no get_config": ("x = 1", ["'get_config'"]),
   "fails": ("def get_config():\n  return [][0]", ["IndexError: list index out of range"]),
-  "no config": ("def get_config():\n  return {}", ["gives a dict, not a ConfigDict"]),
+  "no config": ("def get_config():\n  return {}", ["returns dict, not ConfigDict"]),
   "value of another type": (
     "from vlalign_jax.stages import defaults\n"
     "def get_config():\n  c = defaults('sft')\n  c.batch_size = 'x'\n  return c",
@@ -161,12 +161,12 @@ def test_good_command_line(parse):
 
 
 def _documented_commands() -> list[str]:
-  """Every command of README, docs and the docstrings of configs that has a config."""
+  """Returns every command with a config in the README, docs and the docstrings of configs."""
   pages = ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").glob("*.py")
   texts = [path.read_text() for path in pages]
   lines = "\n".join(texts).replace("\\\n", " ").splitlines()
-  found = (line.partition("python scripts/")[1:] for line in lines if "--config=" in line)
-  return [f"{python}{rest}" for python, rest in found if python]
+  parts = (line.partition("python scripts/")[1:] for line in lines if "--config=" in line)
+  return [f"{python}{rest}" for python, rest in parts if python]
 
 
 def test_documented_commands(parse):
@@ -188,7 +188,7 @@ def test_log_keeps_warnings_and_our_own_lines(monkeypatch):
   monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / "train_sft.py")])
 
   def passes(path, level):
-    return cli._is_worth_a_line(logging.LogRecord("absl", level, str(path), 1, "", (), None))
+    return cli._is_logged(logging.LogRecord("absl", level, str(path), 1, "", (), None))
 
   orbax = "/usr/lib/python3/site-packages/orbax/checkpoint/checkpoint_manager.py"
   assert not passes(orbax, logging.INFO)
@@ -201,7 +201,7 @@ HIDES_TORCH = "import sys; sys.modules['torch'] = None; "
 
 
 @pytest.mark.parametrize("first", ["", "import vlalign_jax; "])
-def test_transformers_does_not_speak_of_torch(first):
+def test_transformers_does_not_warn_about_torch(first):
   done = subprocess.run(
     [sys.executable, "-c", HIDES_TORCH + first + "import transformers"],
     cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Commands of an installed package: every entry point is a script, and presets are found."""
+"""Tests the commands of an installed package: entry points are scripts, presets are located."""
 
 import pathlib
 import tomllib
@@ -46,7 +46,7 @@ def test_presets_of_the_working_directory_come_first(tmp_path, monkeypatch):
 
 
 def test_installed_presets_are_found_elsewhere(tmp_path, monkeypatch):
-  """A stand-in for the installed package of presets."""
+  """A temporary directory stands in for the installed package of presets."""
   package = tmp_path / "site" / "configs"
   package.mkdir(parents=True)
   (package / "__init__.py").touch()
@@ -55,5 +55,5 @@ def test_installed_presets_are_found_elsewhere(tmp_path, monkeypatch):
 
   monkeypatch.setattr(vlalign_jax, "__path__", [str(package.parent), *vlalign_jax.__path__])
   monkeypatch.chdir(tmp_path)
-  found = presets.find_installed(["x", "--config=configs/sft.py:demo", "--config=configs/no.py"])
-  assert found == ["x", f"--config={package / 'sft.py'}:demo", "--config=configs/no.py"]
+  argv = presets.find_installed(["x", "--config=configs/sft.py:demo", "--config=configs/no.py"])
+  assert argv == ["x", f"--config={package / 'sft.py'}:demo", "--config=configs/no.py"]

@@ -1,4 +1,4 @@
-"""Time left: compilation is not in it, whatever shapes come when, nor are steps before a resume."""
+"""Tests that the time left contains neither compilation nor the steps before a resume."""
 
 import io
 
@@ -8,7 +8,7 @@ from vlalign_jax import progress
 
 
 class Clock:
-  """A stand-in for time and for compilation in it."""
+  """Simulates time, and compilation during it."""
 
   def __init__(self):
     self.now, self.spans = 100.0, []
@@ -28,8 +28,8 @@ class Clock:
 
 
 def run(pace: progress.Pace, clock: Clock, compiles: dict, steps: int, seconds: float, lag: int):
-  """A loop of `lag`: step n is dispatched at once, run behind, and reported `lag` steps late."""
-  free, ends = clock.now, []  # when the devices have done what they were given
+  """Simulates a loop whose steps are dispatched at once and reported `lag` steps late."""
+  free, ends = clock.now, []  # when the devices have done all that was dispatched
   for step in range(1, steps + 1):
     clock.compile(compiles.get(step, 0.0))
     free = max(free, clock.now) + seconds

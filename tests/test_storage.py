@@ -1,4 +1,4 @@
-"""A run directory behind a URL, in a bucket that is simulated in memory."""
+"""Tests a run directory at a URL, in a bucket that is simulated in memory."""
 
 import json
 import os
@@ -18,7 +18,7 @@ RUN = "gs://bucket/runs/sft"
 
 @pytest.fixture
 def bucket(monkeypatch):
-  """fsspec's file system in memory in place of gs://; gives path below the run -> content."""
+  """Puts fsspec's file system in memory in place of gs://; returns () -> {path: content}."""
   memory = fsspec.filesystem("memory")
   memory.store.clear()
   memory.pseudo_dirs[:] = [""]
@@ -46,7 +46,7 @@ def test_a_missing_library_is_named(monkeypatch):
       storage.check(RUN, "--workdir")
 
 
-def test_directories_go_there_and_back(bucket, tmp_path):
+def test_directories_are_uploaded_and_downloaded(bucket, tmp_path):
   with storage.written(f"{RUN}/model") as directory:
     assert os.path.isdir(directory)
     for name in ("a.json", "b.json"):
@@ -60,7 +60,7 @@ def test_directories_go_there_and_back(bucket, tmp_path):
 
 
 def test_a_run_directory(bucket):
-  """...is made, is the same when it is opened again, and refuses another config."""
+  """It is made, is the same when it is opened again, and refuses another config."""
   config = sft_run.make_config("model", "train.json")
   assert not run_directory.open_run(RUN, config)
   assert json.loads(bucket()["config.json"]) == json.loads(json.dumps(config.to_dict()))
@@ -71,7 +71,7 @@ def test_a_run_directory(bucket):
 
 
 def test_metrics(bucket):
-  """...are there once they are flushed, and go on from what is there."""
+  """They are in the bucket once they are flushed, and are continued from what is there."""
   log = metrics.MetricLog(RUN, 0, 4)
   log.write(1, {"loss": 3.0})
   log.write(2, {"loss": 2.0})
@@ -88,7 +88,7 @@ def test_metrics(bucket):
   assert any(name.startswith("events.") for name in bucket())
 
 
-def test_metrics_go_there_now_and_then(bucket, monkeypatch):
+def test_metrics_are_uploaded_at_intervals(bucket, monkeypatch):
   monkeypatch.setattr(metrics, "UPLOAD_EVERY", 0.0)
   log = metrics.MetricLog(RUN, 0, 4)
   log.write(1, {"loss": 3.0})
@@ -96,7 +96,7 @@ def test_metrics_go_there_now_and_then(bucket, monkeypatch):
   log.close()
 
 
-def test_what_the_bucket_says_is_shown(bucket, monkeypatch):
+def test_an_error_of_the_bucket_is_shown(bucket, monkeypatch):
   class HttpError(Exception):
     pass
 

@@ -1,4 +1,4 @@
-"""The commands of an installed package: `vlalign-train-sft` is scripts/train_sft.py, and so on."""
+"""Runs the commands of an installed package: `vlalign-train-sft` runs scripts/train_sft.py."""
 
 import functools
 import runpy
@@ -28,7 +28,7 @@ def run_script(name: str) -> None:
 
 
 def __getattr__(name: str):
-  """Returns what an entry point calls: `vlalign_jax.console:train_sft` and its likes."""
+  """Returns the function that an entry point names, such as `vlalign_jax.console:train_sft`."""
   if name in SCRIPTS:
     return functools.partial(run_script, name)
   raise AttributeError(name)

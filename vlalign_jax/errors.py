@@ -1,5 +1,5 @@
-"""The one exception for what the user gave us: its message names the place and the mend."""
+"""Defines InputError, the one exception for mistakes in what the user provides."""
 
 
 class InputError(ValueError):
-  """A file, record, flag or directory is not usable; the message is shown without a traceback."""
+  """A file, record, flag or directory is unusable; the message says where and how to fix it."""

@@ -1,4 +1,4 @@
-"""HTML pages that need nothing beside them: text escaped, pictures inside."""
+"""Makes HTML pages that need no other file: text is escaped, pictures are embedded."""
 
 import base64
 import io
@@ -40,7 +40,7 @@ svg { max-width: 100%; } svg text { fill: currentColor; font-size: 12px; }
 
 
 def page(title: str, body: Iterable[str]) -> str:
-  """A whole document; `title` is text, `body` HTML."""
+  """Returns a complete document; `title` is plain text, `body` is HTML."""
   return (
     '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -50,12 +50,12 @@ def page(title: str, body: Iterable[str]) -> str:
 
 
 def text(value) -> str:
-  """Any value as text that is nothing but text in HTML."""
+  """Returns a value as text, escaped for HTML."""
   return escape(str(value), quote=True)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable]) -> str:
-  """A table; numbers stand to the right, `None` is a dash."""
+  """Returns a table; numbers are aligned to the right, `None` is a dash."""
   lines = ["".join(f"<th>{text(name)}</th>" for name in head)]
   lines += ["".join(map(_cell, row)) for row in rows]
   return "<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
@@ -66,13 +66,13 @@ def _cell(value) -> str:
 
 
 def number_cell(value: float | None) -> str:
-  """A table's cell with a number, a dash for None."""
+  """Returns a table cell with a number, or a dash for None."""
   shown = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else value
   return f'<td class="number">{text(shown)}</td>'
 
 
 def pictures(root: str, paths: Iterable[str]) -> str:
-  """The pictures of a record, small; one that cannot be read is named instead."""
+  """Returns the pictures of a record as thumbnails; an error replaces one that cannot be read."""
   shown = []
   for path in dict.fromkeys(paths):
     try:

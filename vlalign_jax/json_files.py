@@ -1,4 +1,4 @@
-"""JSON files beside a model: config.json and the like."""
+"""Reads and writes the JSON files of a model directory, such as config.json."""
 
 import json
 from typing import Any
@@ -7,10 +7,10 @@ from vlalign_jax.errors import InputError
 
 
 def read(path: str) -> dict[str, Any] | None:
-  """The object in a JSON file, None if there is no such file.
+  """Returns the object in a JSON file; None if there is no such file.
 
   Raises:
-    InputError: the file cannot be read or holds no object.
+    InputError: the file cannot be read or does not hold an object.
   """
   try:
     with open(path, encoding="utf-8") as file:
@@ -27,6 +27,6 @@ def read(path: str) -> dict[str, Any] | None:
 
 
 def write(path: str, content: dict[str, Any]) -> None:
-  """Writes an object in the manner of transformers: indented, keys sorted."""
+  """Writes an object as transformers does: indented, with sorted keys."""
   with open(path, "w", encoding="utf-8") as file:
     file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,6 +1,6 @@
-"""Running out of memory, on a device or a host: one error that says what to change.
+"""Turns running out of memory, on a device or a host, into one error that says what to change.
 
-The operating system may also kill a process that takes too much; nothing can be shown then.
+If the operating system kills the process instead, no error can be shown.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import jax
 
 from vlalign_jax.errors import InputError
 
-# Names of programs: what the error begins with.
+# Names of programs, with which the error begins.
 TRAINING = "the training step"
 EVALUATION = "evaluation"
 LOADING = "loading weights"
@@ -33,13 +33,14 @@ _MEMORY = re.compile(
   re.IGNORECASE,
 )
 _SIZE = r"([\d.]+)\s*(bytes|[KMGTP]?i?B?\b)"
-# What XLA's compilers and allocators, and numpy, say of the bytes they wanted.
-_WANTED = (
+# How the errors of XLA's compilers and allocators and of numpy state the requested bytes ...
+_REQUESTED = (
   re.compile(rf"Used {_SIZE} of", re.IGNORECASE),
   re.compile(rf"HLO temporaries \({_SIZE}\)", re.IGNORECASE),
   re.compile(rf"(?:allocat(?:e|ing)|alloc|reserve)\s+(?:request for\s+)?{_SIZE}", re.IGNORECASE),
 )
-_THERE = (
+# ... and the memory of the device.
+_CAPACITY = (
   re.compile(rf"Used \S+ of {_SIZE}", re.IGNORECASE),
   re.compile(rf"available HBM \({_SIZE}", re.IGNORECASE),
 )
@@ -48,22 +49,22 @@ _POWERS = {letter: 1024**power for power, letter in enumerate("BKMGTP")}
 
 
 class OutOfMemory(InputError):
-  """A program wants more memory than there is; the message says what to change."""
+  """A program needs more memory than there is; the message says what to change."""
 
 
 @contextlib.contextmanager
 def explained(program: str, config=None):
-  """Turns an out-of-memory error of the block into an OutOfMemory; lets all others pass.
+  """Turns an out-of-memory error of the block into an OutOfMemory; other errors pass unchanged.
 
-  JAX computes behind the program's back, so an error may come up where a result is read: put that
-  into the block, too. An inner block's name wins.
+  JAX computes asynchronously, so an error may appear where a result is read: put the reading into
+  the block as well. Of nested blocks the innermost names the program.
 
   Args:
-    program: what runs out, such as TRAINING.
-    config: of the run or prediction; None: it is not known.
+    program: what the block runs, such as TRAINING.
+    config: of the run or prediction; None: unknown.
 
   Raises:
-    OutOfMemory: in place of what JAX, numpy, Python or the system raise.
+    OutOfMemory: in place of the error of JAX, numpy, Python or the system.
   """
   try:
     yield
@@ -74,7 +75,10 @@ def explained(program: str, config=None):
 
 
 def names(program: str) -> Callable:
-  """Returns a decorator: `explained` around a function of a config, or of an object with one."""
+  """Returns a decorator that puts `explained` around a function.
+
+  The function's first argument is a config or has the attribute `config`.
+  """
 
   def decorate(function: Callable) -> Callable:
     @functools.wraps(function)
@@ -88,7 +92,7 @@ def names(program: str) -> Callable:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-  """Returns whether an error says that memory has run out."""
+  """Returns whether an error means that memory has run out."""
   if isinstance(error, InputError):
     return False
   if isinstance(error, OSError):
@@ -99,15 +103,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def message(program: str, error: BaseException, config=None) -> str:
-  """Returns one line: the program, what it wanted, what was there, and what to change."""
-  text = str(error)
-  wanted = _first(_WANTED, text)
-  said = f"wanted {readable(wanted)}" if wanted else "does not say how much it wanted"
-  return f"out of memory in {program}: it {said}; {_there(error)}; {advice(program, config)}"
+  """Returns one line: the program, the bytes it requested, the memory there is, what to change."""
+  size = _first(_REQUESTED, str(error))
+  requested = f"it requested {readable(size)}" if size else "the size of its request is unknown"
+  return f"out of memory in {program}: {requested}; {_available(error)}; {advice(program, config)}"
 
 
 def readable(size: float) -> str:
-  """Returns bytes as people read them, such as "26.6 GiB (28615218128 bytes)"."""
+  """Formats a number of bytes, such as "26.6 GiB (28615218128 bytes)"."""
   for unit, letter in (("TiB", "T"), ("GiB", "G"), ("MiB", "M"), ("KiB", "K")):
     if size >= _POWERS[letter]:
       return f"{size / _POWERS[letter]:.1f} {unit} ({size:.0f} bytes)"
@@ -115,6 +118,7 @@ def readable(size: float) -> str:
 
 
 def _first(patterns, text: str) -> float | None:
+  """Returns the bytes that the first matching pattern finds in an error's text."""
   for pattern in patterns:
     if match := pattern.search(text):
       with contextlib.suppress(ValueError):
@@ -123,30 +127,31 @@ def _first(patterns, text: str) -> float | None:
   return None
 
 
-def _there(error: BaseException) -> str:
+def _available(error: BaseException) -> str:
+  """Says how much memory the device or the host has, as far as it is known."""
   text = str(error)
-  if limit := _first(_THERE, text):
+  if limit := _first(_CAPACITY, text):
     return f"each device has {readable(limit)}"
   if free := _first((_FREE,), text):
     return f"{readable(free)} of the device were free"
-  if not isinstance(error, MemoryError | OSError) and (held := _fullest()):
-    limit, used = held
+  if not isinstance(error, MemoryError | OSError) and (usage := _fullest_device()):
+    limit, used = usage
     return f"a device has {readable(limit)}, of which {readable(used)} are in use"
-  return _host()
+  return _host_memory()
 
 
-def _fullest() -> tuple[int, int] | None:
-  """(limit, bytes in use) of the fullest device of this host; None where devices do not say."""
-  found = []
-  with contextlib.suppress(RuntimeError):  # a device that has failed says nothing
+def _fullest_device() -> tuple[int, int] | None:
+  """Returns (limit, bytes in use) of this host's fullest device; None if devices do not report."""
+  usages = []
+  with contextlib.suppress(RuntimeError):  # a device that has failed reports nothing
     for device in jax.local_devices():
       stats = device.memory_stats() or {}
       if "bytes_limit" in stats:
-        found.append((stats["bytes_limit"], stats.get("bytes_in_use", 0)))
-  return max(found, key=lambda pair: pair[1] / max(pair[0], 1), default=None)
+        usages.append((stats["bytes_limit"], stats.get("bytes_in_use", 0)))
+  return max(usages, key=lambda pair: pair[1] / max(pair[0], 1), default=None)
 
 
-def _host() -> str:
+def _host_memory() -> str:
   sizes = {}
   with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
     for line in file:
@@ -161,11 +166,11 @@ def _host() -> str:
     parts.append(f"a process may have {readable(limit)} (ulimit -v)")
   with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as file:
     parts.append(f"its container may have {readable(int(file.read()))}")
-  return ", ".join(parts) or "this host does not say how much it has"
+  return ", ".join(parts) or "the memory of this host is unknown"
 
 
 def advice(program: str, config=None) -> str:
-  """Returns what to change in a config so that a program takes less, the gentlest first."""
+  """Returns what to change in a config so that a program needs less, the mildest change first."""
   if config is None or "batch_size" not in config:
     return "close other programs, or use a machine with more memory"
   if "optim" not in config:  # only training has an optimizer
@@ -190,11 +195,11 @@ def advice(program: str, config=None) -> str:
     changes.append(f"lower batch_size (now {config.batch_size}) or data.max_length")
   if ppo and program not in (SAMPLING, LOADING):
     changes.append("lower ppo.num_generations or ppo.max_new_tokens")
-  return f"{'; '.join(changes)}; to see what takes it: {plan_command(config)}"
+  return f"{'; '.join(changes)}; to see what needs it: {plan_command(config)}"
 
 
 def _advice_for_prediction(program: str, config) -> str:
-  """Of predict.py, whose programs scripts/plan.py does not know."""
+  """Returns `advice` for predict.py, whose programs scripts/plan.py does not compile."""
   changes = []
   if program != LOADING:
     changes.append(f"lower batch_size (now {config.batch_size})")
@@ -208,26 +213,22 @@ def _advice_for_prediction(program: str, config) -> str:
 
 
 def plan_command(config) -> str:
-  """Returns the command that plans the run that this process is, with its very config."""
-  given, take = [], False
+  """Returns the scripts/plan.py command for this process's run, with its config flags."""
+  arguments, is_value = [], False
   for argument in sys.argv[1:]:
     name, equals, _ = argument.lstrip("-").partition("=")
     name = name.removeprefix("no") if name.startswith("noconfig.") else name
-    if argument.startswith("-") and (name == "config" or name.startswith("config.")):
-      given.append(argument)
-      take = not equals
-    elif take and not argument.startswith("-"):
-      given.append(argument)
-      take = False
-    else:
-      take = False
-  if not given:  # called from Python
-    given = [f"--config=configs/{config.get('stage')}.py:PRESET"]
-  return shlex.join(["python", "scripts/plan.py", *given, f"--topology={_topology()}"])
+    is_key = argument.startswith("-") and (name == "config" or name.startswith("config."))
+    if is_key or (is_value and not argument.startswith("-")):
+      arguments.append(argument)
+    is_value = is_key and not equals
+  if not arguments:  # called from Python
+    arguments = [f"--config=configs/{config.get('stage')}.py:PRESET"]
+  return shlex.join(["python", "scripts/plan.py", *arguments, f"--topology={_topology()}"])
 
 
 def _topology() -> str:
-  """What `--topology` calls these devices, where that is known."""
+  """Returns the `--topology` of these devices, or YOUR_DEVICES if they have no name there."""
   kind, count = jax.devices()[0].device_kind.lower(), jax.device_count()
   if jax.default_backend() == "cpu":
     return f"cpu:{count}"
@@ -238,5 +239,5 @@ def _topology() -> str:
 
 
 def script() -> str:
-  """Returns what is running, where nothing more exact is known."""
+  """Returns the name of the running script."""
   return os.path.basename(sys.argv[0]) or "Python"

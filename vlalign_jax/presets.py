@@ -7,9 +7,9 @@ _FLAG = "--config="
 
 
 def find_installed(argv: list[str]) -> list[str]:
-  """Returns a command line whose `--config=configs/STAGE.py[:PRESET]` names a file that exists.
+  """Returns the command line with `--config=configs/STAGE.py[:PRESET]` naming an existing file.
 
-  A file below the working directory comes first; else it is the installed one of that name.
+  A file in the working directory is preferred to the installed one of that name.
   """
   return [_find(argument) for argument in argv]
 

@@ -1,4 +1,4 @@
-"""Progress bars whose time left leaves compilation out."""
+"""Shows progress bars whose remaining time leaves out compilation."""
 
 import collections
 import sys
@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 from tqdm import tqdm
 
-# Answers of a batch come together: those that come within this many seconds belong to one batch.
+# Answers that come within this many seconds of each other are of one batch.
 TOGETHER = 0.02
-# An interval of which more than this share was compilation says nothing of the pace.
-_COMPILES = 0.05
-_KEPT = 1000  # intervals
+# An interval that was compilation for more than this share does not count for the rate.
+_MAX_COMPILATION = 0.05
+_MAX_INTERVALS = 1000  # that are kept
 
 
 class _Compilation:
-  """When this process was tracing or compiling, as JAX reports it; overlaps count once."""
+  """Records when this process was tracing or compiling, as JAX reports it; overlaps count once."""
 
   def __init__(self):
     self._spans, self._lock = collections.deque(maxlen=10_000), threading.Lock()
@@ -34,7 +34,7 @@ class _Compilation:
       self._spans.append((start, end))
 
   def seconds(self, start: float, end: float) -> float:
-    """Of the time between two readings of `time.perf_counter`."""
+    """Returns the seconds of compilation between two readings of `time.perf_counter`."""
     total = 0.0
     with self._lock:
       for first, last in reversed(self._spans):
@@ -48,14 +48,14 @@ _compilation = _Compilation()
 
 
 class Pace:
-  """How fast a loop goes when it does not compile; its first interval, a start, is left out.
+  """Measures the rate of a loop without compilation and without its first interval, the startup.
 
   Args:
-    lag: how many steps late the loop reports them. While a step is compiled the devices finish
-      those before it, which are then reported at once: so many intervals are left out.
-    together: seconds; units that come faster belong to the ones before, see TOGETHER.
+    lag: how many steps late the loop reports them. While one step compiles, the devices finish the
+      `lag` steps before it, which are then reported at once: these intervals are left out.
+    together: seconds; units that come faster belong to the interval before, see TOGETHER.
     clock: () -> seconds.
-    compiling: (start, end) -> seconds of compilation between.
+    compiling: (start, end) -> seconds of compilation between them.
   """
 
   def __init__(
@@ -67,12 +67,13 @@ class Pace:
   ):
     self._lag, self._together, self._clock, self._compiling = lag, together, clock, compiling
     self._start = self._last = clock()
-    self._intervals = collections.deque(maxlen=_KEPT)  # [seconds, units]
-    self._units, self._compiled, self._left_out, self._counts = 0, 0.0, 1, False
-    self._first: tuple[float, int, float] | None = None  # its end, units, compilation
+    self._intervals = collections.deque(maxlen=_MAX_INTERVALS)  # [seconds, units]
+    # _skip: how many of the next intervals are left out; _counts: whether the last one was not.
+    self._units, self._compiled, self._skip, self._counts = 0, 0.0, 1, False
+    self._first: tuple[float, int, float] | None = None  # end, units, compilation of the first
 
   def add(self, units: int = 1) -> None:
-    """Counts units that are done by now."""
+    """Counts units that are done now."""
     now = self._clock()
     seconds = now - self._last
     compiled = min(self._compiling(self._last, now), seconds)
@@ -84,18 +85,18 @@ class Pace:
         self._intervals[-1][0] += seconds
         self._intervals[-1][1] += units
       return
-    if compiled > _COMPILES * seconds:
-      self._left_out = max(1, self._lag)
-    self._counts = not self._left_out
+    if compiled > _MAX_COMPILATION * seconds:
+      self._skip = max(1, self._lag)
+    self._counts = not self._skip
     if self._counts:
       self._intervals.append([seconds - compiled, units])
     else:
-      self._left_out -= 1
+      self._skip -= 1
 
   def rate(self) -> float:
-    """Returns units per second; 0 where nothing is known yet.
+    """Returns units per second; 0 while it is not known.
 
-    Until an interval counts, it is that of all time but compilation and the first interval.
+    Until an interval counts, it is the rate of all time except compilation and the first interval.
     """
     seconds = sum(interval[0] for interval in self._intervals)
     units = sum(interval[1] for interval in self._intervals)
@@ -109,7 +110,7 @@ class Pace:
 
 
 class Bar(tqdm):
-  """A progress bar whose rate is that of a Pace."""
+  """Shows a progress bar with the rate of a Pace."""
 
   def __init__(self, *args, pace: Pace | None = None, **kwargs):
     self.pace = pace or Pace()
@@ -117,7 +118,7 @@ class Bar(tqdm):
 
   @property
   def format_dict(self):
-    """What tqdm shows, with the rate of the pace; 0 is shown as "?"."""
+    """Returns what tqdm shows, with the rate of the pace; tqdm shows 0 as "?"."""
     return super().format_dict | {"rate": self.pace.rate()}
 
   def advance(self, units: int = 1) -> None:
@@ -131,29 +132,28 @@ def make_bar(total: int, initial: int, lag: int = 0) -> Bar:
   """Returns the bar of a training run.
 
   Args:
-    total: steps of the whole run.
-    initial: those done before.
+    total: all steps of the run.
+    initial: steps that were done before.
     lag: how many steps late they are reported.
   """
-  # A log file wants a line now and then, not ten a second.
-  often = 0.1 if sys.stderr.isatty() else 30.0
-  pace = Pace(lag)
+  # A terminal is updated ten times a second; a log file gets a line in 30 seconds.
+  interval, pace = 0.1 if sys.stderr.isatty() else 30.0, Pace(lag)
   return Bar(
-    total=total, initial=initial, unit="step", dynamic_ncols=True, mininterval=often, pace=pace
+    total=total, initial=initial, unit="step", dynamic_ncols=True, mininterval=interval, pace=pace
   )
 
 
 def shown(
   items: Iterable, name: str, total: int, initial: int = 0, unit: str = "answer"
 ) -> Iterator:
-  """Yields items while a bar shows how far they are, if that takes more than five seconds.
+  """Yields items and counts them on a bar, which appears after five seconds.
 
   Args:
-    items: what is gone through; answers come a batch at a time.
-    name: left of the bar.
-    total: how many there are, those done before included.
-    initial: how many were done before.
-    unit: of the items.
+    items: iterated over; answers come a batch at a time.
+    name: shown left of the bar.
+    total: number of items, including those done before.
+    initial: number of items done before.
+    unit: what an item is called.
   """
   together = TOGETHER if unit == "answer" else 0.0
   pace = Pace(together=together)

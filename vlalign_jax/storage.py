@@ -1,7 +1,7 @@
-"""Places of a run: directories, or URLs of a bucket such as gs://bucket/runs/sft.
+"""Reads and writes places: local directories, or URLs of a bucket such as gs://bucket/runs/sft.
 
-A bucket knows neither append nor rename. What is written to piece by piece is therefore kept in a
-directory of this machine and copied as whole files, each of which appears at once.
+A bucket has neither append nor rename. Files that grow are therefore kept in a local directory and
+copied to the bucket in full; each appears there at once.
 """
 
 import contextlib
@@ -14,19 +14,19 @@ from etils import epath
 
 from vlalign_jax.errors import InputError
 
-SCHEMES = ("gs",)  # what Orbax takes
-# Modules behind gs://, for small files and for Orbax.
+SCHEMES = ("gs",)  # those that Orbax supports
+# Modules that gs:// needs: the first for small files, the second for Orbax.
 _MODULES = ("gcsfs", "google.cloud.storage")
 _INSTALL = "pip install gcsfs google-cloud-storage"
 
 
 def is_url(place: str) -> bool:
-  """Whether a place is no directory of this machine."""
+  """Returns whether a place is a URL and not a local path."""
   return "://" in os.fspath(place)
 
 
 def absolute(place: str) -> str:
-  """A place that does not depend on where the command is started from."""
+  """Returns the place as an absolute path, or the URL without a trailing slash."""
   return place.rstrip("/") if is_url(place) else os.path.abspath(place)
 
 
@@ -35,10 +35,10 @@ def check(place: str, name: str) -> None:
 
   Args:
     place: a directory or a URL.
-    name: the flag or config key that it is from.
+    name: the flag or config key that it comes from.
 
   Raises:
-    InputError: the URL is of another kind, or a library for it is missing.
+    InputError: the scheme of the URL is not supported, or a library for it is missing.
   """
   if not is_url(place):
     return
@@ -54,12 +54,12 @@ def check(place: str, name: str) -> None:
 def _is_installed(module: str) -> bool:
   try:
     return importlib.util.find_spec(module) is not None
-  except ModuleNotFoundError:  # not even its package
+  except ModuleNotFoundError:  # its package is missing
     return False
 
 
 def write(place: str, content: str | bytes) -> None:
-  """Writes a file that has its old or its new content, whenever the process dies."""
+  """Writes a file atomically: if the process dies, the file has its old or its new content."""
   content = content.encode() if isinstance(content, str) else content
   if is_url(place):
     epath.Path(place).write_bytes(content)
@@ -73,7 +73,7 @@ def write(place: str, content: str | bytes) -> None:
 
 
 def upload(directory: str, place: str) -> None:
-  """Copies the files of a directory to a URL, over what is there; no directories below it."""
+  """Copies the files of a directory, without subdirectories, to a URL; overwrites files there."""
   target = epath.Path(place)
   target.mkdir(parents=True, exist_ok=True)
   for file in epath.Path(directory).iterdir():
@@ -82,7 +82,7 @@ def upload(directory: str, place: str) -> None:
 
 @contextlib.contextmanager
 def written(place: str):
-  """A directory to write to; what it then holds stands at `place`."""
+  """Yields a local directory to write to; its files are at `place` when the block ends."""
   if not is_url(place):
     yield place
     return
@@ -92,7 +92,7 @@ def written(place: str):
 
 
 def local(place: str) -> str:
-  """A directory with the files of `place`: itself, or a copy that lasts as long as the process."""
+  """Returns a local directory with the files of `place`; a downloaded copy lasts until exit."""
   return _downloaded(place).name if is_url(place) else place
 
 

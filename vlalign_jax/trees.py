@@ -1,4 +1,4 @@
-"""Nested dicts of parameters and the path strings that rules are written for."""
+"""Converts nested dicts of parameters to path strings and back, and splits and merges them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """{"a": {"b": x}} to {"a/b": x}."""
+  """Converts {"a": {"b": x}} to {"a/b": x}."""
   flat = {}
   for key, value in tree.items():
     path = f"{prefix}{key}"
@@ -15,7 +15,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """{"a/b": x} to {"a": {"b": x}}."""
+  """Converts {"a/b": x} to {"a": {"b": x}}."""
   tree: dict[str, Any] = {}
   for path, value in flat.items():
     *parents, last = path.split("/")
@@ -27,7 +27,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split(tree: Mapping[str, Any], chosen: Callable[[str], bool]) -> tuple[dict, dict]:
-  """Two trees: the leaves whose path is chosen, and the others. `merge` puts them together."""
+  """Splits a tree into the leaves whose path is chosen and the others; `merge` is the inverse."""
   flat = flatten(tree)
   return (
     unflatten({path: leaf for path, leaf in flat.items() if chosen(path)}),
@@ -36,18 +36,18 @@ def split(tree: Mapping[str, Any], chosen: Callable[[str], bool]) -> tuple[dict,
 
 
 def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-  """The union of two trees without common leaves."""
+  """Returns the union of two trees that have no leaf in common."""
   a, b = flatten(first), flatten(second)
   if a.keys() & b.keys():
-    raise ValueError(f"both trees hold {sorted(a.keys() & b.keys())}")
+    raise ValueError(f"both trees have {sorted(a.keys() & b.keys())}")
   return unflatten(a | b)
 
 
 def map_paths(function: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> dict[str, Any]:
-  """A tree of `function(path, leaf)`."""
+  """Returns the tree of `function(path, leaf)`."""
   return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
 
 
 def size(tree: Mapping[str, Any]) -> int:
-  """The number of elements of all leaves."""
+  """Returns the number of elements of all leaves."""
   return sum(math.prod(leaf.shape) for leaf in flatten(tree).values())

@@ -1,4 +1,4 @@
-"""Models that are not what they should be."""
+"""Tests the errors of model directories that are incomplete, damaged or of another model."""
 
 import json
 import os
@@ -58,11 +58,11 @@ BAD_MODELS = {
       size={"shortest_edge": 20},
       crop_size={"height": 20, "width": 20},
     ),
-    ["makes 20 x 20 pictures", "vision tower takes 12 x 12", "mend preprocessor_config.json"],
+    ["makes 20 x 20 pictures", "vision tower takes 12 x 12", "correct preprocessor_config.json"],
   ),
   "another image token": (
     _changed("config.json", image_token_index=7, image_token_id=7),
-    ["image_token_index 7", "the tokenizer has <image> at", "mend"],
+    ["image_token_index 7", "the tokenizer has <image> at", "correct"],
   ),
   "generation config damaged": (_with("generation_config.json", "{"), ["generation_config.json"]),
   "weights missing": (_without("model.safetensors"), ["no model.safetensors"]),
@@ -76,7 +76,7 @@ BAD_MODELS = {
   ),
   "shard missing": (
     _with("model.safetensors.index.json", '{"weight_map": {"x": "model-2.safetensors"}}'),
-    ["model.safetensors.index.json", "not there: model-2.safetensors"],
+    ["model.safetensors.index.json", "missing: model-2.safetensors"],
   ),
   "index damaged": (
     _with("model.safetensors.index.json", "[]"),
@@ -99,8 +99,8 @@ def test_bad_model(train, records, model, tmp_path, name):
 
 def test_tensors_that_do_not_fit(train, records, model, tmp_path):
   copy = pathlib.Path(shutil.copytree(model, tmp_path / "model"))
-  text = json.loads((copy / "config.json").read_text())["text_config"]
-  _changed("config.json", text_config=text | {"intermediate_size": 64})(copy)
+  text_config = json.loads((copy / "config.json").read_text())["text_config"]
+  _changed("config.json", text_config=text_config | {"intermediate_size": 64})(copy)
   with pytest.raises(InputError, match="6 tensors do not fit.*\n.*mlp.*is .*48.*not .*64"):
     train(records, **{"model.init_from": str(copy)})
 

@@ -1,4 +1,4 @@
-"""Running out of memory ends in one line: which program, what it wanted, was there, would help."""
+"""Tests the line that out-of-memory errors end in: program, requested and existing memory, fix."""
 
 import dataclasses
 import errno
@@ -18,7 +18,7 @@ from vlalign_jax.steps import program
 
 ROOT = pathlib.Path(__file__).parents[2]
 GIB = 2**30
-# What XLA's compilers and allocators, numpy and C++ say; bytes that are wanted.
+# Name -> (error of XLA's compilers and allocators, requested bytes).
 MESSAGES = {
   "CPU": ("RESOURCE_EXHAUSTED: Out of memory allocating 28615218128 bytes.", 28615218128),
   "GPU": (
@@ -58,24 +58,25 @@ MESSAGES = {
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-def test_what_devices_say(name):
-  text, wanted = MESSAGES[name]
+def test_errors_of_devices(name):
+  text, size = MESSAGES[name]
   with (
     pytest.raises(InputError) as caught,
     out_of_memory.explained("evaluation", sft_run.preset("sft")),
   ):
     raise jax.errors.JaxRuntimeError(text)
   message = str(caught.value)
-  assert message.startswith("out of memory in evaluation: it ")
-  assert (f"wanted {out_of_memory.readable(wanted)};" if wanted else "does not say") in message
+  assert message.startswith("out of memory in evaluation: ")
+  requested = f"it requested {out_of_memory.readable(size)};" if size else "request is unknown;"
+  assert requested in message
   assert "\n" not in message
-  there = {"TPU compiler": "has 15.8 GiB", "TPU runtime": "1.2 GiB", "TPU reserve": "1.4 GiB"}
-  assert there.get(name, "this host has") in message
+  memory = {"TPU compiler": "has 15.8 GiB", "TPU runtime": "1.2 GiB", "TPU reserve": "1.4 GiB"}
+  assert memory.get(name, "this host has") in message
   assert "grad_accumulation" in message
   assert "batch_size" in message
 
 
-def test_what_hosts_say():
+def test_errors_of_hosts():
   for error in (
     np._core._exceptions._ArrayMemoryError((10**6, 10**6), np.dtype(np.float32)),
     MemoryError("std::bad_alloc"),
@@ -85,10 +86,10 @@ def test_what_hosts_say():
     assert out_of_memory.is_out_of_memory(error)
     assert "this host has" in out_of_memory.message("loading weights", error)
   big = np._core._exceptions._ArrayMemoryError((10**6, 10**6), np.dtype(np.float32))
-  assert "wanted 3.6 TiB" in out_of_memory.message("loading weights", big)
+  assert "requested 3.6 TiB" in out_of_memory.message("loading weights", big)
 
 
-def test_other_errors_pass():
+def test_other_errors_pass_unchanged():
   for error in (
     jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Received message larger than max"),
     jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes"),
@@ -108,9 +109,9 @@ def test_memory_of_the_device_is_stated(monkeypatch):
 
   monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
   error = jax.errors.JaxRuntimeError(MESSAGES["GPU"][0])
-  found = out_of_memory.message("the training step", error)
-  assert f"a device has {out_of_memory.readable(60 * GIB)}, of which" in found
-  assert f"{out_of_memory.readable(50 * GIB)} are in use" in found
+  message = out_of_memory.message("the training step", error)
+  assert f"a device has {out_of_memory.readable(60 * GIB)}, of which" in message
+  assert f"{out_of_memory.readable(50 * GIB)} are in use" in message
 
 
 def test_advice_names_what_is_left_to_change(monkeypatch):
@@ -127,47 +128,47 @@ def test_advice_names_what_is_left_to_change(monkeypatch):
   )
   config = sft_run.preset("ppo")
   config.model.remat, config.mesh.zero_stage = "none", 1
-  found = out_of_memory.advice(out_of_memory.TRAINING, config)
+  advice = out_of_memory.advice(out_of_memory.TRAINING, config)
   for part in ("grad_accumulation", 'model.remat="full"', "mesh.zero_stage to 3", "mesh.fsdp"):
-    assert part in found
+    assert part in advice
   devices = jax.device_count()
   plan = "python scripts/plan.py --config=configs/ppo.py:demo --config.num_train_epochs 2"
-  assert found.endswith(f"{plan} --topology=cpu:{devices}")
+  assert advice.endswith(f"{plan} --topology=cpu:{devices}")
   assert "ppo.sample_parts" in out_of_memory.advice(out_of_memory.SAMPLING, config)
   config.model.remat, config.mesh.zero_stage = "full", 3
-  found = out_of_memory.advice(out_of_memory.TRAINING, config)
-  assert "remat" not in found
-  assert "zero_stage" not in found
+  advice = out_of_memory.advice(out_of_memory.TRAINING, config)
+  assert "remat" not in advice
+  assert "zero_stage" not in advice
 
 
-def _step_that_fails(monkeypatch, field, at: int):
-  """Puts a program in place of `field` that runs out of memory at its call number `at`."""
+def _make_step_fail(monkeypatch, field, at: int):
+  """Replaces the program `field` by one that runs out of memory at its call number `at`."""
   calls, made = [], program.make_program
 
   def make(*args, **kwargs):
-    whole = made(*args, **kwargs)
-    real = getattr(whole, field)
+    original = made(*args, **kwargs)
+    step = getattr(original, field)
 
     def call(*args, **kwargs):
       calls.append(1)
       if len(calls) == at:
         raise jax.errors.JaxRuntimeError(MESSAGES["GPU"][0])
-      return real(*args, **kwargs)
+      return step(*args, **kwargs)
 
-    return dataclasses.replace(whole, **{field: call})
+    return dataclasses.replace(original, **{field: call})
 
   monkeypatch.setattr(program, "make_program", make)
 
 
 def test_training_step(monkeypatch, train, records, tmp_path):
-  _step_that_fails(monkeypatch, "train_step", 2)
+  _make_step_fail(monkeypatch, "train_step", 2)
   expected = ["out of memory in the training step", "16.0 GiB", "scripts/plan.py"]
   failing.fails(expected, train, records)
-  assert failing.saved_steps(tmp_path) == [1]  # what was learnt before is kept
+  assert failing.saved_steps(tmp_path) == [1]  # the steps before are kept
 
 
-def test_evaluation_costs_nothing_learnt(monkeypatch, train, records, tmp_path):
-  _step_that_fails(monkeypatch, "eval_step", 1)
+def test_a_failing_evaluation_loses_no_step(monkeypatch, train, records, tmp_path):
+  _make_step_fail(monkeypatch, "eval_step", 1)
   held_out = sft_run.write_json(tmp_path / "data" / "eval.json", records[:4])
   expected = ["out of memory in evaluation", "16.0 GiB"]
   failing.fails(expected, train, records, **{"data.eval": held_out, "eval_every": 2})
@@ -193,7 +194,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_a_cpu_with_limited_address_space(tmp_path, model, records):
-  """Keys and values of a million tokens: XLA itself refuses them."""
+  """XLA refuses to allocate the keys and values of this many tokens."""
   data = sft_run.write_json(tmp_path / "data" / "eval.json", records[:2])
   done = subprocess.run(
     [
@@ -215,7 +216,7 @@ def test_a_cpu_with_limited_address_space(tmp_path, model, records):
   assert done.returncode == 1, done.stderr
   (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
   for part in (
-    "out of memory in sampling answers: it wanted ",
+    "out of memory in sampling answers: it requested ",
     "a process may have 24.0 GiB (25769803776 bytes) (ulimit -v)",
     "lower batch_size (now 16); lower generation.num_return_sequences or generation.max_new_tokens",
   ):

@@ -55,10 +55,10 @@ def test_workdir_that_holds_something_else(train, records, tmp_path):
   """...such as a model directory, whose config.json stays as it is."""
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / "config.json").write_text('{"model_type": "llava"}')
-  fails(["run/config.json", "not the config of a run", "another --workdir"], train, records)
+  fails(["run/config.json", "not the config of a run", "name another directory"], train, records)
   assert (tmp_path / "run" / "config.json").read_text() == '{"model_type": "llava"}'
   (tmp_path / "run" / "config.json").write_text('{"stage": "sft"')
-  fails(["run/config.json", "not JSON", "another --workdir"], train, records)
+  fails(["run/config.json", "cannot be read as JSON", "another directory"], train, records)
 
 
 def test_ten_updates_in_a_row_that_are_not_finite(train, records, tmp_path, compile_cache):

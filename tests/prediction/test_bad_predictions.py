@@ -23,7 +23,7 @@ SETTINGS = {
   ),
   "reward model as policy": (
     {"model.init_from": "reward"},
-    "config.model.init_from=.*reward is a reward model, which scores and does not speak",
+    "config.model.init_from=.*reward is a reward model, which has no language head",
   ),
   "policy as reward model": ({"mode": "reward"}, "policy is a policy, which has no score head"),
   "policy as judge": (

@@ -1,4 +1,4 @@
-"""Directories that are read as what they stand for: PEFT over its base, and LLaVA's own layout."""
+"""Tests directories that are converted on reading: PEFT adapters, and LLaVA's original layout."""
 
 import json
 import os
@@ -16,24 +16,24 @@ from vlalign_jax.weights import provenance
 
 
 def compare(directory, torch_model):
-  """Logits of a text and two pictures, ours against torch's, and those of the export."""
+  """Compares the logits of a directory and of its export with torch's; returns the source."""
   opened, graphdef, params = reference.open_model(directory)
   config = opened.config
   pictures = reference.make_pictures(2, config.vision.image_size)
   example = reference.make_example(config, 20, tuple(pictures))
   rows = reference.make_rows(config, [[example]], pictures, len(example.tokens), 2)
-  found = reference.logits(graphdef, params, rows)[0]
-  rows = {"input_ids": torch.tensor(example.tokens)[None].long()}
-  rows["pixel_values"] = reference.pixel_values(config, [pictures[p] for p in example.images])
+  logits = reference.logits(graphdef, params, rows)[0]
+  inputs = {"input_ids": torch.tensor(example.tokens)[None].long()}
+  inputs["pixel_values"] = reference.pixel_values(config, [pictures[p] for p in example.images])
   output = f"{directory}-exported"
   export_hf.export_run(str(directory), output, None)
   exported = transformers.LlavaForConditionalGeneration.from_pretrained(output).eval()
   with torch.no_grad():
-    expected = torch_model(**rows).logits[0].numpy()
-    again = exported(**rows).logits[0].numpy()
-  width = expected.shape[1]  # a model may have got new tokens
-  assert reference.relative_error(found[:, :width], expected) < 1e-5
-  assert reference.relative_error(again[:, :width], expected) < 1e-5
+    expected = torch_model(**inputs).logits[0].numpy()
+    exported_logits = exported(**inputs).logits[0].numpy()
+  vocabulary = expected.shape[1]  # ours may have new tokens
+  assert reference.relative_error(logits[:, :vocabulary], expected) < 1e-5
+  assert reference.relative_error(exported_logits[:, :vocabulary], expected) < 1e-5
   return opened
 
 
@@ -46,22 +46,22 @@ def test_a_peft_directory_is_merged_into_its_base(tmp_path):
   path = tmp_path / "peft" / "adapter_config.json"
   content = json.loads(path.read_text())
 
-  def say(base):
+  def set_base(base):
     path.write_text(json.dumps(content | {"base_model_name_or_path": base}))
 
-  say(str(tmp_path / "base"))
+  set_base(str(tmp_path / "base"))
   opened = compare(tmp_path / "peft", adapted)
   files = provenance.content(opened)["files"]
   assert {os.path.basename(file) for file in files} == {
     "model.safetensors",
     "adapter_model.safetensors",
   }
-  say("llava-hf/llava-1.5-7b-hf")
+  set_base("llava-hf/llava-1.5-7b-hf")
   with pytest.raises(InputError, match="base_model_name_or_path is 'llava-hf/llava"):
     reference.open_model(tmp_path / "peft")
 
 
-OWN = {
+LLAVA_KEYS = {
   "architectures": ["LlavaLlamaForCausalLM"],
   "model_type": "llava",
   "mm_projector_type": "mlp2x_gelu",
@@ -80,10 +80,10 @@ NAMES = (
 )
 
 
-def make_own_layout(root, with_tower: bool, place: str):
-  """Writes root/llava in LLaVA's layout and its CLIP to `place`; returns torch's model."""
+def make_original_layout(root, with_tower: bool, clip_path: str):
+  """Writes root/llava in LLaVA's layout, and its CLIP; returns torch's model, its vocab_size."""
   model = checkpoints.make_llava(root / "hf")
-  clip = checkpoints.make_clip(root / place, whole=True)
+  clip = checkpoints.make_clip(root / clip_path, whole=True)
   if not with_tower:
     state = clip.vision_model.state_dict()
     model.model.vision_tower.load_state_dict(state)
@@ -103,25 +103,24 @@ def make_own_layout(root, with_tower: bool, place: str):
   save_file(tensors, llava / "model.safetensors", metadata={"format": "pt"})
   checkpoints.make_tokenizer(image_token=False).save_pretrained(llava)
   text = model.config.text_config.to_dict()
-  rows = tensors["lm_head.weight"].shape[0]
-  named = os.path.relpath(root / place, llava)
-  content = text | OWN | {"mm_vision_tower": named, "vocab_size": rows}
+  vocab_size = tensors["lm_head.weight"].shape[0]
+  named = os.path.relpath(root / clip_path, llava)
+  content = text | LLAVA_KEYS | {"mm_vision_tower": named, "vocab_size": vocab_size}
   (llava / "config.json").write_text(json.dumps(content))
-  return model, rows
+  return model, vocab_size
 
 
 @pytest.mark.parametrize("with_tower", [True, False])
-@pytest.mark.parametrize("place", ["clip", "llava/vision_tower"])
-def test_llava_s_own_layout_is_converted(tmp_path, with_tower, place):
-  model, rows = make_own_layout(tmp_path, with_tower, place)
-  image = model.config.image_token_id
-  with torch.no_grad():  # the vocabulary of the files, and <image> where the conversion puts it
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:rows].clone())
-  model.config.image_token_id = model.model.config.image_token_id = rows
-  assert rows < image
+@pytest.mark.parametrize("clip_path", ["clip", "llava/vision_tower"])
+def test_the_original_layout_is_converted(tmp_path, with_tower, clip_path):
+  model, vocab_size = make_original_layout(tmp_path, with_tower, clip_path)
+  assert vocab_size < model.config.image_token_id
+  with torch.no_grad():  # the vocabulary of the files; <image> is the first token after it
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:vocab_size].clone())
+  model.config.image_token_id = model.model.config.image_token_id = vocab_size
   opened = compare(tmp_path / "llava", model)
   assert opened.images.aspect == "pad"
-  assert opened.config.image_token_id == rows
+  assert opened.config.image_token_id == vocab_size
   stored = load_file(tmp_path / "llava-exported" / "model.safetensors")
   assert stored["language_model.lm_head.weight"].shape[0] % 64 == 0
   written = json.loads((tmp_path / "llava-exported" / "config.json").read_text())
@@ -132,8 +131,8 @@ def test_llava_s_own_layout_is_converted(tmp_path, with_tower, place):
   )
 
 
-def test_what_of_llava_s_own_layout_is_refused(tmp_path):
-  make_own_layout(tmp_path, True, "clip")
+def test_unsupported_models_of_the_original_layout(tmp_path):
+  make_original_layout(tmp_path, True, "clip")
   path = tmp_path / "llava" / "config.json"
   content = json.loads(path.read_text())
   for changes, reason in (
@@ -152,5 +151,5 @@ def test_an_older_processor_s_chat_template_is_read(tmp_path):
   (tmp_path / "in" / "chat_template.json").write_text(json.dumps({"chat_template": text}))
   assert reference.open_model(tmp_path / "in")[0].tokenizer.chat_template == text
   (tmp_path / "in" / "chat_template.json").write_text("{}")
-  with pytest.raises(InputError, match="has no text under chat_template"):
+  with pytest.raises(InputError, match="chat_template is not a text"):
     reference.open_model(tmp_path / "in")

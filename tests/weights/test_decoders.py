@@ -53,7 +53,7 @@ def test_adapters_are_those_of_peft(tmp_path):
 def test_windows_in_some_layers_only_are_refused(tmp_path):
   mixed = checkpoints.QWEN2_WINDOW | {"max_window_layers": 1}
   checkpoints.make_llava(tmp_path, text=mixed)
-  message = r"attention of several kinds \(full_attention, sliding_attention\)"
+  message = r"different kinds of attention \(full_attention, sliding_attention\)"
   with pytest.raises(InputError, match=message):
     reference.open_model(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Files are told apart by all of their bytes."""
+"""Tests that files are compared by all of their bytes."""
 
 import os
 
@@ -14,7 +14,7 @@ def write(path, content: np.ndarray) -> str:
   return str(path)
 
 
-def test_a_copy_has_the_name_of_its_original_and_a_file_that_differs_its_own(tmp_path):
+def test_only_files_of_equal_content_share_a_name(tmp_path):
   content = np.random.default_rng(0).integers(0, 256, 8 * MIB, dtype=np.uint8)
   other = content.copy()
   other[MIB // 4] ^= 1  # where no sample is taken

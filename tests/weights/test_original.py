@@ -1,4 +1,4 @@
-"""Checkpoints of Vision-LLM-Alignment, written by torch in its names, and those refused."""
+"""Tests importing checkpoints of Vision-LLM-Alignment, which torch writes with its names."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ from vlalign_jax.weights import original
 
 
 def import_from(root, name: str = "imported", **options) -> str:
-  """Imports root/saved; returns the directory written."""
+  """Imports root/saved; returns the output directory."""
   output = str(root / name)
   towers = {"vision": str(root / "clip"), "language": str(root / "llama")}
   options = {"allow_pickle": True} | towers | options
@@ -29,7 +29,7 @@ def import_from(root, name: str = "imported", **options) -> str:
 
 
 def error_of(model, directory: str) -> float:
-  """Relative error of the imported model's logits against torch's."""
+  """Returns the relative error of the imported model's logits, compared with torch's."""
   source, graphdef, params = reference.open_model(directory)
   example, pictures, tokens, pixels = original_model.example_of(source.config)
   rows = reference.make_rows(source.config, [[example]], pictures, len(example.tokens), 2)
@@ -54,11 +54,11 @@ def test_the_same_logits(tmp_path):
   assert not source.config.language.tied_embeddings
   embedding = trees.flatten(params)["language/embedding/embedding"]
   np.testing.assert_array_equal(embedding, model.lang_embed.weight.detach().numpy())
-  # The tower is whole: what the original never applies came with it.
+  # The tower is complete, with a norm that the original never applies.
   tower = load_file(f"{imported}/vision/model.safetensors")
   for part, param in model.vis_encoder.post_layernorm.named_parameters():
     assert torch.equal(tower[f"vision_model.post_layernorm.{part}"], param)
-  # The heading is words, as in what the original trains on; <image> keeps its place.
+  # The heading is split into words, as in the original's training; <image> is one token.
   assert original_model.heading_in(tmp_path / "saved")
   words = source.tokenizer.tokenize("### Image:\n<image>")
   assert words[0] == "###"
@@ -76,12 +76,12 @@ def test_other_projectors_and_multi_modal_causal_attention(projector, tmp_path):
   source = reference.open_model(imported)[0]
   assert source.config.projector.kind == projector
   assert not source.config.mmca
-  again = import_from(tmp_path, "mmca", mmca=True)
-  assert reference.open_model(again)[0].config.mmca
+  with_mmca = import_from(tmp_path, "mmca", mmca=True)
+  assert reference.open_model(with_mmca)[0].config.mmca
 
 
 def test_without_a_tokenizer_and_in_bfloat16(tmp_path):
-  """A tied language model's head and embedding are two tensors in the original."""
+  """The original unties a language model's head and embedding."""
   model = original_model.make(tmp_path, tie_word_embeddings=True).bfloat16()
   original_model.save(model, tmp_path / "saved", with_tokenizer=False)
   imported = import_from(tmp_path)
@@ -89,23 +89,23 @@ def test_without_a_tokenizer_and_in_bfloat16(tmp_path):
   saved = original_model.tokenizer()
   assert len(source.tokenizer) == len(saved)
   assert source.config.image_token_id == saved.convert_tokens_to_ids("<image>")
-  kept = {
+  expected = {
     "language/embedding/embedding": model.lang_embed.weight,
     "language/head/kernel": model.lang_decoder.lm_head.weight.T,
     "projector/linear/kernel": model.projection[0].weight.T,
   }
-  for path, tensor in kept.items():
-    found = trees.flatten(params)[path]
-    assert found.dtype == "bfloat16"
-    np.testing.assert_array_equal(found.astype("float32"), tensor.detach().float().numpy())
+  for path, tensor in expected.items():
+    param = trees.flatten(params)[path]
+    assert param.dtype == "bfloat16"
+    np.testing.assert_array_equal(param.astype("float32"), tensor.detach().float().numpy())
   # Under ZeRO 3 the original saves a tied head once, as the decoder's embedding.
   path = tmp_path / "saved" / original.WEIGHTS
   state = torch.load(path)
   del state["lang_decoder.lm_head.weight"]
   torch.save(state, path)
-  again = reference.open_model(import_from(tmp_path, "again"), param_dtype="bfloat16")[2]
+  tied = reference.open_model(import_from(tmp_path, "tied"), param_dtype="bfloat16")[2]
   for path, array in trees.flatten(params).items():
-    np.testing.assert_array_equal(trees.flatten(again)[path], array, err_msg=path)
+    np.testing.assert_array_equal(trees.flatten(tied)[path], array, err_msg=path)
 
 
 def test_a_reward_model_gives_the_same_scores(tmp_path):
@@ -114,7 +114,7 @@ def test_a_reward_model_gives_the_same_scores(tmp_path):
   # With adapters the original keeps its decoder twice, under two names.
   twice = {f"lang_decoder.{k}": v for k, v in model.lang_decoder.state_dict().items()}
   original_model.save(reward, tmp_path / "saved", **twice)
-  # Of reward models it writes the language model's config, which says what attention there was.
+  # With a reward model it writes the language model's config, which says whether it has MMCA.
   sft_run.write_json(tmp_path / "saved" / "config.json", {"enable_mmca_attention": True})
   assert reference.open_model(import_from(tmp_path, "mmca"))[0].config.mmca
   sft_run.write_json(tmp_path / "saved" / "config.json", {"enable_mmca_attention": False})
@@ -125,13 +125,13 @@ def test_a_reward_model_gives_the_same_scores(tmp_path):
   rows = reference.make_rows(source.config, [[example]], pictures, length + 4, 2)
   places = np.array([[[length - 1, 3]]], np.int32)
   module = nnx.merge(graphdef, params)
-  found = module.scores(module(rows), places)[0, 0]
+  scores = module.scores(module(rows), places)[0, 0]
   with torch.no_grad():
     hidden = model.hidden(tokens, pixels, source.config.image_token_id)
     expected = reward.v_head(hidden[places[0, 0]])[:, 0]
-  assert reference.relative_error(found, expected) < 1e-5
+  assert reference.relative_error(scores, expected) < 1e-5
   original_model.save(reward, tmp_path / "saved", **{name: 2 * x for name, x in twice.items()})
-  with pytest.raises(InputError, match=r"rwtranrsformer\.lang_decoder.*are one parameter, and dif"):
+  with pytest.raises(InputError, match=r"rwtranrsformer\.lang_decoder.*same parameter, but dif"):
     import_from(tmp_path, "again")
 
 
@@ -140,7 +140,7 @@ def test_adapters(tmp_path):
   adapters = original_model.adapt(model)
   assert len(adapters) == 14
   original_model.save(model, tmp_path / "saved")
-  with pytest.raises(InputError, match="say --lora=merged if one of them saved this"):
+  with pytest.raises(InputError, match="add --lora=merged if one of them saved this"):
     import_from(tmp_path)
   imported = import_from(tmp_path, lora="separate")
   assert error_of(model, imported) < 1e-5
@@ -148,7 +148,7 @@ def test_adapters(tmp_path):
     adapter.merge()
   original_model.save(model, tmp_path / "saved")
   merged = import_from(tmp_path, "merged", lora="merged")
-  assert error_of(model, merged) > 1e-2  # for the torch model adds them again
+  assert error_of(model, merged) > 1e-2  # the torch model adds the adapters again
   for adapter in adapters:
     adapter.lora_left_weight.data.zero_()
   assert error_of(model, merged) < 1e-5
@@ -189,21 +189,21 @@ BAD = {
   "no file": (os.remove, r"pytorch_model\.bin is missing; the original saves one"),
   "cut off": (lambda path: os.truncate(path, 5000), "damaged, or not tensors alone"),
   "empty": (lambda path: os.truncate(path, 0), "damaged, or not tensors alone"),
-  "no state_dict": (rewrite(lambda found: list(found.values())), "not a state_dict"),
+  "no state_dict": (rewrite(lambda state: list(state.values())), "not a state_dict"),
   "another project's": (
-    rewrite(lambda found: {f"model.{name}": x for name, x in found.items()}),
+    rewrite(lambda state: {f"model.{name}": x for name, x in state.items()}),
     "no tensors of a `projection` of Vision-LLM-Alignment",
   ),
   "no embedding": (
-    rewrite(lambda found: {k: v for k, v in found.items() if k != "lang_embed.weight"}),
+    rewrite(lambda state: {k: v for k, v in state.items() if k != "lang_embed.weight"}),
     "no lang_embed.weight",
   ),
   "a tensor of no module": (
-    rewrite(lambda found: found | {"pos_embedding.weight": torch.ones(2, 3)}),
+    rewrite(lambda state: state | {"pos_embedding.weight": torch.ones(2, 3)}),
     r"unexpected pos_embedding.weight \(2, 3\)",
   ),
   "a layer is missing": (
-    rewrite(lambda found: {k: v for k, v in found.items() if ".layers.1.mlp.up" not in k}),
+    rewrite(lambda state: {k: v for k, v in state.items() if ".layers.1.mlp.up" not in k}),
     r"missing language.layers.1.mlp.up_proj.weight \(48, 32\)",
   ),
 }
@@ -229,7 +229,7 @@ def test_bad_checkpoints(name, saved):
 
 
 def test_command_line(saved):
-  """Values apart from their flags and not; what is refused is all that is printed."""
+  """Flags have their values after "=" or as the next argument; the error is all that is printed."""
   command = [sys.executable, "scripts/import_hf.py", "--from-original", str(saved / "saved")]
   command += [f"--vision={saved}/clip", "--language", f"{saved}/llama"]
   command += [f"--output={saved}/script", "--noallow-pickle", "--mmca", "--lora=merged"]

@@ -1,4 +1,4 @@
-"""LoRA runs out to Hugging Face and PEFT and in again, and adapters that cannot be taken."""
+"""Tests exporting LoRA runs to Hugging Face and PEFT, importing them, and unsuitable adapters."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ LORA = {"rank": 4, "vision_rank": 2, "alpha": 6.0, "use_rslora": True}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A LoRA run with its projector and embedding trained beside, exported both ways."""
+  """A LoRA run that also trains the projector and the embedding, exported merged and as PEFT."""
   root = tmp_path_factory.mktemp("lora_run")
   checkpoints.make_llava(root / "llava")
   records = sft_run.make_records(str(root), 4)
@@ -53,7 +53,7 @@ def run(tmp_path_factory):
 
 
 def config_for(run, init_from: str = "", **keys):
-  """As `adapters.config_for`, for a run that trains what `run` did."""
+  """Returns `adapters.config_for` for a run that trains the same parameters as `run`."""
   config = adapters.config_for(run.llava, init_from=init_from, **(LORA | keys))
   config.train.embeddings = True
   return config
@@ -82,7 +82,7 @@ def our_logits(config, graphdef, params):
 
 
 def trained_of(run: str, opened) -> dict:
-  """Path -> array of a run's checkpoint."""
+  """Returns path -> array of the parameters in a run's checkpoint."""
   _, abstract = reference.vlm.abstract_params(opened.config)
   leaves = trees.flatten(abstract)
   place = reference.meshes.replicated(
@@ -93,14 +93,14 @@ def trained_of(run: str, opened) -> dict:
 
 
 def on_hugging_face(model: str, adapter: str):
-  """PeftModel of the two directories, after checking that nothing was amiss or remarked on."""
+  """Returns the PeftModel of the two directories; fails if loading it warns."""
   base = transformers.LlavaForConditionalGeneration.from_pretrained(model)
   with warnings.catch_warnings():
     warnings.simplefilter("error", UserWarning)
     return peft.PeftModel.from_pretrained(base, adapter)
 
 
-def test_only_adapters_and_what_is_named_are_in_the_checkpoint(run):
+def test_the_checkpoint_has_adapters_projector_and_embedding_only(run):
   opened = source.open_for(adapters.config_for(run.llava, **LORA))
   trained = trained_of(run.run, opened)
   parts = {path.split("/")[0] if "lora_" not in path else "adapter" for path in trained}
@@ -110,13 +110,13 @@ def test_only_adapters_and_what_is_named_are_in_the_checkpoint(run):
   ]
 
 
-def test_hugging_face_says_what_we_say(run):
+def test_logits_equal_those_of_hugging_face(run):
   opened, graphdef, params = open_model(run, run.run)
   ours = our_logits(opened.config, graphdef, params)
   merged, merged_graphdef, merged_params = reference.open_model(str(run.root / "merged"))
   original = transformers.LlavaForConditionalGeneration.from_pretrained(run.llava)
   adapted = on_hugging_face(run.llava, run.peft)
-  found = {
+  results = {
     "adapters": torch_logits(adapted, opened.config),
     "adapters merged by peft": torch_logits(adapted.merge_and_unload(), opened.config),
     "merged": torch_logits(
@@ -125,25 +125,25 @@ def test_hugging_face_says_what_we_say(run):
     ),
     "merged, here": our_logits(merged.config, merged_graphdef, merged_params),
   }
-  for name, logits in found.items():
+  for name, logits in results.items():
     assert reference.relative_error(logits, ours) < 1e-5, name
   assert reference.relative_error(torch_logits(original, opened.config), ours) > 0.1
 
 
-def test_what_is_exported_imports_with_the_same_bits(run):
+def test_exported_adapters_import_with_the_same_bits(run):
   opened, _, params = open_model(run, run.peft)
   trained = trained_of(run.run, opened)
-  found = trees.flatten(params)
+  imported = trees.flatten(params)
   assert any("lora_b" in path for path in trained)
   for path, array in trained.items():
-    np.testing.assert_array_equal(found[path], array, err_msg=path)
-  _, again = reference.load_all(source.open_for(config_for(run, run.run)))
-  for path, array in trees.flatten(again).items():
-    np.testing.assert_array_equal(found[path], array, err_msg=path)
+    np.testing.assert_array_equal(imported[path], array, err_msg=path)
+  _, restored = reference.load_all(source.open_for(config_for(run, run.run)))
+  for path, array in trees.flatten(restored).items():
+    np.testing.assert_array_equal(imported[path], array, err_msg=path)
 
 
 def test_adapters_on_adapters(run, tmp_path):
-  """A LoRA run from a LoRA run: the first's are in the weights, the second's are its own."""
+  """A LoRA run starts from a LoRA run, whose adapters are merged into its weights."""
   config = sft_run.make_config(
     run.run, run.data, **{"lora.rank": 2, "train.projector": False, "train.vision": False}
   )
@@ -159,7 +159,7 @@ def test_adapters_on_adapters(run, tmp_path):
 def test_adapters_of_other_weights_are_refused(run, tmp_path):
   config = config_for(run, run.run)
   config.model.init_from = run.run
-  with pytest.raises(InputError, match="they would count twice; name what that run started from"):
+  with pytest.raises(InputError, match="would be added twice; name what that run started from"):
     source.open_for(config)
   checkpoints.make_llava(tmp_path / "other", seed=8)
   config.model.init_from = str(tmp_path / "other")
@@ -171,8 +171,8 @@ def test_adapters_of_other_weights_are_refused(run, tmp_path):
   assert source.open_for(config).start.run[0] == run.run
 
 
-def test_pinned_adapters(run, tmp_path):
-  """A resumed run finds the adapters it started from, or says that they are others."""
+def test_changed_adapters_are_refused(run, tmp_path):
+  """A resumed run needs the adapters that it started from."""
   copied = str(tmp_path / "peft")
   shutil.copytree(run.peft, copied)
   opened = source.open_for(config_for(run, copied))
@@ -190,7 +190,7 @@ def test_pinned_adapters(run, tmp_path):
   assert provenance.check(of_run, str(tmp_path / "run")).start == of_run.start
 
 
-def test_a_score_head_beside_adapters(run, tmp_path):
+def test_a_score_head_with_adapters(run, tmp_path):
   config = adapters.config_for(run.llava, **LORA)
   config.stage = "reward"
   opened = source.open_for(config)
@@ -199,9 +199,9 @@ def test_a_score_head_beside_adapters(run, tmp_path):
   kept = {path: array for path, array in flat.items() if "lora_" in path or "score/" in path}
   export_adapters.export_adapters(opened.config, kept, str(tmp_path / "peft"))
   config.lora.init_from = str(tmp_path / "peft")
-  _, again = reference.load_all(source.open_for(config), seed=5)
+  _, imported = reference.load_all(source.open_for(config), seed=5)
   for path in kept:
-    np.testing.assert_array_equal(trees.flatten(again)[path], kept[path], err_msg=path)
+    np.testing.assert_array_equal(trees.flatten(imported)[path], kept[path], err_msg=path)
   with pytest.raises(InputError, match="score.weight"):
     source.open_for(adapters.config_for(run.llava, init_from=str(tmp_path / "peft"), **LORA))
 
@@ -216,7 +216,7 @@ def test_a_score_head_beside_adapters(run, tmp_path):
   np.testing.assert_array_equal(head.detach().numpy().T, flat["score/kernel"])
 
 
-def test_projector_with_adapters_and_trained_whole(run, tmp_path):
+def test_projector_with_adapters_and_fully_trained(run, tmp_path):
   keys = LORA | {"targets": "/layers/|projector"}
   opened, graphdef, params = adapters.open_model(run.llava, **keys)
   params = trees.map_paths(lambda path, x: x + 0.1 if path.endswith("lora_b") else x, params)
@@ -232,10 +232,10 @@ def test_projector_with_adapters_and_trained_whole(run, tmp_path):
   ("path", "tied", "message"),
   [
     ("language/norm/scale", False, "norm/scale was trained, and PEFT has .*without --adapters"),
-    ("language/embedding/embedding", True, "output head too.*without --adapters"),
+    ("language/embedding/embedding", True, "tied to the output head.*without --adapters"),
   ],
 )
-def test_what_peft_has_no_place_for(path, tied, message, tmp_path):
+def test_parameters_that_peft_has_no_place_for(path, tied, message, tmp_path):
   checkpoints.make_llava(tmp_path / "llava", text={"tie_word_embeddings": tied})
   opened = source.open_for(adapters.config_for(tmp_path / "llava", rank=2))
   with pytest.raises(InputError, match=message):
@@ -244,21 +244,21 @@ def test_what_peft_has_no_place_for(path, tied, message, tmp_path):
 
 
 def break_config(**keys):
-  def mend(directory):
+  def change(directory):
     path = os.path.join(directory, "adapter_config.json")
     with open(path, encoding="utf-8") as file:
       content = json.load(file)
     sft_run.write_json(path, content | keys)
 
-  return mend
+  return change
 
 
-def break_tensors(change):
-  def mend(directory):
+def break_tensors(change_tensors):
+  def change(directory):
     path = os.path.join(directory, "adapter_model.safetensors")
-    save_file(change(load_file(path)), path)
+    save_file(change_tensors(load_file(path)), path)
 
-  return mend
+  return change
 
 
 QUERY = "base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_A.weight"
@@ -268,8 +268,8 @@ BAD = {
   "bias": (break_config(bias="all"), {}, 'bias = "all": only plain LoRA'),
   "PiSSA": (break_config(init_lora_weights="pissa"), {}, "init_lora_weights"),
   "another method": (break_config(peft_type="IA3"), {}, "peft_type is 'IA3'; only LORA"),
-  "no rank": (break_config(r=None), {}, "r is None; mend it"),
-  "no config": (lambda d: os.remove(d + "/adapter_config.json"), {}, "is no PEFT directory"),
+  "no rank": (break_config(r=None), {}, "r is None; it must be a positive number"),
+  "no config": (lambda d: os.remove(d + "/adapter_config.json"), {}, "is not a PEFT directory"),
   "no tensors": (lambda d: os.remove(d + "/adapter_model.safetensors"), {}, "as safetensors"),
   "cut off": (
     lambda d: os.truncate(d + "/adapter_model.safetensors", 500),
@@ -277,27 +277,25 @@ BAD = {
     "damaged or cut off",
   ),
   "a layer is missing": (
-    break_tensors(lambda found: {name: x for name, x in found.items() if name != QUERY}),
+    break_tensors(lambda tensors: {name: x for name, x in tensors.items() if name != QUERY}),
     {},
     "missing base_model.*layers.1.self_attn.q_proj.lora_A",
   ),
-  "a tensor that is none of ours": (
-    break_tensors(
-      lambda found: found | {"base_model.model.model.other.weight": found[QUERY].clone()}
-    ),
+  "an unknown tensor": (
+    break_tensors(lambda x: x | {"base_model.model.model.other.weight": x[QUERY].clone()}),
     {},
     r"unexpected base_model.model.model.other.weight",
   ),
   "another shape": (
-    break_tensors(lambda found: found | {QUERY: found[QUERY][:, :-1].contiguous()}),
+    break_tensors(lambda tensors: tensors | {QUERY: tensors[QUERY][:, :-1].contiguous()}),
     {},
     r"layers.1.self_attn.q_proj.lora_A.weight is \(4, 31\), not \(4, 32\)",
   ),
   "another rank": (None, {"rank": 8}, "query: rank 4 there, 8 by lora.rank"),
-  "another scale": (None, {"alpha": 3.0}, "query: counts 3 there, 1.5 by lora.alpha"),
+  "another scale": (None, {"alpha": 3.0}, "query: scale 3 there, 1.5 by lora.alpha"),
   "fewer targets": (None, {"targets": "/attention/"}, "mlp/up: an adapter there, none by"),
-  "a norm beside": (
-    break_tensors(lambda found: found | {NORM: found[QUERY][0].clone()}),
+  "a trained norm": (
+    break_tensors(lambda tensors: tensors | {NORM: tensors[QUERY][0].clone()}),
     {},
     r"language/norm/scale were trained .*; merge all of them \(merge_and_unload in peft\)",
   ),
@@ -317,7 +315,7 @@ def test_adapters_that_do_not_fit(name, run, tmp_path):
     load.check_weights(source.open_for(config))
 
 
-def test_adapters_with_a_projector_that_would_stay(run):
+def test_adapters_with_a_projector_that_would_be_frozen(run):
   for where in (run.peft, run.run):
     config = config_for(run, where)
     config.train.projector = False

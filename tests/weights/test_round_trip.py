@@ -1,4 +1,4 @@
-"""Models out to Hugging Face's format and in again, and directories that cannot be read."""
+"""Tests exporting models and importing them again, and directories that cannot be read."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from vlalign_jax.weights import export, source
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):
-  """Directories of a whole CLIP, its vision tower alone, and a LLaMA; the torch models."""
+  """Directories of a full CLIP, its vision tower alone, and a LLaMA; the torch models."""
   root = tmp_path_factory.mktemp("towers")
   clip = checkpoints.make_clip(root / "clip", whole=True)
   alone = checkpoints.make_clip(root / "vision", whole=False, seed=9)
@@ -47,10 +47,10 @@ def assert_same_bits(first, second):
 
 
 def load_in_torch(directory: str):
-  """LlavaForConditionalGeneration, after checking that not one weight was amiss or remarked on."""
-  remarks = []
+  """Returns a LlavaForConditionalGeneration; fails if weights are missing or loading it warns."""
+  warnings = []
   handler = logging.Handler(logging.WARNING)
-  handler.emit = lambda record: remarks.append(record.getMessage())
+  handler.emit = lambda record: warnings.append(record.getMessage())
   logger = logging.getLogger("transformers")
   logger.addHandler(handler)
   try:
@@ -60,12 +60,12 @@ def load_in_torch(directory: str):
   finally:
     logger.removeHandler(handler)
   assert not any(info.values()), info
-  assert not remarks
+  assert not warnings
   return model.eval()
 
 
 def example_of(config):
-  """(example with two images, pictures)."""
+  """Returns (an example with two images, pictures)."""
   pictures = reference.make_pictures(2, config.vision.image_size)
   return reference.make_example(config, 20, tuple(pictures)), pictures
 
@@ -102,17 +102,16 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_torch_reads_what_is_exported_and_so_do_we(variant, tmp_path):
+def test_exports_load_in_torch_and_here(variant, tmp_path):
   original = checkpoints.make_llava(tmp_path / "in", **VARIANTS[variant])
   opened, _, params = reference.open_model(tmp_path / "in")
   out = str(tmp_path / "out")
   export.export_model(opened, params, out)
-  again, _, reread = reference.open_model(out)
-  assert again.config == opened.config
-  assert again.generation.to_dict() == opened.generation.to_dict()
-  assert_same_bits(reread, params)
+  imported, _, imported_params = reference.open_model(out)
+  assert imported.config == opened.config
+  assert imported.generation.to_dict() == opened.generation.to_dict()
+  assert_same_bits(imported_params, params)
   exported = load_in_torch(out)
-  # The same weights in the same code.
   config = opened.config
   assert reference.relative_error(
     torch_logits(exported, config), torch_logits(original, config)
@@ -134,14 +133,14 @@ def test_processor_of_an_export_makes_our_tokens_and_pixels(tmp_path):
   noise = np.random.default_rng(0).integers(0, 256, (40, 23, 3), np.uint8)
   pictures = [Image.fromarray(noise), Image.fromarray(noise[:20, ::-1])]
   prompt = "USER: <image>\nWhat is in <image>? ASSISTANT:"
-  made = processor(images=pictures, text=prompt, return_tensors="np")
+  processed = processor(images=pictures, text=prompt, return_tensors="np")
   config = opened.config
   repeated = prompt.replace("<image>", "<image>" * config.tokens_per_image)
-  assert made["input_ids"][0].tolist() == opened.tokenizer(repeated)["input_ids"]
-  assert (made["input_ids"] == config.image_token_id).sum() == 2 * config.tokens_per_image
+  assert processed["input_ids"][0].tolist() == opened.tokenizer(repeated)["input_ids"]
+  assert (processed["input_ids"] == config.image_token_id).sum() == 2 * config.tokens_per_image
   ours = [opened.images.preprocess(picture) for picture in pictures]
   np.testing.assert_allclose(
-    made["pixel_values"], reference.pixel_values(config, ours), rtol=0, atol=1e-6
+    processed["pixel_values"], reference.pixel_values(config, ours), rtol=0, atol=1e-6
   )
 
 
@@ -155,7 +154,7 @@ def test_processor_of_an_export_makes_our_tokens_and_pixels(tmp_path):
     ),
   ],
 )
-def test_an_exported_config_tells_transformers_4_its_rope(rope, scaling, tmp_path):
+def test_an_exported_config_has_the_rope_keys_of_transformers_4(rope, scaling, tmp_path):
   checkpoints.make_llava(tmp_path / "in", text={"rope_parameters": rope})
   opened, _, _ = reference.open_model(tmp_path / "in")
   export.save_model_files(opened, str(tmp_path / "out"), "float32")
@@ -164,7 +163,7 @@ def test_an_exported_config_tells_transformers_4_its_rope(rope, scaling, tmp_pat
   assert (text["rope_theta"], text["rope_scaling"]) == (rope["rope_theta"], scaling)
   assert text["rope_parameters"] == rope
   assert str(tmp_path) not in written
-  # And this version takes the same from both spellings together.
+  # transformers 5 reads the same from both spellings together.
   assert transformers.AutoConfig.from_pretrained(tmp_path / "out").text_config.rope_parameters == (
     rope
   )
@@ -200,11 +199,11 @@ def test_export_in_another_dtype(tmp_path):
     torch.bfloat16
   }
   assert load_in_torch(out).dtype == torch.bfloat16
-  _, _, reread = reference.open_model(out, param_dtype="bfloat16")
-  assert_same_bits(reread, jax.tree.map(lambda x: x.astype("bfloat16"), params))
+  _, _, imported = reference.open_model(out, param_dtype="bfloat16")
+  assert_same_bits(imported, jax.tree.map(lambda x: x.astype("bfloat16"), params))
 
 
-def test_export_refuses_a_directory_that_holds_something(tmp_path):
+def test_export_refuses_a_directory_that_is_not_empty(tmp_path):
   checkpoints.make_llava(tmp_path)
   opened, _, params = reference.open_model(tmp_path)
   before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -214,7 +213,7 @@ def test_export_refuses_a_directory_that_holds_something(tmp_path):
 
 
 def assemble(towers, **keys):
-  """(source, graphdef, params) of a new model from a vision and a language directory."""
+  """Returns (source, graphdef, params) of a new model of a vision and a language directory."""
   opened = source.open_source(
     reference.model_group(**{"vision": towers.clip, "language": towers.language, **keys})
   )
@@ -238,16 +237,16 @@ def test_a_linear_projector_between_two_towers(towers, tmp_path):
     mean = theirs.mean(0, dtype=np.float64).astype(np.float32)
     np.testing.assert_array_equal(ours[502:], np.broadcast_to(mean, (10, 32)))
 
-  # The same composition in torch, with our fresh projector; its outputs are made small, so that
-  # the epsilon of the norm counts.
+  # The same computation in torch, with our fresh projector. Its outputs are made small, so that the
+  # epsilon of the norm matters.
   params["projector"]["linear"] = jax.tree.map(lambda x: x * 1e-3, params["projector"]["linear"])
   projector = jax.tree.map(lambda x: torch.tensor(np.asarray(x)), params["projector"])
   norm = projector["norm"]
   example, pictures = example_of(config)
   with torch.no_grad():
     pixels = reference.pixel_values(config, [pictures[path] for path in example.images])
-    seen = towers.torch_vision(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    projected = seen @ projector["linear"]["kernel"] + projector["linear"]["bias"]
+    features = towers.torch_vision(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    projected = features @ projector["linear"]["kernel"] + projector["linear"]["bias"]
     projected = torch.nn.functional.layer_norm(
       projected, (32,), norm["scale"], norm["bias"], eps=1e-12
     )
@@ -256,14 +255,14 @@ def test_a_linear_projector_between_two_towers(towers, tmp_path):
     embedded = llama.model.embed_tokens(torch.where(is_image, 0, tokens))
     embedded[is_image] = projected.reshape(-1, 32)
     expected = llama(inputs_embeds=embedded[None]).logits[0]
-  found = our_logits(config, graphdef, params)
-  assert reference.relative_error(found[:, :502], expected) < 1e-5
+  logits = our_logits(config, graphdef, params)
+  assert reference.relative_error(logits[:, :502], expected) < 1e-5
 
   out = str(tmp_path / "out")
   export.export_model(opened, params, out)
-  again, _, reread = reference.open_model(out)
-  assert (again.config, again.fresh) == (config, ())
-  assert_same_bits(reread, params)
+  imported, _, imported_params = reference.open_model(out)
+  assert (imported.config, imported.fresh) == (config, ())
+  assert_same_bits(imported_params, params)
   stored = json.loads((tmp_path / "out" / "config.json").read_text())
   assert stored["architectures"] == ["VlalignForConditionalGeneration"]
   assert stored["projector_type"] == "linear"
@@ -273,20 +272,20 @@ def test_an_mlp_projector_between_two_towers_is_a_llava(towers, tmp_path):
   opened, graphdef, params = assemble(towers, vision=towers.vision, vision_feature_layer="-3,-1")
   out = str(tmp_path / "out")
   export.export_model(opened, params, out)
-  found = our_logits(opened.config, graphdef, params)
+  logits = our_logits(opened.config, graphdef, params)
   expected = torch_logits(load_in_torch(out), opened.config)
-  assert reference.relative_error(found, expected) < 1e-5
+  assert reference.relative_error(logits, expected) < 1e-5
   assert_same_bits(reference.open_model(out)[2], params)
 
 
-def test_a_whole_clip_and_its_vision_tower_give_the_same(towers):
-  _, _, whole = assemble(towers)
-  _, _, alone = assemble(towers, vision=towers.vision)
-  assert_same_bits(whole, alone)
-  jax.tree.map(lambda x: np.testing.assert_equal(np.isfinite(x).all(), True), whole)
+def test_a_full_clip_and_its_vision_tower_give_the_same(towers):
+  _, _, from_clip = assemble(towers)
+  _, _, from_tower = assemble(towers, vision=towers.vision)
+  assert_same_bits(from_clip, from_tower)
+  jax.tree.map(lambda x: np.testing.assert_equal(np.isfinite(x).all(), True), from_clip)
 
 
-def test_every_tensor_that_does_not_fit_is_named_at_once(tmp_path):
+def test_one_error_names_every_tensor_that_does_not_fit(tmp_path):
   checkpoints.make_llava(tmp_path, layout="old")
   file = tmp_path / "model.safetensors"
   stored = load_file(file)
@@ -314,7 +313,7 @@ def test_weights_that_only_pickle_can_read(tmp_path):
   os.remove(tmp_path / "model.safetensors")
   with pytest.raises(InputError, match=r"no model\.safetensors and no model\.safetensors\.index"):
     reference.open_model(tmp_path)
-  (tmp_path / "pytorch_model.bin").write_bytes(b"never looked at")
+  (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
   with pytest.raises(InputError, match="only pickled weights there, which are not read"):
     reference.open_model(tmp_path)
 
@@ -330,16 +329,16 @@ def test_a_cut_off_file(kept, tmp_path):
 
 def test_a_missing_shard_and_a_broken_index(tmp_path):
   checkpoints.make_llava(tmp_path, max_shard_size="40KB")
-  lost = sorted(tmp_path.glob("model-*.safetensors"))[1]
-  lost.unlink()
-  with pytest.raises(InputError, match=f"names files that are not there: {lost.name}"):
+  shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+  shard.unlink()
+  with pytest.raises(InputError, match=f"names files that are missing: {shard.name}"):
     reference.open_model(tmp_path)
   (tmp_path / "model.safetensors.index.json").write_text("{")
   with pytest.raises(InputError, match="not a safetensors index"):
     reference.open_model(tmp_path)
 
 
-def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(tmp_path):
+def test_a_head_that_differs_from_the_tied_embedding_is_refused(tmp_path):
   checkpoints.make_llava(tmp_path, layout="old", text={"tie_word_embeddings": True})
   file = tmp_path / "model.safetensors"
   stored = load_file(file)
@@ -347,5 +346,5 @@ def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(tmp_path):
   save_file({**stored, "language_model.lm_head.weight": embedding.clone()}, file)
   reference.open_model(tmp_path)
   save_file({**stored, "language_model.lm_head.weight": embedding + 1}, file)
-  with pytest.raises(InputError, match="lm_head.weight is not the embedding"):
+  with pytest.raises(InputError, match="lm_head.weight differs from the embedding"):
     reference.open_model(tmp_path)

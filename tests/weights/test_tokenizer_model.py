@@ -1,4 +1,4 @@
-"""A LLaMA directory whose tokenizer is a SentencePiece file alone, like Vicuna's and Llama 2's."""
+"""Tests LLaMA directories with a SentencePiece tokenizer.model, like Vicuna's and Llama 2's."""
 
 import io
 import json
@@ -19,7 +19,7 @@ LINES = [
   "helpful, detailed, and polite answers to the user's questions.",
   "USER: What is in the image? ASSISTANT: A cat and two dogs.",
 ]
-# As Vicuna's own has it.
+# tokenizer_config.json of Vicuna.
 CONFIG = {
   "tokenizer_class": "LlamaTokenizer",
   "legacy": False,
@@ -34,7 +34,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):
-  """(model group naming a CLIP and a LLaMA directory, the SentencePiece model as bytes)."""
+  """(a `model` group with a CLIP and a LLaMA directory, the SentencePiece model as bytes)."""
   clip, llama = (tmp_path_factory.mktemp(name) for name in ("clip", "llama"))
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
@@ -56,7 +56,7 @@ def towers(tmp_path_factory):
   return reference.model_group(vision=str(clip), language=str(llama)), model.getvalue()
 
 
-def test_a_tokenizer_model_alone_is_read(towers, tmp_path):
+def test_a_tokenizer_model_and_its_config_are_read(towers, tmp_path):
   group, model = towers
   opened = source.open_source(group)
   tokenizer, expected = opened.tokenizer, sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -68,27 +68,27 @@ def test_a_tokenizer_model_alone_is_read(towers, tmp_path):
   before, after = expected.encode("USER: "), expected.encode("x\nA cat? ASSISTANT:")
   assert question.tolist() == [1, *before, 350, *after[len(expected.encode("x")) :]]
   assert answer.tolist() == [*expected.encode("two"), 2]
-  # Runs and exports then hold a tokenizer.json.
+  # Runs and exports have a tokenizer.json.
   export.save_model_files(opened, str(tmp_path), "float32", "vicuna")
-  again = AutoTokenizer.from_pretrained(tmp_path)
+  exported = AutoTokenizer.from_pretrained(tmp_path)
   text = f"{LINES[2]} <image>\nyes</s>"
-  np.testing.assert_array_equal(again(text)["input_ids"], tokenizer(text)["input_ids"])
+  np.testing.assert_array_equal(exported(text)["input_ids"], tokenizer(text)["input_ids"])
 
 
 def test_without_a_config_its_ids_are_those_of_sentencepiece(towers, tmp_path):
   model = towers[1]
   expected = sentencepiece.SentencePieceProcessor(model_proto=model)
-  alone = tmp_path / "alone"
-  shutil.copytree(towers[0].language, alone)
-  (alone / "tokenizer_config.json").unlink()
-  opened = source.open_source(reference.model_group(vision=towers[0].vision, language=str(alone)))
+  llama = tmp_path / "llama"
+  shutil.copytree(towers[0].language, llama)
+  (llama / "tokenizer_config.json").unlink()
+  opened = source.open_source(reference.model_group(vision=towers[0].vision, language=str(llama)))
   export.save_model_files(opened, str(tmp_path / "out"), "float32", "vicuna")
-  again = AutoTokenizer.from_pretrained(tmp_path / "out")
-  assert opened.tokenizer.eos_token_id == again.eos_token_id == 2
-  for tokenizer in (opened.tokenizer, again):
+  exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+  assert opened.tokenizer.eos_token_id == exported.eos_token_id == 2
+  for tokenizer in (opened.tokenizer, exported):
     for text in (*LINES, " a space", "", "two  spaces, é and 猫\nand a line "):
       assert tokenizer(text)["input_ids"] == [1, *expected.encode(text)]
-    # Every text between special tokens is a text of its own, as in Llama 2's tokenizer.json.
+    # Text between special tokens is encoded separately, as by Llama 2's tokenizer.json.
     ids = tokenizer("A cat</s>two dogs")["input_ids"]
     assert ids == [1, *expected.encode("A cat"), 2, *expected.encode("two dogs")]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "A cat two dogs"
@@ -96,9 +96,9 @@ def test_without_a_config_its_ids_are_those_of_sentencepiece(towers, tmp_path):
 
 @pytest.mark.parametrize(
   ("options", "reason"),
-  [({"bos_id": -1}, "no bos_token"), ({"add_dummy_prefix": False}, "rules of its own")],
+  [({"bos_id": -1}, "no bos_token"), ({"add_dummy_prefix": False}, "LLaMA's tokenizer lacks")],
 )
-def test_a_tokenizer_model_that_is_not_like_llama_s(towers, tmp_path, options, reason):
+def test_a_tokenizer_model_unlike_that_of_llama(towers, tmp_path, options, reason):
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(LINES * 5),

@@ -222,8 +222,8 @@ def test_files_that_lack_what_is_not_run(tmp_path, caplog):
   out = tmp_path / "out"
   with caplog.at_level("WARNING"):
     export.export_model(opened, params, str(out))
-  assert "layer 2 is not in its files, so the exported tower has 2" in caplog.text
-  assert "no post_layernorm; it is written as the identity" in caplog.text
+  assert "its files lack layer 2: the exported tower has 2 layers" in caplog.text
+  assert "no post_layernorm; the identity is written in its place" in caplog.text
   written = config_of(out)
   assert written["vision_config"]["num_hidden_layers"] == 2
   assert written["vision_feature_layer"] == [-2, -1]

@@ -1,13 +1,13 @@
-"""Orbax checkpoints of a run: what moves, how far the data is, and where to go on.
+"""Saves, finds and restores a run's Orbax checkpoints.
 
-A checkpoint is written beside its place and renamed when whole (in a bucket: marked when whole), so
-that what counts as `checkpoints/STEP` is complete. It holds three items: `params` (the trained
-parameters only; the frozen ones are read from where the run took them), `optimizer` (everything
-else of the state) and `progress` (JSON: step, data position, counters, the config, what the whole
-run was planned for, the metrics of an evaluation at this step).
+A checkpoint is written under a temporary name and renamed when it is complete (in a bucket: marked
+as complete), so `checkpoints/STEP` is never half-written. It holds three items: `params` (the
+trained parameters only; the frozen ones are read again from the model's files), `optimizer` (the
+rest of the state) and `progress` (JSON: step, data position, counters, the config, the size of the
+data that all steps were planned for, the metrics of an evaluation at this step).
 
-With several processes, all call these functions, each reads and writes its own shards, and all go
-on from the same step: one that no process fails to read.
+With several processes, all call these functions, each reads and writes its own shards, and all
+resume from the same step: the newest that every process can read.
 """
 
 import jax
@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
 
 from vlalign_jax import storage, trees
 from vlalign_jax.errors import InputError
@@ -24,7 +25,7 @@ from vlalign_jax.runs import preservation
 from vlalign_jax.runs.damage import Damaged, reading
 
 DIRECTORY = "checkpoints"
-MEND = "; restore it, or move it away to use the checkpoint before"
+FIX = "; restore it, or move it away to use the checkpoint before"
 NEWEST, BEST = "newest", "best"
 
 
@@ -34,22 +35,24 @@ def open_checkpoints(
   save_best_limit: int = 0,
   metric_for_best_model: str = "eval/loss",
 ) -> ocp.CheckpointManager:
-  """The run's checkpoints; leftovers of a killed save go.
+  """Opens the run's checkpoints; deletes leftovers of a killed save.
 
   Args:
     workdir: the run directory.
-    save_total_limit: how many of the newest stay.
-    save_best_limit: how many of the best stay, besides.
-    metric_for_best_model: what makes the best, see `preservation.HIGHER_IS_BETTER`.
+    save_total_limit: how many of the newest checkpoints are kept.
+    save_best_limit: how many of the best are kept besides.
+    metric_for_best_model: ranks them, see `preservation.rank`.
   """
   directory = epath.Path(storage.absolute(workdir)) / DIRECTORY
+  policies = [checkpoint_managers.LatestN(save_total_limit)]
+  if save_best_limit:
+    best = preservation.BestEvaluated(directory, save_best_limit, metric_for_best_model)
+    policies.append(best)
   return ocp.CheckpointManager(
     directory,
     item_names=("params", "optimizer", "progress"),
     options=ocp.CheckpointManagerOptions(
-      preservation_policy=preservation.NewestAndBest(
-        directory, save_total_limit, save_best_limit, metric_for_best_model
-      ),
+      preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
       cleanup_tmp_directories=True,
       enable_async_checkpointing=True,
     ),
@@ -61,17 +64,17 @@ def _without_params(state: TrainState) -> dict:
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: TrainState, progress: dict) -> None:
-  """Starts writing a checkpoint; it is whole once `manager.wait_until_finished` returns.
+  """Starts writing a checkpoint; it is complete once `manager.wait_until_finished` returns.
 
   Args:
     manager: from `open_checkpoints`.
     step: of the state.
-    state: what is to be saved.
-    progress: goes through JSON; `metrics`, where it has them, decide whether this is a best one.
+    state: what is saved.
+    progress: saved as JSON; the checkpoint is ranked by its `metrics`, if it has any.
   """
   for later in manager.all_steps():
     if later >= step:  # it could not be read, and Orbax saves nothing before its newest step
-      _set_aside(manager, later)
+      _move_damaged(manager, later)
   manager.save(
     step,
     args=ocp.args.Composite(
@@ -83,47 +86,50 @@ def save(manager: ocp.CheckpointManager, step: int, state: TrainState, progress:
   )
 
 
-def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
-  """Makes room where a damaged checkpoint stands, without deleting it."""
+def _move_damaged(manager: ocp.CheckpointManager, step: int) -> None:
+  """Moves a damaged checkpoint out of the way of a new one, without deleting it."""
   if jax.process_index() == 0:
-    place = manager.directory / str(step)
-    name = f"{DIRECTORY}-damaged-{step}"
-    while (manager.directory.parent / name).exists():
-      name += "-again"
-    place.rename(manager.directory.parent / name)
-    logging.warning("damaged checkpoint %s moved to %s", place, manager.directory.parent / name)
-  multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
+    checkpoint = manager.directory / str(step)
+    target = manager.directory.parent / f"{DIRECTORY}-damaged-{step}"
+    while target.exists():
+      target = target.parent / f"{target.name}-again"
+    checkpoint.rename(target)
+    logging.warning("damaged checkpoint %s moved to %s", checkpoint, target)
+  multihost_utils.sync_global_devices(f"checkpoint {step} is moved")
   manager.reload()
 
 
 def restore_newest(
   manager: ocp.CheckpointManager, state: TrainState
 ) -> tuple[TrainState, dict] | None:
-  """The newest state that is not damaged, and its progress; None if nothing was ever saved.
+  """Restores the newest checkpoint that is not damaged: (state, progress); None if there is none.
 
   Args:
     manager: from `open_checkpoints`.
-    state: TrainState of jax.ShapeDtypeStruct with shardings: what is wanted, and where. Another
-      NamedTuple with `params` and `with_params` will do as well, here and in `save`.
+    state: TrainState of jax.ShapeDtypeStruct with shardings. Here and in `save` it may be another
+      NamedTuple that has `params` and `with_params`.
 
   Raises:
-    InputError: all checkpoints are damaged; or the newest that is not cannot be read for want of
-      rights or memory, or because the storage fails.
+    InputError: all checkpoints are damaged; or this process lacks the permission or the memory to
+      read the newest undamaged one, or the storage fails.
   """
-  steps = _of_first_process(sorted(manager.all_steps(), reverse=True))
+  steps = _steps_of_first_process(sorted(manager.all_steps(), reverse=True))
   for step in steps:
-    place, error = manager.directory / str(step), None
+    checkpoint, error = manager.directory / str(step), None
     try:
-      with reading(str(place)):
-        found = _restore(place, state)
+      with reading(str(checkpoint)):
+        restored = _restore(checkpoint, state)
     except Exception as caught:  # the other processes must hear of it, whatever it is
       error = caught
     failed = error is not None and not isinstance(error, Damaged)
-    if _anywhere(failed):
-      raise error if failed else InputError(f"{place}: another process cannot read it; see its log")
-    if not _anywhere(error is not None):
-      return found
-    logging.error("checkpoint %s", error or f"{place} cannot be read by another process")
+    any_failed = _in_any_process(failed)
+    if failed:
+      raise error
+    if any_failed:
+      raise InputError(f"{checkpoint}: another process cannot read it; see its log")
+    if not _in_any_process(error is not None):
+      return restored
+    logging.error("checkpoint %s", error or f"{checkpoint} cannot be read by another process")
   if steps:
     raise InputError(
       f"{manager.directory}: none of the checkpoints {steps} can be read; the log above says why. "
@@ -132,31 +138,35 @@ def restore_newest(
   return None
 
 
-def _restore(place: epath.Path, state: TrainState) -> tuple[TrainState, dict]:
-  # By the handlers, not the manager: that one waits for all processes, and one may fail alone.
-  progress = ocp.JsonCheckpointHandler().restore(place / "progress")
+def _restore(checkpoint: epath.Path, state: TrainState) -> tuple[TrainState, dict]:
+  # The handlers restore, not the manager, which waits for all processes: one may fail alone.
+  progress = ocp.JsonCheckpointHandler().restore(checkpoint / "progress")
   arrays = ocp.StandardCheckpointHandler()
-  params = arrays.restore(place / "params", args=ocp.args.StandardRestore(state.params))
-  rest = arrays.restore(place / "optimizer", args=ocp.args.StandardRestore(_without_params(state)))
+  params = arrays.restore(checkpoint / "params", args=ocp.args.StandardRestore(state.params))
+  args = ocp.args.StandardRestore(_without_params(state))
+  rest = arrays.restore(checkpoint / "optimizer", args=args)
   return type(state)(**rest).with_params(params), progress
 
 
-def _of_first_process(steps: list[int]) -> list[int]:
-  """The list as process 0 has it."""
+def _steps_of_first_process(steps: list[int]) -> list[int]:
+  """Returns the list that process 0 passes, in every process."""
   count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
   return multihost_utils.broadcast_one_to_all(np.resize(np.array(steps, np.int32), count)).tolist()
 
 
-def _anywhere(condition: bool) -> bool:
-  """Whether it holds in any process."""
+def _in_any_process(condition: bool) -> bool:
+  """Returns whether the condition holds in at least one process."""
   return bool(multihost_utils.process_allgather(np.int32(condition)).any())
 
 
 def find_run(place: str) -> tuple[str, str] | None:
-  """What a place names: (run directory, "newest", "best" or a step); None if it is no run.
+  """Splits the name of a checkpoint: (run directory, "newest", "best" or a step).
 
   Args:
     place: RUN_DIR, RUN_DIR/checkpoints/STEP or RUN_DIR/checkpoints/best.
+
+  Returns:
+    None if there is no run at `place`.
   """
   place = place.rstrip("/")
   if epath.Path(place, DIRECTORY).is_dir():
@@ -169,15 +179,15 @@ def find_run(place: str) -> tuple[str, str] | None:
 
 
 def find_step(workdir: str, which: str, metric: str) -> int:
-  """The step of a whole checkpoint.
+  """Returns the step of a complete checkpoint.
 
   Args:
     workdir: the run directory.
     which: "newest", "best" or a step.
-    metric: what makes the best, see `preservation.HIGHER_IS_BETTER`.
+    metric: ranks the best, see `preservation.rank`.
 
   Raises:
-    InputError: there is none.
+    InputError: there is no such checkpoint.
   """
   directory = epath.Path(storage.absolute(workdir)) / DIRECTORY
   steps = sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
@@ -186,8 +196,8 @@ def find_step(workdir: str, which: str, metric: str) -> int:
   if which == NEWEST:
     return steps[-1]
   if which == BEST:
-    metrics = {step: preservation.metrics_of(directory / str(step)) for step in steps}
-    best = preservation.ranked(metrics, metric)
+    metrics = {step: preservation.read_metrics(directory / str(step)) for step in steps}
+    best = preservation.rank(metrics, metric)
     if not best:
       raise InputError(
         f"{workdir}: none of the checkpoints {steps} was saved with {metric}; name one of them, "
@@ -200,45 +210,44 @@ def find_step(workdir: str, which: str, metric: str) -> int:
 
 
 def trained_paths(workdir: str, step: int) -> list[str]:
-  """Paths of the parameters in a checkpoint; raises the InputErrors of `restore_params`."""
-  return list(_stored_params(epath.Path(storage.absolute(workdir)) / DIRECTORY / str(step)))
+  """Returns the paths of a checkpoint's parameters; raises the InputErrors of `restore_params`."""
+  return list(_read_metadata(epath.Path(storage.absolute(workdir)) / DIRECTORY / str(step)))
 
 
-def _stored_params(checkpoint: epath.Path) -> dict:
-  with reading(str(checkpoint), MEND):
+def _read_metadata(checkpoint: epath.Path) -> dict:
+  """Returns path -> Orbax's metadata (shape, dtype) of the parameters in a checkpoint."""
+  with reading(str(checkpoint), FIX):
     return trees.flatten(ocp.PyTreeCheckpointHandler().metadata(checkpoint / "params").tree)
 
 
 def restore_params(workdir: str, step: int, leaves: dict, placement: dict) -> dict[str, jax.Array]:
-  """The trained parameters of a run, and nothing else, straight into their shards.
+  """Reads trained parameters of a run, without the rest of its state, straight into their shards.
 
   Args:
     workdir: the run directory.
     step: of the checkpoint.
-    leaves: path -> jax.ShapeDtypeStruct of what is wanted.
+    leaves: path -> jax.ShapeDtypeStruct of the parameters to read.
     placement: path -> sharding.
 
   Returns:
-    path -> array, for the wanted parameters that the checkpoint has.
+    path -> array, for the parameters in `leaves` that the checkpoint has.
 
   Raises:
-    InputError: the checkpoint cannot be read, or has one of another shape.
+    InputError: the checkpoint cannot be read, or has a parameter of another shape.
   """
   checkpoint = epath.Path(storage.absolute(workdir)) / DIRECTORY / str(step)
-  place = checkpoint / "params"
-  handler = ocp.PyTreeCheckpointHandler()
-  item = {}
-  for path, meta in _stored_params(checkpoint).items():
+  directory, item = checkpoint / "params", {}
+  for path, metadata in _read_metadata(checkpoint).items():
     if path not in leaves:
       continue
-    leaf = leaves[path]
-    if tuple(meta.shape) != leaf.shape:
-      raise InputError(f"{place}: {path} is {tuple(meta.shape)}, the model has {leaf.shape}")
+    leaf, shape = leaves[path], tuple(metadata.shape)
+    if shape != leaf.shape:
+      raise InputError(f"{directory}: {path} is {shape}, the model has {leaf.shape}")
     item[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement[path])
   if not item:
     return {}
   item = trees.unflatten(item)
   restore_args = ocp.checkpoint_utils.construct_restore_args(item)
   args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-  with reading(str(checkpoint), MEND):
-    return trees.flatten(handler.restore(place, args=args))
+  with reading(str(checkpoint), FIX):
+    return trees.flatten(ocp.PyTreeCheckpointHandler().restore(directory, args=args))

@@ -1,4 +1,4 @@
-"""What it means that a checkpoint cannot be read: it is damaged, or something else is wrong."""
+"""Tells damaged checkpoints from those that cannot be read for another reason."""
 
 import contextlib
 import os
@@ -10,10 +10,10 @@ from vlalign_jax.errors import InputError
 
 
 class Damaged(InputError):
-  """A checkpoint that cannot be read, however often it is tried."""
+  """A checkpoint is damaged: trying again does not help."""
 
 
-# TensorStore's errors are ValueErrors that begin with a status; these may pass by themselves.
+# TensorStore's errors are ValueErrors that begin with a status; after these, trying again may help.
 _STORAGE_STATUS = (
   "ABORTED",
   "CANCELLED",
@@ -26,37 +26,38 @@ _STORAGE_STATUS = (
 
 
 @contextlib.contextmanager
-def reading(place: str, mend: str = ""):
-  """Turns what reading the checkpoint at `place` raises into an InputError that names it.
+def reading(checkpoint: str, fix: str = ""):
+  """Turns any error of reading a checkpoint into an InputError that names its path.
 
-  It is `Damaged`, with `mend`, only if neither rights, nor memory, nor the storage is the cause.
+  Permissions, memory and the storage have errors that say so; all else raises `Damaged`, whose
+  message ends with `fix`.
   """
   try:
-    if not storage.is_url(place):
-      with os.scandir(place) as items:  # Orbax takes what it may not list for missing
+    if not storage.is_url(checkpoint):
+      with os.scandir(checkpoint) as items:  # Orbax calls what may not be listed missing
         for item in items:
           if item.is_dir():
             os.listdir(item)
     yield
-  except Exception as error:  # Orbax, TensorStore, epath, json and JAX all have their own
+  except Exception as error:  # Orbax, TensorStore, epath, json and JAX have errors of many types
     cause = error
     while cause.__cause__:  # Orbax wraps TensorStore's errors
       cause = cause.__cause__
     reason = " ".join(str(cause).split())[:300]
-    device = isinstance(cause, jax.errors.JaxRuntimeError)
+    from_jax = isinstance(cause, jax.errors.JaxRuntimeError)
     missing = isinstance(cause, FileNotFoundError | NotADirectoryError)
-    if isinstance(cause, MemoryError) or (device and "RESOURCE_EXHAUSTED" in reason):
+    if isinstance(cause, MemoryError) or (from_jax and "RESOURCE_EXHAUSTED" in reason):
       raise InputError(
-        f"{place} does not fit into memory: {reason}; use more devices, and split what each of "
-        "them holds with mesh.zero_stage and mesh.fsdp"
+        f"{checkpoint} does not fit into memory: {reason}; use more devices, and shard over them "
+        "with mesh.zero_stage and mesh.fsdp"
       ) from error
-    if device:
+    if from_jax:
       raise
     if isinstance(cause, PermissionError) or reason.startswith("PERMISSION_DENIED"):
-      raise InputError(f"{place} may not be read: {reason}; give this user the right") from error
+      raise InputError(f"{checkpoint} may not be read: {reason}; permit this user to") from error
     if (isinstance(cause, OSError) and not missing) or reason.startswith(_STORAGE_STATUS):
       raise InputError(
-        f"{place} cannot be read now: {reason}; repeat the command when the storage is well, or "
-        "move this checkpoint away to use the one before"
+        f"{checkpoint} cannot be read now: {reason}; try again when the storage works, or move "
+        "this checkpoint away to use the one before"
       ) from error
-    raise Damaged(f"{place} cannot be read: {reason}{mend}") from error
+    raise Damaged(f"{checkpoint} cannot be read: {reason}{fix}") from error

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, and the best by an evaluation metric."""
+"""Ranks a run's checkpoints by an evaluation metric, and decides which are kept as the best."""
 
 import dataclasses
 import json
@@ -7,43 +7,32 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-from vlalign_jax.evaluation_metrics import HIGHER_IS_BETTER
-
 
 @dataclasses.dataclass
-class NewestAndBest:
-  """An Orbax PreservationPolicy; a checkpoint that is both counts as both.
+class BestEvaluated:
+  """An Orbax PreservationPolicy that keeps the `n` best of the checkpoints that were evaluated.
 
-  Attributes:
-    directory: of the checkpoints.
-    newest: how many of the newest stay.
-    best: how many of the best stay; those that were not evaluated are never among them.
-    metric: what makes the best, one of `evaluation_metrics.HIGHER_IS_BETTER`.
+  Orbax's BestN also keeps checkpoints without metrics while there are at most n checkpoints, and
+  fails where a file of metrics is damaged.
   """
 
-  directory: epath.Path
-  newest: int
-  best: int
-  metric: str
+  directory: epath.Path  # of the checkpoints
+  n: int
+  metric: str  # such as eval/loss
 
   def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
-    """Whether each of the checkpoints, ordered by step, stays."""
+    """Returns whether each of the checkpoints is kept."""
     del context
-    stay = {info.step for info in checkpoints[-self.newest :]}
-    if self.best:
-      # Those of this process carry their metrics; the others have them on disk only.
-      found = {
-        info.step: info.metrics or metrics_of(self.directory / str(info.step))
-        for info in checkpoints
-      }
-      stay |= set(ranked(found, self.metric)[: self.best])
-    return [info.step in stay for info in checkpoints]
+    # Orbax knows the metrics of what this process has saved; those of earlier ones are on disk.
+    metrics = {c.step: c.metrics or read_metrics(self.directory / str(c.step)) for c in checkpoints}
+    best = rank(metrics, self.metric)[: self.n]
+    return [c.step in best for c in checkpoints]
 
 
-def metrics_of(checkpoint: epath.Path) -> dict[str, float]:
-  """The evaluation metrics in a checkpoint's progress; none if it was not evaluated or is damaged.
+def read_metrics(checkpoint: epath.Path) -> dict[str, float]:
+  """Reads the evaluation metrics of a checkpoint; {} if it was not evaluated or is damaged.
 
-  Damage is not told here but where the checkpoint is read: it must not stop a run that has others.
+  Restoring it reports the damage; here it must not stop a run that has other checkpoints.
   """
   try:
     progress = json.loads((checkpoint / "progress" / "metadata").read_text())
@@ -52,17 +41,14 @@ def metrics_of(checkpoint: epath.Path) -> dict[str, float]:
     return {}
 
 
-def ranked(metrics: Mapping[int, Mapping[str, float]], metric: str) -> list[int]:
-  """The steps that have a metric, best first; of equals the newest, which was trained the longest.
+def rank(metrics: Mapping[int, Mapping[str, float]], metric: str) -> list[int]:
+  """Returns the steps with a finite value of `metric`, best first; of equals the newest first.
 
   Args:
-    metrics: step -> metric -> value; a value that is not finite counts as none.
-    metric: one of `evaluation_metrics.HIGHER_IS_BETTER`.
+    metrics: step -> name of a metric -> value.
+    metric: such as eval/loss; of losses and perplexities the lowest is the best, else the highest.
   """
-  sign = -1 if HIGHER_IS_BETTER[metric] else 1
-  values = {
-    step: sign * found[metric]
-    for step, found in metrics.items()
-    if math.isfinite(found.get(metric, math.nan))
-  }
-  return sorted(values, key=lambda step: (values[step], -step))
+  sign = 1 if metric.endswith(("loss", "perplexity")) else -1
+  values = {step: sign * numbers.get(metric, math.nan) for step, numbers in metrics.items()}
+  finite = [step for step, value in values.items() if math.isfinite(value)]
+  return sorted(finite, key=lambda step: (values[step], -step))

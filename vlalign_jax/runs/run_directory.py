@@ -1,4 +1,4 @@
-"""A run directory: made, checked against the config that is resumed with, and written to."""
+"""Makes a run directory, and checks it against the config that a run is resumed with."""
 
 import json
 import time
@@ -10,10 +10,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from vlalign_jax import config as configs
 from vlalign_jax import storage, trees
 from vlalign_jax.errors import InputError
 
-# What may change between a run and its resumption without changing what it computed so far, nor
+# Keys that may change when a run is resumed: they change neither what it has computed so far nor
 # which examples a step learns from.
 HARMLESS = (
   "log_every",
@@ -28,8 +29,9 @@ HARMLESS = (
   "ppo.log_samples_every",
   "ppo.log_samples",
 )
-# These change the order of sums besides, and so the last bits: a run may need them to fit on other
-# devices. Micro-batches are weighted by their tokens, so their number changes no more than that.
+# These may change as well, since a run may need it to fit on other devices. They change the order
+# of sums, and so the last bits. Micro-batches are weighted by their tokens, so their number changes
+# no more than that.
 ROUNDING = (
   "grad_accumulation",
   "model.remat",
@@ -46,7 +48,7 @@ ROUNDING = (
 
 
 def open_run(workdir: str, config: ConfigDict, defaults: ConfigDict | None = None) -> bool:
-  """Makes the directory and its config.json, or checks that a run there has the same config.
+  """Makes the directory and its config.json, or checks that the run there has the same config.
 
   Args:
     workdir: the run directory.
@@ -54,11 +56,12 @@ def open_run(workdir: str, config: ConfigDict, defaults: ConfigDict | None = Non
     defaults: of its stage, for keys that a run's config.json lacks as it is older than they are.
 
   Returns:
-    Whether there is a run to go on with; one that has saved nothing begins anew, with any config.
+    Whether there is a run to resume; one that has saved nothing starts again, with any config.
 
   Raises:
-    InputError: the directory is none or cannot be written to, holds a run with another config, or
-      a config.json that is no run's; or the processes do not see the same directory.
+    InputError: the directory is missing from the command, cannot be written to, or has a
+      config.json of a run with another config, of another version or of no run; or the processes do
+      not see the same directory.
   """
   if not workdir:
     raise InputError("--workdir is missing: the directory that this run is written to")
@@ -67,10 +70,10 @@ def open_run(workdir: str, config: ConfigDict, defaults: ConfigDict | None = Non
   path = directory / "config.json"
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    stored = _read_config(path) if path.exists() else None
+    stored = stored_config(workdir, defaults) if path.exists() else None
     resumes = has_saved(directory)
     if stored and resumes:
-      _check_config(stored, config, workdir, defaults)
+      _check_config(stored, config, workdir)
     _check_shared(directory)
     if jax.process_index() == 0:
       storage.write(str(path), json.dumps(config.to_dict(), indent=2) + "\n")
@@ -79,7 +82,7 @@ def open_run(workdir: str, config: ConfigDict, defaults: ConfigDict | None = Non
   except Exception as error:
     if not isinstance(error, OSError) and not storage.is_url(workdir):
       raise
-    reason = getattr(error, "strerror", None) or error  # libraries of buckets have their own errors
+    reason = getattr(error, "strerror", None) or error  # a bucket's library has errors of its own
     raise InputError(f"--workdir {workdir} cannot be written to: {reason}") from error
   return resumes
 
@@ -88,7 +91,7 @@ def _check_shared(directory: epath.Path) -> None:
   """Refuses a directory that is not the same one for all processes, and waits for all of them."""
   if jax.process_count() == 1:
     return
-  # A name that no process has ever looked for, so that no file system remembers its absence.
+  # A new name: a file system may remember that a file which was looked for before was missing.
   number = int(multihost_utils.broadcast_one_to_all(np.uint32(time.time_ns() % 2**32)))
   probe = directory / f"shared-{number}"
   if jax.process_index() == 0:
@@ -105,47 +108,64 @@ def _check_shared(directory: epath.Path) -> None:
 
 
 def has_saved(directory: epath.Path) -> bool:
-  """Whether the run there has saved a checkpoint to go on from."""
+  """Returns whether the run there has saved a checkpoint to resume from."""
   steps = directory / "checkpoints"
   return steps.is_dir() and any(step.name.isdigit() for step in steps.iterdir())
 
 
-def _read_config(path: epath.Path) -> dict:
-  try:
-    stored = json.loads(path.read_text())
-  except ValueError as error:
-    raise InputError(f"{path} is not JSON ({error}); restore it or choose another --workdir") from (
-      error
-    )
-  if not isinstance(stored, dict) or "stage" not in stored:
-    raise InputError(f"{path} is not the config of a run; choose another --workdir")
-  return stored
+def stored_config(directory: str, defaults: ConfigDict | None = None) -> dict:
+  """Reads the config of a run directory; keys that it lacks get their defaults.
 
-
-def stored_config(directory: str) -> dict:
-  """The config of a run directory.
+  Args:
+    directory: of the run.
+    defaults: of the run's stage; None: only the keys that all stages have are checked and added.
 
   Raises:
-    InputError: its config.json is missing or damaged.
+    InputError: its config.json is missing or damaged, is not a run's, or has keys that this version
+      does not have.
   """
   path = epath.Path(directory) / "config.json"
   try:
     stored = json.loads(path.read_text())
-    stored["stage"]
-    return stored
-  except (OSError, ValueError, KeyError) as error:
-    raise InputError(f"{path}: no readable config of a run: {error}") from error
+  except (OSError, ValueError) as error:
+    raise InputError(
+      f"{path} cannot be read as JSON ({error}); restore it, or name another directory"
+    ) from error
+  if not isinstance(stored, dict) or "stage" not in stored:
+    raise InputError(f"{path} is not the config of a run; name another directory")
+  return _complete(stored, path, defaults)
 
 
-def _check_config(
-  stored: dict, config: ConfigDict, workdir: str, defaults: ConfigDict | None
-) -> list[str]:
-  """Refuses keys that differ and are not known to be harmless; gives those that cost rounding."""
-  known, stored, now = (
-    {path.replace("/", "."): value for path, value in trees.flatten(values).items()}
-    for values in (defaults.to_dict() if defaults else {}, stored, config.to_dict())
+def _complete(stored: dict, where: str | epath.Path, defaults: ConfigDict | None) -> dict:
+  """Returns a stored config with the defaults of keys that were added since it was written.
+
+  Raises:
+    InputError: the version that wrote it had other names for the keys.
+  """
+  known = (defaults or configs.shared()).to_dict()
+  groups = {
+    name for name in stored if defaults or name in known or not isinstance(stored[name], dict)
+  }
+  known, stored = trees.flatten(known), trees.flatten(stored)
+  unknown = sorted(
+    path.replace("/", ".")
+    for path in stored.keys() - known.keys() - {"stage"}
+    if path.split("/")[0] in groups
   )
-  stored = known | stored
+  if unknown:
+    raise InputError(
+      f"{where} was written by an earlier version (or a later one), whose keys had other names: "
+      f"{', '.join(unknown)}; export the run with that version, or start again in a new directory"
+    )
+  return trees.unflatten(known | stored)
+
+
+def _check_config(stored: dict, config: ConfigDict, workdir: str) -> list[str]:
+  """Refuses keys that differ and are not in HARMLESS; returns those that change the rounding."""
+  stored, now = (
+    {path.replace("/", "."): value for path, value in trees.flatten(values).items()}
+    for values in (stored, config.to_dict())
+  )
   differing = {
     key: f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now"
     for key in sorted(stored.keys() | now.keys())
@@ -170,12 +190,12 @@ def check_progress(
   workdir: str,
   defaults: ConfigDict | None = None,
 ) -> None:
-  """Refuses to go on from a checkpoint with another config or other data.
+  """Refuses to resume a checkpoint with another config or other data.
 
   Args:
     progress: of the checkpoint. Its `plan` has `steps` and `records`, and `examples`, a checksum of
-      which records come when and how long they are: schedules and the order of records span the
-      whole run. Its `config` is what it was computed by, if there is no config.json left, too.
+      the order and the lengths of the records: schedules and the order span all steps. Its `config`
+      is the one that computed it, and is there even if config.json is lost.
     config: of this command.
     plan: of this command.
     workdir: the run directory.
@@ -183,8 +203,9 @@ def check_progress(
   Raises:
     InputError: they differ.
   """
-  rounding = _check_config(progress.get("config", config.to_dict()), config, workdir, defaults)
-  if rounding:
+  stored = progress.get("config", config.to_dict())
+  stored = _complete(stored, f"the checkpoint in {workdir}", defaults)
+  if rounding := _check_config(stored, config, workdir):
     logging.info("from here on the same up to rounding only (%s)", "; ".join(rounding))
   stored, now = progress["plan"], plan
   if stored == now:
@@ -202,9 +223,9 @@ def check_progress(
 
 
 def metrics_until(path: epath.Path, step: int) -> str:
-  """The lines of metrics.jsonl up to a step, without a half-written last one.
+  """Returns the lines of metrics.jsonl up to a step, without a half-written last one.
 
-  A run that begins anew, at step 0, keeps none: it writes that of step 0 again.
+  A run that starts again at step 0 keeps none: it writes the line of step 0 again.
   """
   if not step:
     return ""

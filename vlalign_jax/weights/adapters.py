@@ -1,4 +1,4 @@
-"""Where a run's adapters start from: a PEFT directory or a LoRA run, and what came beside them."""
+"""Opens the adapters that a run starts from: a PEFT directory or a LoRA run."""
 
 import dataclasses
 import os
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterInit:
-  """Adapters, and parameters that were trained whole beside them; one of both is empty.
+  """Names adapters, and the parameters that were fully trained with them; one field is empty.
 
   Attributes:
     tensors: canonical name -> tensor of a PEFT directory.
-    run: a run directory with the checkpoint step to take all that it trained from.
+    run: (run directory, checkpoint step); all that the run trained is taken from there.
   """
 
   tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -32,52 +32,50 @@ class AdapterInit:
 
 
 def open_start(config, model: vlm.ModelConfig, base: "ModelSource") -> AdapterInit | None:
-  """Opens what `lora.init_from` names; reads configs and headers only.
+  """Opens the adapters that `lora.init_from` names; reads configs and headers only.
 
   Args:
     config: of the run that the adapters are for.
     model: with the run's adapters.
-    base: the weights that they are added to.
+    base: the weights that the adapters are added to.
 
   Returns:
     None if `lora.init_from` is empty.
 
   Raises:
-    InputError: it is missing or damaged; its adapters sit elsewhere, have another rank or count
-      otherwise than the run's, or are a run's over other weights; or it brings parameters that the
-      run does not train.
+    InputError: it is missing or damaged; its adapters have other places, another rank or another
+      scale than the run's, or belong to other weights; or it has parameters that the run does not
+      train.
   """
   where = config.lora.init_from
   if not where:
     return None
   storage.check(where, "lora.init_from")
   shapes = trees.flatten(vlm.abstract_params(model)[1])
-  own = {path: model.lora.rank_of(path) for path in lora.linear_maps(shapes)}
-  own = {path: (rank, model.lora.scale(rank)) for path, rank in own.items() if rank}
+  ranks = {path: model.lora.rank_of(path) for path in lora.linear_maps(shapes)}
+  expected = {path: (rank, model.lora.scale(rank)) for path, rank in ranks.items() if rank}
   if run := checkpoints.find_run(where):
-    start, found, beside = _open_run(*run, shapes)
+    start, stored, fully_trained = _open_run(*run)
     _check_base(start.run[0], base, config.model.init_from)
   else:
-    start, found, beside = _open_peft(where, model)
-  _compare(found, own, where)
-  unknown = sorted(path for path in beside if path not in shapes)
-  if unknown:
+    start, stored, fully_trained = _open_peft(where, model)
+  _compare(stored, expected, where)
+  if unknown := sorted(path for path in fully_trained if path not in shapes):
     raise InputError(
-      f"lora.init_from={where}: {', '.join(unknown)} came beside its adapters, and this model has "
-      "nothing such; export that model merged, and name it as model.init_from"
+      f"lora.init_from={where}: {', '.join(unknown)} were trained with its adapters, and this "
+      "model does not have them; export that model merged, and name it as model.init_from"
     )
-  frozen = sorted(path for path in beside if not optimizer.is_trained(path, config))
-  if frozen:
+  if frozen := sorted(path for path in fully_trained if not optimizer.is_trained(path, config)):
     raise InputError(
-      f"lora.init_from={where}: {', '.join(frozen)} were trained beside its adapters, and this run "
-      f"would not train them; {_mend(frozen, config)}"
+      f"lora.init_from={where}: {', '.join(frozen)} were trained with its adapters, and this run "
+      f"would not train them; {_how_to_train(frozen, config)}"
     )
   _check_shapes(start, model, shapes, where)
   return start
 
 
-def _mend(frozen: list[str], config) -> str:
-  """How parameters can be trained beside adapters, or what to do where they cannot."""
+def _how_to_train(frozen: list[str], config) -> str:
+  """Says how a run with adapters can train these parameters, or what to do if it cannot."""
   adapted = {"vision": config.lora.vision_rank, "language": config.lora.rank}
   keys = set()
   for path in frozen:
@@ -89,54 +87,57 @@ def _mend(frozen: list[str], config) -> str:
 
 
 def _check_base(run: str, base: "ModelSource", where: str) -> None:
-  """Refuses a run's adapters over weights that it did not start from."""
-  own = provenance.stored(run)
-  if own is None:
+  """Refuses a run's adapters if `base` is not the weights that the run started from."""
+  original = provenance.stored(run)
+  if original is None:
     return
   if run in [directory for directory, _ in base.runs]:
     raise InputError(
-      f"model.init_from={where} has the adapters of lora.init_from={run} already: they would count "
-      "twice; name what that run started from as model.init_from, or leave lora.init_from empty"
+      f"model.init_from={where} already has the adapters of lora.init_from={run}: they would be "
+      "added twice; name what that run started from as model.init_from, or leave lora.init_from "
+      "empty"
     )
-  files = provenance.content(base)["files"]
-  if sorted(files.values()) != sorted(own["files"].values()) or len(base.runs) != len(own["runs"]):
-    started = [f"{directory}/checkpoints/{step}" for directory, step in own["runs"]]
+  files, runs = original["files"], original["runs"]
+  same_files = sorted(provenance.content(base)["files"].values()) == sorted(files.values())
+  if not same_files or len(base.runs) != len(runs):
+    started = [f"{directory}/checkpoints/{step}" for directory, step in runs]
     raise InputError(
       f"the adapters of lora.init_from={run} belong to other weights than model.init_from={where}; "
-      f"name those: {', '.join(started or sorted(own['files']))}"
+      f"name those: {', '.join(started or sorted(files))}"
     )
 
 
 def _check_shapes(start: AdapterInit, model: vlm.ModelConfig, shapes, where: str) -> None:
   wrong = []
   for name in [*peft.names_of(model), *names.names_of(model)]:
-    expected = names.tensor_shape(name.kind, shapes[name.path].shape[name.stacked :])
-    found = [start.tensors.get(name.tensor.format(i)) for i in names.layers_of(name, model)]
-    wrong += [f"{t.name} is {t.shape}, not {expected}" for t in found if t and t.shape != expected]
+    shape = names.tensor_shape(name.kind, shapes[name.path].shape[name.stacked :])
+    layers = [start.tensors.get(name.tensor.format(i)) for i in names.layers_of(name, model)]
+    wrong += [f"{t.name} is {t.shape}, not {shape}" for t in layers if t and t.shape != shape]
   if wrong:
     raise InputError(f"lora.init_from={where}: adapters of another model:\n  " + "\n  ".join(wrong))
 
 
-def _compare(found: dict, own: dict, where: str) -> None:
-  """Both: path of a linear map -> (rank of its adapter, what it counts)."""
-  wrong = [f"{path}: no adapter there" for path in own if path not in found]
-  for path, (rank, scale) in found.items():
-    if path not in own:
+def _compare(stored: dict, expected: dict, where: str) -> None:
+  """Raises an InputError unless two dicts agree: path of a linear map -> (rank, scale)."""
+  wrong = [f"{path}: no adapter there" for path in expected if path not in stored]
+  for path, (rank, scale) in stored.items():
+    if path not in expected:
       wrong.append(f"{path}: an adapter there, none by lora.targets")
-    elif rank != own[path][0]:
-      wrong.append(f"{path}: rank {rank} there, {own[path][0]} by lora.rank or lora.vision_rank")
-    elif abs(scale / own[path][1] - 1) > 1e-6:
-      wrong.append(
-        f"{path}: counts {scale:g} there, {own[path][1]:g} by lora.alpha and lora.use_rslora"
-      )
+      continue
+    rank_here, scale_here = expected[path]
+    if rank != rank_here:
+      wrong.append(f"{path}: rank {rank} there, {rank_here} by lora.rank or lora.vision_rank")
+    elif abs(scale / scale_here - 1) > 1e-6:
+      wrong.append(f"{path}: scale {scale:g} there, {scale_here:g} by lora.alpha, lora.use_rslora")
   if wrong:
     raise InputError(
-      f"lora.init_from={where}: its adapters are not as config.lora says; mend the config:\n  "
+      f"lora.init_from={where}: its adapters differ from config.lora; correct the config:\n  "
       + "\n  ".join(wrong)
     )
 
 
-def _open_run(directory: str, which: str, shapes):
+def _open_run(directory: str, which: str):
+  """Returns what `_open_peft` does, from a run's checkpoint."""
   config = ConfigDict(run_directory.stored_config(directory))
   ranks = lora.from_group(config.lora)
   if ranks is None:
@@ -145,27 +146,28 @@ def _open_run(directory: str, which: str, shapes):
     )
   step = checkpoints.find_step(directory, which, config.metric_for_best_model)
   trained = checkpoints.trained_paths(directory, step)
-  places = [path.removesuffix("/lora_a") for path in trained if path.endswith("/lora_a")]
-  found = {path: (ranks.rank_of(path), ranks.scale(ranks.rank_of(path))) for path in places}
-  beside = [path for path in trained if not lora.is_adapter(path)]
-  return AdapterInit(run=(directory, step)), found, beside
+  adapted = [path.removesuffix("/lora_a") for path in trained if path.endswith("/lora_a")]
+  stored = {path: (ranks.rank_of(path), ranks.scale(ranks.rank_of(path))) for path in adapted}
+  fully_trained = [path for path in trained if not lora.is_adapter(path)]
+  return AdapterInit(run=(directory, step)), stored, fully_trained
 
 
 def _open_peft(directory: str, model: vlm.ModelConfig):
-  places = peft.directories(directory)
-  configs = {tower: peft.read_config(place) for tower, place in places.items()}
+  """Returns (AdapterInit, path of a linear map -> its adapter's rank and scale, other paths)."""
+  directories = peft.directories(directory)
+  configs = {tower: peft.read_config(path) for tower, path in directories.items()}
   tensors = {}
-  for place in places.values():
-    tensors |= peft.find_tensors(place)
+  for path in directories.values():
+    tensors |= peft.find_tensors(path)
   projector = os.path.join(directory, f"{hf_config.PROJECTOR}.safetensors")
   if os.path.isfile(projector):
     tensors |= read_headers(projector, names.canonical)
   table = peft.names_of(dataclasses.replace(model, lora=_everywhere(model)))
-  adapters, wholes = (
+  adapters, others = (
     {name.tensor.format(i): name for name in part for i in names.layers_of(name, model)}
     for part in (table, names.names_of(model))
   )
-  found, beside, used, wrong = {}, set(), {}, []
+  stored, fully_trained, used, wrong = {}, set(), {}, []
   for canonical, tensor in tensors.items():
     if canonical in adapters:
       used[canonical] = tensor
@@ -174,15 +176,15 @@ def _open_peft(directory: str, model: vlm.ModelConfig):
         rank = tensor.shape[0]
         tower = "" if "" in configs else canonical.split(".", 1)[0]
         module = peft.module_name(canonical.removesuffix(".lora_A.weight"), tower)
-        here = (rank, peft.scale(configs[tower], module, rank))
-        if found.setdefault(path, here) != here:
-          wrong.append(f"{tensor.name}: rank or scale is not that of the layers before")
-    elif canonical in wholes:
+        rank_and_scale = (rank, peft.scale(configs[tower], module, rank))
+        if stored.setdefault(path, rank_and_scale) != rank_and_scale:
+          wrong.append(f"{tensor.name}: its rank or scale differs from that of other layers")
+    elif canonical in others:
       used[canonical] = tensor
-      beside.add(wholes[canonical].path)
+      fully_trained.add(others[canonical].path)
     elif not names.is_unused(canonical, model):
       wrong.append(f"unexpected {tensor.name} {tensor.shape}")
-  for path in found:  # each of all layers, and both halves
+  for path in stored:  # every layer must have both matrices
     pairs = [name for name in table if name.path.rsplit("/", 1)[0] == path]
     missing = [n.tensor.format(i) for n in pairs for i in names.layers_of(n, model)]
     wrong += [f"missing {peft.PREFIX}{peft.module_name(n)}" for n in missing if n not in used]
@@ -190,8 +192,9 @@ def _open_peft(directory: str, model: vlm.ModelConfig):
     raise InputError(
       f"lora.init_from={directory}: these are not adapters of this model:\n  " + "\n  ".join(wrong)
     )
-  return AdapterInit(tensors=used), found, beside
+  return AdapterInit(tensors=used), stored, fully_trained
 
 
 def _everywhere(model: vlm.ModelConfig) -> lora.LoraConfig:
+  """Returns a config with an adapter at every linear map."""
   return dataclasses.replace(model.lora, rank=1, vision_rank=1, targets="")

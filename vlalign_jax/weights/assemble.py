@@ -1,4 +1,4 @@
-"""A new model from two towers: a CLIP and a language model, joined by a fresh projector."""
+"""Opens a new model of two towers: a CLIP and a language model, joined by a fresh projector."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from vlalign_jax.weights.parts import (
 )
 
 PAD_TOKEN = "<pad>"
-# Vocabulary sizes of new models are multiples of this, so that they split over devices.
+# Vocabulary sizes of new models are multiples of this, so that they can be sharded.
 VOCABULARY_MULTIPLE = 64
 
 
@@ -25,15 +25,15 @@ def open_towers(model, aspect: str) -> ModelSource:
   """Opens the towers that the `model` group of a config names.
 
   Args:
-    model: as of `source.open_source`.
+    model: see `source.open_source`.
     aspect: see ImagePreprocessor.
 
   Raises:
-    InputError: something is missing, damaged, or does not fit together.
+    InputError: something is missing or damaged, or the parts do not fit together.
   """
   for key in ("vision", "language"):
     if not model[key]:
-      raise InputError(f"model.{key} is empty: a new model takes a CLIP and a LLaMA directory")
+      raise InputError(f"model.{key} is empty: a new model needs a CLIP and a LLaMA directory")
   if model.projector not in PROJECTORS:
     raise InputError(f"model.projector is {model.projector!r}; choose from {', '.join(PROJECTORS)}")
   vision, language = read_configs(model.vision, model.language)
@@ -57,34 +57,34 @@ def open_towers(model, aspect: str) -> ModelSource:
   where = f"{model.vision} with {model.language}"
   parts = from_parts(hf, load_generation(model.language, tokenizer), tokenizer, images, where)
   hf.image_seq_length = parts.config.tokens_per_image
-  towers = [
-    {name: found for name, found in tensors.find_tensors(directory).items() if name.startswith(own)}
-    for directory, own in ((model.vision, "vision."), (model.language, "language."))
-  ]
-  return dataclasses.replace(parts, tensors=towers[0] | towers[1], fresh=("projector/",))
+  stored = {}
+  for directory, prefix in ((model.vision, "vision."), (model.language, "language.")):
+    part = tensors.find_tensors(directory)
+    stored |= {name: tensor for name, tensor in part.items() if name.startswith(prefix)}
+  return dataclasses.replace(parts, tensors=stored, fresh=("projector/",))
 
 
 def read_configs(vision: str, language: str):
-  """The transformers configs of two towers' directories.
+  """Returns the transformers configs of the two towers.
 
   Args:
-    vision: a CLIP directory, whole or its vision tower alone.
-    language: a directory of a language model.
+    vision: directory of a full CLIP or of its vision tower alone.
+    language: directory of a language model.
 
   Raises:
-    InputError: there is no readable config, or it is of a type that no model is made of.
+    InputError: a config is missing, unreadable or of an unsupported type.
   """
-  towers = hf_config.read_config(vision), hf_config.read_config(language)
-  found = getattr(towers[0], "vision_config", towers[0]), towers[1]
-  hf_config.check_types(found[0], vision, found[1], language)
-  return found
+  clip, language_config = hf_config.read_config(vision), hf_config.read_config(language)
+  vision_config = getattr(clip, "vision_config", clip)
+  hf_config.check_types(vision_config, vision, language_config, language)
+  return vision_config, language_config
 
 
 def feature_layers_of(model) -> list[int]:
-  """The layers that the config's `model.vision_feature_layer` names.
+  """Returns the layers that the config's `model.vision_feature_layer` lists.
 
   Raises:
-    InputError: it is no number, and no several of them.
+    InputError: it is neither a number nor a list of numbers.
   """
   try:
     return [int(layer) for layer in str(model.vision_feature_layer).split(",")]

@@ -1,7 +1,7 @@
-"""What an export copies from the source's files: what was not trained, and what is never run.
+"""Copies the parameters that were not trained, or are never run, from the source's files.
 
-LLaVA reads its features at a layer of the vision tower. The layers behind it and post_layernorm are
-neither loaded nor run here; an export has them as they were.
+LLaVA takes its features from a layer of the vision tower. The later layers and post_layernorm are
+neither loaded nor run here; an export copies them unchanged.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ POST_NORM = ("vision.post_layernorm.weight", "vision.post_layernorm.bias")
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-  """The vision tower of an export.
+  """Describes the vision tower of an export.
 
   Attributes:
-    layers: its number of layers. It is the source's, unless the source's files lack some of those
-      behind the last used one: the tower then ends before the first that is missing.
-    feature_layer: `vision_feature_layer` of a tower with so many layers.
+    layers: its number of layers: as in the source, but if the source's files lack a layer after the
+      last used one, the tower ends before it.
+    feature_layer: `vision_feature_layer` of a tower with this number of layers.
     unused: canonical name -> tensor of the layers that are not run, and of post_layernorm.
   """
 
@@ -38,7 +38,7 @@ class Tower:
 
 
 def tower_of(source: ModelSource) -> Tower:
-  """Returns the vision tower that an export has; reads no weights."""
+  """Returns the vision tower of the source's export; reads no weights."""
   config, hf = source.config, source.hf
   used, total = config.vision.layers, hf.vision_config.num_hidden_layers
   layer_shapes = _layer_shapes(config) if used < total else {}
@@ -59,7 +59,7 @@ def tower_of(source: ModelSource) -> Tower:
 
 
 def _layer_shapes(config: vlm.ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Name of a tensor of each layer of the vision tower -> its shape."""
+  """Returns name -> shape of the tensors of a layer of the vision tower; "{}" is its number."""
   one = dataclasses.replace(config, vision=dataclasses.replace(config.vision, layers=1))
   one = dataclasses.replace(one, lora=None)
   shapes = trees.flatten(vlm.abstract_params(one)[1])
@@ -71,11 +71,9 @@ def _layer_shapes(config: vlm.ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _holds(source: ModelSource, shapes: dict[str, tuple[int, ...]]) -> bool:
-  found = (source.tensors.get(name) for name in shapes)
-  return all(
-    tensor is not None and tensor.shape == shape
-    for tensor, shape in zip(found, shapes.values(), strict=True)
-  )
+  """Returns whether the source's files have tensors of all these names and shapes."""
+  tensors = source.tensors
+  return all(name in tensors and tensors[name].shape == shape for name, shape in shapes.items())
 
 
 def untrained(source: ModelSource, paths: set[str], dtype: np.dtype | None):
@@ -84,14 +82,14 @@ def untrained(source: ModelSource, paths: set[str], dtype: np.dtype | None):
   Args:
     source: the model.
     paths: of the parameters.
-    dtype: of what is returned; None: as it is stored.
+    dtype: of the yielded tensors; None: as they are stored.
 
   Yields:
-    (canonical name of a tensor, tensor). A vocabulary that is smaller than the model's
-    is extended as `load` does it.
+    (canonical name, tensor). A vocabulary that is smaller than the model's is extended as in
+    `shards.place`.
 
   Raises:
-    InputError: as `load.resolve`.
+    InputError: see `load.resolve`.
   """
   if not paths:
     return
@@ -100,10 +98,10 @@ def untrained(source: ModelSource, paths: set[str], dtype: np.dtype | None):
   for path in sorted(paths):
     name = entries[path].name
     for layer, tensor in enumerate(entries[path].tensors):
-      stored = shards.read_whole(name, tensor, source.config.language.vocab_size)
+      stored = shards.read_tensor(name, tensor, source.config.language.vocab_size)
       yield name.tensor.format(layer), as_stored(stored, dtype)
 
 
 def as_stored(tensor: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
-  """Returns the tensor in `dtype` (None: its own), contiguous."""
+  """Returns the tensor, contiguous and in `dtype` (None: unchanged)."""
   return np.ascontiguousarray(tensor if dtype is None else tensor.astype(dtype, copy=False))

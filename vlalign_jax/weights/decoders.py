@@ -1,4 +1,4 @@
-"""Language models by the `model_type` of their Hugging Face configs: what each adds to LLaMA."""
+"""Lists language models by the `model_type` of their configs, and what each adds to LLaMA."""
 
 from vlalign_jax.errors import InputError
 
@@ -15,17 +15,17 @@ def _mistral(hf, where: str) -> dict:
   return {"sliding_window": _window(hf, where)}
 
 
-# Type -> (its config, what to call it in errors) -> what models.llama.LanguageConfig is beside the
-# sizes that all have. Tensors are named by these fields, see `names`.
+# Type -> function of (Hugging Face config, name for errors) that returns the fields of
+# models.llama.LanguageConfig other than sizes. `names` has the tensors of these fields.
 DECODERS = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2}
 
 
 def _window(hf, where: str) -> int | None:
-  """Positions that every layer's queries see; None: all."""
+  """Returns the length of the sliding window of all layers; None: no window."""
   kinds = set(getattr(hf, "layer_types", None) or ())
   if len(kinds) > 1 or not kinds <= {"full_attention", "sliding_attention"}:
     raise InputError(
-      f"{where}: its layers have attention of several kinds ({', '.join(sorted(kinds))}); only the "
-      "same in all layers, full or with a sliding window, is supported"
+      f"{where}: its layers have different kinds of attention ({', '.join(sorted(kinds))}); all "
+      "layers must have the same: full attention or a sliding window"
     )
   return None if kinds == {"full_attention"} else hf.sliding_window

@@ -1,22 +1,23 @@
-"""A trained model as a Hugging Face directory.
+"""Writes a trained model as a Hugging Face directory.
 
-With the `mlp` projector the result is what LlavaForConditionalGeneration loads. Other projectors
-and multi-modal causal attention are unknown to transformers: such a model has a layout of its own,
-which imports again here, and whose towers transformers loads.
+With the `mlp` projector LlavaForConditionalGeneration loads the result. transformers has neither
+the other projectors nor multi-modal causal attention: a model with these is written in a layout
+that this code reads again, and whose towers transformers loads.
 
     config.json            as LLaVA's, with "architectures": ["VlalignForConditionalGeneration"],
-                           "projector_type" and, if it is so, "mmca": true
+                           "projector_type" and "mmca"
     projector.safetensors  the projector's tensors, multi_modal_projector.*, see `names`
     vision/                the vision tower, for CLIPVisionModel, and its image processor
-    language/              the language model, for LlamaForCausalLM or as its kind is called, with
-                           tokenizer; of a reward model for LlamaForSequenceClassification
+    language/              the language model, for LlamaForCausalLM or the class of its type, and
+                           its tokenizer; for a reward model LlamaForSequenceClassification
 
 A reward model has `score.weight` [1, D] in place of the language head, read at an answer's last
-token, and "LlavaForSequenceClassification", as transformers would call it if it had one.
+token, and the architecture "LlavaForSequenceClassification", by the naming rule of transformers.
 
-What was not trained is copied from the source's files, with what is never run (see `copied`). Left
-out is only what no model class holds as a weight: the rest of a full CLIP, a head that is tied or
-that a score replaces, and the buffers position_ids and inv_freq of old files.
+Parameters that were not trained are copied from the source's files, and so are the layers that are
+never run (see `copied`). Only what no model class has as a weight is left out: the rest of a full
+CLIP, a head that is tied or replaced by a score head, and the buffers position_ids and inv_freq of
+old files.
 """
 
 import contextlib
@@ -55,12 +56,12 @@ def save_model_files(
 
   Args:
     source: the model.
-    directory: is made if need be; files there are overwritten.
-    dtype: what config.json says the weights are, such as "bfloat16".
-    template: the prompt template of training, which becomes the tokenizer's chat template, and its
-      end tokens those of the generation config; None leaves both as they are. "plain", a stage
-      before the one that chats, keeps a chat template that is there.
-    vision_dtype: the same as dtype, of the vision tower; None: what the source's config says.
+    directory: created if it does not exist; files there are overwritten.
+    dtype: of the weights by config.json, such as "bfloat16".
+    template: the prompt template of training. It becomes the tokenizer's chat template, and its end
+      tokens are added to the generation config; None leaves both as they are. "plain", which is for
+      training before any chat, keeps an existing chat template.
+    vision_dtype: of the vision tower's weights; None: as in the source's config.
   """
   _save_tokenizer(source, directory, template)
   source.images.save(directory)
@@ -79,7 +80,7 @@ def save_model_files(
 
 
 def _save_tokenizer(source: ModelSource, directory: str, template: str | None) -> None:
-  """Tokenizer and generation config."""
+  """Writes the tokenizer and the generation config, see `save_model_files`."""
   os.makedirs(directory, exist_ok=True)
   tokenizer = source.tokenizer
   generation = source.generation
@@ -94,23 +95,23 @@ def _save_tokenizer(source: ModelSource, directory: str, template: str | None) -
 
 
 def is_llava(config: ModelConfig) -> bool:
-  """Whether transformers has a class for the model."""
+  """Returns whether transformers has a class for the model."""
   return config.projector.kind == "mlp" and not config.mmca
 
 
 def _config(source: ModelSource, dtype: str, vision_dtype: str | None) -> dict:
-  """The content of config.json."""
+  """Returns the content of config.json."""
   config, tower = source.config, copied.tower_of(source)
   hf = source.hf.to_dict()
-  hf["vision_config"] = source.hf.to_diff_dict()["vision_config"]  # in the words of the source
+  hf["vision_config"] = source.hf.to_diff_dict()["vision_config"]  # without defaults
   for part in (hf, hf["text_config"], hf["vision_config"]):
-    part.pop("_name_or_path", None)  # a directory of this machine
+    part.pop("_name_or_path", None)  # a local directory
   hf["text_config"] |= _version_4_rope(hf["text_config"]["rope_parameters"])
   hf["vision_config"]["num_hidden_layers"] = tower.layers
   hf["vision_feature_layer"] = tower.feature_layer
   hf["image_seq_length"] = config.tokens_per_image
   hf["dtype"] = hf["text_config"]["dtype"] = dtype
-  if vision_dtype and hf["vision_config"].get("dtype"):  # else the model's own counts
+  if vision_dtype and hf["vision_config"].get("dtype"):  # else the dtype of the model applies
     hf["vision_config"]["dtype"] = vision_dtype
   family = "Llava" if is_llava(config) else OWN_FAMILY
   hf["architectures"] = [f"{family}ForConditionalGeneration"]
@@ -124,30 +125,30 @@ def _config(source: ModelSource, dtype: str, vision_dtype: str | None) -> dict:
 
 
 def _save_parts(source: ModelSource, directory: str, dtype: str, vision_dtype: str | None) -> None:
-  """Writes everything but the weights of the towers' own directories."""
-  hf, own = _config(source, dtype, vision_dtype), {}
-  for part, key in (("vision", "vision_config"), ("language", "text_config")):
-    os.makedirs(os.path.join(directory, part))
-    own[part] = hf[key] | {"transformers_version": hf["transformers_version"]}
-  own["vision"]["architectures"] = ["CLIPVisionModel"]
+  """Writes everything but the weights into the directories of the towers."""
+  hf, towers = _config(source, dtype, vision_dtype), {}
+  for tower, key in (("vision", "vision_config"), ("language", "text_config")):
+    os.makedirs(os.path.join(directory, tower))
+    towers[tower] = hf[key] | {"transformers_version": hf["transformers_version"]}
+  towers["vision"]["architectures"] = ["CLIPVisionModel"]
   if vision_dtype:
-    own["vision"]["dtype"] = vision_dtype
-  kind = type(source.hf.text_config).__name__.removesuffix("Config")
-  own["language"] |= {
-    "architectures": [f"{kind}ForCausalLM"],
+    towers["vision"]["dtype"] = vision_dtype
+  family = type(source.hf.text_config).__name__.removesuffix("Config")
+  towers["language"] |= {
+    "architectures": [f"{family}ForCausalLM"],
     "pad_token_id": source.tokenizer.pad_token_id,
     "tie_word_embeddings": source.config.language.tied_embeddings,
   }
   if source.config.head == SCORE:
-    own["language"] |= {"architectures": [f"{kind}{REWARD_ARCHITECTURE}"], **_SCORE_LABELS}
-  for part, content in own.items():
-    json_files.write(os.path.join(directory, part, "config.json"), content)
+    towers["language"] |= {"architectures": [f"{family}{REWARD_ARCHITECTURE}"], **_SCORE_LABELS}
+  for tower, content in towers.items():
+    json_files.write(os.path.join(directory, tower, "config.json"), content)
   source.images.save(os.path.join(directory, "vision"))
   _save_tokenizer(source, os.path.join(directory, "language"), None)
 
 
 def _name_tokenizer_for_version_4(path: str) -> None:
-  """transformers 5 names a class that version 4 lacks; both load the older name."""
+  """Replaces the class of a tokenizer that transformers 4 lacks by one that 4 and 5 load."""
   with open(path, encoding="utf-8") as file:
     config = json.load(file)
   if config.get("tokenizer_class") == "TokenizersBackend":
@@ -155,14 +156,14 @@ def _name_tokenizer_for_version_4(path: str) -> None:
 
 
 def _version_4_rope(rope: dict) -> dict:
-  """RoPE in the keys of transformers 4, which does not know `rope_parameters`."""
+  """Returns RoPE in the keys of transformers 4, which does not read `rope_parameters`."""
   scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
   plain = scaling["rope_type"] == "default"
   return {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
 
 
 def check_output(output: str) -> None:
-  """Raises an InputError if there is something at `output` already."""
+  """Raises an InputError if `output` is a directory that is not empty."""
   if os.path.isdir(output) and os.listdir(output):
     raise InputError(f"{output} is not empty; choose another output directory or empty it")
 
@@ -175,53 +176,52 @@ def export_model(
   dtype: np.dtype | None = None,
   max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-  """Writes a complete Hugging Face directory; it appears whole or not at all.
+  """Writes a Hugging Face directory, completely or not at all.
 
-  A parameter that `params` lacks is copied from the source's files, and so are the tensors of the
-  vision tower that are never run. Without `dtype` they have the same bits as there, in their own
-  dtype; with it they are converted once, from what is stored.
+  Parameters that `params` lacks are copied from the source's files, and so are the tensors of the
+  vision tower that are never run: without `dtype` bit by bit, with `dtype` converted once from the
+  stored values. Every process must call this; process 0 writes.
 
   Args:
     source: the model that was trained.
-    params: nested dict of (sharded) arrays, at least of all that was trained; every process must
-      call, process 0 writes.
+    params: nested dict of (sharded) arrays, at least of all trained parameters.
     output: a directory that does not exist yet or is empty.
-    dtype: of all written weights; None: each as it is. config.json names `dtype`, or that of
-      `params`, in which transformers then loads all of them.
-    max_shard_bytes: a file holds more only if one tensor alone does.
+    dtype: of all written weights; None: each keeps its dtype. config.json names `dtype`, or that of
+      `params`; transformers then loads all weights in it.
+    max_shard_bytes: maximum size of a file; a larger tensor has a file to itself.
 
   Raises:
-    InputError: `output` holds something already.
+    InputError: `output` is not empty.
   """
   flat = trees.flatten(params)
-  kind = np.dtype(dtype or next(iter(flat.values())).dtype).name
-  own_vision = dtype is None and not any(path.startswith("vision/") for path in flat)
-  vision_kind = None if own_vision else kind
+  dtype_name = np.dtype(dtype or next(iter(flat.values())).dtype).name
+  keeps_vision = dtype is None and not any(path.startswith("vision/") for path in flat)
+  vision_dtype = None if keeps_vision else dtype_name
   with appearing(output) as partial:
     if partial:
-      save_model_files(source, partial, kind, vision_dtype=vision_kind)
+      save_model_files(source, partial, dtype_name, vision_dtype=vision_dtype)
     table = names.names_of(source.config)
     if is_llava(source.config):
       tensors = _tensors(source, table, flat, dtype, names.exported, bool(partial))
       _save_weights(tensors, partial, max_shard_bytes)
       return
     if partial:
-      _save_parts(source, partial, kind, vision_kind)
+      _save_parts(source, partial, dtype_name, vision_dtype)
     for part, prefixes in {"": f"{PROJECTOR}/", **TOWERS}.items():
-      own = [name for name in table if name.path.startswith(prefixes)]
-      tensors = _tensors(source, own, flat, dtype, names.exported_part, bool(partial))
-      place = partial and os.path.join(partial, part)
-      _save_weights(tensors, place, max_shard_bytes, "model" if part else PROJECTOR)
+      part_table = [name for name in table if name.path.startswith(prefixes)]
+      tensors = _tensors(source, part_table, flat, dtype, names.exported_part, bool(partial))
+      directory = partial and os.path.join(partial, part)
+      _save_weights(tensors, directory, max_shard_bytes, "model" if part else PROJECTOR)
 
 
 @contextlib.contextmanager
 def appearing(output: str):
-  """A directory to write to, which is called `output` once all is written.
+  """Yields a directory to write to, which is renamed to `output` when the block ends.
 
-  Every process must enter; the first is given the directory, the others None.
+  Every process must enter; process 0 gets the directory, the others None.
 
   Raises:
-    InputError: `output` holds something already.
+    InputError: `output` is not empty.
   """
   check_output(output)
   partial = output.rstrip("/") + ".partial" if jax.process_index() == 0 else None
@@ -238,7 +238,7 @@ def appearing(output: str):
 def _save_weights(
   tensors, directory: str | None, max_shard_bytes: int, stem: str = "model"
 ) -> None:
-  """Writes (name, tensor) pairs to shards; without a directory only takes them."""
+  """Writes (name, tensor) pairs to shards; without a directory only iterates over them."""
   weight_map, shard, shard_bytes, shards = {}, {}, 0, []
 
   def flush():
@@ -273,9 +273,9 @@ def _name_shards(directory: str, shards: list[tuple[str, list[str]]], total: int
 
 
 def _tensors(source: ModelSource, table: list[names.Name], flat, dtype, exported, writes: bool):
-  """(name as `exported` has it, tensor) of a model or a part of it, one at a time.
+  """Yields (name by `exported`, tensor) of a model or a part of it, one at a time.
 
-  A process that does not write takes part in gathering only.
+  A process that does not write only takes part in gathering.
   """
   for name, tensor in gather([name for name in table if name.path in flat], flat, dtype):
     yield exported(name), tensor
@@ -289,12 +289,12 @@ def _tensors(source: ModelSource, table: list[names.Name], flat, dtype, exported
 
 
 def _unused(source: ModelSource, identity_dtype, dtype: np.dtype | None):
-  """(canonical name, tensor) of the vision tower's layers that are not run, and post_layernorm."""
+  """Yields (canonical name, tensor) of the vision layers that are not run, and post_layernorm."""
   tower, layers = copied.tower_of(source), source.hf.vision_config.num_hidden_layers
   if tower.layers < layers:
     logging.warning(
-      "the source's config says that its vision tower has %d layers; layer %d is not in its files, "
-      "so the exported tower has %d, with vision_feature_layer %s",
+      "the source's config says that its vision tower has %d layers, but its files lack layer %d: "
+      "the exported tower has %d layers and vision_feature_layer %s",
       layers,
       tower.layers,
       tower.layers,
@@ -302,19 +302,19 @@ def _unused(source: ModelSource, identity_dtype, dtype: np.dtype | None):
     )
   for name, tensor in tower.unused.items():
     yield name, copied.as_stored(tensor.read(), dtype)
-  if not tower.has_post_norm:  # LLaVA never applies it, but transformers wants it
-    logging.warning("the source has no post_layernorm; it is written as the identity")
+  if not tower.has_post_norm:  # LLaVA never applies it, but transformers expects it
+    logging.warning("the source has no post_layernorm; the identity is written in its place")
     for name, value in zip(copied.POST_NORM, (1, 0), strict=True):
       yield name, np.full((source.config.vision.width,), value, identity_dtype)
 
 
 def gather(table: list[names.Name], flat, dtype: np.dtype | None):
-  """(canonical name, tensor) one at a time, each gathered from its devices when asked for.
+  """Yields (canonical name, tensor) one at a time; each is gathered from its devices only then.
 
   Args:
     table: the parameters.
     flat: path -> array.
-    dtype: of the tensors; None: of the arrays.
+    dtype: of the tensors; None: that of the arrays.
   """
   for name in table:
     param = flat[name.path]

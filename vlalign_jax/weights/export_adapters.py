@@ -1,4 +1,4 @@
-"""The adapters of a training run as a PEFT directory."""
+"""Writes the adapters of a training run as a PEFT directory."""
 
 import os
 import re
@@ -14,8 +14,8 @@ from vlalign_jax.models import lora
 from vlalign_jax.models.vlm import ModelConfig
 from vlalign_jax.weights import export, hf_config, names, peft
 
-# Modules, as PEFT calls them, that hold what may be trained beside adapters.
-BESIDE = {
+# Path prefix of parameters that may be fully trained with adapters -> their module in PEFT.
+MODULES_TO_SAVE = {
   "projector/": "multi_modal_projector",
   "language/embedding/": "embed_tokens",
   "score/": "score",
@@ -30,44 +30,45 @@ def export_adapters(
   bases: Mapping[str, str] | None = None,
   dtype: np.dtype | None = None,
 ) -> None:
-  """Writes a PEFT directory, or one for each tower (see `weights.peft`); all appears or nothing.
+  """Writes a PEFT directory, or one for each tower (see `weights.peft`), completely or not at all.
+
+  Every process must call this.
 
   Args:
     config: the model with its adapters.
-    params: path -> (sharded) array of all that was trained; every process must call.
+    params: path -> (sharded) array of all trained parameters.
     output: a directory that does not exist yet or is empty.
-    bases: "" or a tower -> the Hugging Face model that its adapters belong to, where it is known.
+    bases: "" or a tower -> the Hugging Face model that its adapters belong to, if it is known.
     dtype: of the written tensors; None: float32.
 
   Raises:
-    InputError: `output` holds something already; or PEFT has no place for something that was
-      trained.
+    InputError: `output` is not empty, or PEFT has no place for a trained parameter.
   """
   dtype, bases = np.dtype(dtype or np.float32), bases or {}
   params = dict(params)
-  _check_beside(config, params)
+  _check_fully_trained(config, params)
   _merge_adapters_of_trained(config, params)
-  table = [name for name in peft.names_of(config) if name.path in params]
-  beside = [name for name in names.names_of(config) if name.path in params]
+  adapters = [name for name in peft.names_of(config) if name.path in params]
+  others = [name for name in names.names_of(config) if name.path in params]
   with export.appearing(output) as directory:
     for tower, prefixes in _towers(config).items():
-      adapted = [name for name in table if name.path.startswith(prefixes)]
-      whole = [name for name in beside if name.path.startswith(prefixes)]
-      tensors = export.gather([*adapted, *whole], params, dtype)
+      adapted = [name for name in adapters if name.path.startswith(prefixes)]
+      full = [name for name in others if name.path.startswith(prefixes)]
+      tensors = export.gather([*adapted, *full], params, dtype)
       content = {peft.PREFIX + peft.module_name(name, tower): tensor for name, tensor in tensors}
       if directory and content:
-        written = _adapter_config(config, adapted, whole, bases.get(tower), tower)
+        adapter_config = _adapter_config(config, adapted, full, bases.get(tower), tower)
         _save(os.path.join(directory, tower), peft.WEIGHTS, content)
-        json_files.write(os.path.join(directory, tower, peft.CONFIG), written)
+        json_files.write(os.path.join(directory, tower, peft.CONFIG), adapter_config)
     if not export.is_llava(config):
-      whole = [name for name in beside if name.path.startswith("projector/")]
-      content = {names.exported_part(n): x for n, x in export.gather(whole, params, dtype)}
+      projector = [name for name in others if name.path.startswith("projector/")]
+      content = {names.exported_part(n): x for n, x in export.gather(projector, params, dtype)}
       if directory and content:
         _save(directory, f"{hf_config.PROJECTOR}.safetensors", content)
 
 
 def _towers(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-  """Directory below the output -> prefixes of the paths of what it holds."""
+  """Returns directory below the output -> path prefixes of the parameters in it."""
   return {"": ("",)} if export.is_llava(config) else hf_config.TOWERS
 
 
@@ -76,50 +77,49 @@ def _save(directory: str, file: str, content: dict[str, np.ndarray]) -> None:
   save_file(content, os.path.join(directory, file), metadata={"format": "pt"})
 
 
-def _check_beside(config: ModelConfig, params) -> None:
-  """Refuses what was trained beside adapters, or adapters, where PEFT has no place for them."""
-  whole = [path for path in params if not lora.is_adapter(path)]
-  wrong = [path for path in whole if not path.startswith(tuple(BESIDE))]
+def _check_fully_trained(config: ModelConfig, params) -> None:
+  """Raises an InputError for trained parameters that PEFT has no place for."""
+  full = [path for path in params if not lora.is_adapter(path)]
+  wrong = [path for path in full if not path.startswith(tuple(MODULES_TO_SAVE))]
   if not export.is_llava(config):
-    towers = hf_config.TOWERS.values()
     adapted = {path for path in params if lora.is_adapter(path)}
     wrong += sorted(path for path in adapted if path.startswith("projector/"))
     wrong += [
       path
-      for prefixes in towers
-      for path in whole
+      for prefixes in hf_config.TOWERS.values()
+      for path in full
       if path.startswith(prefixes) and not any(x.startswith(prefixes[0]) for x in adapted)
     ]
   if wrong:
     raise InputError(
-      f"{wrong[0]} was trained, and PEFT has no place for it beside these adapters; export the "
+      f"{wrong[0]} was trained, and PEFT has no place for it with these adapters; export the "
       "merged model (without --adapters)"
     )
   if "language/embedding/embedding" in params and config.language.tied_embeddings:
     raise InputError(
-      "the token embedding was trained, and is the output head too: PEFT would untie them; export "
-      "the merged model (without --adapters)"
+      "the token embedding was trained and is tied to the output head: PEFT would untie them; "
+      "export the merged model (without --adapters)"
     )
 
 
 def _merge_adapters_of_trained(config: ModelConfig, params) -> None:
-  """A module is saved whole or has an adapter: what is both becomes the sum."""
+  """Merges adapters into fully trained kernels: in PEFT a module has one or the other."""
   for path in [path for path in params if path.endswith("/kernel")]:
     module = path.removesuffix("/kernel")
     if f"{module}/lora_a" in params:
       a, b = (params.pop(f"{module}/{name}") for name in lora.NAMES)
-      kernel = jnp.copy(params[path])  # which is given up
+      kernel = jnp.copy(params[path])  # lora.merge donates it
       scale = config.lora.scale(a.shape[-1])
       params[path] = lora.merge(kernel, a, b, scale, kernel.sharding)
 
 
-def _adapter_config(config: ModelConfig, adapted, whole, base: str | None, tower: str) -> dict:
-  """The content of adapter_config.json for adapters and what was trained beside them."""
+def _adapter_config(config: ModelConfig, adapted, full, base: str | None, tower: str) -> dict:
+  """Returns adapter_config.json for adapters and fully trained parameters, as Names."""
   targets, ranks = [], config.lora
   for name in adapted:
     if name.path.endswith("/lora_a"):
       module = re.escape(peft.module_name(name.tensor.removesuffix(".lora_A.weight"), tower))
-      # Counted out for the vision tower, of which we may run only the first layers.
+      # The vision tower's are listed one by one, since we may run only its first layers.
       layers = range(config.vision.layers) if name.path.startswith("vision/") else ()
       number = f"(?:{'|'.join(map(str, layers))})" if layers else r"\d+"
       targets.append(module.replace(re.escape("{}"), number))
@@ -131,8 +131,8 @@ def _adapter_config(config: ModelConfig, adapted, whole, base: str | None, tower
     pattern = {"vision_tower.*": ranks.vision_rank}
   modules = {
     module
-    for prefix, module in BESIDE.items()
-    if any(name.path.startswith(prefix) for name in whole)
+    for prefix, module in MODULES_TO_SAVE.items()
+    if any(name.path.startswith(prefix) for name in full)
   }
   llava = {
     "base_model_class": "LlavaForConditionalGeneration",

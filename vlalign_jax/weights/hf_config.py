@@ -1,4 +1,4 @@
-"""Hugging Face configs to ours and back."""
+"""Converts Hugging Face configs to the configs of `models`."""
 
 import os
 
@@ -13,20 +13,20 @@ from vlalign_jax.models.rope import ROPE_KINDS, RopeConfig
 from vlalign_jax.weights.decoders import DECODERS
 
 VISION_TYPES = ("clip_vision_model",)
-# How models are called that are no LLaVA, the directories of their towers by parameters' paths, and
-# the file of what is in none.
+# For models that transformers has no class for: the start of their architectures' names, the
+# directory of each tower with the path prefixes of its parameters, and the projector's file.
 OWN_FAMILY = "Vlalign"
 TOWERS = {"vision": ("vision/",), "language": ("language/", "score/")}
 PROJECTOR = "projector"
-# How transformers ends the names of models with a linear map to scores instead of a language head.
+# The end of transformers' class names of models with a score head instead of a language head.
 REWARD_ARCHITECTURE = "ForSequenceClassification"
 
 
 def read_config(directory: str):
-  """The transformers config object of a model directory.
+  """Returns the transformers config object of a model directory.
 
   Raises:
-    InputError: there is no readable config.json.
+    InputError: config.json is missing or unreadable.
   """
   path = os.path.join(directory, "config.json")
   if not os.path.isfile(path):
@@ -39,7 +39,7 @@ def read_config(directory: str):
 
 
 def check_types(vision, vision_where: str, language, language_where: str) -> None:
-  """Raises an InputError unless two towers' configs are of types that a model is made of."""
+  """Raises an InputError unless the configs of both towers are of supported types."""
   _check_type(vision, VISION_TYPES, "vision tower", vision_where)
   _check_type(language, tuple(DECODERS), "language model", language_where)
 
@@ -57,20 +57,19 @@ def _check_activation(name: str, where: str) -> str:
 
 
 def feature_layers(index: int | list[int], layers: int, where: str) -> tuple[int, ...]:
-  """`vision_feature_layer` as hidden-state numbers 0..layers (0 is the input of layer 1)."""
-  wanted = [index] if isinstance(index, int) else list(index)
-  resolved = tuple(i + layers + 1 if i < 0 else i for i in wanted)
-  for given, layer in zip(wanted, resolved, strict=True):
-    if not 0 <= layer <= layers:
+  """Returns `vision_feature_layer` as hidden states 0..layers (0 is the input of layer 1)."""
+  indices = [index] if isinstance(index, int) else list(index)
+  for i in indices:
+    if not -layers - 1 <= i <= layers:
       raise InputError(
-        f"{where}: vision_feature_layer {given} of a tower with {layers} layers; "
+        f"{where}: vision_feature_layer {i} of a tower with {layers} layers; "
         f"choose from {-layers - 1} to {layers}"
       )
-  return resolved
+  return tuple(i + layers + 1 if i < 0 else i for i in indices)
 
 
 def keeps_class_token(strategy: str, where: str) -> bool:
-  """What `vision_feature_select_strategy` says; an InputError if it says nothing known."""
+  """Returns whether `vision_feature_select_strategy` keeps the class token."""
   if strategy not in ("default", "full"):
     raise InputError(
       f"{where}: vision_feature_select_strategy {strategy!r} is not 'default' or 'full'"
@@ -79,7 +78,7 @@ def keeps_class_token(strategy: str, where: str) -> bool:
 
 
 def vision_config(hf, index: int | list[int], strategy: str, where: str) -> VisionConfig:
-  """From a CLIPVisionConfig and the LLaVA settings that say which features are used."""
+  """Converts a CLIPVisionConfig; `index` and `strategy` are LLaVA's settings for the features."""
   _check_type(hf, VISION_TYPES, "vision tower", where)
   if hf.num_channels != 3:
     raise InputError(f"{where}: num_channels is {hf.num_channels}; only RGB towers are supported")
@@ -99,7 +98,7 @@ def vision_config(hf, index: int | list[int], strategy: str, where: str) -> Visi
 
 
 def rope_config(hf, where: str) -> RopeConfig:
-  """From either spelling: transformers turns `rope_scaling` into `rope_parameters` on reading."""
+  """Converts `rope_parameters`; transformers has converted an older `rope_scaling` to it."""
   rope = dict(hf.rope_parameters or {})
   kind = rope.get("rope_type", "default")
   if kind not in ROPE_KINDS:
@@ -117,7 +116,7 @@ def rope_config(hf, where: str) -> RopeConfig:
 
 
 def language_config(hf, where: str, *, tied: bool, vocab_size: int) -> LanguageConfig:
-  """From the config of a language model, of one of DECODERS."""
+  """Converts the config of a language model whose type is in DECODERS."""
   _check_type(hf, tuple(DECODERS), "language model", where)
   return LanguageConfig(
     vocab_size=vocab_size,
@@ -136,12 +135,12 @@ def language_config(hf, where: str, *, tied: bool, vocab_size: int) -> LanguageC
 
 
 def is_reward_model(hf: LlavaConfig) -> bool:
-  """Whether a model gives scores, as `weights.export` says it in config.json."""
+  """Returns whether config.json names a reward model's architecture, see `weights.export`."""
   return any(name.endswith(REWARD_ARCHITECTURE) for name in hf.architectures or ())
 
 
 def parts_of(hf: LlavaConfig, where: str) -> tuple[VisionConfig, ProjectorConfig, LanguageConfig]:
-  """Our three configs from a LLaVA config (ours adds `projector_type`, see `weights.export`)."""
+  """Converts the three parts of a LLaVA config; `projector_type` is ours, see `weights.export`."""
   vision = vision_config(
     hf.vision_config, hf.vision_feature_layer, hf.vision_feature_select_strategy, where
   )

@@ -1,4 +1,4 @@
-"""Which parameters of several models are the same, told before any is loaded."""
+"""Finds the parameters that several models have in common, before any of them is loaded."""
 
 import collections
 import os
@@ -9,31 +9,29 @@ from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.weights import load, provenance
 from vlalign_jax.weights.parts import ModelSource
 
-# Bytes that are compared at a time.
-_BLOCK = 2**22
+_BLOCK = 2**22  # bytes that are compared at a time
 
 
 class Files:
-  """Names files so that those of equal content have one name; a copy is read whole to be sure."""
+  """Gives files of equal content one name; files that look equal are compared byte by byte."""
 
   def __init__(self):
     self._names: dict[str, str] = {}
     self._alike = collections.defaultdict(list)  # fingerprint -> files of different content
 
   def name(self, file: str) -> str:
-    """The first of the files so far with the content of this one."""
+    """Returns the first of the files passed so far that has the content of this one."""
     file = os.path.realpath(file)
     if file not in self._names:
       alike = self._alike[provenance.fingerprint(file)]  # of samples, which may miss a difference
-      same = (other for other in alike if _same(file, other))
-      self._names[file] = next(same, file)
+      self._names[file] = next((other for other in alike if _same(file, other)), file)
       if self._names[file] == file:
         alike.append(file)
     return self._names[file]
 
 
 def _same(file: str, other: str) -> bool:
-  """Whether two files have the same bytes; links to one are not read."""
+  """Returns whether two files have the same bytes; links to one file are not read."""
   if os.path.samefile(file, other):
     return True
   if os.path.getsize(file) != os.path.getsize(other):
@@ -46,48 +44,49 @@ def _same(file: str, other: str) -> bool:
 
 
 def identities(source: ModelSource, files: Files) -> dict[str, tuple]:
-  """path -> what a parameter's values come from; equal ones are equal, and fresh ones have none.
+  """Returns path -> origin of a parameter; parameters of one path and origin are equal.
 
-  That is the file with its tensors, or the checkpoint of the run that trained it last, with the
-  runs whose adapters are merged into it behind.
+  The origin is the tensors with their files, or the checkpoint of the run that trained the
+  parameter last, and then the runs whose adapters are merged into it. Fresh parameters and those
+  from a PEFT directory are left out.
 
   Args:
     source: the model.
-    files: of all models that are compared.
+    files: shared by all models that are compared.
   """
   shapes = {
     path: leaf.shape for path, leaf in trees.flatten(vlm.abstract_params(source.config)[1]).items()
   }
-  found = {
+  origins = {
     path: tuple((tensor.name, files.name(tensor.file)) for tensor in entry.tensors)
     for path, entry in load.resolve(source, shapes).items()
   }
   for run in source.runs:
     trained = checkpoints.trained_paths(*run)
-    found |= {path: (run,) for path in trained if path in shapes and not lora.is_adapter(path)}
+    origins |= {path: (run,) for path in trained if path in shapes and not lora.is_adapter(path)}
     if lora.from_group(run_directory.stored_config(run[0])["lora"]):
       for path in trained:
         kernel = f"{path.rpartition('/')[0]}/kernel"
-        if path.endswith("/lora_a") and kernel in found:
-          found[kernel] += (("adapters", *run),)
+        if path.endswith("/lora_a") and kernel in origins:
+          origins[kernel] += (("adapters", *run),)
   if source.start and source.start.run:
     trained = checkpoints.trained_paths(*source.start.run)
-    found |= {path: (source.start.run,) for path in trained if path in shapes}
-  given = load.start_entries(source)
-  return {path: origin for path, origin in found.items() if path not in given}
+    origins |= {path: (source.start.run,) for path in trained if path in shapes}
+  from_peft = load.start_entries(source)
+  return {path: origin for path, origin in origins.items() if path not in from_peft}
 
 
 def _key(path: str, known: dict, leaf) -> tuple:
-  """Parameters of one key are one on the devices."""
+  """Returns a key that is the same for parameters which can share their memory on the devices."""
   return path, known.get(path), leaf.shape, leaf.dtype, leaf.sharding
 
 
 def add(pool: dict, known: dict, leaves: dict) -> None:
-  """Puts parameters that stay where later models find them; fresh ones are nobody else's.
+  """Adds frozen parameters to the pool, so that later models can share them; skips fresh ones.
 
   Args:
     pool: key -> array or shape with its sharding, of all models so far.
-    known: of `identities`.
+    known: from `identities`.
     leaves: path -> array or shape.
   """
   for path, leaf in leaves.items():
@@ -96,21 +95,21 @@ def add(pool: dict, known: dict, leaves: dict) -> None:
 
 
 def find(pool: dict, known: dict, leaves: dict) -> dict:
-  """path -> what the pool has of another model's parameters, where it has it; see `add`."""
+  """Returns path -> array or shape of the parameters that the pool has; see `add`."""
   keys = {path: _key(path, known, leaf) for path, leaf in leaves.items()}
   return {path: pool[key] for path, key in keys.items() if key in pool}
 
 
 def same_tower(model: vlm.ModelConfig, known: dict, other: vlm.ModelConfig, others: dict) -> bool:
-  """Whether the vision towers of two models give the same, wherever their parameters are.
+  """Returns whether two models have equal vision towers, wherever their parameters are placed.
 
   Args:
     model, other: the architectures.
-    known, others: of `identities`.
+    known, others: from `identities`.
   """
-  mine, its = (
+  paths, other_paths = (
     [f"vision/{path}" for path in trees.flatten(vlm.abstract_params(one)[1]["vision"])]
     for one in (model, other)
   )
-  same = (path in known and known[path] == others.get(path) for path in mine)
-  return model.vision == other.vision and mine == its and all(same)
+  same = (path in known and known[path] == others.get(path) for path in paths)
+  return model.vision == other.vision and paths == other_paths and all(same)

@@ -1,8 +1,8 @@
-"""The layout of LLaVA's own repository, converted on reading.
+"""Reads the layout of LLaVA's original repository, and converts it to that of transformers.
 
 config.json is a language model's, with `mm_*` keys; tensors are `model.mm_projector.*` and, in some
 checkpoints, `model.vision_tower.*` (see `names.canonical`). The tower's config and image processor
-are never there, and `<image>` is not in the vocabulary.
+are always missing, and `<image>` is not in the vocabulary.
 """
 
 import os
@@ -30,16 +30,16 @@ def read(directory: str) -> dict[str, Any] | None:
 
 
 def tower_of(directory: str, config: dict[str, Any]) -> str:
-  """Returns the directory of the CLIP that the model sees with.
+  """Returns the directory of the model's CLIP.
 
   Raises:
     InputError: it is not on this machine.
   """
   named = config.get("mm_vision_tower") or ""
-  for place in (os.path.join(directory, TOWER), named, os.path.join(directory, named)):
-    there = place.strip("/") and os.path.isfile(os.path.join(place, "config.json"))
-    if there and os.path.realpath(place) != os.path.realpath(directory):
-      return place
+  for path in (os.path.join(directory, TOWER), named, os.path.join(directory, named)):
+    exists = path.strip("/") and os.path.isfile(os.path.join(path, "config.json"))
+    if exists and os.path.realpath(path) != os.path.realpath(directory):
+      return path
   raise InputError(
     f"{directory}/config.json: mm_vision_tower {named!r} is not a directory here; put that CLIP "
     f"model into {directory}/{TOWER}, or name its directory under mm_vision_tower"
@@ -47,18 +47,19 @@ def tower_of(directory: str, config: dict[str, Any]) -> str:
 
 
 def aspect_of(config: dict[str, Any], aspect: str) -> str:
-  """Returns how pictures are brought to a square: as asked, or for "auto" as the config says."""
-  own = config.get("image_aspect_ratio") or "square"
-  return {"pad": "pad"}.get(own, "crop") if aspect == "auto" else aspect
+  """Returns how pictures are made square, "crop" or "pad"; "auto" is what the config says."""
+  if aspect != "auto":
+    return aspect
+  return "pad" if config.get("image_aspect_ratio") == "pad" else "crop"
 
 
 def convert(
   config: dict[str, Any], tower: str, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> LlavaConfig:
-  """Returns transformers' config of the model; the tokenizer has `<image>` already.
+  """Returns transformers' config of the model; the tokenizer must already have `<image>`.
 
   Raises:
-    InputError: it has a projector, features or pictures that are not computed here.
+    InputError: its projector, features or picture format are not supported.
   """
   expected = {
     "mm_projector_type": (_PROJECTOR,),

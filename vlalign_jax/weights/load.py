@@ -1,4 +1,4 @@
-"""Weights from files into sharded device arrays, one parameter at a time."""
+"""Loads weights from files into sharded device arrays, one parameter at a time."""
 
 import dataclasses
 import math
@@ -17,47 +17,46 @@ from vlalign_jax.weights.tensors import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """A parameter with the tensors it is read from, one per layer if it is stacked."""
+  """Holds a parameter's name and the tensors it is read from, one per layer if it is stacked."""
 
   name: names.Name
   tensors: tuple[Tensor, ...]
 
 
 def resolve(source: ModelSource, shapes: dict[str, tuple[int, ...]]) -> dict[str, Entry]:
-  """Finds every parameter's tensors and checks that names and shapes fit exactly.
+  """Finds the tensors of every parameter and checks that all names and shapes match.
 
   Args:
     source: from `open_source`.
-    shapes: path -> parameter shape of the whole model.
+    shapes: path -> shape, for all parameters of the model.
 
   Returns:
     path -> Entry for all parameters that are not fresh.
 
   Raises:
-    InputError: names all missing, unexpected and wrongly shaped tensors.
+    InputError: lists all missing, unexpected and wrongly shaped tensors.
   """
   config, wrong, used, entries = source.config, [], set(), {}
-  assembled = source.assembled
   for name in names.names_of(config):
     if name.path.startswith(source.fresh):
       continue
     shape = shapes[name.path]
-    layers = range(shape[0]) if name.stacked else (0,)
     expected = names.tensor_shape(name.kind, shape[1:] if name.stacked else shape)
-    found = []
-    for layer in layers:
-      tensor = source.tensors.get(name.tensor.format(layer))
-      used.add(name.tensor.format(layer))
+    tensors = []
+    for layer in range(shape[0]) if name.stacked else (0,):
+      canonical = name.tensor.format(layer)
+      used.add(canonical)
+      tensor = source.tensors.get(canonical)
       if tensor is None:
-        wrong.append(f"missing {name.tensor.format(layer)} {expected}")
+        wrong.append(f"missing {canonical} {expected}")
         continue
       fits = tensor.shape == expected
-      if assembled and name.kind.startswith("vocabulary"):
+      if source.assembled and name.kind.startswith("vocabulary"):
         fits = tensor.shape[1:] == expected[1:] and tensor.shape[0] <= expected[0]
       if not fits:
         wrong.append(f"{tensor.name} in {tensor.file} is {tensor.shape}, not {expected}")
-      found.append(tensor)
-    entries[name.path] = Entry(name, tuple(found))
+      tensors.append(tensor)
+    entries[name.path] = Entry(name, tuple(tensors))
   for canonical, tensor in source.tensors.items():
     if canonical not in used and not names.is_unused(canonical, config):
       wrong.append(f"unexpected {tensor.name} {tensor.shape} in {tensor.file}")
@@ -70,7 +69,7 @@ def resolve(source: ModelSource, shapes: dict[str, tuple[int, ...]]) -> dict[str
 
 
 def check_weights(source: ModelSource) -> None:
-  """Raises the InputErrors of `resolve` before anything is read."""
+  """Raises the InputErrors of `resolve` without reading weights."""
   _, abstract = vlm.abstract_params(source.config)
   resolve(source, {path: leaf.shape for path, leaf in trees.flatten(abstract).items()})
 
@@ -81,15 +80,15 @@ def load_params(
   seed: int = 0,
   wanted: Callable[[str], bool] = lambda path: True,
 ):
-  """The model's parameters on the devices.
+  """Loads the model's parameters onto the devices.
 
-  Every host reads what its devices hold, and host memory has one parameter of it at a time.
+  Every host reads the shards of its devices, and holds one parameter at a time in host memory.
 
   Args:
     source: from `open_source`.
-    abstract: nested dict of jax.ShapeDtypeStruct with shardings, of `vlm.abstract_params`.
-    seed: for fresh parameters.
-    wanted: path -> whether to load this parameter.
+    abstract: nested dict of jax.ShapeDtypeStruct with shardings, from `vlm.abstract_params`.
+    seed: of fresh parameters.
+    wanted: path -> whether to load the parameter.
 
   Returns:
     Nested dict of jax.Array.
@@ -105,16 +104,16 @@ def load_params(
     loaded |= checkpoints.restore_params(*source.start.run, leaves, placement)
   loaded = {path: param for path, param in loaded.items() if path not in from_peft}
   entries |= from_peft
-  rows = source.config.language.vocab_size
-  # The largest tensors first: what reading one takes beside it adds to the least then.
+  vocabulary = source.config.language.vocab_size
+  # The largest tensors come first, while few parameters are loaded: this lowers the peak of memory.
   by_size = sorted(entries, key=lambda path: -math.prod(entries[path].tensors[0].shape))
   with shards.readers() as pool:
     for path in by_size:
       if path in leaves and path not in loaded:
-        name, found = entries[path].name, entries[path].tensors
-        loaded[path] = shards.place(name, found, leaves[path], placement[path], rows, pool)
-  for path, added in merges.items():
-    for a, b, scale in added:
+        name, stored = entries[path].name, entries[path].tensors
+        loaded[path] = shards.place(name, stored, leaves[path], placement[path], vocabulary, pool)
+  for path, pairs in merges.items():
+    for a, b, scale in pairs:
       loaded[path] = lora.merge(loaded[path], a, b, scale, placement[path])
   fresh = {path: leaf for path, leaf in leaves.items() if path not in loaded}
   if fresh:
@@ -123,9 +122,9 @@ def load_params(
 
 
 def _check_tied(source: ModelSource) -> None:
-  """A stored head that differs from the embedding it is said to be tied to would be lost.
+  """Raises an InputError if a head is stored that differs from the embedding it is tied to.
 
-  Each process compares its part of the rows.
+  That head would be lost. Each process compares its part of the rows.
   """
   head = source.tensors.get("language.lm_head.weight")
   if head is None or not source.config.language.tied_embeddings or source.assembled:
@@ -133,13 +132,13 @@ def _check_tied(source: ModelSource) -> None:
   embedding = source.tensors["language.embed_tokens.weight"]
   if head.shape != embedding.shape or not shards.equal(head, embedding):
     raise InputError(
-      f"{head.file}: {head.name} is not the embedding, though config.json says "
+      f"{head.file}: {head.name} differs from the embedding, but config.json says "
       "tie_word_embeddings; set it to false there to use both, or remove the tensor"
     )
 
 
 def start_entries(source: ModelSource) -> dict[str, Entry]:
-  """path -> Entry of what a PEFT directory gives."""
+  """Returns path -> Entry of the parameters in the PEFT directory that a source starts from."""
   tensors = source.start.tensors if source.start else {}
   entries = {}
   if tensors:
@@ -151,7 +150,7 @@ def start_entries(source: ModelSource) -> dict[str, Entry]:
 
 
 def _init(config: vlm.ModelConfig, leaves, placement, seed: int) -> dict[str, jax.Array]:
-  """Fresh parameters: the same ones, but for rounding, in whatever dtype they are kept."""
+  """Initializes fresh parameters in float32 and casts them, so all dtypes start the same."""
 
   def init(key):
     params = trees.flatten(vlm.init_params(config, key)[1])

@@ -1,4 +1,4 @@
-"""A PEFT directory as a model: its adapters are merged into the weights that they belong to."""
+"""Opens a PEFT directory as a model, with its adapters merged into their base weights."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ _KEY = "base_model_name_or_path"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergedTensor(Tensor):
-  """A weight [out, in] with its adapter, a [r, in] and b [out, r]; `file` is the weight's."""
+  """Holds a weight [out, in] and its adapter, a [r, in] and b [out, r]; `file` is the weight's."""
 
   base: Tensor
   a: Tensor
@@ -41,8 +41,8 @@ class MergedTensor(Tensor):
     weight, a, b = self.base.read(rows, columns), self.a.read(), self.b.read(rows)
     if columns:
       a = a[:, slice(*columns)]
-    added = self.scale * (b.astype(np.float32) @ a.astype(np.float32))
-    merged = (weight.astype(np.float32) + added).astype(weight.dtype)
+    delta = self.scale * (b.astype(np.float32) @ a.astype(np.float32))
+    merged = (weight.astype(np.float32) + delta).astype(weight.dtype)
     if out is None:
       return merged
     out[...] = merged
@@ -53,31 +53,31 @@ def base_of(directory: str) -> str:
   """Returns the model directory that a PEFT directory's adapters belong to.
 
   Raises:
-    InputError: adapter_config.json names none, or none that is on this machine.
+    InputError: adapter_config.json does not name a directory on this machine.
   """
   path = os.path.join(directory, peft.CONFIG)
   base = peft.read_config(directory).get(_KEY)
-  for place in (base, os.path.join(directory, base)) if base else ():
-    if os.path.isdir(place):
-      return place
+  for candidate in (base, os.path.join(directory, base)) if base else ():
+    if os.path.isdir(candidate):
+      return candidate
   raise InputError(
-    f"{path}: {_KEY} is {base!r}, which is not a directory; set it there to the directory of the "
-    "model that these adapters belong to"
+    f"{path}: {_KEY} is {base!r}, which is not a directory; set it to the directory of the model "
+    "that these adapters belong to"
   )
 
 
 def with_adapters(base: ModelSource, directory: str) -> ModelSource:
-  """Returns the base with a PEFT directory's adapters merged and what was trained beside them.
+  """Returns the base with a PEFT directory's adapters merged and its fully trained parameters.
 
   Args:
-    base: a LLaVA, opened.
+    base: an opened LLaVA.
     directory: a PEFT directory of adapters for it.
 
   Raises:
-    InputError: it is damaged, or its adapters are not of this model.
+    InputError: the directory is damaged, or its adapters do not fit the base.
   """
-  config, found = peft.read_config(directory), peft.find_tensors(directory)
-  if "score.weight" in found and base.config.head != SCORE:
+  config, stored = peft.read_config(directory), peft.find_tensors(directory)
+  if "score.weight" in stored and base.config.head != SCORE:
     base = dataclasses.replace(base, config=dataclasses.replace(base.config, head=SCORE))
   model, tensors, wrong = base.config, dict(base.tensors), []
   known = {
@@ -85,26 +85,25 @@ def with_adapters(base: ModelSource, directory: str) -> ModelSource:
     for name in names.names_of(model)
     for layer in names.layers_of(name, model)
   }
-  for name, tensor in found.items():
-    module, _, half = name.rpartition(".lora_")
+  for name, tensor in stored.items():
+    module, _, matrix = name.rpartition(".lora_")
     weight = f"{module}.weight"
-    if half == "B.weight" and f"{module}.lora_A.weight" in found:
+    if matrix == "B.weight" and f"{module}.lora_A.weight" in stored:
       continue
-    if not half and name in known:
+    if not matrix and name in known:
       tensors[name] = tensor
-    elif half == "A.weight" and weight in tensors and f"{module}.lora_B.weight" in found:
-      own, a, b = tensors[weight], tensor, found[f"{module}.lora_B.weight"]
-      if (b.shape[0], a.shape[1], a.shape[0]) != (*own.shape, b.shape[1]):
-        wrong.append(f"{a.name} {a.shape} and {b.name} {b.shape} for {own.name} {own.shape}")
+    elif matrix == "A.weight" and weight in tensors and f"{module}.lora_B.weight" in stored:
+      w, a, b = tensors[weight], tensor, stored[f"{module}.lora_B.weight"]
+      if (b.shape[0], a.shape[1], a.shape[0]) != (*w.shape, b.shape[1]):
+        wrong.append(f"{a.name} {a.shape} and {b.name} {b.shape} for {w.name} {w.shape}")
         continue
       scale = peft.scale(config, peft.module_name(module), a.shape[0])
-      merged = f"{own.name} with {a.name} of {a.file}"
-      stored = {"stored": own.stored, "offset": own.offset}
+      merged = f"{w.name} with {a.name} of {a.file}"
       tensors[weight] = MergedTensor(
-        own.file, merged, own.shape, **stored, base=own, a=a, b=b, scale=scale
+        w.file, merged, w.shape, w.stored, w.offset, base=w, a=a, b=b, scale=scale
       )
-    elif not names.is_unused(weight if half else name, model):
+    elif not names.is_unused(weight if matrix else name, model):
       wrong.append(f"unexpected {tensor.name} {tensor.shape}")
   if wrong:
-    raise InputError(f"{directory}: not adapters of its base model:\n  " + "\n  ".join(wrong))
+    raise InputError(f"{directory}: its adapters do not fit the base:\n  " + "\n  ".join(wrong))
   return dataclasses.replace(base, tensors=tensors)

@@ -1,4 +1,4 @@
-"""Which Hugging Face tensor is which parameter: the one table that both import and export read."""
+"""Maps Hugging Face tensors to parameters; import and export both read this table."""
 
 import dataclasses
 import re
@@ -10,13 +10,12 @@ from vlalign_jax.models.vlm import SCORE, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-  """One parameter and its tensor.
+  """Names a parameter and its tensor.
 
   Attributes:
-    path: our path, such as "language/layers/attention/query/kernel"; below ".../layers/" the
-      parameter is stacked over layers.
-    tensor: the tensor's name in the layout LlavaForConditionalGeneration saves, after
-      `canonical`; "{}" stands for the layer.
+    path: of the parameter, such as "language/layers/attention/query/kernel"; under ".../layers/" it
+      is stacked over layers.
+    tensor: the canonical name of its tensor, see `canonical`; "{}" stands for the layer.
     kind: how the tensor's axes become the parameter's, see `to_param`.
   """
 
@@ -51,7 +50,7 @@ def _vision(config: ModelConfig) -> list[Name]:
 
 
 def _attention(ours: str, theirs: str) -> list[Name]:
-  """Of a tower and projectors: as CLIP calls it, all with biases."""
+  """Returns the attention of the vision tower and of projectors: CLIP's names, with biases."""
   names = []
   for part, tensor in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "out")):
     names += _linear(f"{ours}/{part}", f"{theirs}.{tensor}_proj", True)
@@ -115,26 +114,26 @@ def _language(config: ModelConfig) -> list[Name]:
 
 
 def names_of(config: ModelConfig) -> list[Name]:
-  """Every parameter of the model, each once."""
+  """Returns the names of all parameters of the model."""
   return _vision(config) + _projector(config) + _language(config)
 
 
 def layers_of(name: Name, config: ModelConfig) -> range:
-  """The numbers that stand for "{}" in a tensor's name; one if it is not stacked."""
+  """Returns the layer numbers to put into a tensor's name; one if it is not stacked."""
   return range(getattr(config, name.path.split("/", 1)[0]).layers if name.stacked else 1)
 
 
 _CANONICAL = (
-  # LLaVA's own repository.
+  # LLaVA's original repository.
   (r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision."),
   (r"^model\.mm_projector\.0\.", "projector.linear_1."),
   (r"^model\.mm_projector\.2\.", "projector.linear_2."),
-  # Newer transformers put everything but the head below `model.`.
+  # Newer versions of transformers put everything but the head under `model.`.
   (r"^model\.(vision_tower|multi_modal_projector|language_model)\.", r"\1."),
   (r"^vision_tower\.(vision_model\.)?", "vision."),
   (r"^multi_modal_projector\.", "projector."),
   (r"^language_model\.(model\.)?", "language."),
-  # A CLIP directory, whole or vision only; a LLaMA directory, with a head or without.
+  # A CLIP directory, full or vision only; a LLaMA directory, with a head or without.
   (r"^(vision_model\.)?(embeddings|encoder|pre_layrnorm|post_layernorm)\.", r"vision.\2."),
   (r"^(model\.)?(layers|embed_tokens|norm)\.", r"language.\2."),
   (r"^lm_head\.", "language.lm_head."),
@@ -142,13 +141,13 @@ _CANONICAL = (
 
 _NOT_OURS = re.compile(
   r"^(text_model|text_projection|visual_projection|logit_scale)\b"  # the rest of a full CLIP
-  r"|\.position_ids$|\.rotary_emb\.inv_freq$"  # buffers that old files hold
-  r"|^vision\.post_layernorm\."  # behind the features
+  r"|\.position_ids$|\.rotary_emb\.inv_freq$"  # buffers in old files
+  r"|^vision\.post_layernorm\."  # comes after the features
 )
 
 
 def canonical(tensor: str) -> str:
-  """The name in one spelling, whichever layout and transformers version wrote it."""
+  """Returns a tensor's canonical name, whichever layout and transformers version wrote it."""
   for pattern, replacement in _CANONICAL:
     tensor, found = re.subn(pattern, replacement, tensor)
     if found and not tensor.startswith(("vision_tower", "multi_modal", "language_model")):
@@ -157,7 +156,7 @@ def canonical(tensor: str) -> str:
 
 
 def is_unused(tensor: str, config: ModelConfig) -> bool:
-  """Whether a canonical name is something that the model rightly does without."""
+  """Returns whether the model may leave out the tensor of this canonical name."""
   if _NOT_OURS.search(tensor):
     return True
   layer = re.match(r"^vision\.encoder\.layers\.(\d+)\.", tensor)
@@ -168,9 +167,9 @@ def is_unused(tensor: str, config: ModelConfig) -> bool:
 
 
 def exported(tensor: str) -> str:
-  """The name in the layout that LlavaForConditionalGeneration of any version reads.
+  """Returns the name that LlavaForConditionalGeneration of any version reads.
 
-  The score head, which that class lacks, is called as in transformers' sequence classifiers.
+  That class lacks a score head, which is named as in transformers' sequence classifiers.
   """
   if tensor == "score.weight":
     return tensor
@@ -186,7 +185,7 @@ def exported(tensor: str) -> str:
 
 
 def exported_part(tensor: str) -> str:
-  """The name in the directory of its part (see `weights.export`), which is a model by itself."""
+  """Returns the name in the directory of its part, which is a separate model (`weights.export`)."""
   for ours, theirs in (
     ("vision.", "vision_model."),
     ("projector.", "multi_modal_projector."),
@@ -199,10 +198,10 @@ def exported_part(tensor: str) -> str:
 
 
 def to_param(kind: str, tensor: np.ndarray) -> np.ndarray:
-  """The parameter of one layer from its tensor, as a view where possible.
+  """Converts a tensor to the parameter of one layer, as a view where possible.
 
   Kinds: `same`; `transposed` and `vocabulary_transposed`: [out, in] to [in, out];
-  `vocabulary`: [V, D] kept; `patches`: a convolution's [D, 3, p, p] to [p * p * 3, D].
+  `vocabulary`: [V, D] stays; `patches`: a convolution's [D, 3, p, p] to [p * p * 3, D].
   """
   if kind in ("transposed", "vocabulary_transposed"):
     return tensor.T
@@ -212,7 +211,7 @@ def to_param(kind: str, tensor: np.ndarray) -> np.ndarray:
 
 
 def to_tensor(kind: str, param: np.ndarray) -> np.ndarray:
-  """The inverse of `to_param`."""
+  """Converts a parameter of one layer to its tensor: the inverse of `to_param`."""
   if kind in ("transposed", "vocabulary_transposed"):
     return param.T
   if kind == "patches":
@@ -222,5 +221,5 @@ def to_tensor(kind: str, param: np.ndarray) -> np.ndarray:
 
 
 def tensor_shape(kind: str, param_shape: tuple[int, ...]) -> tuple[int, ...]:
-  """The tensor's shape, from the shape of one layer's parameter."""
+  """Returns the tensor's shape for the shape of one layer's parameter."""
   return to_tensor(kind, np.broadcast_to(np.int8(0), param_shape)).shape

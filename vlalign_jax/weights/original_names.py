@@ -1,4 +1,4 @@
-"""What the tensors of Vision-LLM-Alignment are called here."""
+"""Maps the names of Vision-LLM-Alignment's tensors to canonical names."""
 
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights import names
@@ -9,10 +9,10 @@ _PARTS = (
   ("lang_decoder.", "language_model."),
   ("v_head.", "score."),
 )
-# The decoder's own embedding, which reads no token; of some decoders it is the output head.
-OWN_EMBEDDING = "lang_decoder.model.embed_tokens.weight"
-_UNUSED = (OWN_EMBEDDING, "projection.pos_embed")  # the second: fixed positions
-# A tensor that only this projector has, and its modules here.
+# The embedding inside the decoder does not embed tokens; in tied models it is the output head.
+UNUSED_EMBEDDING = "lang_decoder.model.embed_tokens.weight"
+_UNUSED = (UNUSED_EMBEDDING, "projection.pos_embed")  # the second: fixed positions
+# Projector -> (a tensor that only it has, its modules and their canonical names).
 _PROJECTIONS = {
   "linear": (
     "projection.0.weight",
@@ -39,12 +39,12 @@ _PROJECTIONS = {
     ),
   ),
 }
-# torch.nn.MultiheadAttention has three maps in one tensor.
+# torch.nn.MultiheadAttention joins the maps of query, key and value in one tensor.
 _IN_PROJ = "projection.attn.in_proj_"
 
 
 def canonical(name: str, kind: str) -> str | None:
-  """A tensor's name as `names.canonical` gives it; None: the model does without it.
+  """Returns a tensor's canonical name, see `names.canonical`; None if the model does not need it.
 
   Args:
     name: in pytorch_model.bin.
@@ -60,18 +60,18 @@ def canonical(name: str, kind: str) -> str | None:
 
 
 def projector_of(path: str, stored: dict) -> str:
-  """The kind of the projector whose tensors are stored.
+  """Returns the kind of the projector whose tensors are stored.
 
   Args:
     path: of the file, for errors.
-    stored: by name.
+    stored: tensors by name.
 
   Raises:
-    InputError: they are of none.
+    InputError: there is no projector's tensor.
   """
   known = {name.removeprefix("rwtranrsformer.") for name in stored}
-  for kind, (own, _) in _PROJECTIONS.items():
-    if own in known:
+  for kind, (mark, _) in _PROJECTIONS.items():
+    if mark in known:
       return kind
   listed = ", ".join(sorted(known)[:5])
   raise InputError(
@@ -81,13 +81,13 @@ def projector_of(path: str, stored: dict) -> str:
 
 
 def split(stored: dict) -> dict:
-  """Gives joined tensors a name each; `stored` and the result are torch tensors by name."""
-  found = {}
+  """Splits joined tensors of query, key and value; both dicts are name -> torch tensor."""
+  result = {}
   for name, tensor in stored.items():
-    front, joined, kind = name.partition(_IN_PROJ)
+    prefix, joined, kind = name.partition(_IN_PROJ)
     if joined:
-      parts = [f"{front}projection.attn.{part}_proj.{kind}" for part in "qkv"]
-      found |= dict(zip(parts, tensor.chunk(3), strict=True))
+      parts = [f"{prefix}projection.attn.{part}_proj.{kind}" for part in "qkv"]
+      result |= dict(zip(parts, tensor.chunk(3), strict=True))
     else:
-      found[name] = tensor
-  return found
+      result[name] = tensor
+  return result

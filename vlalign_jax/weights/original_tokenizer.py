@@ -1,9 +1,8 @@
-"""The tokenizer of a checkpoint of Vision-LLM-Alignment, made to read its prompts as it did.
+"""Loads the tokenizer of a checkpoint of Vision-LLM-Alignment.
 
-It adds the heading `### Image:` as a token beside `<image>`, finds it in a prompt, and puts the
-tokens of the words `### Image 1:` in its place, so that the heading's own embedding is never
-trained. Here prompts are tokenised as they stand: the token gives up its name, and the heading is
-words.
+The original adds two tokens, the heading `### Image:` and `<image>`. In a prompt it replaces the
+heading's token by the tokens of the words `### Image 1:`, so the heading's embedding is never
+trained. Here the heading's token is renamed, so that the tokenizer splits a heading into words.
 """
 
 import os
@@ -18,35 +17,36 @@ _HEADING, _UNNAMED, _PAD = "### Image:", "<unused image heading>", "<PAD>"
 
 
 def load(directory: str, language: str) -> PreTrainedTokenizerBase:
-  """The tokenizer that a checkpoint was trained with.
+  """Returns the tokenizer that a checkpoint was trained with.
 
   Args:
     directory: of the checkpoint.
-    language: of the language model; if the checkpoint has no tokenizer, this one gets the tokens
-      that the original adds, in its order.
+    language: directory of the language model. If the checkpoint has no tokenizer, this one gets the
+      tokens that the original adds, in the same order.
 
   Raises:
-    InputError: there is none, or it is damaged.
+    InputError: the tokenizer is missing or damaged.
   """
   if any(os.path.isfile(os.path.join(directory, name)) for name in TOKENIZER_FILES):
-    found = load_tokenizer(directory)
-    return _renamed(directory) if _HEADING in found.get_vocab() else found
-  found = load_tokenizer(language)
-  found.add_tokens([_UNNAMED, IMAGE_TOKEN], special_tokens=True)
-  if found.pad_token is None:
-    found.add_special_tokens({"pad_token": _PAD})
-  return found
+    tokenizer = load_tokenizer(directory)
+    return _load_renamed(directory) if _HEADING in tokenizer.get_vocab() else tokenizer
+  tokenizer = load_tokenizer(language)
+  tokenizer.add_tokens([_UNNAMED, IMAGE_TOKEN], special_tokens=True)
+  if tokenizer.pad_token is None:
+    tokenizer.add_special_tokens({"pad_token": _PAD})
+  return tokenizer
 
 
-def _renamed(directory: str) -> PreTrainedTokenizerBase:
-  with tempfile.TemporaryDirectory() as renamed:
+def _load_renamed(directory: str) -> PreTrainedTokenizerBase:
+  """Loads a copy of the tokenizer's files in which the heading's token has another name."""
+  with tempfile.TemporaryDirectory() as copy:
     for name in os.listdir(directory):
-      path, copied = os.path.join(directory, name), os.path.join(renamed, name)
+      path, target = os.path.join(directory, name), os.path.join(copy, name)
       if name.endswith(".json"):
         with open(path, encoding="utf-8") as file:
           text = file.read().replace(f'"{_HEADING}"', f'"{_UNNAMED}"')
-        with open(copied, "w", encoding="utf-8") as file:
+        with open(target, "w", encoding="utf-8") as file:
           file.write(text)
       elif name in TOKENIZER_FILES or name.endswith(".jinja"):
-        shutil.copy(path, copied)
-    return load_tokenizer(renamed)
+        shutil.copy(path, target)
+    return load_tokenizer(copy)

@@ -1,4 +1,4 @@
-"""What is opened of a model before its weights are read: config, tokenizer, pictures."""
+"""Opens the parts of a model other than its weights: config, tokenizer, image processor."""
 
 import copy
 import dataclasses
@@ -20,18 +20,18 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-  """A model that can be loaded.
+  """Describes a model that can be loaded.
 
   Attributes:
-    config: our architecture.
-    hf: the model's LLaVA config, the vision tower whole as in the source.
+    config: the architecture.
+    hf: the model's LLaVA config, with all layers of the source's vision tower.
     generation: its generation config.
-    tokenizer: knows `<image>` and a pad token.
+    tokenizer: has `<image>` and a pad token.
     images: turns pictures into the tower's pixels.
     tensors: canonical name -> tensor in a file.
-    fresh: parameter path prefixes that start from random weights.
-    runs: run directories with the checkpoint step to take trained parameters from, oldest first;
-      adapters among these are merged into the weights.
+    fresh: path prefixes of the parameters that start from random values.
+    runs: (run directory, checkpoint step) of the runs that trained the model, oldest first; their
+      adapters are merged into the weights.
     start: what the adapters of `config` start from, if they are not fresh.
     new_tokens: whether the model has more tokens than its files, see `assembled`.
   """
@@ -49,23 +49,24 @@ class ModelSource:
 
   @property
   def assembled(self) -> bool:
-    """Whether it is made of two towers, whose vocabulary may be smaller than the model's.
+    """Whether the vocabulary in the files may be smaller than the model's.
 
-    A model in LLaVA's own layout, whose vocabulary has no `<image>`, counts as one.
+    This is so if the model is made of two towers, or is in the layout of LLaVA's original
+    repository, whose vocabulary lacks `<image>`.
     """
     return "projector/" in self.fresh or self.new_tokens
 
 
 def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
-  """The tokenizer of a model directory.
+  """Loads the tokenizer of a model directory.
 
   Raises:
-    InputError: there is none, or it is damaged.
+    InputError: it is missing or damaged.
   """
   if not any(os.path.isfile(os.path.join(directory, name)) for name in TOKENIZER_FILES):
     raise InputError(
-      f"{directory}: no {' or '.join(TOKENIZER_FILES)} there; copy the tokenizer's files from the "
-      "model that this is"
+      f"{directory}: no {' or '.join(TOKENIZER_FILES)} there; copy the tokenizer's files of this "
+      "model"
     )
   if sentencepiece_model.stands_alone(directory):
     return _with_chat_template(sentencepiece_model.load(directory), directory)
@@ -73,9 +74,9 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
     return _with_chat_template(AutoTokenizer.from_pretrained(directory), directory)
   except InputError:
     raise
-  except Exception as error:  # transformers and tokenizers raise nearly anything on a broken file
+  except Exception as error:  # on a broken file, transformers and tokenizers may raise anything
     reason = str(error).splitlines()[0]
-    if "tiktoken" in reason:  # what transformers tries next, and what it then asks for
+    if "tiktoken" in reason:  # transformers tries this format last, and its error names it alone
       reason = "tokenizer.model is not a SentencePiece model, and there is no tokenizer.json"
     raise InputError(
       f"{directory}: its tokenizer cannot be loaded ({reason}); copy its files again"
@@ -85,26 +86,26 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
 def _with_chat_template(
   tokenizer: PreTrainedTokenizerBase, directory: str
 ) -> PreTrainedTokenizerBase:
-  """Takes the chat template of older processors, chat_template.json, where there is no other."""
+  """Sets the chat template from chat_template.json, where older processors have it, if unset."""
   path = os.path.join(directory, "chat_template.json")
   if not tokenizer.chat_template and (content := json_files.read(path)) is not None:
     if not isinstance(content.get("chat_template"), str):
-      raise InputError(f"{path}: has no text under chat_template; correct it, or remove the file")
+      raise InputError(f"{path}: chat_template is not a text; correct it, or remove the file")
     tokenizer.chat_template = content["chat_template"]
   return tokenizer
 
 
 def load_generation(directory: str, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-  """The generation config of a model directory, or what its tokenizer says of it.
+  """Loads the generation config of a model directory; if there is none, makes a default one.
 
   Raises:
-    InputError: the file there cannot be read.
+    InputError: the file cannot be read.
   """
   if os.path.isfile(os.path.join(directory, "generation_config.json")):
     try:
       return GenerationConfig.from_pretrained(directory)
     except (OSError, ValueError, TypeError) as error:
-      raise InputError(f"{directory}/generation_config.json: cannot be read; mend it") from error
+      raise InputError(f"{directory}/generation_config.json cannot be read; correct it") from error
   return GenerationConfig(
     bos_token_id=tokenizer.bos_token_id,
     eos_token_id=tokenizer.eos_token_id,
@@ -113,11 +114,11 @@ def load_generation(directory: str, tokenizer: PreTrainedTokenizerBase) -> Gener
 
 
 def with_ends(generation: GenerationConfig, ends: Collection[int]) -> GenerationConfig:
-  """Returns the generation config with ids more that end an answer, as a list."""
-  own = generation.eos_token_id
-  own = own if isinstance(own, list) else [own]
+  """Returns the generation config with more ids that end an answer, as a list."""
+  ids = generation.eos_token_id
+  ids = ids if isinstance(ids, list) else [ids]
   generation = copy.deepcopy(generation)
-  generation.eos_token_id = sorted({end for end in (*own, *ends) if end is not None})
+  generation.eos_token_id = sorted({end for end in (*ids, *ends) if end is not None})
   return generation
 
 
@@ -128,11 +129,11 @@ def from_parts(
   images: ImagePreprocessor,
   where: str,
 ) -> ModelSource:
-  """A model without weights; every parameter of it is fresh.
+  """Joins the parts to a model without weights, whose parameters are all fresh.
 
   Args:
     hf, generation, tokenizer, images: see ModelSource.
-    where: what to call the model in errors.
+    where: name of the model in errors.
 
   Raises:
     InputError: the parts do not fit together.
@@ -156,13 +157,13 @@ def _model_config(
   if (images.height, images.width) != (vision.image_size, vision.image_size):
     raise InputError(
       f"{where}: its image processor makes {images.height} x {images.width} pictures, its vision "
-      f"tower takes {vision.image_size} x {vision.image_size}; mend preprocessor_config.json"
+      f"tower takes {vision.image_size} x {vision.image_size}; correct preprocessor_config.json"
     )
   token_id = hf.image_token_id
   if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != token_id:
     raise InputError(
       f"{where}: config.json says image_token_index {token_id}, the tokenizer has {IMAGE_TOKEN} at "
-      f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}; mend the wrong one"
+      f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}; correct the wrong one"
     )
   if len(tokenizer) > language.vocab_size:
     raise InputError(
@@ -183,7 +184,7 @@ def _model_config(
 
 
 def _with_pad_token(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
-  """Padding never reaches a loss or an attended position, so any existing token will do."""
+  """Sets a missing pad token to another: padding is never attended to and has no loss."""
   if tokenizer.pad_token_id is None:
     tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
   if tokenizer.pad_token_id is None:

@@ -1,12 +1,12 @@
-"""Adapters as PEFT directories: adapter_config.json and adapter_model.safetensors.
+"""Reads PEFT directories: adapter_config.json and adapter_model.safetensors.
 
-Tensors are called as in the modules of transformers 5's LlavaForConditionalGeneration, below PEFT's
-`base_model.model.`. What was trained beside the adapters is in the same file, as PEFT keeps
-`modules_to_save`; a reward model's head is the module `score`.
+Tensors are named after the modules of transformers 5's LlavaForConditionalGeneration, with PEFT's
+prefix `base_model.model.`. Parameters that were fully trained with the adapters are in the same
+file, like PEFT's `modules_to_save`; a reward model's head is the module `score`.
 
-Of a model that is no LLaVA (see `weights.export`) the adapters of each tower are a PEFT directory
-for that tower, `vision/` and `language/`, and a trained projector lies beside these, in
-`projector.safetensors`.
+If transformers has no class for the model (see `weights.export`), the adapters of each tower are a
+PEFT directory for that tower, `vision/` and `language/`, and a trained projector is in
+`projector.safetensors` next to these.
 """
 
 import json
@@ -22,7 +22,7 @@ from vlalign_jax.weights import hf_config, names, tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Keys of adapter_config.json that plain adapters may have; others change what adapters compute.
+# Keys of adapter_config.json that plain LoRA may have; others change what adapters compute.
 _PLAIN = {
   *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config"),
   *("eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern"),
@@ -30,21 +30,21 @@ _PLAIN = {
   *("modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern"),
   *("revision", "target_modules", "task_type", "use_rslora"),
 }
-# How adapters began is of no matter, unless it changed the weights that they are added to.
-_PLAIN_BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
+# Initializations of adapters that leave the base weights unchanged.
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def names_of(config: ModelConfig) -> list[names.Name]:
-  """The parameters of a model's adapters with their tensors' names, as in `names.names_of`."""
-  found = []
+  """Returns the names of all parameters of a model's adapters, as `names.names_of` does."""
+  adapters = []
   for name in names.names_of(config):
     path, _, last = name.path.rpartition("/")
     if last != "kernel" or not lora.linear_maps([name.path]) or not config.lora.rank_of(path):
       continue
     module = name.tensor.removesuffix(".weight")
     for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
-      found.append(names.Name(f"{path}/{ours}", f"{module}.{theirs}.weight", "transposed"))
-  return found
+      adapters.append(names.Name(f"{path}/{ours}", f"{module}.{theirs}.weight", "transposed"))
+  return adapters
 
 
 _MODULES = {
@@ -60,11 +60,11 @@ _MODULES = {
 
 
 def module_name(canonical: str, tower: str = "") -> str:
-  """A canonical name in transformers 5's LlavaForConditionalGeneration, or in a tower's own class.
+  """Returns the tensor's name in transformers 5's class of a LLaVA or of a tower.
 
   Args:
-    canonical: of `names.canonical`.
-    tower: "vision", "language", or "": the name in a LLaVA.
+    canonical: from `names.canonical`.
+    tower: "vision", "language", or "" for a LLaVA.
   """
   for ours, theirs in _MODULES[tower]:
     if canonical.startswith(ours):
@@ -73,42 +73,42 @@ def module_name(canonical: str, tower: str = "") -> str:
 
 
 def directories(directory: str) -> dict[str, str]:
-  """Tower -> its PEFT directory, or "" -> the one directory of a LLaVA's adapters."""
-  towers = {tower: os.path.join(directory, tower) for tower in hf_config.TOWERS}
-  found = {
-    tower: path for tower, path in towers.items() if os.path.isfile(os.path.join(path, CONFIG))
-  }
-  return found if not os.path.exists(os.path.join(directory, CONFIG)) and found else {"": directory}
+  """Returns tower -> its PEFT directory, or {"": directory} for adapters of a LLaVA."""
+  if os.path.exists(os.path.join(directory, CONFIG)):
+    return {"": directory}
+  paths = {tower: os.path.join(directory, tower) for tower in hf_config.TOWERS}
+  towers = {tower: x for tower, x in paths.items() if os.path.isfile(os.path.join(x, CONFIG))}
+  return towers or {"": directory}
 
 
 def read_config(directory: str) -> dict[str, Any]:
-  """adapter_config.json of adapters that are computed as ours are.
+  """Reads adapter_config.json.
 
   Raises:
-    InputError: there is none, or it asks for something else than plain LoRA.
+    InputError: it is missing, or describes something other than plain LoRA.
   """
   path = os.path.join(directory, CONFIG)
   config = json_files.read(path)
   if config is None:
-    raise InputError(f"{path} is missing: {directory} is no PEFT directory")
+    raise InputError(f"{path} is missing: {directory} is not a PEFT directory")
   if config.get("peft_type") != "LORA":
     raise InputError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
   other = {key: value for key, value in config.items() if key not in _PLAIN and value}
   if config.get("bias", "none") != "none":
     other["bias"] = config["bias"]
-  if config.get("init_lora_weights", True) not in _PLAIN_BEGINNINGS:
+  if config.get("init_lora_weights", True) not in _PLAIN_INITS:
     other["init_lora_weights"] = config["init_lora_weights"]
   if other:
     shown = ", ".join(f"{key} = {json.dumps(value)}" for key, value in sorted(other.items()))
     raise InputError(f"{path}: {shown}: only plain LoRA adapters are supported")
   for key, kind in (("r", int), ("lora_alpha", (int, float))):
     if not isinstance(config.get(key), kind) or config[key] <= 0:
-      raise InputError(f"{path}: {key} is {config.get(key)!r}; mend it")
+      raise InputError(f"{path}: {key} is {config.get(key)!r}; it must be a positive number")
   return config
 
 
 def scale(config: dict[str, Any], module: str, rank: int) -> float:
-  """What an adapter counts by adapter_config.json; `module` is its name in the HF model."""
+  """Returns an adapter's scale by adapter_config.json; `module` is its name in the HF model."""
   alpha = config["lora_alpha"]
   for pattern, value in (config.get("alpha_pattern") or {}).items():
     if re.match(rf"(.*\.)?({pattern})$", module):
@@ -118,15 +118,15 @@ def scale(config: dict[str, Any], module: str, rank: int) -> float:
 
 
 def find_tensors(directory: str) -> dict[str, tensors.Tensor]:
-  """The tensors of a PEFT directory by canonical name; reads headers only.
+  """Returns the tensors of a PEFT directory by canonical name; reads headers only.
 
   Raises:
-    InputError: there are none, or the file is damaged.
+    InputError: the file is missing or damaged.
   """
   path = os.path.join(directory, WEIGHTS)
   if not os.path.isfile(path):
     raise InputError(
-      f"{path} is missing: pickled adapters are not read; save them as safetensors "
-      "(save_pretrained in peft does)"
+      f"{path} is missing: pickled adapters cannot be read; save them as safetensors "
+      "(save_pretrained of peft does)"
     )
   return tensors.read_headers(path, lambda name: names.canonical(name.removeprefix(PREFIX)))

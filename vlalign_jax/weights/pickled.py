@@ -1,6 +1,6 @@
-"""Tensors of a pickle that torch.save wrote, read by torch's weights-only unpickler.
+"""Reads tensors from a pickle of torch.save with torch's weights-only unpickler.
 
-It makes tensors and refuses to call anything else that the pickle names.
+That unpickler makes tensors only, and refuses to call anything else that the pickle names.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from vlalign_jax.errors import InputError
 if TYPE_CHECKING:
   import torch
 
-# Earlier ones run code that weights_only should refuse (CVE-2025-32434).
+# Earlier versions run code in spite of weights_only (CVE-2025-32434).
 TORCH = (2, 6)
 
 
 @dataclasses.dataclass(frozen=True)
 class PickledTensor:
-  """As `tensors.Tensor`, of a pickle; its adapter, if it has one, is merged when it is read."""
+  """Is a `tensors.Tensor` of a pickle; its adapter, if it has one, is merged when it is read."""
 
   file: str
   name: str
@@ -37,7 +37,7 @@ class PickledTensor:
     return np.dtype(str(self.tensor.dtype).removeprefix("torch."))
 
   def read(self, rows: tuple[int, int] | None = None) -> np.ndarray:
-    """A copy in host memory, in the stored dtype; of some rows, if asked."""
+    """Returns a copy of the tensor, or of a range of its rows, in the stored dtype."""
     tensor = self.tensor
     if self.adapter:
       right, left = (part.float() for part in self.adapter)  # [in, r], [r, out]
@@ -50,30 +50,30 @@ class PickledTensor:
 
 
 def read_pickle(path: str) -> "dict[str, torch.Tensor]":
-  """The tensors of a file of torch.save, mapped; nothing that a pickle asks for is run.
+  """Returns the memory-mapped tensors of a file of torch.save, without running code in the pickle.
 
   Raises:
-    InputError: no torch, or an old one; not a file of tensors alone.
+    InputError: torch is missing or too old, or the file is damaged or has more than tensors.
   """
   try:
     import torch
   except ImportError as error:
     raise InputError(
-      f"{path}: reading it takes PyTorch, which nothing else here needs; pip install torch"
+      f"{path}: reading it needs PyTorch, which nothing else here needs; pip install torch"
     ) from error
   version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
   if version < TORCH:
     raise InputError(
-      f"{path}: torch {torch.__version__} may run what a pickle hides; pip install 'torch>="
+      f"{path}: torch {torch.__version__} may run code that a pickle hides; pip install 'torch>="
       f"{TORCH[0]}.{TORCH[1]}'"
     )
   try:
-    found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-  except Exception as error:  # zip files and unpicklers raise nearly anything on a broken file
+    stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+  except Exception as error:  # on a broken file, zipfile and the unpickler may raise anything
     reason = " ".join(str(error).split())[:200]
     raise InputError(
       f"{path}: damaged, or not tensors alone ({reason}); save the model's state_dict again"
     ) from error
-  if not isinstance(found, dict) or not all(isinstance(x, torch.Tensor) for x in found.values()):
-    raise InputError(f"{path}: not a state_dict; save the model's")
-  return {name: tensor.detach() for name, tensor in found.items()}
+  if not isinstance(stored, dict) or not all(isinstance(x, torch.Tensor) for x in stored.values()):
+    raise InputError(f"{path}: not a state_dict; save that of the model")
+  return {name: tensor.detach() for name, tensor in stored.items()}

@@ -1,7 +1,7 @@
-"""Ties a run to the weights that it started from.
+"""Records the weights that a run starts from, and checks that they are still the same.
 
-Checkpoints hold trained parameters only; the frozen ones are read again from where the run took
-them. What stood there then is written down, so that other weights are never taken for them.
+Checkpoints hold trained parameters only; the frozen ones are read again from the files that the run
+started from. A run that is resumed or exported is refused if these files have changed.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 
 
 def fingerprint(path: str) -> str:
-  """SHA-256 of a file's size and of evenly spread samples: told in milliseconds, not minutes."""
+  """Returns the SHA-256 of a file's size and of evenly spaced samples: it takes milliseconds."""
   size = os.path.getsize(path)
   digest = hashlib.sha256(str(size).encode())
   with open(path, "rb") as file:
@@ -41,21 +41,21 @@ def _fingerprints(tensors: dict) -> dict[str, str]:
 
 
 def content(source: "ModelSource") -> dict:
-  """What tells a source's weights: fingerprints of their files, and the checkpoints of runs."""
-  found = {"files": _fingerprints(source.tensors), "runs": source.runs}
+  """Returns what identifies a source's weights: fingerprints of files, and checkpoints of runs."""
+  record = {"files": _fingerprints(source.tensors), "runs": source.runs}
   if source.start:
-    found["start"] = {"files": _fingerprints(source.start.tensors), "run": source.start.run}
-  return found
+    record["start"] = {"files": _fingerprints(source.start.tensors), "run": source.start.run}
+  return record
 
 
 def write(source: "ModelSource", workdir: str, name: str = "weights") -> None:
-  """Writes down what a new run starts from; `name` tells its model from others that it takes."""
+  """Records the weights that a new run starts from; `name`: which of its models this is."""
   if jax.process_index() == 0:
     storage.write(f"{workdir}/{FILE.format(name)}", json.dumps(content(source), indent=2))
 
 
 def stored(workdir: str, name: str = "weights") -> dict | None:
-  """What `write` has written down in a run directory, as of `content`; None if it has not.
+  """Returns the record that `write` made in a run directory, see `content`; None if there is none.
 
   Raises:
     InputError: it is damaged.
@@ -64,11 +64,11 @@ def stored(workdir: str, name: str = "weights") -> dict | None:
   if not path.exists():
     return None
   try:
-    found = json.loads(path.read_text())
-    start = found.get("start", {"files": {}, "run": None})
+    record = json.loads(path.read_text())
+    start = record.get("start", {"files": {}, "run": None})
     return {
-      "files": dict(found["files"]),
-      "runs": tuple((run, int(step)) for run, step in found["runs"]),
+      "files": dict(record["files"]),
+      "runs": tuple((run, int(step)) for run, step in record["runs"]),
       "start": {
         "files": dict(start["files"]),
         "run": start["run"] and (start["run"][0], int(start["run"][1])),
@@ -79,31 +79,31 @@ def stored(workdir: str, name: str = "weights") -> dict | None:
 
 
 def check(source: "ModelSource", workdir: str, name: str = "weights") -> "ModelSource":
-  """The source as it was when the run in `workdir` started.
+  """Checks that the files of a source are those that the run in `workdir` started from.
 
   Args:
     source: opened by the run's config.
-    workdir: a run directory; one in which nothing was written down yet passes.
-    name: as of `write`.
+    workdir: a run directory; it passes if it has no record yet.
+    name: see `write`.
 
   Returns:
-    The source with the checkpoints of other runs that were the newest then.
+    The source with the checkpoints of other runs that the run started from, and not newer ones.
 
   Raises:
     InputError: a file has changed since.
   """
-  then = stored(workdir, name)
-  if then is None:
+  record = stored(workdir, name)
+  if record is None:
     return source
-  files, start = then["files"], source.start
-  if start:  # else a later run asks, for which all that came from there is in the checkpoints
-    files |= then["start"]["files"]
-    start = dataclasses.replace(start, run=then["start"]["run"])
+  files, start = record["files"], source.start
+  if start:  # a source without `start` takes the adapters from the run's checkpoints
+    files |= record["start"]["files"]
+    start = dataclasses.replace(start, run=record["start"]["run"])
   now = _fingerprints(source.tensors | (start.tensors if start else {}))
   changed = sorted(file for file in files | now if files.get(file) != now.get(file))
   if changed:
     raise InputError(
       f"{workdir} was started from other weights than are there now ({', '.join(changed)}); put "
-      "the old ones back: the parameters that it did not train are only there"
+      "the old ones back: only they have the parameters that the run did not train"
     )
-  return dataclasses.replace(source, runs=then["runs"], start=start)
+  return dataclasses.replace(source, runs=record["runs"], start=start)

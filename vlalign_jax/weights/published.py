@@ -1,4 +1,4 @@
-"""Published sizes of models, to plan a run before its weights are there."""
+"""Lists published sizes of models, to plan a run before its weights are downloaded."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from vlalign_jax.models.rope import RopeConfig
 from vlalign_jax.models.vlm import ModelConfig
 from vlalign_jax.weights import assemble, hf_config
 
-# openai/clip-vit-large-patch14-336, whole; a run's config says which features are used.
+# openai/clip-vit-large-patch14-336 with all layers; a run's config says which features it uses.
 CLIP_L_336 = VisionConfig(
   width=1024,
   mlp_width=4096,
@@ -58,13 +58,13 @@ MODELS = {
 
 
 def published(group) -> ModelConfig:
-  """A model of published size with the projector and attention that a config asks for.
+  """Returns a model of published size with the projector and attention of a config.
 
   Args:
     group: the config's `model` group.
 
   Raises:
-    InputError: no such model is known, or the projector does not fit it.
+    InputError: the model is unknown, or the projector does not fit it.
   """
   name, where = group.architecture, "config.model"
   if name not in MODELS:

@@ -1,4 +1,4 @@
-"""What earlier runs have trained, from their checkpoints: parameters, and adapters to be merged."""
+"""Reads from the checkpoints of earlier runs: trained parameters, and adapters to be merged."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from vlalign_jax.weights.parts import ModelSource
 def trained_paths(source: ModelSource) -> set[str]:
   """Returns the paths of all parameters that the runs of a source have changed.
 
-  Adapters stand for the kernels that they are merged into.
+  In place of an adapter's paths it has that of the kernel that the adapter is merged into.
 
   Raises:
     InputError: a checkpoint cannot be read.
@@ -25,27 +25,27 @@ def trained_paths(source: ModelSource) -> set[str]:
 
 
 def restore(source: ModelSource, leaves, placement):
-  """Restores what the runs that a source stands on have trained.
+  """Restores the parameters that the `runs` of a source have trained.
 
   Args:
-    source: its `runs` count.
-    leaves: path -> jax.ShapeDtypeStruct of the parameters that are wanted.
+    source: the model.
+    leaves: path -> jax.ShapeDtypeStruct of the parameters to restore.
     placement: path -> sharding.
 
   Returns:
-    (path -> array of what was trained whole, path of a kernel -> list of the (a, b, scale) to merge
-    into it, in order).
+    (path -> array of fully trained parameters, path of a kernel -> list of the adapters (a, b,
+    scale) to merge into it, in order).
 
   Raises:
     InputError: a checkpoint cannot be read, or is of another model.
   """
   loaded, merges = {}, {}
-  # Adapters in a checkpoint are those of that run, never this one's.
+  # The adapters in these checkpoints are those of earlier runs, which are merged.
   weights = {path: leaf for path, leaf in leaves.items() if not lora.is_adapter(path)}
   for directory, step in source.runs:
-    found = checkpoints.restore_params(directory, step, weights, placement)
-    loaded |= found
-    merges = {path: added for path, added in merges.items() if path not in found}
+    trained = checkpoints.restore_params(directory, step, weights, placement)
+    loaded |= trained
+    merges = {path: adapters for path, adapters in merges.items() if path not in trained}
     config = lora.from_group(run_directory.stored_config(directory)["lora"])
     if config:
       for path, adapter in _adapters_of(source, config, directory, step, weights, placement):
@@ -54,15 +54,15 @@ def restore(source: ModelSource, leaves, placement):
 
 
 def _adapters_of(source: ModelSource, config: lora.LoraConfig, directory, step, weights, placement):
-  """(path of a kernel among `weights`, (a, b, scale)) of a run's adapters."""
+  """Yields (path of a kernel among `weights`, (a, b, scale)) of a run's adapters."""
   model = dataclasses.replace(source.config, lora=config)
   shapes = trees.flatten(vlm.abstract_params(model)[1])
   kernels = {path: f"{path.rpartition('/')[0]}/kernel" for path in shapes if lora.is_adapter(path)}
   shapes = {path: shapes[path] for path, kernel in kernels.items() if kernel in weights}
   mesh = next(iter(placement.values())).mesh
-  places = trees.flatten(zero.shardings(mesh, trees.unflatten(shapes), split=True))
-  found = checkpoints.restore_params(directory, step, shapes, places)
-  for path, a in found.items():
+  shardings = trees.flatten(zero.shardings(mesh, trees.unflatten(shapes), split=True))
+  adapters = checkpoints.restore_params(directory, step, shapes, shardings)
+  for path, a in adapters.items():
     if path.endswith("/lora_a"):
-      module = path.removesuffix("/lora_a")
-      yield kernels[path], (a, found[f"{module}/lora_b"], config.scale(a.shape[-1]))
+      b = adapters[f"{path.removesuffix('/lora_a')}/lora_b"]
+      yield kernels[path], (a, b, config.scale(a.shape[-1]))

@@ -1,7 +1,7 @@
-"""A directory with tokenizer.model alone: the SentencePiece model, read as LLaMA reads it.
+"""Loads a tokenizer.model, a SentencePiece model, that comes without other tokenizer files.
 
-transformers takes such a directory without the bos and without the space that SentencePiece puts
-before a text. Here every text gets both, and its ids are those of the sentencepiece library.
+transformers would leave out the bos token, and the space that SentencePiece puts before a text.
+Here every text gets both, as in LLaMA, and its ids are those of the sentencepiece library.
 """
 
 import os
@@ -20,15 +20,15 @@ _PROBES = ("A cat and two dogs.", "  two  spaces ", "é ﬁ ½ 猫 🙂\n\ta lin
 
 def stands_alone(directory: str) -> bool:
   """Returns whether a directory has a tokenizer.model and no config that says how to use it."""
-  there = [os.path.isfile(os.path.join(directory, name)) for name in (FILE, *_CONFIGS)]
-  return there == [True, False, False]
+  exist = [os.path.isfile(os.path.join(directory, name)) for name in (FILE, *_CONFIGS)]
+  return exist == [True, False, False]
 
 
 def load(directory: str) -> PreTrainedTokenizerBase:
-  """Returns the tokenizer of such a directory, with the tokens of added_tokens.json if it is there.
+  """Loads the tokenizer of such a directory, with the tokens of added_tokens.json if it exists.
 
   Raises:
-    InputError: it is damaged, has no bos or eos, or has rules that LLaMA's tokenizer has not.
+    InputError: it is damaged, lacks bos, eos or unk, or has rules that LLaMA's tokenizer lacks.
   """
   path = os.path.join(directory, FILE)
   try:
@@ -40,7 +40,7 @@ def load(directory: str) -> PreTrainedTokenizerBase:
     ) from error
   ends = {"unk_token": model.unk_id(), "bos_token": model.bos_id(), "eos_token": model.eos_id()}
   if min(ends.values()) < 0:
-    raise InputError(f"{path}: {_missing(ends)}; copy the tokenizer's other files beside it")
+    raise InputError(f"{path}: {_missing(ends)}; copy the tokenizer's other files next to it")
   tokens = {name: model.id_to_piece(index) for name, index in ends.items()}
   backend = LlamaTokenizer.from_pretrained(
     directory, add_bos_token=True, **tokens
@@ -56,8 +56,8 @@ def load(directory: str) -> PreTrainedTokenizerBase:
   for text in _PROBES:
     if tokenizer(text)["input_ids"] != [model.bos_id(), *model.encode(text)]:
       raise InputError(
-        f"{path}: has rules of its own, which LLaMA's tokenizer has not ({text!r} becomes other "
-        "tokens); save a tokenizer.json beside it (AutoTokenizer's save_pretrained does)"
+        f"{path} has rules that LLaMA's tokenizer lacks ({text!r} becomes other tokens); save a "
+        "tokenizer.json next to it (save_pretrained of AutoTokenizer does)"
       )
   _add_tokens(tokenizer, os.path.join(directory, "added_tokens.json"))
   return tokenizer

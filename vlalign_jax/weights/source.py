@@ -1,7 +1,7 @@
-"""Where a model comes from: a LLaVA directory, a CLIP and a LLaMA directory, or a run of ours.
+"""Opens the model that a config names: a LLaVA directory, a CLIP and a LLaMA directory, or a run.
 
-Opening a source reads configs, tokenizer and tensor headers and finds every mistake that can be
-found without reading weights; `weights.load` then reads them.
+Opening reads configs, tokenizer and tensor headers, and reports every mistake that shows without
+reading weights; `weights.load` then reads the weights.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from vlalign_jax.weights.parts import (
 
 
 def absolute_paths(config) -> None:
-  """Makes the paths of a run's models independent of where the run is started from."""
+  """Makes the paths of a run's models absolute, so that it can be resumed from any directory."""
   for group, keys in (("model", ("init_from", "vision", "language")), ("lora", ("init_from",))):
     for key in keys:
       if config[group][key]:
@@ -54,7 +54,7 @@ def open_for(config, head: str = LANGUAGE) -> ModelSource:
     head: that the run trains, one of models.vlm's LANGUAGE and SCORE.
 
   Raises:
-    InputError: as `open_source`; or a policy is to be trained from a reward model.
+    InputError: see `open_source`; or a run that trains a policy starts from a reward model.
   """
   opened = open_source(config.model, config.data.image_aspect)
   opened = _with_head(opened, head, config.model.init_from)
@@ -63,10 +63,10 @@ def open_for(config, head: str = LANGUAGE) -> ModelSource:
 
 
 def with_adapters(model: ModelConfig, group) -> ModelConfig:
-  """The architecture with the adapters of a config's `lora` group, if it has any.
+  """Returns the architecture with the adapters of a config's `lora` group, if it has any.
 
   Raises:
-    InputError: they sit nowhere.
+    InputError: no linear map matches lora.targets.
   """
   config = lora.from_group(group)
   if config:
@@ -79,9 +79,9 @@ def check_head(opened: ModelSource, head: str, key: str, where: str) -> None:
 
   Args:
     opened: the model.
-    head: what it must have, one of models.vlm's LANGUAGE and SCORE.
-    key: the config key that names it.
-    where: the directory that it names.
+    head: the head that it must have, LANGUAGE or SCORE of models.vlm.
+    key: the config key that names the model.
+    where: the value of that key.
 
   Raises:
     InputError: it has the other head.
@@ -90,7 +90,7 @@ def check_head(opened: ModelSource, head: str, key: str, where: str) -> None:
     return
   if head == LANGUAGE:
     raise InputError(
-      f"{key}={where} is a reward model, which scores and does not speak; name a policy: a LLaVA "
+      f"{key}={where} is a reward model, which has no language head; name a policy: a LLaVA "
       "directory, or a run of sft or dpo"
     )
   raise InputError(
@@ -103,7 +103,7 @@ def _with_head(opened: ModelSource, head: str, where: str) -> ModelSource:
   if opened.config.head == SCORE or head == LANGUAGE:
     check_head(opened, head, "model.init_from", where)
     return opened
-  # A reward model begins as a policy with a head of its own.
+  # A new reward model is a policy with a fresh score head.
   config = dataclasses.replace(opened.config, head=SCORE)
   return dataclasses.replace(opened, config=config, fresh=(*opened.fresh, "score/"))
 
@@ -113,12 +113,12 @@ def open_source(model, aspect: str = "auto") -> ModelSource:
 
   Args:
     model: has `init_from`, or `vision` and `language` with `projector`, `vision_feature_layer` and
-      `vision_feature_select_strategy`; and `mmca`. A model that has multi-modal causal attention
-      keeps it, whatever a later run says.
+      `vision_feature_select_strategy`; and `mmca`. A model with multi-modal causal attention keeps
+      it, even if `mmca` is false.
     aspect: see ImagePreprocessor.
 
   Raises:
-    InputError: something is missing, damaged, or does not fit together.
+    InputError: something is missing or damaged, or the parts do not fit together.
   """
   if bool(model.init_from) == bool(model.vision or model.language):
     raise InputError(
@@ -126,7 +126,7 @@ def open_source(model, aspect: str = "auto") -> ModelSource:
       "and model.language (a CLIP and a LLaMA directory)"
     )
   opened = _open(model, aspect)
-  mmca = opened.config.mmca or model.get("mmca", False)  # runs may be older than the key
+  mmca = opened.config.mmca or model.mmca
   return dataclasses.replace(opened, config=dataclasses.replace(opened.config, mmca=mmca))
 
 
@@ -141,14 +141,14 @@ def _open(model, aspect: str) -> ModelSource:
     if checkpoints.find_run(base):
       raise InputError(
         f"{model.init_from}/{peft.CONFIG}: its base {base} is a run; export that with "
-        "scripts/export_hf.py, and name the export there"
+        "scripts/export_hf.py, and set the base to the export"
       )
     return merged.with_adapters(_open_directory(base, aspect), model.init_from)
   return _open_directory(model.init_from, aspect)
 
 
 def is_convertible(directory: str) -> bool:
-  """Returns whether a directory holds a PEFT directory's adapters or a LLaVA in its own layout."""
+  """Returns whether a directory has PEFT adapters or the layout of LLaVA's original repository."""
   adapted = os.path.isfile(os.path.join(directory, peft.CONFIG))
   return adapted or llava_layout.read(directory) is not None
 
@@ -160,7 +160,7 @@ def _open_directory(directory: str, aspect: str) -> ModelSource:
 
 
 def _open_original_llava(directory: str, config: dict, aspect: str) -> ModelSource:
-  """Opens a model in the layout of LLaVA's own repository."""
+  """Opens a model in the layout of LLaVA's original repository."""
   tower = llava_layout.tower_of(directory, config)
   tokenizer = load_tokenizer(directory)
   tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
@@ -168,18 +168,18 @@ def _open_original_llava(directory: str, config: dict, aspect: str) -> ModelSour
   images = ImagePreprocessor.from_directory(tower, llava_layout.aspect_of(config, aspect))
   opened = from_parts(hf, load_generation(directory, tokenizer), tokenizer, images, directory)
   hf.image_seq_length = opened.config.tokens_per_image
-  found = tensors.find_tensors(directory)
-  if not any(name.startswith("vision.") for name in found):
-    own = tensors.find_tensors(tower)
-    found |= {name: tensor for name, tensor in own.items() if name.startswith("vision.")}
-  return dataclasses.replace(opened, tensors=found, fresh=(), new_tokens=True)
+  stored = tensors.find_tensors(directory)
+  if not any(name.startswith("vision.") for name in stored):
+    clip = tensors.find_tensors(tower)
+    stored |= {name: tensor for name, tensor in clip.items() if name.startswith("vision.")}
+  return dataclasses.replace(opened, tensors=stored, fresh=(), new_tokens=True)
 
 
 def _open_llava(directory: str, aspect: str) -> ModelSource:
   hf = hf_config.read_config(directory)
   if not isinstance(hf, LlavaConfig):
     raise InputError(
-      f"{directory}: a model of type {hf.model_type!r}, not 'llava'; towers of their own go into "
+      f"{directory}: a model of type {hf.model_type!r}, not 'llava'; name separate towers as "
       "model.vision and model.language"
     )
   tokenizer = load_tokenizer(directory)
@@ -187,12 +187,12 @@ def _open_llava(directory: str, aspect: str) -> ModelSource:
   generation = load_generation(directory, tokenizer)
   opened = from_parts(hf, generation, tokenizer, images, directory)
   if opened.hf.architectures and opened.hf.architectures[0].startswith(hf_config.OWN_FAMILY):
-    found = tensors.find_tensors(directory, hf_config.PROJECTOR)
+    stored = tensors.find_tensors(directory, hf_config.PROJECTOR)
     for tower in hf_config.TOWERS:
-      found |= tensors.find_tensors(os.path.join(directory, tower))
+      stored |= tensors.find_tensors(os.path.join(directory, tower))
   else:
-    found = tensors.find_tensors(directory)
-  return dataclasses.replace(opened, tensors=found, fresh=())
+    stored = tensors.find_tensors(directory)
+  return dataclasses.replace(opened, tensors=stored, fresh=())
 
 
 def _open_run(directory: str, which: str, aspect: str) -> ModelSource:
@@ -216,6 +216,6 @@ def _open_run(directory: str, which: str, aspect: str) -> ModelSource:
 
 
 class _Group(dict):
-  """A config group as read from JSON, with its keys as attributes."""
+  """Gives the keys of a config group that was read from JSON as attributes."""
 
   __getattr__ = dict.__getitem__

@@ -1,4 +1,4 @@
-"""Tensors of a Hugging Face directory: found by header, read one at a time."""
+"""Finds the tensors of a Hugging Face directory by their headers, and reads them one at a time."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ import safetensors
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights import names
 
-# How safetensors calls what numpy and ml_dtypes have.
+# Name in safetensors -> dtype of numpy or ml_dtypes.
 _DTYPES = {
   "F64": np.float64,
   "F32": np.float32,
@@ -35,14 +35,14 @@ _DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor that lies in a file, not yet read.
+  """Locates a tensor in a file.
 
   Attributes:
     file: a safetensors file.
     name: in that file.
     shape: of the tensor.
-    stored: its dtype, as safetensors calls it.
-    offset: of its first byte in the file; its rows follow each other.
+    stored: the name of its dtype in safetensors.
+    offset: of its first byte in the file, where it is in row-major order.
   """
 
   file: str
@@ -53,7 +53,7 @@ class Tensor:
 
   @property
   def files(self) -> tuple[str, ...]:
-    """All files that its values come from."""
+    """All files that the values come from."""
     return (self.file,)
 
   @property
@@ -61,11 +61,11 @@ class Tensor:
     """The dtype in numpy.
 
     Raises:
-      InputError: numpy has none such.
+      InputError: numpy does not have it.
     """
     if self.stored not in _DTYPES:
       raise InputError(
-        f"{self.file}: {self.name} is stored as {self.stored}, which is not read; save it in "
+        f"{self.file}: {self.name} is stored as {self.stored}, which cannot be read; save it in "
         "bfloat16 or float32"
       )
     return np.dtype(_DTYPES[self.stored])
@@ -78,8 +78,8 @@ class Tensor:
   ) -> np.ndarray:
     """Reads the tensor, or a part of it, into host memory, in the stored dtype.
 
-    Only the bytes of that part are read: blocks of a file that is read, unlike pages of one that is
-    mapped, cost no page fault each and do not count as this process's memory.
+    It reads the bytes of that part only. The file is not mapped: mapped pages would cost a page
+    fault each and count as this process's memory.
 
     Args:
       rows: (start, stop) along the first axis; None: all.
@@ -116,7 +116,7 @@ class Tensor:
 
 
 def _fill(file: int, target: np.ndarray, offset: int) -> None:
-  """Reads bytes of an open file, from `offset` on, until the target is full."""
+  """Reads bytes of an open file, starting at `offset`, until the target is full."""
   done = 0
   while done < len(target):
     count = os.preadv(file, [target[done:]], offset + done)
@@ -126,6 +126,7 @@ def _fill(file: int, target: np.ndarray, offset: int) -> None:
 
 
 def _files(directory: str, stem: str) -> list[str]:
+  """Returns the paths of STEM.safetensors or of its shards."""
   index = os.path.join(directory, f"{stem}.safetensors.index.json")
   if os.path.isfile(index):
     with open(index, encoding="utf-8") as file:
@@ -133,31 +134,31 @@ def _files(directory: str, stem: str) -> list[str]:
         listed = sorted(set(json.load(file)["weight_map"].values()))
       except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: not a safetensors index: {error!r}") from error
-    absent = [name for name in listed if not os.path.isfile(os.path.join(directory, name))]
-    if absent:
-      raise InputError(f"{index}: names files that are not there: {', '.join(absent)}")
+    missing = [name for name in listed if not os.path.isfile(os.path.join(directory, name))]
+    if missing:
+      raise InputError(f"{index}: names files that are missing: {', '.join(missing)}")
     return [os.path.join(directory, name) for name in listed]
   single = os.path.join(directory, f"{stem}.safetensors")
   if os.path.isfile(single):
     return [single]
-  found = os.listdir(directory) if os.path.isdir(directory) else []
-  if any(name.endswith((".bin", ".pt", ".pth")) for name in found):
+  files = os.listdir(directory) if os.path.isdir(directory) else []
+  if any(name.endswith((".bin", ".pt", ".pth")) for name in files):
     raise InputError(
       f"{directory}: only pickled weights there, which are not read; save them as safetensors "
-      "(save_pretrained in transformers does)"
+      "(save_pretrained of transformers does)"
     )
   raise InputError(f"{directory}: no {stem}.safetensors and no {stem}.safetensors.index.json there")
 
 
 def find_tensors(directory: str, stem: str = "model") -> dict[str, Tensor]:
-  """All tensors of a directory by canonical name (see `names.canonical`); reads headers only.
+  """Returns a directory's tensors by canonical name (see `names.canonical`); reads headers only.
 
   Args:
-    directory: with STEM.safetensors, or its shards and their index.
+    directory: has STEM.safetensors, or its shards and their index.
     stem: of the files' names.
 
   Raises:
-    InputError: no safetensors, a missing shard, or a damaged or cut-off file.
+    InputError: there are no safetensors, or a file is missing, damaged or cut off.
   """
   tensors = {}
   for path in _files(directory, stem):
@@ -166,7 +167,7 @@ def find_tensors(directory: str, stem: str = "model") -> dict[str, Tensor]:
 
 
 def read_headers(path: str, canonical: Callable[[str], str]) -> dict[str, Tensor]:
-  """The tensors of one file by canonical name.
+  """Returns the tensors of one file by canonical name.
 
   Raises:
     InputError: the file is damaged or cut off.

@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be read: damaged ones are passed over, others stay and are named."""
+"""Tests checkpoints that cannot be read: damaged ones are skipped, others stay and are named."""
 
 import errno
 import gc
@@ -95,7 +95,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_one_is_named_and_the_one_before_used(run, caplog, name):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, caplog, name):
   place = run / "checkpoints" / "2"
   DAMAGES[name](place)
   with pytest.raises(InputError) as caught:
@@ -123,14 +123,14 @@ FAILURES = {
     jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes."),
     "does not fit into memory: RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.; use more",
   ),
-  "network": (OSError(errno.ESTALE, "Stale file handle"), "repeat the command"),
-  "network, TensorStore": (_wrapped(ValueError("UNAVAILABLE: try again")), "repeat the command"),
+  "network": (OSError(errno.ESTALE, "Stale file handle"), "try again when"),
+  "network, TensorStore": (_wrapped(ValueError("UNAVAILABLE: try again")), "try again when"),
 }
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_good_one_that_cannot_be_read_stays(run, monkeypatch, name):
-  """...and an older one is not taken for it."""
+def test_an_undamaged_checkpoint_that_cannot_be_read_stays(run, monkeypatch, name):
+  """The run does not resume from an older one instead."""
   failure, message = FAILURES[name]
 
   def fail(*_, **__):
@@ -146,7 +146,7 @@ def test_a_good_one_that_cannot_be_read_stays(run, monkeypatch, name):
   assert sorted(os.listdir(run / "checkpoints")) == ["1", "2"]
 
 
-def test_a_failing_device_is_no_damage(run, monkeypatch):
+def test_a_failing_device_is_not_damage(run, monkeypatch):
   failure = jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
 
   def fail(*_, **__):
@@ -158,7 +158,7 @@ def test_a_failing_device_is_no_damage(run, monkeypatch):
   assert caught.value is failure
 
 
-def test_what_may_not_be_listed_is_no_damage(run, monkeypatch):
+def test_a_directory_that_may_not_be_listed_is_not_damage(run, monkeypatch):
   """Orbax says that it is missing."""
   listdir = os.listdir
 
@@ -200,16 +200,16 @@ def test_parameters_alone_are_read_without_the_optimizer(run):
   np.testing.assert_array_equal(_restore_params(run)["a/kernel"], np.arange(5000) + 2)
 
 
-def test_what_another_process_cannot_read_is_passed_over_here_too(run, monkeypatch, caplog):
-  """The other process, which is simulated, says of checkpoint 2 that it is damaged."""
+def test_a_checkpoint_that_another_process_cannot_read_is_skipped(run, monkeypatch, caplog):
+  """The other process, which is simulated, says that checkpoint 2 is damaged."""
   answers = iter([False, True, False, False])  # failed?, damaged? of checkpoint 2, then of 1
-  monkeypatch.setattr(checkpoints, "_anywhere", lambda here: next(answers) or here)
+  monkeypatch.setattr(checkpoints, "_in_any_process", lambda here: next(answers) or here)
   _, progress = _restore_newest(run)
   assert progress == {"step": 1}
   assert "checkpoints/2 cannot be read by another process" in caplog.text
 
 
 def test_what_another_process_may_not_read_ends_this_one_too(run, monkeypatch):
-  monkeypatch.setattr(checkpoints, "_anywhere", lambda here: True)
+  monkeypatch.setattr(checkpoints, "_in_any_process", lambda here: True)
   with pytest.raises(InputError, match="checkpoints/2: another process cannot read it; see its"):
     _restore_newest(run)

@@ -1,13 +1,17 @@
-"""What a run is resumed with: configs of other versions, and which differences are harmless."""
+"""Tests opening run directories: configs of other versions, and which differences are harmless."""
 
 import json
 
 import pytest
 
+from scripts import export_hf
 from tests import sft_run
+from tests.planning import small
 from vlalign_jax import stages, trees
 from vlalign_jax.errors import InputError
+from vlalign_jax.rollout import roles
 from vlalign_jax.runs import run_directory
+from vlalign_jax.weights import adapters, source
 
 DEFAULTS = stages.defaults("sft")
 PLAN = {"steps": 6, "records": 24, "examples": 7}
@@ -29,8 +33,8 @@ def _stored(workdir) -> dict:
   return json.loads((workdir / "config.json").read_text())
 
 
-def test_keys_of_a_newer_version_do_not_block_it(workdir):
-  """...as long as they have their defaults."""
+def test_missing_keys_have_their_defaults(workdir):
+  """A run of a version that lacked a key is resumed while the key has its default."""
   stored = _stored(workdir)
   del stored["save_best_limit"], stored["optim"]["cycles"], stored["mesh"]
   (workdir / "config.json").write_text(json.dumps(stored))
@@ -42,10 +46,44 @@ def test_keys_of_a_newer_version_do_not_block_it(workdir):
     run_directory.open_run(str(workdir), _config(**{"optim.cycles": 2}), DEFAULTS)
 
 
-def test_a_key_that_this_version_lacks_blocks_it(workdir):
-  (workdir / "config.json").write_text(json.dumps(_stored(workdir) | {"future": 3}))
-  with pytest.raises(InputError, match=r"\(future: 3 there, None now\)"):
-    run_directory.open_run(str(workdir), _config())
+def _open_adapters(workdir: str):
+  config = _config(**{"lora.init_from": workdir, "lora.rank": 4})
+  adapters.open_start(config, source.with_adapters(small.model(), config.lora), None)
+
+
+def _open_reward_model(workdir: str):
+  roles.open_sources(_config(stage="ppo", **{"ppo.reward_model": workdir}), None, None)
+
+
+OPENERS = {
+  "resume": lambda workdir: run_directory.open_run(workdir, _config()),
+  "model.init_from": lambda workdir: source.open_for(_config(**{"model.init_from": workdir})),
+  "lora.init_from": _open_adapters,
+  "ppo.reward_model": _open_reward_model,
+  "--checkpoint": lambda workdir: export_hf.export_run(workdir, f"{workdir}/out", None),
+}
+
+
+@pytest.mark.parametrize("name", OPENERS)
+def test_old_names_of_keys_are_refused(workdir, name):
+  stored = _stored(workdir)
+  stored["steps"], stored["keep"] = stored.pop("max_steps"), stored.pop("save_total_limit")
+  stored["optim"]["warmup"] = stored["optim"].pop("warmup_ratio")
+  (workdir / "config.json").write_text(json.dumps(stored))
+  with pytest.raises(InputError) as caught:
+    OPENERS[name](str(workdir))
+  assert str(caught.value) == (
+    f"{workdir}/config.json was written by an earlier version (or a later one), whose keys had "
+    "other names: keep, optim.warmup, steps; export the run with that version, or start again in a "
+    "new directory"
+  )
+
+
+def test_old_names_in_a_checkpoint_are_refused(workdir):
+  """A run that has lost its config.json is checked by the config in its checkpoint."""
+  progress = {"config": _config().to_dict() | {"steps": 6}, "plan": PLAN}
+  with pytest.raises(InputError, match="the checkpoint in .* other names: steps; export"):
+    run_directory.check_progress(progress, _config(), PLAN, str(workdir))
 
 
 @pytest.mark.parametrize("key", run_directory.HARMLESS + run_directory.ROUNDING)
@@ -54,7 +92,7 @@ def test_harmless_keys_exist(key):
   assert any(key.replace(".", "/") in known for known in keys)
 
 
-def test_what_costs_rounding_is_logged(workdir, caplog):
+def test_keys_that_change_the_rounding_are_logged(workdir, caplog):
   config = _config(**{"grad_accumulation": 2, "mesh.zero_stage": 3, "log_every": 5})
   assert run_directory.open_run(str(workdir), config)
   progress = {"config": _config().to_dict(), "plan": PLAN}
@@ -63,8 +101,8 @@ def test_what_costs_rounding_is_logged(workdir, caplog):
   assert "(grad_accumulation: 1 there, 2 now; mesh.zero_stage: 0 there, 3 now)" in caplog.text
 
 
-def test_a_checkpoint_knows_its_config(workdir):
-  """...should config.json be lost; those of the first version do not."""
+def test_a_checkpoint_has_its_config(workdir):
+  """It is checked if config.json is lost; checkpoints of the first version have none."""
   (workdir / "config.json").unlink()
   assert run_directory.open_run(str(workdir), _config(batch_size=8))
   progress = {"config": _config().to_dict(), "plan": PLAN}
@@ -83,5 +121,5 @@ def test_lines_that_are_logged_again_are_dropped(tmp_path):
   path.write_text("".join(lines) + '{"step": 3, "lo')
   assert run_directory.metrics_until(path, 2) == "".join(lines[:2])
   assert run_directory.metrics_until(path, 9) == "".join(lines)
-  path.write_text('{"step": 1}\n{"step": 2}')  # whole, but for its end
+  path.write_text('{"step": 1}\n{"step": 2}')  # the last line lacks its end
   assert run_directory.metrics_until(path, 9) == '{"step": 1}\n'

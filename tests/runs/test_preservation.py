@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and which of them is the best."""
+"""Tests which checkpoints are kept, and which of them is the best."""
 
 import os
 
@@ -43,44 +43,44 @@ KEPT = {
 
 @pytest.mark.parametrize("name", KEPT)
 @pytest.mark.parametrize("restarts", [False, True])
-def test_what_stays(tmp_path, name, restarts):
-  """...whether the metrics are of this process or on disk."""
+def test_kept_checkpoints(tmp_path, name, restarts):
+  """Metrics of this process and metrics on disk give the same."""
   options, expected = KEPT[name]
   for steps in ([1, 2, 3], [4], [5, 6]) if restarts else ([1, 2, 3, 4, 5, 6],):
     _save_all(tmp_path, steps, **options)
   assert _steps(tmp_path) == expected
 
 
-def test_a_damaged_one_is_no_best_one(tmp_path):
-  """...and does not stop the others from being saved."""
+def test_a_damaged_checkpoint_is_not_among_the_best(tmp_path):
+  """Other checkpoints are still saved and ranked."""
   _save_all(tmp_path, [1, 2, 3], save_total_limit=1, save_best_limit=1)
   (tmp_path / "checkpoints" / "2" / "progress" / "metadata").write_text("")
   _save_all(tmp_path, [4, 5, 6], save_total_limit=1, save_best_limit=1)
   assert _steps(tmp_path) == [5, 6]
 
 
-def test_ranks():
-  found = {
+def test_rank():
+  metrics = {
     1: {"eval/loss": 2.0, "eval/exact_match": 0.5},
     2: {"eval/loss": float("nan"), "eval/exact_match": 0.5},
     3: {},
     4: {"eval/loss": 1.0, "eval/exact_match": 0.25},
   }
-  assert preservation.ranked(found, "eval/loss") == [4, 1]
-  assert preservation.ranked(found, "eval/exact_match") == [2, 1, 4]  # of equals the newest
+  assert preservation.rank(metrics, "eval/loss") == [4, 1]
+  assert preservation.rank(metrics, "eval/exact_match") == [2, 1, 4]  # of equals the newest
 
 
 def test_a_checkpoint_is_named(tmp_path, monkeypatch):
   _save_all(tmp_path, [2, 3, 4], save_total_limit=3)
   steps = tmp_path / "checkpoints"
-  named = {
+  steps_of_names = {
     str(tmp_path): 4,
     f"{tmp_path}/": 4,
     f"{steps}/3": 3,
     f"{steps}/3/": 3,
     f"{steps}/best": 2,
   }
-  for place, step in named.items():
+  for place, step in steps_of_names.items():
     workdir, which = checkpoints.find_run(place)
     assert workdir == str(tmp_path)
     assert checkpoints.find_step(workdir, which, "eval/loss") == step
@@ -90,7 +90,7 @@ def test_a_checkpoint_is_named(tmp_path, monkeypatch):
     assert checkpoints.find_run(other) is None
 
 
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+def test_a_missing_checkpoint_is_named(tmp_path):
   _save_all(tmp_path, [4], save_total_limit=1)
   for which in ("7", "bset"):
     with pytest.raises(InputError, match=f"no finished checkpoint '{which}'; there are .4."):
