@@ -8,7 +8,8 @@ import jax
 import pytest
 
 from vlalign_jax.errors import InputError
-from vlalign_jax.planning import chips, compiled, hlo, topology
+from vlalign_jax.hlo import loops
+from vlalign_jax.planning import chips, compiled, topology
 
 
 def test_a_tpu_slice_that_is_not_there():
@@ -107,7 +108,7 @@ def test_a_gpu_that_is_not_there(name, chip):
   split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
   x = jax.ShapeDtypeStruct((256, 512), "bfloat16", sharding=split)
   done = compiled.compile_program(
-    lambda: jax.jit(lambda x: (x.T @ x).sum()).lower(x), 2, "gpu", hlo.ONCE
+    lambda: jax.jit(lambda x: (x.T @ x).sum()).lower(x), 2, "gpu", loops.ONCE
   )
   assert done.flops == 2 * 128 * 512 * 512
   assert done.arguments == 128 * 512 * 2

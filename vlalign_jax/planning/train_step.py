@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from vlalign_jax import config as configs
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
+from vlalign_jax.hlo.loops import Trips
 from vlalign_jax.models import tiles
 from vlalign_jax.models.vlm import LANGUAGE, ModelConfig
-from vlalign_jax.planning import hlo, model_flops
+from vlalign_jax.planning import model_flops
 from vlalign_jax.planning.step_plan import StepPlan, StepProgram, device_bytes
 from vlalign_jax.planning.topology import Topology
 from vlalign_jax.sharding import mesh as meshes
@@ -130,7 +131,7 @@ def count_parameters(params, trained) -> dict[str, dict[str, int]]:
   }
 
 
-def trips(mesh, length: int, head_tokens: int, decoded: int = 0) -> hlo.Trips:
+def trips(mesh, length: int, head_tokens: int, decoded: int = 0) -> Trips:
   """Returns how often loops run whose count depends on data.
 
   Args:
@@ -144,7 +145,7 @@ def trips(mesh, length: int, head_tokens: int, decoded: int = 0) -> hlo.Trips:
   # it starts at the first tile with keys of the example: at most at the row's.
   half = (math.ceil(length / tile) + 1) / 2
   head = math.ceil(head_tokens / meshes.head_chunk(mesh))
-  return hlo.Trips(to_unknown=decoded or head, from_unknown=half, to_counter=half)
+  return Trips(to_unknown=decoded or head, from_unknown=half, to_counter=half)
 
 
 def abstract_batch(
