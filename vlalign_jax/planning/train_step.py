@@ -21,16 +21,15 @@ from vlalign_jax.steps import dpo, program, reward, sft
 from vlalign_jax.weights import published, source
 
 STAGES = {"sft": sft, "reward": reward, "dpo": dpo}
-PPO = "ppo"  # its steps are several programs: see `planning.ppo`
-# Of a learning-rate schedule, whose length changes nothing that is planned.
-TOTAL_STEPS = 1000
+PPO = "ppo"  # its step runs several programs: see `planning.ppo`
+TOTAL_STEPS = 1000  # of the learning-rate schedule; its length changes nothing in a plan
 
 
 def check(config) -> None:
-  """Refuses what no run can have; data is not needed for a plan.
+  """Checks a config as training does, but does not require data.
 
   Raises:
-    InputError: names the first such key.
+    InputError: names the first wrong key.
   """
   if config is None:
     raise InputError("--config is missing: such as --config=configs/sft.py:llava15_7b")
@@ -47,17 +46,17 @@ def check(config) -> None:
 
 
 def model_config(config) -> ModelConfig:
-  """Returns the architecture of a run: of the weights that it names, or else of published size.
+  """Returns the architecture of the weights that a config names, or else a published one.
 
   Raises:
-    InputError: the config names neither, or adapters that match no parameter.
+    InputError: the config names neither, or its adapters match no parameter.
   """
   if config.model.init_from or config.model.vision or config.model.language:
     return source.open_for(config).config
   if not config.model.architecture:
     raise InputError(
       "the config names no model: give config.model.init_from, or config.model.architecture="
-      f"{' | '.join(published.MODELS)} to plan before the weights are there"
+      f"{' | '.join(published.MODELS)} to plan without weights"
     )
   model = published.published(config.model)
   model = dataclasses.replace(model, head=source.HEADS.get(config.stage, LANGUAGE))
@@ -67,14 +66,14 @@ def model_config(config) -> ModelConfig:
 def plan(
   config, model: ModelConfig, topology: Topology, examples_per_row: int = 1, answers: int = 2
 ) -> StepPlan:
-  """Returns a plan that is yet to be compiled, see `step_plan.compile_plan`.
+  """Returns a plan for `step_plan.compile_plan` to compile.
 
   Args:
     config: of the run.
     model: the architecture.
     topology: the devices.
     examples_per_row: how many examples packing puts into a row.
-    answers: ranked answers of an example, where the stage learns from such.
+    answers: ranked answers of an example, if the stage learns from them.
 
   Raises:
     InputError: mesh, batch or model do not fit together.
@@ -83,8 +82,8 @@ def plan(
   meshes.check_heads(mesh, model.language.heads, model.language.kv_heads)
   batch, assumptions = abstract_batch(config, model, mesh, examples_per_row, answers)
   step = STAGES[config.stage].make_program(config, model, mesh, TOTAL_STEPS)
-  rows, length = batch["tokens"].shape
-  device_rows = rows // (meshes.row_blocks(mesh) * config.grad_accumulation)
+  num_rows, length = batch["tokens"].shape
+  device_rows = num_rows // (meshes.row_blocks(mesh) * config.grad_accumulation)
   reference = step.frozen.get("reference", {})
   frozen = {part: tree for part, tree in step.frozen.items() if part != "reference"}
   resident = {
@@ -94,10 +93,10 @@ def plan(
     "reference": device_bytes(reference),
     "batch": device_bytes(batch),
   }
-  sizes = (model, rows, length, batch["images"].shape[1])
-  needed = model_flops.count(step.params, step.state.params, *sizes)
+  sizes = (model, num_rows, length, batch["images"].shape[1])
+  flops = model_flops.count(step.params, step.state.params, *sizes)
   if "reference" in step.frozen:
-    needed += model_flops.count(step.params, {}, *sizes)
+    flops += model_flops.count(step.params, {}, *sizes)
   return StepPlan(
     config=config,
     topology=topology,
@@ -112,8 +111,8 @@ def plan(
     ),
     resident={name: size for name, size in resident.items() if size},
     parameters=count_parameters(step.params, step.state.params),
-    tokens=rows * length,
-    model_flops=needed,
+    tokens=num_rows * length,
+    model_flops=flops,
     summary=(
       f"stage {config.stage}: ZeRO {config.mesh.zero_stage}, remat {config.model.remat}, "
       f"{config.grad_accumulation} micro-batch{'es' * (config.grad_accumulation > 1)} of "
@@ -124,7 +123,7 @@ def plan(
 
 
 def count_parameters(params, trained) -> dict[str, dict[str, int]]:
-  """Returns part of the model -> its parameters ("all"), and those of them that are trained."""
+  """Returns part of the model -> number of parameters ("all") and of trained ones ("trained")."""
   return {
     part: {"all": trees.size(tree), "trained": trees.size(trained.get(part, {}))}
     for part, tree in params.items()
@@ -135,14 +134,14 @@ def trips(mesh, length: int, head_tokens: int, decoded: int = 0) -> Trips:
   """Returns how often loops run whose count depends on data.
 
   Args:
-    mesh: over which the program runs.
+    mesh: the mesh that the program runs on.
     length: tokens of a row.
-    head_tokens: positions of one device whose logits are computed, at most.
-    decoded: tokens that are written one by one; 0: the program does not decode.
+    head_tokens: the most positions of one device whose logits are computed.
+    decoded: tokens that are generated one by one; 0: the program does not decode.
   """
   tile = tiles.CPU_TILE if mesh.devices.flat[0].platform == "cpu" else tiles.TILE
-  # Attention goes up to the tile of the queries, of which there are as many as of keys. On CPUs
-  # it starts at the first tile with keys of the example: at most at the row's.
+  # A tile of queries attends to the tiles of keys up to its own. On CPUs it starts at the example's
+  # first tile: at the earliest at the row's.
   half = (math.ceil(length / tile) + 1) / 2
   head = math.ceil(head_tokens / meshes.head_chunk(mesh))
   return Trips(to_unknown=decoded or head, from_unknown=half, to_counter=half)
@@ -151,10 +150,10 @@ def trips(mesh, length: int, head_tokens: int, decoded: int = 0) -> Trips:
 def abstract_batch(
   config, model: ModelConfig, mesh, examples_per_row: int, answers: int
 ) -> tuple[dict, tuple[str, ...]]:
-  """Returns the shapes of a batch of `config.batch_size` examples, and the assumptions in them.
+  """Returns the shapes of a batch of `config.batch_size` examples, and the assumptions behind them.
 
   Raises:
-    InputError: the rows cannot be spread over the mesh, or the images do not fit into a row.
+    InputError: the rows do not divide over the mesh, or the images do not fit into a row.
   """
   ranked = config.stage in ("reward", "dpo")
   if ranked and not 2 <= answers <= config.data.max_candidates:
@@ -169,7 +168,7 @@ def abstract_batch(
   meshes.check_batch(config.batch_size, config.grad_accumulation, config.data.pack, mesh)
   shares = meshes.row_blocks(mesh) * config.grad_accumulation
   filled = -(-config.batch_size // examples_per_row)
-  rows = -(-filled // shares) * shares
+  num_rows = -(-filled // shares) * shares
   length, images = config.data.max_length, config.data.max_images or examples_per_row
   if images * model.tokens_per_image > length:
     raise InputError(
@@ -178,22 +177,22 @@ def abstract_batch(
     )
   assumptions = [
     f"{config.batch_size} examples, {examples_per_row} a row of {length} tokens with {images} "
-    f"image{'s' * (images > 1)}: {rows} rows",
+    f"image{'s' * (images > 1)}: {num_rows} rows",
     "the head runs over all tokens (in training over those that are learned)",
   ]
-  if rows > filled:
-    assumptions.append(f"{rows - filled} of the rows are padding")
-  batch = program.abstract_rows(model, mesh, rows, length, images)
+  if num_rows > filled:
+    assumptions.append(f"{num_rows - filled} of the rows are padding")
+  batch = program.abstract_rows(model, mesh, num_rows, length, images)
   if ranked:
     assumptions.append(
       f"each example has {answers} ranked answers, within the row's length (--answers)"
     )
-    ranks = (rows, examples_per_row, answers)
+    ranks = (num_rows, examples_per_row, answers)
     shapes = {"answers": (ranks, jnp.int32), "examples": (ranks[:2], jnp.int32)}
     if config.stage == "dpo" and config.dpo.reference == dpo.CACHED:
       shapes["reference"] = (ranks, jnp.float32)
       assumptions.append(
-        "the reference's log-probabilities are there: a forward pass each, before training"
+        "the reference's log-probabilities are cached: one forward pass each, before training"
       )
     for name, (shape, dtype) in shapes.items():
       sharding = meshes.batch_sharding(mesh)
