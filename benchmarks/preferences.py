@@ -28,10 +28,11 @@ import separate
 from vlalign_jax import trees
 from vlalign_jax.data import rows as layouts
 from vlalign_jax.data.encode import Example
+from vlalign_jax.hlo import loops
+from vlalign_jax.hlo import operations as compiled_operations
+from vlalign_jax.hlo.parser import parse
 from vlalign_jax.models import clip, llama, projector, rope, tiles, vlm
 from vlalign_jax.optim import optimizer
-from vlalign_jax.planning import hlo
-from vlalign_jax.planning import operations as compiled_operations
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.stages import defaults, dpo
@@ -137,12 +138,12 @@ def operations(stage: str, rows, *, shared: bool) -> tuple[float, float]:
   learnt = int(np.sum(rows["loss_mask"] != 0))
   key_tiles = -(-rows["tokens"].shape[1] // tiles.CPU_TILE)
   assert key_tiles % 2, "the mean over tiles of queries would be rounded"
-  trips = hlo.Trips(
+  trips = loops.Trips(
     to_unknown=-(-learnt // meshes.head_chunk(mesh)),  # the output head's
     from_unknown=(key_tiles + 1) // 2,  # attention's, over the keys up to a tile of queries
   )
   counted_once = done.cost_analysis()["flops"]
-  return compiled_operations.flops(hlo.parse(done.as_text()), trips), counted_once
+  return compiled_operations.flops(parse(done.as_text()), trips), counted_once
 
 
 def steps(stage: str, rows, *, shared: bool):

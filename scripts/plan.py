@@ -1,10 +1,10 @@
-"""What a run's step takes on devices of some kind, none of which has to be there.
+"""Plans what a training step takes on devices, none of which needs to exist.
 
 python scripts/plan.py --config=configs/STAGE.py:PRESET --topology=v5e:4x4 [--config.KEY=VALUE ...]
 
-Compiles the very step that training runs for TPUs (v5e:4x4), GPUs (gpu:h100x8) or CPUs (cpu:8), and
-prints bytes a device, FLOPs, bytes accessed, collectives and an estimate of the time; of PPO for
-every program of a step. The compilers are installed with
+Compiles the same step that training runs for TPUs (v5e:4x4), GPUs (gpu:h100x8) or CPUs (cpu:8), and
+prints bytes a device, FLOPs, bytes accessed, collectives and an estimate of the time. A step of PPO
+has several programs. To install the compilers:
 
 pip install -r requirements-tpu.txt                 # TPUs: libtpu
 pip install --no-deps -r requirements-gpu-plan.txt  # GPUs: JAX's CUDA plug-in and cuDNN, 1.7 GB
@@ -22,12 +22,12 @@ from vlalign_jax.planning import report, step_plan, topology, train_step
 
 def main(_):
   topology.stay_on_host()
-  c, where = flags.FLAGS.config, flags.FLAGS.topology
+  c = flags.FLAGS.config
   stage = stages.of_config(c)
   train_step.check(stage, c)
-  if not where:
+  if not flags.FLAGS.topology:
     raise InputError(f"--topology is missing; there are {topology.KNOWN}")
-  devices = topology.open_topology(where)
+  devices = topology.open_topology(flags.FLAGS.topology)
   if stage.plan is not None:
     plan = stage.plan(c, devices)
   else:
@@ -52,7 +52,7 @@ def _write_json(path: str, content: dict) -> None:
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "Such as configs/sft.py:llava15_7b.")
   flags.DEFINE_string("topology", "", "Such as v5e:4x4, v5p:2x2x4, gpu:h100x8, cpu:8.")
-  flags.DEFINE_integer("examples_per_row", 1, "How many examples packing puts into a row.")
-  flags.DEFINE_integer("answers", 2, "How many ranked answers an example has (reward, dpo).")
-  flags.DEFINE_string("json", "", "A file for the numbers.")
+  flags.DEFINE_integer("examples_per_row", 1, "Examples that packing puts into a row.")
+  flags.DEFINE_integer("answers", 2, "Ranked answers of an example (reward, dpo).")
+  flags.DEFINE_string("json", "", "A file to write the numbers to.")
   cli.run(main)

@@ -1,4 +1,4 @@
-"""A small model to plan, with sizes that all differ, and a config for it."""
+"""A small model to plan, whose sizes all differ, and a config for it."""
 
 from vlalign_jax import stages
 from vlalign_jax.models.clip import VisionConfig
@@ -15,9 +15,9 @@ LENGTH = 64
 def model(
   layers: int = 3, kind: str = "mlp", tied: bool = False, width: int = 64, **fields
 ) -> ModelConfig:
-  """Grouped heads; heads do not add up to the width; one image is 16 of a row's 64 tokens.
+  """Returns a model with grouped heads that do not add up to the width; an image takes 16 tokens.
 
-  `fields` are others of ModelConfig: head, lora.
+  `fields` are further fields of ModelConfig: head, lora.
   """
   return ModelConfig(
     vision=VisionConfig(48, 112, layers - 1, 3, 16, 4, "quick_gelu", 1e-5, (layers - 1,), False),
@@ -31,16 +31,16 @@ def model(
 
 
 def config(kind: str = "sft", **keys):
-  """A config of a stage, with dotted keys set (dots as double underscores)."""
+  """Returns a stage's config with these dotted keys set (double underscores stand for dots)."""
   c = defaults(kind)
   c.batch_size = 8
   c.data.max_length = LENGTH
   for key, value in keys.items():
     *groups, name = key.split("__")
-    holder = c
-    for group in groups:
-      holder = holder[group]
-    holder[name] = value
+    group = c
+    for key in groups:
+      group = group[key]
+    group[name] = value
   return c
 
 

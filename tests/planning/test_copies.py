@@ -1,4 +1,4 @@
-"""How many copies of a model's weights DPO holds: in a run, and as planned on many devices."""
+"""The copies of a model's weights that DPO holds: in a run, and as planned on many devices."""
 
 import gc
 import math
@@ -17,7 +17,7 @@ from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.stages import dpo
 
 ADAPTERS = {"lora.rank": 2, "train.projector": False, "dpo.reference": "step"}
-# Copies of the weights, as a share of what is trained of them.
+# Name -> (settings, copies of the trained weights that the reference adds).
 RUNS = {
   "adapters": (ADAPTERS, 0),
   "kept reference": ({"dpo.reference": "cache"}, 0),
@@ -35,9 +35,9 @@ def directory(tmp_path_factory, compile_cache):
 
 
 def _bytes_since(before: list) -> int:
-  """Bytes of all arrays on devices that were not there before."""
+  """Returns the bytes of all arrays on devices that are new since `before`."""
   gc.collect()
-  # Not of shards: to look at one of another test's array makes one more array.
+  # Without looking at shards: that would make an array of each.
   known = {id(x) for x in before}
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * len(x.sharding.device_set)
@@ -47,7 +47,7 @@ def _bytes_since(before: list) -> int:
 
 
 def _device_bytes(tree) -> int:
-  """Of shapes with shardings, on one device."""
+  """Returns the bytes on one device of shapes with shardings."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
@@ -56,18 +56,17 @@ def _device_bytes(tree) -> int:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_bytes_that_a_run_holds(name, directory, tmp_path, monkeypatch):
-  """After a step: parameters, moments, and of the reference as much as there must be."""
-  overrides, more = RUNS[name]
+  """Holds parameters and moments after a step, and no more of the reference than it needs."""
+  overrides, reference_copies = RUNS[name]
   overrides |= {"model.remat": "full", "train.vision": False}
-  found = {}
+  measured = {}
 
   def run(config, workdir, stage, state, progress, batches, manager, steps):
-    rows = stage.to_device(next(iter(batches)))
-    state, metrics = stage.train_step(state, rows)
+    batch = stage.to_device(next(iter(batches)))
+    state, metrics = stage.train_step(state, batch)
     assert math.isfinite(metrics["loss"])
-    found["rows"] = sum(x.nbytes for x in rows.values())
-    found["live"] = _bytes_since(before)
-    found["trained"] = state.params
+    measured["bytes"] = _bytes_since(before) - sum(x.nbytes for x in batch.values())
+    measured["trained"] = state.params
 
   monkeypatch.setattr(train_dpo.loop, "run", run)
   config = sft_run.make_config(
@@ -79,21 +78,20 @@ def test_bytes_that_a_run_holds(name, directory, tmp_path, monkeypatch):
   model = small.model_config(config)
   plan = small.plan(config, model, topology.open_topology("cpu:1"))
   planned = sum(size for name, size in plan.resident.items() if name != "batch")
-  assert planned == pytest.approx(found["live"] - found["rows"], rel=0.01)
+  assert planned == pytest.approx(measured["bytes"], rel=0.01)
   program = dpo.make_program(config, model, plan.mesh, 10)
   weights = trees.size(lora.base_params(program.params))
-  trained = trees.size(found["trained"])
+  trained = trees.size(measured["trained"])
   adapters = trees.size(program.params) - weights
-  moments = 2 * trained
-  held = (found["live"] - found["rows"]) / 4  # float32
-  assert held - moments - adapters == pytest.approx(weights + more * trained, rel=0.01)
+  copies = measured["bytes"] / 4 - 2 * trained - adapters  # float32, without moments and adapters
+  assert copies == pytest.approx(weights + reference_copies * trained, rel=0.01)
 
 
 def test_bytes_of_a_large_model_on_eight_devices():
-  """Of 7B, split evenly: 2 bytes a weight once with adapters, and twice with a whole reference."""
+  """Splits 7B evenly: 2 bytes a weight with adapters, and again those of a full reference."""
   devices = topology.open_topology("v5e:2x4")
 
-  def held(preset, **settings):
+  def make_program(preset, **settings):
     config = presets.get_config(preset)
     config.dpo.update(settings)
     model = small.model_config(config)
@@ -101,13 +99,13 @@ def test_bytes_of_a_large_model_on_eight_devices():
     weights = trees.size(lora.base_params(program.params))
     return program, weights, trees.size(program.state.params)
 
-  program, weights, trained = held("llava15_7b_lora")
+  program, weights, trained = make_program("llava15_7b_lora")
   assert 8 * _device_bytes(program.frozen) == pytest.approx(2 * weights, rel=0.01)
   assert 8 * _device_bytes(program.state) == pytest.approx(12 * trained, rel=0.01)
   assert trained < 0.05 * weights
-  program, weights, trained = held("llava15_7b")
+  program, weights, trained = make_program("llava15_7b")
   frozen = weights - trained
   assert 8 * _device_bytes(program.frozen) == pytest.approx(2 * frozen, rel=0.01)
   assert 8 * _device_bytes(program.state) == pytest.approx(12 * trained, rel=0.01)
-  program, weights, trained = held("llava15_7b", reference="step")
+  program, weights, trained = make_program("llava15_7b", reference="step")
   assert 8 * _device_bytes(program.frozen) == pytest.approx(2 * (frozen + trained), rel=0.01)

@@ -31,27 +31,27 @@ def compiled(cpu, stage="sft", layers=3, kind="mlp", width=64, **keys):
   ],
 )
 def test_a_step_computes_what_its_model_needs(cpu, stage, keys):
-  """And of attention some more, in whole tiles, computed again in the backward pass."""
+  """Attention computes some more: full tiles, and again in the backward pass."""
   plan = compiled(cpu, stage, width=512, **keys)
-  done = plan.programs[0].compiled
-  assert done.kernels == 0
-  assert not done.traffic
-  # DPO computes the logits a second time where it differentiates.
-  assert plan.model_flops == pytest.approx(done.flops, rel=0.1 if stage == "dpo" else 0.05)
-  assert plan.model_flops < done.flops
+  program = plan.programs[0].compiled
+  assert program.kernels == 0
+  assert not program.traffic
+  # DPO computes the logits a second time in its backward pass.
+  assert plan.model_flops == pytest.approx(program.flops, rel=0.1 if stage == "dpo" else 0.05)
+  assert plan.model_flops < program.flops
 
 
 def test_remat_computes_the_forward_pass_again(cpu):
-  """8 N T against 6 N T: of the layers, less the last product of each."""
+  """Takes 8 N T in place of 6 N T for the layers, without the last product of each."""
   none, full = (compiled(cpu, model__remat=remat, width=512) for remat in ("none", "full"))
   assert none.model_flops == full.model_flops
   assert 1.15 < full.programs[0].compiled.flops / none.programs[0].compiled.flops < 4 / 3
 
 
 def test_flops_and_bytes_grow_with_layers(cpu):
-  """A loop's body counts as often as it runs, in operations and in bytes."""
+  """Counts a loop's body as often as it runs, in operations and in bytes."""
   few, more, most = (compiled(cpu, layers=layers).programs[0].compiled for layers in (3, 5, 7))
-  # On CPUs a bfloat16 stack of layers is converted as a whole where one of them is set.
+  # CPUs convert a bfloat16 stack of all layers to update one of them.
   for name, tolerance in {"flops": 0.02, "bytes_accessed": 0.2}.items():
     steps = getattr(more, name) - getattr(few, name), getattr(most, name) - getattr(more, name)
     assert steps[0] > 0.3 * getattr(few, name)
@@ -59,11 +59,11 @@ def test_flops_and_bytes_grow_with_layers(cpu):
 
 
 def test_bytes_are_those_of_the_compiled_step(cpu):
-  """What a device holds by shapes is what the compiler says that the step is given."""
+  """The bytes that shapes add up to are the compiler's bytes of arguments."""
   plan = compiled(cpu)
-  done = plan.programs[0].compiled
-  assert done.arguments == pytest.approx(sum(plan.resident.values()), rel=0.01)
-  assert done.total >= done.arguments + done.temporaries > done.arguments
-  assert plan.total(plan.programs[0]) == pytest.approx(done.total, rel=0.01)
+  program = plan.programs[0].compiled
+  assert program.arguments == pytest.approx(sum(plan.resident.values()), rel=0.01)
+  assert program.total >= program.arguments + program.temporaries > program.arguments
+  assert plan.total(plan.programs[0]) == pytest.approx(program.total, rel=0.01)
   moments = plan.resident["optimizer"] / plan.resident["trained parameters"]
   assert moments == pytest.approx(2, rel=0.01)

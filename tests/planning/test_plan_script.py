@@ -1,4 +1,4 @@
-"""scripts/plan.py as users start it, on a tiny model; and its report."""
+"""scripts/plan.py as users start it, on a tiny model, and its report."""
 
 import dataclasses
 import json
@@ -29,11 +29,11 @@ def directory(tmp_path_factory):
 
 
 def _plan(*arguments, stage="sft", preset="demo"):
-  """What `python scripts/plan.py` prints; with the demo's preset in a fraction of its time."""
-  # As users have it: nothing keeps JAX to the CPU but the script.
-  kept = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
+  """Runs scripts/plan.py, by default with the demo's preset, which compiles fast."""
+  # As for users, nothing but the script keeps JAX on the CPU.
+  environment = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
   command = [sys.executable, "scripts/plan.py", f"--config=configs/{stage}.py:{preset}", *arguments]
-  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=kept)
+  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 def test_eight_cpus(directory, tmp_path):
@@ -62,18 +62,18 @@ def test_eight_cpus(directory, tmp_path):
   assert numbers["parameters"]["language"]["trained"] == numbers["parameters"]["language"]["all"]
   assert numbers["fits"]
   assert numbers["seconds"] is None
-  done = numbers["programs"]["training step"]
+  program = numbers["programs"]["training step"]
   resident = numbers["resident_device_bytes"]
-  assert done["total"] == numbers["device_bytes"] > sum(resident.values())
-  assert done["traffic"]["all-reduce"]["bytes"] > 0
-  assert 8 * done["flops"] > 0.9 * numbers["model_flops"] > 0
-  # At ZeRO 1 the two moments are split over fsdp=4, where sizes divide.
+  assert program["total"] == numbers["device_bytes"] > sum(resident.values())
+  assert program["traffic"]["all-reduce"]["bytes"] > 0
+  assert 8 * program["flops"] > 0.9 * numbers["model_flops"] > 0
+  # ZeRO 1 splits the two moments over fsdp=4, if their sizes divide.
   trained = resident["trained parameters"]
   assert trained / 2 < resident["optimizer"] < 1.5 * trained
 
 
 def test_a_tpu_slice(directory):
-  """The compiler for TPUs, on whatever machine this is."""
+  """Compiles for TPUs on any machine."""
   done = _plan(
     f"--config.model.init_from={directory}",
     "--topology=v5e:2x2",
@@ -86,7 +86,7 @@ def test_a_tpu_slice(directory):
   assert "kernel calls a step compute attention" in done.stdout
   assert "the chip has 15.75" in done.stdout
   assert "a step takes about" in done.stdout
-  # The log has nothing but which kernels compute attention, and why no faster one.
+  # The log says only which kernels compute attention, and why not faster ones.
   kernels = [line.split("] ", 1)[1] for line in done.stderr.strip().splitlines()]
   assert kernels == [
     "attention of pictures: tiles (cudnn needs an NVIDIA GPU; splash needs causal rows)",
@@ -104,7 +104,7 @@ def test_a_mistake_ends_in_one_line():
   assert done.stderr.count("\n") == 1
 
 
-def test_what_no_run_can_have_is_refused():
+def test_configs_that_no_run_can_have_are_refused():
   small.check(small.config())
   with pytest.raises(InputError, match="--config is missing"):
     small.check(None)
@@ -123,7 +123,7 @@ def cpu():
 
 @pytest.mark.parametrize("stage", [sft, reward, dpo])
 def test_presets_have_published_sizes(cpu, stage):
-  """Two bytes a frozen weight, twelve a trained one, and two of a whole reference in the step."""
+  """Holds 2 bytes a frozen weight, 12 a trained one, and 2 more if the step has a reference."""
   for preset in stage.PRESETS:
     config = stage.get_config(preset)
     small.check(config)
@@ -133,8 +133,9 @@ def test_presets_have_published_sizes(cpu, stage):
     plan = small.plan(config, small.model_config(config), cpu)
     every, trained = (sum(x[key] for x in plan.parameters.values()) for key in ("all", "trained"))
     assert every > 6e9
-    held = sum(size for name, size in plan.resident.items() if name not in ("batch", "reference"))
-    assert held == pytest.approx(2 * (every - trained) + 12 * trained, rel=1e-3)
+    others = ("batch", "reference")
+    model = sum(size for name, size in plan.resident.items() if name not in others)
+    assert model == pytest.approx(2 * (every - trained) + 12 * trained, rel=1e-3)
     assert plan.resident.get("reference", 0) in (0, 2 * trained)
 
 
@@ -180,16 +181,15 @@ def test_answers_and_adapters_that_no_run_can_have(cpu):
 
 
 def test_a_program_that_is_too_large(cpu):
-  """The report names the program, and what the compiler says where it refuses one."""
+  """The report names the program, and has the compiler's message if it refuses one."""
   plan = small.plan(small.config(), small.model(), cpu)
-  done = Compiled(1.0, 3 * GIB, arguments=GIB, temporaries=2 * GIB)
+  compiled = Compiled(1.0, 3 * GIB, arguments=GIB, temporaries=2 * GIB)
   tight = dataclasses.replace(cpu, chip=chips.Chip("small", 2 * GIB, 1e12, 1e12, 1e12))
   for refused in ("", "XLA:TPU compile permanent error. Ran out of memory"):
-    program = dataclasses.replace(
-      plan.programs[0], compiled=dataclasses.replace(done, refused=refused)
-    )
-    tried = dataclasses.replace(plan, topology=tight, programs=(program,))
-    text = report.as_text(tried)
-    assert not tried.fits
+    compiled = dataclasses.replace(compiled, refused=refused)
+    program = dataclasses.replace(plan.programs[0], compiled=compiled)
+    large = dataclasses.replace(plan, topology=tight, programs=(program,))
+    text = report.as_text(large)
+    assert not large.fits
     assert "DOES NOT FIT: the chip has 2.00, training step takes 3.00; 1.00 too few (50%)" in text
     assert (f"the compiler of the training step: {refused}" in text) == bool(refused)

@@ -21,7 +21,7 @@ MIXED = {"ppo__sft_weight": 1.0, "ppo__sft_data": "chats.json"}
 
 @pytest.fixture
 def tiny(monkeypatch):
-  """Where a published size is asked for, a tiny model is planned."""
+  """Plans a tiny model in place of a published architecture."""
   monkeypatch.setattr(train_step.published, "published", lambda group: MODEL)
 
 
@@ -39,7 +39,7 @@ def config(**keys):
   ],
 )
 def test_flops_of_each_program_of_a_step(tiny, keys):
-  """2 N T of a forward pass and 4 N T of its gradients; the decoder runs to its longest answer."""
+  """Counts 2 N T forward and 4 N T backward; the decoder runs to its longest answer."""
   c = config(**keys)
   small.check(c)
   plan = step_plan.compile_plan(ppo.plan(c, topology.open_topology("cpu:1")))
@@ -60,8 +60,8 @@ def test_flops_of_each_program_of_a_step(tiny, keys):
   )
   B, L, _, _, M, T = c.batch_size, 64, 1, 1, c.ppo.max_new_tokens, 64 + c.ppo.max_new_tokens + 1
   vocabulary = trees.size(head)
-  # At least the layers over all tokens and the head over the answers; at most attention, tower and
-  # projector more.
+  # At least the layers over all tokens and the head over the answers; then attention, tower and
+  # projector.
   sampled = 2 * B * ((L + M - 1) * matrices + M * vocabulary)
   assert sampled < programs["sampling"].compiled.flops < 1.5 * sampled
   scored = 2 * B * (T * matrices + M * vocabulary)
@@ -72,7 +72,7 @@ def test_flops_of_each_program_of_a_step(tiny, keys):
 
 
 def test_a_tpu_slice(tiny):
-  """The compiler for TPUs, asked about sampling."""
+  """Compiles sampling for TPUs."""
   c = config(mesh__data=1, mesh__fsdp=-1, mesh__zero_stage=3)
   plan = ppo.plan(c, topology.open_topology("v5e:2x2"))
   sampling = next(program for program in plan.programs if program.name == "sampling")
@@ -84,8 +84,8 @@ def test_a_tpu_slice(tiny):
   assert "sampling" in report.as_text(plan)
 
 
-def held(preset: str, where: str, **settings):
-  """(plan, its rollout, parameters of the actor that are not adapters, adapters of one)."""
+def make_plan(preset: str, where: str, **settings):
+  """Returns (plan, its rollout, the actor's number of base parameters, and of adapters)."""
   c = presets.get_config(preset)
   c.ppo.update(settings)
   c.mesh.tensor = 1
@@ -100,37 +100,37 @@ def held(preset: str, where: str, **settings):
   return plan, rollout, base, trees.size(program.actor.params) - base
 
 
-def held_bytes(plan) -> float:
+def resident_bytes(plan) -> float:
   return sum(plan.resident.values()) - plan.resident["batch of a rollout"]
 
 
 def test_one_base_for_four_models():
-  """2 bytes a weight of one base; 12 of what actor and critic train, 2 of a reward's adapters."""
-  plan, rollout, base, adapters = held("llava15_7b_lora", "cpu:1")
+  """Holds 2 bytes a weight of one base, 12 of each trained one, 2 of the reward's adapters."""
+  plan, rollout, base, adapters = make_plan("llava15_7b_lora", "cpu:1")
   score = rollout.models.actor.language.width
   expected = 2 * base + 12 * (2 * adapters + score) + 2 * (adapters + score)
-  assert held_bytes(plan) == pytest.approx(expected, rel=1e-4)
+  assert resident_bytes(plan) == pytest.approx(expected, rel=1e-4)
   assert plan.resident["reference, unshared"] == plan.resident["critic, frozen, unshared"] == 0
-  # Prompts and answers less the last token, of 16 rows; keys and values of 32 heads, 32 layers.
+  # 16 rows of a prompt and an answer without its last token; keys, values, 32 heads, 32 layers.
   assert ppo.cache_bytes(rollout) == 16 * (2048 + 383) * 2 * 2 * 32 * 32 * 128
 
 
-def test_whole_models_hold_their_own_weights():
-  """16 bytes a trained weight less its gradient, a reference and a reward model: one tower."""
-  plan, rollout, base, _ = held("rloo", "v5e:2x4")
+def test_models_without_adapters_hold_their_own_weights():
+  """Holds 12 bytes a trained weight, a reference and a reward model, but one tower."""
+  plan, rollout, base, _ = make_plan("rloo", "v5e:2x4")
   params = rollout.program.actor.params
   tower = trees.size(params["vision"])
   trained = base - tower
   head = trees.size(params["language"]["head"])
   width = rollout.models.actor.language.width
   expected = 12 * trained + 2 * tower + 2 * trained + 2 * (trained - head + width)
-  assert held_bytes(plan) * 8 == pytest.approx(expected, rel=1e-3)
+  assert resident_bytes(plan) * 8 == pytest.approx(expected, rel=1e-3)
   assert "values" not in [program.name for program in plan.programs]
 
 
-def test_what_is_refused(tiny):
+def test_configs_that_are_refused(tiny):
   cpu = topology.open_topology("cpu:1")
-  with pytest.raises(InputError, match="reward_model is planned next to the actor's own weights"):
+  with pytest.raises(InputError, match="can be planned only with the actor's own weights"):
     ppo_models.open_models(config(ppo__reward_model="runs/reward"))
   with pytest.raises(InputError, match="9 images of 16 tokens do not fit into prompts of config"):
     ppo.plan(config(data__max_images=9), cpu)

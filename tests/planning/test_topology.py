@@ -1,4 +1,4 @@
-"""Names of devices, and what is said of those that nobody makes."""
+"""Names of devices, and the errors for those that nobody makes."""
 
 import importlib.util
 import math
@@ -8,7 +8,8 @@ import jax
 import pytest
 
 from vlalign_jax.errors import InputError
-from vlalign_jax.planning import chips, compiled, hlo, topology
+from vlalign_jax.hlo import loops
+from vlalign_jax.planning import chips, compiled, topology
 
 
 def test_a_tpu_slice_that_is_not_there():
@@ -28,7 +29,7 @@ def test_slices_have_a_device_for_each_chip(name, count):
 
 @pytest.mark.parametrize("kind", chips.TPUS)
 def test_hbm_is_what_the_compiler_lets_a_program_have(kind):
-  """A program that is far too large is refused at once, with the memory that there is."""
+  """The compiler refuses a program that is far too large, and names the memory that there is."""
   slice_ = topology.open_topology(f"{kind}:2x2" + "x1" * (chips.TORUS[kind] - 2))
   sharding = jax.sharding.SingleDeviceSharding(slice_.devices[0])
   huge = jax.ShapeDtypeStruct((2**40,), "int8", sharding=sharding)
@@ -50,7 +51,7 @@ def test_hbm_is_what_the_compiler_lets_a_program_have(kind):
     ("v5e", "not a slice of v5e; choose from 1x1, 2x2, 2x4, 4x4"),
     ("v5e:3x3", "not a slice of v5e; choose from 1x1, 2x2, 2x4, 4x4"),
     ("v5e:4x4x4", "choose from"),
-    ("v5p:4x4", "not a slice of v5p; hosts have 2x2x1 chips, so it is such as v5p:2x2x1"),
+    ("v5p:4x4", "not a slice of v5p; hosts have 2x2x1 chips; write for example v5p:2x2x1"),
     ("v5p:2x3x4", "not a slice of v5p"),
     ("v5p:2x2x99", "at most 24 along an axis"),
     ("v5p:0x2x2", "not a slice of v5p"),
@@ -99,24 +100,24 @@ HAS_CUDA = (
 @pytest.mark.skipif(not HAS_CUDA, reason=f"the compiler for GPUs: {topology.INSTALL_CUDA}")
 @pytest.mark.parametrize(("name", "chip"), chips.GPUS.items())
 def test_a_gpu_that_is_not_there(name, chip):
-  """Runs where requirements-gpu-plan.txt is installed, which the test command does not do."""
+  """Runs if requirements-gpu-plan.txt is installed."""
   gpus = topology.open_topology(f"gpu:{name}x2")
   assert gpus.chip == chip
   assert {device.platform for device in gpus.devices} == {"gpu"}
   mesh = jax.sharding.Mesh(gpus.devices, ("x",))
   split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
   x = jax.ShapeDtypeStruct((256, 512), "bfloat16", sharding=split)
-  done = compiled.compile_program(
-    lambda: jax.jit(lambda x: (x.T @ x).sum()).lower(x), 2, "gpu", hlo.ONCE
+  program = compiled.compile_program(
+    lambda: jax.jit(lambda x: (x.T @ x).sum()).lower(x), 2, "gpu", loops.ONCE
   )
-  assert done.flops == 2 * 128 * 512 * 512
-  assert done.arguments == 128 * 512 * 2
-  assert "all-reduce" in done.traffic
+  assert program.flops == 2 * 128 * 512 * 512
+  assert program.arguments == 128 * 512 * 2
+  assert "all-reduce" in program.traffic
   assert len(topology.open_topology(f"gpu:{name}x16").devices) == 16
 
 
 def test_a_program_is_refused_by_its_peak():
-  """Twice the sizes are twice the peak, in the words with which the compiler refuses them."""
+  """The compiler refuses twice the sizes with twice the peak."""
   slice_ = topology.open_topology("v5e:2x2")
   sharding = jax.sharding.SingleDeviceSharding(slice_.devices[0])
 

@@ -1,4 +1,4 @@
-"""What accelerators can do, from their makers' documentation, and how XLA describes GPUs."""
+"""What accelerators can do, by their makers' documentation, and how XLA describes GPUs."""
 
 import dataclasses
 
@@ -10,10 +10,10 @@ class Chip:
   """One device as JAX sees it.
 
   Attributes:
-    name: for people.
-    memory: bytes of HBM that a program can have. TPUs: as libtpu's compiler says where it refuses a
-      larger one; GPUs: three quarters, what JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION).
-    flops: bfloat16 operations a second, dense; None where no number holds for all of the kind.
+    name: shown in reports.
+    memory: bytes of HBM that a program can have. TPUs: as libtpu's compiler reports when it refuses
+      a larger one; GPUs: the three quarters that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION).
+    flops: dense bfloat16 operations a second; None for CPUs, which differ too much.
     bandwidth: bytes a second between HBM and the cores.
     interconnect: bytes a second that a chip sends to its neighbors over all links.
   """
@@ -25,15 +25,15 @@ class Chip:
   interconnect: float | None = None
 
 
-# cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, "Key specifications"; interconnect is given there as
-# Gbit/s one way (v5e: 1600) or as bidirectional bytes (v5p: 1200 GB/s).
+# cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, "Key specifications", whose interconnect is in Gbit/s
+# one way (v5e: 1600) or in bytes of both directions (v5p: 1200 GB/s).
 TPUS = {
   "v4": Chip("TPU v4", 30.75 * GIB, 275e12, 1200e9, 300e9),
   "v5e": Chip("TPU v5e", 15.75 * GIB, 197e12, 819e9, 200e9),
   "v5p": Chip("TPU v5p", 95.74 * GIB, 459e12, 2765e9, 600e9),
   "v6e": Chip("TPU v6e", 31.25 * GIB, 918e12, 1640e9, 400e9),
 }
-# NVIDIA's data sheets of the SXM modules; NVLink's number there is the sum of both directions.
+# NVIDIA's data sheets of the SXM modules, whose NVLink number is the sum of both directions.
 GPUS = {
   "a100": Chip("A100 80 GB", 0.75 * 80 * GIB, 312e12, 2039e9, 300e9),
   "a100-40gb": Chip("A100 40 GB", 0.75 * 40 * GIB, 312e12, 1555e9, 300e9),
@@ -42,30 +42,17 @@ GPUS = {
 }
 # NVLink ends at a node; beyond it a GPU has a 400 Gbit/s port (DGX H100), in bytes a second.
 NVLINK_GPUS, NETWORK = 8, 50e9
-# Slices that Google offers: listed for the chips in a plane; in space, hosts of 2 x 2 x 1 chips.
+# Slices that Google offers of two-dimensional chips; those of three have hosts of 2 x 2 x 1 chips.
 PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 TORUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
-# At this many chips along an axis a pod ends.
-LONGEST_AXIS = 24
+LONGEST_AXIS = 24  # of a pod, in chips
 
 # The numbers in which GPUs differ, as openxla/xla lists them in gpu/target_config/specs.
-_AMPERE = {
-  "shared_memory_per_core": 167936,
-  "core_count": 108,
-  "fpus_per_core": 64,
-  "l2_cache_size": 41943040,
-  "clock_rate_ghz": 1.41,
-  "shared_memory_per_block_optin": 166912,
-}
-_HOPPER = {
-  "shared_memory_per_core": 233472,
-  "core_count": 132,
-  "fpus_per_core": 128,
-  "l2_cache_size": 52428800,
-  "clock_rate_ghz": 1.98,
-  "shared_memory_per_block_optin": 232448,
-}
-# Name -> (what XLA calls it, compute capability, bytes of memory, bytes a second, the numbers).
+_AMPERE = """shared_memory_per_core: 167936 core_count: 108 fpus_per_core: 64
+    l2_cache_size: 41943040 clock_rate_ghz: 1.41 shared_memory_per_block_optin: 166912"""
+_HOPPER = """shared_memory_per_core: 233472 core_count: 132 fpus_per_core: 128
+    l2_cache_size: 52428800 clock_rate_ghz: 1.98 shared_memory_per_block_optin: 232448"""
+# Name -> (XLA's name, compute capability, bytes of memory, bytes a second, the numbers).
 _TARGETS = {
   "a100": ("NVIDIA A100-SXM4-80GB", 8, 85100068864, 2039040000000, _AMPERE),
   "a100-40gb": ("NVIDIA A100-SXM4-40GB", 8, 42331013120, 1555200000000, _AMPERE),
@@ -77,7 +64,6 @@ _TARGETS = {
 def gpu_target(name: str) -> str:
   """Returns a GPU's description for XLA: the text of a GpuTargetConfigProto."""
   description, capability, memory, bandwidth, numbers = _TARGETS[name]
-  numbers = " ".join(f"{key}: {value}" for key, value in numbers.items())
   return f"""gpu_device_info {{
     threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
     shared_memory_per_block: 49152 registers_per_core_limit: 65536 registers_per_block_limit: 65536

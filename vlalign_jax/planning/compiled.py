@@ -1,4 +1,4 @@
-"""A program compiled for devices that are not there: its bytes, operations and collectives."""
+"""A program compiled for devices that need not exist: its bytes, operations and collectives."""
 
 import dataclasses
 import re
@@ -6,7 +6,9 @@ import time
 
 import jax
 
-from vlalign_jax.planning import collectives, hlo, operations
+from vlalign_jax.hlo import collectives, memory, operations
+from vlalign_jax.hlo.loops import Trips
+from vlalign_jax.hlo.parser import parse
 from vlalign_jax.planning.chips import GIB
 
 _TOO_LARGE = re.compile(r"HLO temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G")
@@ -17,15 +19,15 @@ class Compiled:
   """What the compiler says of a program on one device.
 
   Attributes:
-    seconds: that lowering and compiling took.
-    total: bytes that the program takes at its peak: arguments, temporaries and results.
-    arguments: bytes of what the step is given and gives back in the same place.
-    temporaries: bytes of everything else; 0, as all below, where the program is refused.
+    seconds: time of lowering and compiling.
+    total: bytes at the program's peak: arguments, temporaries and results.
+    arguments: bytes of the arguments, and of the results that take their place.
+    temporaries: bytes of everything else; 0, as all below, if the program is refused.
     traffic: collectives by kind.
     flops: operations that the device runs.
-    bytes_accessed: between the device's memory and its cores.
+    bytes_accessed: bytes between the device's memory and its cores.
     kernels: calls of attention kernels.
-    refused: the compiler's words where the program is larger than the device; else empty.
+    refused: the compiler's message if the program is larger than the device; else empty.
   """
 
   seconds: float
@@ -40,44 +42,44 @@ class Compiled:
 
   @property
   def sent(self) -> float:
-    """Bytes that the device sends to others."""
+    """Returns the bytes that the device sends to others."""
     return sum(kind.bytes for kind in self.traffic.values())
 
 
-def compile_program(lower, devices: int, platform: str, unknown: hlo.Trips) -> Compiled:
+def compile_program(lower, devices: int, platform: str, unknown: Trips) -> Compiled:
   """Compiles a program.
 
   Args:
-    lower: () -> what `jax.jit(...).lower(...)` gives.
-    devices: of the mesh.
+    lower: () -> the result of `jax.jit(...).lower(...)`.
+    devices: number of devices of the mesh.
     platform: tpu, gpu or cpu.
     unknown: how often loops run whose count depends on data.
   """
   start = time.monotonic()
   try:
-    done = lower().compile()
+    compiled = lower().compile()
   except jax.errors.JaxRuntimeError as error:
     too_large = _TOO_LARGE.search(str(error))
     if too_large is None:
       raise
-    needed = float(too_large.group(1)) * GIB
-    return Compiled(time.monotonic() - start, needed, refused=str(error).splitlines()[0])
+    total = float(too_large[1]) * GIB
+    return Compiled(time.monotonic() - start, total, refused=str(error).splitlines()[0])
   seconds = time.monotonic() - start
-  memory = done.memory_analysis()
+  sizes = compiled.memory_analysis()
   if platform == "tpu":
-    # By this a program is refused. The sum of its temporaries is more: not all are there at a time.
-    total = memory.peak_memory_in_bytes
+    # The compiler refuses a program by its peak; its temporaries are not all there at a time.
+    total = sizes.peak_memory_in_bytes
   else:
-    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    total += memory.output_size_in_bytes - memory.alias_size_in_bytes
-  program = hlo.parse(done.as_text())
+    total = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+    total += sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+  program = parse(compiled.as_text())
   return Compiled(
     seconds=seconds,
     total=total,
-    arguments=memory.argument_size_in_bytes,
-    temporaries=total - memory.argument_size_in_bytes,
+    arguments=sizes.argument_size_in_bytes,
+    temporaries=total - sizes.argument_size_in_bytes,
     traffic=collectives.traffic(program, devices, unknown),
     flops=operations.flops(program, unknown),
-    bytes_accessed=operations.bytes_accessed(program, unknown),
+    bytes_accessed=memory.bytes_accessed(program, unknown),
     kernels=operations.kernels(program, unknown),
   )

@@ -33,7 +33,7 @@ class Sizes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RolloutShapes:
-  """A run's programs with the shapes of what a rollout gives them."""
+  """A run's programs, and the shapes of the batches that a rollout gives them."""
 
   config: object
   models: ppo_models.Models
@@ -42,23 +42,24 @@ class RolloutShapes:
 
   @property
   def sizes(self) -> Sizes:
+    """Returns the sizes of a rollout."""
     config, ppo = self.config, self.config.ppo
     N, M, L = ppo.num_generations, ppo.max_new_tokens, config.data.max_length
     return Sizes(config.batch_size, L, config.data.max_images or 1, N, M, L + N * (M + 1))
 
   @property
   def frozen(self) -> dict:
-    """The actor's parameters that stay."""
+    """Returns the actor's frozen parameters."""
     return self.program.actor.frozen
 
   @property
-  def shares(self) -> bool:
-    """Whether a rollout's pictures go once through the actor's tower, see `rollout.roles`."""
+  def shares_features(self) -> bool:
+    """Returns whether a rollout's images pass once through the actor's tower (`rollout.roles`)."""
     return not (self.config.train.vision or self.config.lora.vision_rank)
 
   @functools.cached_property
   def same_towers(self) -> dict[str, bool]:
-    """Role -> whether it has the actor's vision tower."""
+    """Returns role -> whether it has the actor's vision tower."""
     return ppo_models.same_towers(self.models)
 
   def array(self, shape: tuple, dtype) -> jax.ShapeDtypeStruct:
@@ -66,20 +67,20 @@ class RolloutShapes:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(self.mesh))
 
   def batch(self, role: str = "actor", length: int | None = None) -> dict:
-    """Returns the shapes of a rollout, or of prompts of a length, as a role is given them."""
+    """Returns the shapes of the batch that a role reads: prompts of a length, or else full rows."""
     B, _, I, _, _, T = self.sizes
     batch = programs.abstract_batch(self.models.actor, self.mesh, B, length or T, I)
-    if self.shares and (
+    if self.shares_features and (
       role == "actor" or (self.same_towers[role] and not self.config.ppo.blank_images)
     ):
-      see = functools.partial(self.program.vision_features, shape=None)
+      encode = functools.partial(self.program.vision_features, shape=None)
       params = trees.merge(self.program.state.params, self.frozen)
-      features = jax.eval_shape(see, params, batch)
+      features = jax.eval_shape(encode, params, batch)
       batch["vision_features"] = self.array(features.shape, features.dtype)
     return batch
 
   def fields(self) -> dict:
-    """Returns the shapes of what updates learn from next to the batch."""
+    """Returns the shapes that updates add to the batch."""
     names = ["old_log_probabilities", "reference_log_probabilities", "advantages"]
     names += ["old_values", "returns"] * (self.models.critic is not None)
     B, _, _, N, M, _ = self.sizes
@@ -88,7 +89,7 @@ class RolloutShapes:
 
 
 def plan(config, topology: Topology) -> StepPlan:
-  """Returns a plan that is yet to be compiled, see `step_plan.compile_plan`.
+  """Returns a plan for `step_plan.compile_plan` to compile.
 
   Raises:
     InputError: mesh, batch or models do not fit together.
@@ -97,14 +98,9 @@ def plan(config, topology: Topology) -> StepPlan:
   parts = config.ppo.num_mini_batches * config.grad_accumulation
   meshes.check_batch(config.batch_size, parts, config.data.pack, mesh)
   models = ppo_models.open_models(config)
+  architectures = models.actor, models.critic, models.reward
   program = ppo_program.make_program(
-    config,
-    models.actor,
-    models.critic,
-    models.reward,
-    models.sampling,
-    mesh,
-    train_step.TOTAL_STEPS,
+    config, *architectures, models.sampling, mesh, train_step.TOTAL_STEPS
   )
   rollout = RolloutShapes(config, models, mesh, program)
   sizes, tokens = rollout.sizes, models.actor.tokens_per_image
@@ -113,13 +109,13 @@ def plan(config, topology: Topology) -> StepPlan:
       f"{sizes.I} images of {tokens} tokens do not fit into prompts of config.data.max_length="
       f"{sizes.L}; raise it, or lower config.data.max_images"
     )
-  batch = device_bytes(rollout.batch() | rollout.fields())
+  resident = ppo_models.resident_bytes(models, program, config)
   return StepPlan(
     config=config,
     topology=topology,
     mesh=mesh,
     programs=tuple(_programs(rollout)),
-    resident=ppo_models.held(models, program, config) | {"batch of a rollout": batch},
+    resident=resident | {"batch of a rollout": device_bytes(rollout.batch() | rollout.fields())},
     parameters=train_step.count_parameters(program.actor.params, program.state.params),
     tokens=sizes.B * sizes.T,
     model_flops=None,
@@ -129,22 +125,24 @@ def plan(config, topology: Topology) -> StepPlan:
 
 
 def cache_bytes(rollout: RolloutShapes) -> float:
-  """Returns the bytes of keys and values on a device, while sampling."""
+  """Returns the bytes of keys and values on a device during sampling."""
   sizes, config = rollout.sizes, rollout.config
-  rows, itemsize = sizes.B // config.ppo.sample_parts, jnp.dtype(config.model.dtype).itemsize
+  num_rows, itemsize = sizes.B // config.ppo.sample_parts, jnp.dtype(config.model.dtype).itemsize
   language = rollout.models.actor.language
-  total = cache.cache_bytes(language, rows, sizes.L, sizes.N, sizes.M, itemsize)
+  total = cache.cache_bytes(language, num_rows, sizes.L, sizes.N, sizes.M, itemsize)
   return total / rollout.mesh.size
 
 
 def _summary(rollout: RolloutShapes) -> Iterator[str]:
   config, ppo = rollout.config, rollout.config.ppo
-  stages = [
+  zero_stages = {"actor": ppo.actor_zero_stage}
+  if rollout.program.critic:
+    zero_stages["critic"] = ppo.critic_zero_stage
+  zero = ", ".join(
     f"{role} ZeRO {config.mesh.zero_stage if stage is None else stage}"
-    for role, stage in (("actor", ppo.actor_zero_stage), ("critic", ppo.critic_zero_stage))
-    if role == "actor" or rollout.program.critic
-  ]
-  yield f"stage ppo ({ppo.estimator}): {', '.join(stages)}, remat {config.model.remat}"
+    for role, stage in zero_stages.items()
+  )
+  yield f"stage ppo ({ppo.estimator}): {zero}, remat {config.model.remat}"
   yield (
     f"sampled in {ppo.sample_parts} part{'s' * (ppo.sample_parts > 1)}; {ppo.num_ppo_epochs} x "
     f"{ppo.num_mini_batches} updates, micro-batches of each: {config.grad_accumulation}"
@@ -155,10 +153,9 @@ def _summary(rollout: RolloutShapes) -> Iterator[str]:
 
 def _assumptions(rollout: RolloutShapes) -> Iterator[str]:
   settings, (B, L, I, N, M, T) = rollout.config.ppo, rollout.sizes
-  plural = lambda count: "s" * (count > 1)  # noqa: E731
   yield (
-    f"{B} prompts of {L} tokens with {I} image{plural(I)} each, and {N} answer{plural(N)} of {M} "
-    f"tokens: rows of {T}; every answer is as long as it may be"
+    f"{B} prompts of {L} tokens with {I} image{'s' * (I > 1)} each, and {N} answer{'s' * (N > 1)} "
+    f"of {M} tokens: rows of {T}; every answer has the maximum length"
   )
   if settings.critic_warmup:
     yield "the actor learns, too: updates of the critic alone take less"
@@ -169,56 +166,56 @@ def _assumptions(rollout: RolloutShapes) -> Iterator[str]:
 
 
 def _programs(rollout: RolloutShapes) -> Iterator[StepProgram]:
-  """Yields those of a step; advantages and the laying out of rows take next to nothing."""
-  config, program, sizes = rollout.config, rollout.program, rollout.sizes
-  B, L, _, N, M, T = sizes
+  """Yields the programs of a step; advantages and the layout of rows take next to nothing."""
+  config, program = rollout.config, rollout.program
+  B, L, _, N, M, T = rollout.sizes
   actor, shape = trees.merge(program.state.params, rollout.frozen), (N, M)
   blocks = meshes.row_blocks(rollout.mesh)
 
-  def one(name, lower, rows=B, parts=1, times=1, length=T, decoded=0):
-    head_tokens = rows // (blocks * parts) * N * M
+  def one(name, lower, num_rows=B, parts=1, times=1, length=T, decoded=0):
+    head_tokens = num_rows // (blocks * parts) * N * M
     trips = train_step.trips(rollout.mesh, length, head_tokens, decoded)
     return StepProgram(name, times, trips, lower)
 
-  scored = config.ppo.num_mini_batches * config.grad_accumulation  # in so many parts
+  def lower(function, *arguments):
+    return lambda: function.lower(*arguments)
+
   prompts = rollout.batch(length=L)
-  if rollout.shares:
-    seen = {name: x for name, x in prompts.items() if name != "vision_features"}
-    yield one("pictures", lambda: program.vision_features.lower(actor, seen, None), length=L)
-  shapes = collect.for_sampling(prompts), rollout.array((B,), jnp.int32), 0
-  lower = lambda: program.sample.lower(actor, *shapes)  # noqa: E731
-  yield one("sampling", lower, length=L, decoded=max(1, M - 1))
-  reference = program.actor.reference, rollout.frozen
-  lower = lambda: program.reference.lower(reference, rollout.batch(), shape)  # noqa: E731
-  yield one("reference", lower, parts=scored)
+  if rollout.shares_features:
+    images = {name: x for name, x in prompts.items() if name != "vision_features"}
+    yield one("pictures", lower(program.vision_features, actor, images, None), length=L)
+  prompts = collect.for_sampling(prompts), rollout.array((B,), jnp.int32)
+  sample = lower(program.sample, actor, *prompts, 0)
+  yield one("sampling", sample, length=L, decoded=max(1, M - 1))
+  parts = config.ppo.num_mini_batches * config.grad_accumulation  # each as large as an update's
+  params = program.actor.reference, rollout.frozen
+  yield one("reference", lower(program.reference, params, rollout.batch(), shape), parts=parts)
   if program.reward:
-    answers = {"answers": rollout.array((B, 1, N), jnp.int32)}
-    judged = rollout.batch("reward") | answers
-    lower = lambda: program.scores.lower(program.reward.params, judged, None)  # noqa: E731
-    yield one("reward model", lower, parts=scored)
+    batch = rollout.batch("reward") | {"answers": rollout.array((B, 1, N), jnp.int32)}
+    scores = lower(program.scores, program.reward.params, batch, None)
+    yield one("reward model", scores, parts=parts)
   if program.critic:
-    critic = program.state.critic.params, program.critic.frozen
-    lower = lambda: program.values.lower(critic, rollout.batch("critic"), shape)  # noqa: E731
-    yield one("values", lower, parts=scored)
-  rows = B // config.ppo.num_mini_batches
+    params = program.state.critic.params, program.critic.frozen
+    values = lower(program.values, params, rollout.batch("critic"), shape)
+    yield one("values", values, parts=parts)
+  num_rows = B // config.ppo.num_mini_batches
   times = config.ppo.num_ppo_epochs * config.ppo.num_mini_batches
-  lower = functools.partial(_lower_update, rollout, rows)
-  yield one("update", lower, rows=rows, parts=config.grad_accumulation, times=times)
+  update = functools.partial(_lower_update, rollout, num_rows)
+  yield one("update", update, num_rows, config.grad_accumulation, times)
 
 
-def _lower_update(rollout: RolloutShapes, rows: int):
+def _lower_update(rollout: RolloutShapes, num_rows: int):
   """Lowers the critic's update and the actor's, which are one program."""
-  config, program, sizes = rollout.config, rollout.program, rollout.sizes
-  conversations = None
-  if config.ppo.sft_weight:
+  program, sizes, conversations = rollout.program, rollout.sizes, None
+  if rollout.config.ppo.sft_weight:
     actor = rollout.models.actor
-    conversations = programs.abstract_batch(actor, rollout.mesh, rows, sizes.L, sizes.I)
+    conversations = programs.abstract_batch(actor, rollout.mesh, num_rows, sizes.L, sizes.I)
   return program.update_step.lower(
     program.state,
     rollout.frozen,
     program.critic and program.critic.frozen,
     rollout.batch() | rollout.fields(),
-    jax.ShapeDtypeStruct((rows,), jnp.int32),
+    jax.ShapeDtypeStruct((num_rows,), jnp.int32),
     jax.ShapeDtypeStruct((), jnp.float32),
     conversations,
     with_policy=True,

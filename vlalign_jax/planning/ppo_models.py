@@ -1,4 +1,4 @@
-"""The models of a PPO run as planned: what they are, and what a device holds of them."""
+"""The models of a planned PPO run: their architectures, and the bytes that a device holds."""
 
 import dataclasses
 
@@ -20,9 +20,9 @@ class Models:
   """Architectures, and where weights come from.
 
   Attributes:
-    actor, critic, reward: the last two may be None.
-    sampling: of answers.
-    origins: role -> what `identity.identities` says of its parameters.
+    actor, critic, reward: architectures; the last two may be None.
+    sampling: how answers are sampled.
+    origins: role -> the result of `identity.identities` for its parameters.
     assumptions: sentences for the reader.
   """
 
@@ -35,16 +35,16 @@ class Models:
 
 
 def open_models(config) -> Models:
-  """Returns the models of a run: of the weights that it names, or else of published size.
+  """Returns the models of the weights that a config names, or else of a published architecture.
 
   Raises:
-    InputError: the config names neither, or models that do not go together.
+    InputError: the config names neither, or models that do not fit together.
   """
   settings = config.ppo
   named = config.model.init_from or config.model.vision or config.model.language
   if settings.reward_model and not named:
     raise InputError(
-      "config.ppo.reward_model is planned next to the actor's own weights: give "
+      "config.ppo.reward_model can be planned only with the actor's own weights: give "
       "config.model.init_from, too, or leave it empty"
     )
   if not named:
@@ -65,28 +65,29 @@ def open_models(config) -> Models:
 
 
 def _with_assumed(config, actor: ModelConfig, sampling: Sampling, origin: dict) -> Models:
-  """Adds a reward model and a critic like the actor, trained as the actor is to be."""
-  judge = dataclasses.replace(actor, head=SCORE)
-  stays = lambda path: not (optimizer.is_trained(path, config) or lora.is_adapter(path))  # noqa: E731
-  its = {
-    path: origin[path] if stays(path) and path in origin else ("the reward model",)
-    for path in trees.flatten(abstract_params(judge)[1])
+  """Adds a critic and a reward model like the actor, which trained what the actor is to train."""
+  scorer = dataclasses.replace(actor, head=SCORE)
+  origins = {
+    path: origin[path]
+    if path in origin and not (optimizer.is_trained(path, config) or lora.is_adapter(path))
+    else ("the reward model",)
+    for path in trees.flatten(abstract_params(scorer)[1])
   }
-  scored = not config.ppo.reward_function
-  how = "adapters over the actor's base" if judge.lora else "trained where the actor is"
-  said = f"no reward model is given: it has the actor's architecture, {how}, and a score head"
+  needs_reward = not config.ppo.reward_function
+  trained = "adapters over the actor's base" if scorer.lora else "trained where the actor is"
+  line = f"no reward model is given: it has the actor's architecture, {trained}, and a score head"
   return Models(
     actor,
-    judge if config.ppo.estimator == GAE else None,
-    judge if scored else None,
+    scorer if config.ppo.estimator == GAE else None,
+    scorer if needs_reward else None,
     sampling,
-    {"actor": origin, "critic": its, "reward": its},
-    (said,) if scored else (),
+    {"actor": origin, "critic": origins, "reward": origins},
+    (line,) if needs_reward else (),
   )
 
 
-def held(models: Models, program, config) -> dict[str, float]:
-  """Returns the bytes that a device holds all the time, as `rollout.roles` brings them there.
+def resident_bytes(models: Models, program, config) -> dict[str, float]:
+  """Returns the bytes that a device holds all the time, as `rollout.roles` loads the models.
 
   Args:
     models: of the run.
@@ -94,33 +95,32 @@ def held(models: Models, program, config) -> dict[str, float]:
     config: of the run.
 
   Returns:
-    What it is -> bytes. What several models have the same counts where it is first.
+    Name -> bytes. Parameters that several models share count at the first of them.
   """
-  pool, state, size = {}, program.state, device_bytes
+  pool, state = {}, program.state
 
-  def more(role: str, leaves: dict) -> float:
-    known = models.origins[role]
-    shared = identity.find(pool, known, leaves)
-    identity.add(pool, known, leaves)
-    return size([leaf for path, leaf in leaves.items() if path not in shared])
+  def unshared(role: str, leaves: dict) -> float:
+    origins = models.origins[role]
+    shared = identity.find(pool, origins, leaves)
+    identity.add(pool, origins, leaves)
+    return device_bytes([leaf for path, leaf in leaves.items() if path not in shared])
 
   sizes = {
-    "actor, trained": size(state.params),
-    "actor, optimizer": size(state.actor.optimizer),
-    "actor, frozen": more("actor", trees.flatten(program.actor.frozen)),
-    "reference, unshared": size(program.actor.reference),
+    "actor, trained": device_bytes(state.params),
+    "actor, optimizer": device_bytes(state.actor.optimizer),
+    "actor, frozen": unshared("actor", trees.flatten(program.actor.frozen)),
+    "reference, unshared": device_bytes(program.actor.reference),
   }
   if program.critic:
     leaves = trees.flatten(program.critic.params)
+    stays = {path: x for path, x in leaves.items() if not optimizer.is_trained(path, config)}
     sizes |= {
-      "critic, trained": size(state.critic.params),
-      "critic, optimizer": size(state.critic.optimizer),
-      "critic, frozen, unshared": more(
-        "critic", {p: x for p, x in leaves.items() if not optimizer.is_trained(p, config)}
-      ),
+      "critic, trained": device_bytes(state.critic.params),
+      "critic, optimizer": device_bytes(state.critic.optimizer),
+      "critic, frozen, unshared": unshared("critic", stays),
     }
   if program.reward:
-    sizes["reward model, unshared"] = more("reward", trees.flatten(program.reward.params))
+    sizes["reward model, unshared"] = unshared("reward", trees.flatten(program.reward.params))
   return sizes
 
 

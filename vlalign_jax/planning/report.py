@@ -7,22 +7,16 @@ from vlalign_jax.planning import roofline
 from vlalign_jax.planning.chips import GIB
 from vlalign_jax.planning.step_plan import StepPlan
 
-_gib = lambda size: f"{size / GIB:,.2f}"  # noqa: E731
-
 
 def as_json(plan: StepPlan) -> dict:
-  """Returns all numbers of a plan; bytes and FLOPs are of one device, but for model_flops."""
-  programs = {
-    program.name: dataclasses.asdict(program.compiled)
-    | {
-      "times": program.times,
-      "device_bytes": plan.total(program),
-      "time": program.time
-      and dataclasses.asdict(program.time)
-      | {"total": program.time.total, "bound": program.time.bound},
-    }
-    for program in plan.programs
-  }
+  """Returns all numbers of a plan; bytes and FLOPs are of one device, except model_flops."""
+  programs = {}
+  for program in plan.programs:
+    time = program.time
+    numbers = {"times": program.times, "device_bytes": plan.total(program), "time": None}
+    if time:
+      numbers["time"] = dataclasses.asdict(time) | {"total": time.total, "bound": time.bound}
+    programs[program.name] = dataclasses.asdict(program.compiled) | numbers
   return {
     "topology": plan.topology.name,
     "chip": dataclasses.asdict(plan.topology.chip),
@@ -46,7 +40,7 @@ def as_text(plan: StepPlan) -> str:
   axes = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.shape.items())
   head = f"{plan.topology.name}: {plan.mesh.size} x {plan.topology.chip.name}, mesh {axes}"
   note = [plan.topology.note] if plan.topology.note else []
-  assumed = ["assumed", *(_fill(line, "  - ", "    ") for line in _assumptions(plan))]
+  assumptions = ["assumed", *(_fill(line, "  - ", "    ") for line in _assumptions(plan))]
   sections = [
     "\n".join([head, *plan.summary, *note]),
     _parameters(plan),
@@ -54,23 +48,25 @@ def as_text(plan: StepPlan) -> str:
     _collectives(plan),
     _bytes(plan),
     _time(plan),
-    "\n".join(assumed),
+    "\n".join(assumptions),
   ]
   return "\n\n".join(filter(None, sections))
 
 
-def _fill(text: str, first: str = "", later: str = "  ") -> str:
+def _gib(size: float) -> str:
+  return f"{size / GIB:,.2f}"
+
+
+def _fill(text: str, first: str, later: str) -> str:
   return textwrap.fill(" ".join(text.split()), 98, initial_indent=first, subsequent_indent=later)
 
 
 def _table(rows: list[list[str]]) -> str:
-  """Returns columns, the first to the left, the others to the right."""
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = []
-  for first, *others in rows:
-    cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
-    lines.append("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
-  return "\n".join(lines)
+  """Returns lines of columns: the first is aligned to the left, the others to the right."""
+  (first, *others) = zip(*rows, strict=True)
+  columns = [[cell.ljust(max(map(len, first))) for cell in first]]
+  columns += [[cell.rjust(max(map(len, column))) for cell in column] for column in others]
+  return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
 def _assumptions(plan: StepPlan) -> list[str]:
@@ -91,14 +87,13 @@ def _parameters(plan: StepPlan) -> str:
 def _programs(plan: StepPlan) -> str:
   rows = [["compiled, one device", "times", "TFLOP", "GB accessed", "GB sent", "seconds"]]
   for program in plan.programs:
-    done = program.compiled
-    numbers = f"{done.flops / 1e12:,.2f}", f"{done.bytes_accessed / 1e9:,.1f}"
-    time = "-" if program.time is None else f"{program.time.total:,.2f}"
-    sent = f"{done.sent / 1e9:,.2f}"
-    rows.append([f"  {program.name}", f"{program.times}", *numbers, sent, time])
+    compiled = program.compiled
+    numbers = f"{compiled.flops / 1e12:,.2f}", f"{compiled.bytes_accessed / 1e9:,.1f}"
+    numbers += f"{compiled.sent / 1e9:,.2f}", f"{program.time.total:,.2f}" if program.time else "-"
+    rows.append([f"  {program.name}", f"{program.times}", *numbers])
   kernels = sum(program.times * program.compiled.kernels for program in plan.programs)
-  said = f"  {kernels:,} kernel calls a step compute attention"
-  return "\n".join([_table(rows)] + [said] * (kernels > 0))
+  line = f"\n  {kernels:,} kernel calls a step compute attention"
+  return _table(rows) + line * (kernels > 0)
 
 
 def _collectives(plan: StepPlan) -> str:
@@ -128,18 +123,15 @@ def _bytes(plan: StepPlan) -> str:
       rows.append([f"  {program.name}: in all", _gib(plan.total(program))])
   available, needed = plan.topology.chip.memory, plan.total(plan.largest)
   left = available - needed
-  share = (
-    f"{_gib(abs(left))} {'are left' if left >= 0 else 'too few'} ({abs(left) / available:.0%})"
-  )
-  verdict = "fits" if plan.fits else "DOES NOT FIT"
   lines = [
     _table(rows),
-    f"  {verdict}: the chip has {_gib(available)}, {plan.largest.name} takes "
-    f"{_gib(needed)}; {share}",
+    f"  {'fits' if plan.fits else 'DOES NOT FIT'}: the chip has {_gib(available)}, "
+    f"{plan.largest.name} takes {_gib(needed)}; {_gib(abs(left))} "
+    f"{'are left' if left >= 0 else 'too few'} ({abs(left) / available:.0%})",
   ]
   for program in plan.refused:
-    said = f"the compiler of the {program.name}: {program.compiled.refused}"
-    lines.append(_fill(said, "  ", "    "))
+    message = f"the compiler of the {program.name}: {program.compiled.refused}"
+    lines.append(_fill(message, "  ", "    "))
   return "\n".join(lines)
 
 

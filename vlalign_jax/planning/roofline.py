@@ -1,12 +1,13 @@
-"""The time of a program from what a chip can do at best, and how much of that to expect."""
+"""A roofline estimate of a program's time, from what a chip can do at best."""
 
 import dataclasses
 
 from vlalign_jax.planning.chips import Chip
+from vlalign_jax.planning.compiled import Compiled
 
-# Of the maker's numbers, what large products and transfers reach.
+# The share of the maker's numbers that large products and transfers reach.
 UTILIZATION = {"compute": 0.6, "memory": 0.8, "interconnect": 0.5}
-# Of the shorter two of the three, the share that is not hidden behind the longest.
+# The share of the shorter two that the longest of the three does not hide.
 EXPOSED = 0.25
 ASSUMPTION = (
   "time: the compiled program's operations, bytes accessed and bytes sent at {compute:.0%} of the "
@@ -17,7 +18,7 @@ ASSUMPTION = (
 
 @dataclasses.dataclass(frozen=True)
 class Time:
-  """Seconds of a program by what would bound it."""
+  """Seconds of a program if it did nothing but compute, access memory, or send."""
 
   compute: float
   memory: float
@@ -25,31 +26,23 @@ class Time:
 
   @property
   def total(self) -> float:
-    """Seconds of the program."""
-    longest = max(self.compute, self.memory, self.interconnect)
-    rest = self.compute + self.memory + self.interconnect - longest
-    return longest + EXPOSED * rest
+    """Returns the seconds of the program."""
+    times = self.compute, self.memory, self.interconnect
+    return max(times) + EXPOSED * (sum(times) - max(times))
 
   @property
   def bound(self) -> str:
-    """What takes the longest."""
+    """Returns which of the three takes the longest."""
     times = dataclasses.asdict(self)
     return max(times, key=times.get)
 
 
-def estimate(chip: Chip, flops: float, accessed: float, sent: float) -> Time | None:
-  """Returns the seconds of a program on one device; None where the chip's speed is not known.
-
-  Args:
-    chip: the device.
-    flops: operations on one device.
-    accessed: bytes between HBM and cores.
-    sent: bytes to other devices.
-  """
+def estimate(chip: Chip, program: Compiled) -> Time | None:
+  """Returns the time of a program on one device; None if the chip's speed is not known."""
   if chip.flops is None:
     return None
   return Time(
-    compute=flops / (chip.flops * UTILIZATION["compute"]),
-    memory=accessed / (chip.bandwidth * UTILIZATION["memory"]),
-    interconnect=sent / (chip.interconnect * UTILIZATION["interconnect"]),
+    compute=program.flops / (chip.flops * UTILIZATION["compute"]),
+    memory=program.bytes_accessed / (chip.bandwidth * UTILIZATION["memory"]),
+    interconnect=program.sent / (chip.interconnect * UTILIZATION["interconnect"]),
   )

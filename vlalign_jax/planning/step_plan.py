@@ -1,4 +1,4 @@
-"""What a step of a run takes on devices: its programs, compiled one after the other."""
+"""What a training step takes on devices: its programs, compiled one after the other."""
 
 import dataclasses
 import math
@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import jax
 
-from vlalign_jax.planning import hlo, roofline
+from vlalign_jax.hlo.loops import Trips
+from vlalign_jax.planning import roofline
 from vlalign_jax.planning.compiled import Compiled, compile_program
 from vlalign_jax.planning.topology import Topology
 
@@ -16,17 +17,17 @@ class StepProgram:
   """One compiled function of a step.
 
   Attributes:
-    name: of it.
-    times: it runs in a step.
-    trips: of its loops whose counts depend on data.
-    lower: () -> what `jax.jit(...).lower(...)` gives.
-    compiled: the compiler's word; None before it is asked.
-    time: of one run; None where the chip's speed is not known, or the program is refused.
+    name: shown in reports.
+    times: runs in a step.
+    trips: how often loops run whose count depends on data.
+    lower: () -> the result of `jax.jit(...).lower(...)`.
+    compiled: what the compiler says; None until it is compiled.
+    time: of one run; None if the chip's speed is not known or the program is refused.
   """
 
   name: str
   times: int
-  trips: hlo.Trips
+  trips: Trips
   lower: Callable
   compiled: Compiled | None = None
   time: roofline.Time | None = None
@@ -34,17 +35,17 @@ class StepProgram:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-  """What is known of a step.
+  """The programs of a step, and what is known besides.
 
   Attributes:
     config: of the run.
     topology: the devices.
     mesh: over all of them.
-    programs: of a step, in their order.
-    resident: what it is -> bytes that a device holds while all of the programs run.
-    parameters: part of the model -> how many there are ("all"), and are trained ("trained").
+    programs: of a step, in order.
+    resident: name -> bytes that a device holds while any of the programs runs.
+    parameters: part of the model -> number of parameters ("all") and of trained ones ("trained").
     tokens: of a step, padding included.
-    model_flops: operations that the model needs, see `model_flops`; None where it is not counted.
+    model_flops: operations that the model needs, see `model_flops`; None if not counted.
     summary: lines about how the step is laid out.
     assumptions: sentences for the reader.
   """
@@ -61,38 +62,38 @@ class StepPlan:
   assumptions: tuple[str, ...]
 
   def total(self, program: StepProgram) -> float:
-    """Returns the bytes of a device while a program runs, whatever else is resident included."""
-    done = program.compiled
-    if done.refused or len(self.programs) == 1:
-      return done.total
+    """Returns the bytes of a device while a program runs, with everything that is resident."""
+    compiled = program.compiled
+    if compiled.refused or len(self.programs) == 1:
+      return compiled.total
     # The compiler would count twice what two models of a program share.
-    return sum(self.resident.values()) + done.temporaries
+    return sum(self.resident.values()) + compiled.temporaries
 
   @property
   def largest(self) -> StepProgram:
-    """The program that takes most memory."""
+    """Returns the program that takes most memory."""
     return max(self.programs, key=self.total)
 
   @property
   def refused(self) -> tuple[StepProgram, ...]:
-    """The programs that the compiler refuses, as they are larger than the device."""
+    """Returns the programs that the compiler refuses, as they are larger than the device."""
     return tuple(program for program in self.programs if program.compiled.refused)
 
   @property
   def fits(self) -> bool:
-    """Whether all programs fit on a device."""
+    """Returns whether all programs fit on a device."""
     return not self.refused and self.total(self.largest) <= self.topology.chip.memory
 
   @property
   def seconds(self) -> float | None:
-    """Of a step; None where it cannot be estimated."""
+    """Returns the estimated time of a step; None if there is no estimate."""
     if any(program.time is None for program in self.programs):
       return None
     return sum(program.times * program.time.total for program in self.programs)
 
   @property
   def utilization(self) -> float | None:
-    """MFU: the model's operations over what all chips could do in the time of a step."""
+    """Returns MFU: the model's operations over those that all chips could do in a step's time."""
     if self.seconds is None or self.model_flops is None:
       return None
     return self.model_flops / (self.seconds * self.mesh.size * self.topology.chip.flops)
@@ -102,22 +103,20 @@ def compile_plan(plan: StepPlan, show: Callable[[str], None] = lambda line: None
   """Returns the plan with each of its programs compiled.
 
   Args:
-    plan: as `train_step.plan` or `ppo.plan` makes it.
-    show: is called with a line for each program, as large ones take minutes.
+    plan: from `train_step.plan` or `ppo.plan`.
+    show: called with a line for each program, as large ones take minutes.
   """
-  chip, programs = plan.topology.chip, []
+  programs = []
   for program in plan.programs:
-    done = compile_program(program.lower, plan.mesh.size, plan.topology.kind, program.trips)
-    show(f"{program.name}: compiled in {done.seconds:.0f} s")
-    time = roofline.estimate(chip, done.flops, done.bytes_accessed, done.sent)
-    programs.append(
-      dataclasses.replace(program, compiled=done, time=None if done.refused else time)
-    )
+    compiled = compile_program(program.lower, plan.mesh.size, plan.topology.kind, program.trips)
+    show(f"{program.name}: compiled in {compiled.seconds:.0f} s")
+    time = None if compiled.refused else roofline.estimate(plan.topology.chip, compiled)
+    programs.append(dataclasses.replace(program, compiled=compiled, time=time))
   return dataclasses.replace(plan, programs=tuple(programs))
 
 
 def device_bytes(tree) -> float:
-  """Returns the bytes that one device's own memory holds of shapes with shardings."""
+  """Returns the bytes of a device's own memory that arrays with these shardings take."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)

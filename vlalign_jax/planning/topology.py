@@ -1,9 +1,8 @@
-"""What `--topology` names: devices to plan for, none of which has to be there."""
+"""The devices that `--topology` names; none of them needs to exist."""
 
 import contextlib
 import dataclasses
 import importlib.util
-import math
 import os
 import re
 
@@ -19,7 +18,7 @@ KNOWN = (
 )
 INSTALL_LIBTPU = "pip install -r requirements-tpu.txt"
 INSTALL_CUDA = "pip install --no-deps -r requirements-gpu-plan.txt"
-# Instead of asking a TPU VM's metadata server, which is not there.
+# Keeps libtpu from asking the metadata server of a TPU VM.
 _NO_TPU_ATTACHED = {
   "TPU_SKIP_MDS_QUERY": "1",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # next to another plan, or training
@@ -36,9 +35,9 @@ class Topology:
   """Devices to plan for.
 
   Attributes:
-    name: as given.
+    name: the value of `--topology`.
     chip: what each device can do.
-    devices: to build a mesh of, and to compile for.
+    devices: to build a mesh from, and to compile for.
     note: what differs from a run on such devices; empty: nothing.
   """
 
@@ -49,13 +48,13 @@ class Topology:
 
   @property
   def kind(self) -> str:
-    """tpu, gpu or cpu."""
+    """Returns tpu, gpu or cpu."""
     kind = self.name.partition(":")[0]
     return "tpu" if kind in chips.TPUS else kind
 
 
 def stay_on_host() -> None:
-  """Keeps JAX away from accelerators that may be attached; before anything else of JAX is used."""
+  """Keeps JAX away from attached accelerators; call it before anything else of JAX."""
   jax.config.update("jax_platforms", "cpu")
 
 
@@ -63,7 +62,7 @@ def open_topology(name: str) -> Topology:
   """Returns the devices that a name stands for.
 
   Raises:
-    InputError: there are no such devices, or their compiler is not installed; names what to do.
+    InputError: there are no such devices, or their compiler is not installed; says what to do.
   """
   kind, _, shape = name.partition(":")
   if kind in chips.TPUS:
@@ -83,7 +82,6 @@ def _unknown(name: str) -> InputError:
 
 def _tpu(name: str, kind: str, shape: str) -> Topology:
   _check_slice(name, kind, shape)
-  sizes = [int(size) for size in shape.split("x")]
   if importlib.util.find_spec("libtpu") is None:
     raise InputError(
       f"--topology={name}: the compiler for TPUs is not installed; no TPU is needed for it: "
@@ -92,16 +90,21 @@ def _tpu(name: str, kind: str, shape: str) -> Topology:
   for key, value in _NO_TPU_ATTACHED.items():
     os.environ.setdefault(key, value)
   options = {}
-  if math.prod(sizes) == 1:  # of a host that is shared
+  if set(shape) <= {"1", "x"}:  # one chip of a host with several
     options["chips_per_host_bounds"] = [1, 1, 1]
-  if kind == "v4":  # two cores that JAX shows as one device
+  if kind == "v4":  # JAX shows its two cores as one device
     options["chip_config_name"] = "megacore"
+  devices = _describe(name, "libtpu", platform="tpu", topology_name=name, **options)
+  return Topology(name, chips.TPUS[kind], devices)
+
+
+def _describe(name: str, compiler: str, **options) -> tuple:
+  """Returns the devices that a compiler describes."""
   try:
-    description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    return tuple(topologies.get_topology_desc(**options).devices)
   except jax.errors.JaxRuntimeError as error:
     reason = " ".join(str(error).split())
-    raise InputError(f"--topology={name}: libtpu does not describe it: {reason}") from error
-  return Topology(name, chips.TPUS[kind], tuple(description.devices))
+    raise InputError(f"--topology={name}: {compiler} does not describe it: {reason}") from error
 
 
 def _check_slice(name: str, kind: str, shape: str) -> None:
@@ -113,19 +116,19 @@ def _check_slice(name: str, kind: str, shape: str) -> None:
       )
     return
   sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"[\dx]*\d", shape) else []
-  whole_hosts = len(sizes) == 3 and not sizes[0] % 2 and not sizes[1] % 2
-  if not whole_hosts or not 1 <= min(sizes) <= max(sizes) <= chips.LONGEST_AXIS:
+  full_hosts = len(sizes) == 3 and not sizes[0] % 2 and not sizes[1] % 2
+  if not full_hosts or not 1 <= min(sizes) <= max(sizes) <= chips.LONGEST_AXIS:
     raise InputError(
-      f"--topology={name}: not a slice of {kind}; hosts have 2x2x1 chips, so it is such as "
+      f"--topology={name}: not a slice of {kind}; hosts have 2x2x1 chips; write for example "
       f"{kind}:2x2x1 or {kind}:4x4x8, at most {chips.LONGEST_AXIS} along an axis"
     )
 
 
 def _gpu(name: str, shape: str) -> Topology:
   match = re.fullmatch(r"([a-z0-9-]+?)x([1-9]\d*)", shape)
-  if not match or match.group(1) not in chips.GPUS:
+  if not match or match[1] not in chips.GPUS:
     raise _unknown(name)
-  chip, count = chips.GPUS[match.group(1)], int(match.group(2))
+  chip, count = chips.GPUS[match[1]], int(match[2])
   nodes, rest = divmod(count, chips.NVLINK_GPUS)
   if nodes and rest:
     raise InputError(f"--topology={name}: nodes have {chips.NVLINK_GPUS} GPUs; name a multiple")
@@ -139,23 +142,15 @@ def _gpu(name: str, shape: str) -> Topology:
     chip = dataclasses.replace(chip, interconnect=chips.NETWORK)
     note += f"\nbetween nodes of {chips.NVLINK_GPUS} GPUs: {chips.NETWORK / 1e9:.0f} GB/s a GPU"
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-  shape = f"1x{nodes}x{chips.NVLINK_GPUS}" if nodes > 1 else f"1x1x{count}"
-  target = chips.gpu_target(match.group(1))
-  try:
-    description = topologies.get_topology_desc(
-      platform="cuda", target_config=target, topology=shape
-    )
-  except jax.errors.JaxRuntimeError as error:
-    reason = " ".join(str(error).split())
-    raise InputError(f"--topology={name}: XLA does not describe it: {reason}") from error
-  return Topology(name, chip, tuple(description.devices), note)
+  hosts = f"1x{nodes}x{chips.NVLINK_GPUS}" if nodes > 1 else f"1x1x{count}"
+  target = chips.gpu_target(match[1])
+  devices = _describe(name, "XLA", platform="cuda", target_config=target, topology=hosts)
+  return Topology(name, chip, devices, note)
 
 
 def _has_cuda_plugin() -> bool:
-  if importlib.util.find_spec("jax_plugins") is None:
-    return False
   names = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
-  return any(importlib.util.find_spec(name) for name in names)
+  return bool(importlib.util.find_spec("jax_plugins")) and any(map(importlib.util.find_spec, names))
 
 
 def _host_devices(count: int) -> tuple:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
+from vlalign_jax.hlo.loops import Trips
 from vlalign_jax.models import tiles
 from vlalign_jax.models.vlm import ModelConfig
-from vlalign_jax.planning import hlo, model_flops
+from vlalign_jax.planning import model_flops
 from vlalign_jax.planning.step_plan import StepPlan, StepProgram, device_bytes
 from vlalign_jax.planning.topology import Topology
 from vlalign_jax.sharding import mesh as meshes
@@ -19,15 +20,14 @@ from vlalign_jax.stage import Stage
 from vlalign_jax.steps import program
 from vlalign_jax.weights import published, source
 
-# Of a learning-rate schedule, whose length changes nothing that is planned.
-TOTAL_STEPS = 1000
+TOTAL_STEPS = 1000  # of the learning-rate schedule; its length changes nothing in a plan
 
 
 def check(stage: Stage, config) -> None:
-  """Refuses what no run can have; data is not needed for a plan.
+  """Checks a config as training does, but does not require data.
 
   Raises:
-    InputError: names the first such key.
+    InputError: names the first wrong key.
   """
   planned = copy.deepcopy(config)
   planned.data.train = planned.data.train or "unknown yet"
@@ -36,17 +36,17 @@ def check(stage: Stage, config) -> None:
 
 
 def model_config(config, head: str) -> ModelConfig:
-  """Returns the architecture of a run: of the weights that it names, or else of published size.
+  """Returns the architecture of the weights that a config names, or else a published one.
 
   Raises:
-    InputError: the config names neither, or adapters that match no parameter.
+    InputError: the config names neither, or its adapters match no parameter.
   """
   if config.model.init_from or config.model.vision or config.model.language:
     return source.open_for(config, head).config
   if not config.model.architecture:
     raise InputError(
       "the config names no model: give config.model.init_from, or config.model.architecture="
-      f"{' | '.join(published.MODELS)} to plan before the weights are there"
+      f"{' | '.join(published.MODELS)} to plan without weights"
     )
   model = published.published(config.model)
   model = dataclasses.replace(model, head=head)
@@ -61,7 +61,7 @@ def plan(
   examples_per_row: int = 1,
   answers: int = 2,
 ) -> StepPlan:
-  """Returns a plan that is yet to be compiled, see `step_plan.compile_plan`.
+  """Returns a plan for `step_plan.compile_plan` to compile.
 
   Args:
     stage: of the run.
@@ -69,7 +69,7 @@ def plan(
     model: the architecture.
     topology: the devices.
     examples_per_row: how many examples packing puts into a row.
-    answers: ranked answers of an example, where the stage learns from such.
+    answers: ranked answers of an example, if the stage learns from them.
 
   Raises:
     InputError: mesh, batch or model do not fit together.
@@ -78,8 +78,8 @@ def plan(
   meshes.check_heads(mesh, model.language.heads, model.language.kv_heads)
   batch, assumptions = abstract_batch(stage, config, model, mesh, examples_per_row, answers)
   step = stage.make_program(config, model, mesh, TOTAL_STEPS)
-  rows, length = batch["tokens"].shape
-  device_rows = rows // (meshes.row_blocks(mesh) * config.grad_accumulation)
+  num_rows, length = batch["tokens"].shape
+  device_rows = num_rows // (meshes.row_blocks(mesh) * config.grad_accumulation)
   resident = {
     "trained parameters": device_bytes(step.state.params),
     "optimizer": device_bytes(step.state.optimizer),
@@ -87,10 +87,10 @@ def plan(
     "reference": device_bytes(step.reference or {}),
     "batch": device_bytes(batch),
   }
-  sizes = (model, rows, length, batch["images"].shape[1])
-  needed = model_flops.count(step.params, step.state.params, *sizes)
+  sizes = (model, num_rows, length, batch["images"].shape[1])
+  flops = model_flops.count(step.params, step.state.params, *sizes)
   if step.reference is not None:
-    needed += model_flops.count(step.params, {}, *sizes)
+    flops += model_flops.count(step.params, {}, *sizes)
   return StepPlan(
     config=config,
     topology=topology,
@@ -105,8 +105,8 @@ def plan(
     ),
     resident={name: size for name, size in resident.items() if size},
     parameters=count_parameters(step.params, step.state.params),
-    tokens=rows * length,
-    model_flops=needed,
+    tokens=num_rows * length,
+    model_flops=flops,
     summary=(
       f"stage {stage.name}: ZeRO {config.mesh.zero_stage}, remat {config.model.remat}, "
       f"{config.grad_accumulation} micro-batch{'es' * (config.grad_accumulation > 1)} of "
@@ -117,37 +117,37 @@ def plan(
 
 
 def count_parameters(params, trained) -> dict[str, dict[str, int]]:
-  """Returns part of the model -> its parameters ("all"), and those of them that are trained."""
+  """Returns part of the model -> number of parameters ("all") and of trained ones ("trained")."""
   return {
     part: {"all": trees.size(tree), "trained": trees.size(trained.get(part, {}))}
     for part, tree in params.items()
   }
 
 
-def trips(mesh, length: int, head_tokens: int, decoded: int = 0) -> hlo.Trips:
+def trips(mesh, length: int, head_tokens: int, decoded: int = 0) -> Trips:
   """Returns how often loops run whose count depends on data.
 
   Args:
-    mesh: over which the program runs.
+    mesh: the mesh that the program runs on.
     length: tokens of a row.
-    head_tokens: positions of one device whose logits are computed, at most.
-    decoded: tokens that are written one by one; 0: the program does not decode.
+    head_tokens: the most positions of one device whose logits are computed.
+    decoded: tokens that are generated one by one; 0: the program does not decode.
   """
   tile = tiles.CPU_TILE if mesh.devices.flat[0].platform == "cpu" else tiles.TILE
-  # Attention goes up to the tile of the queries, of which there are as many as of keys. On CPUs
-  # it starts at the first tile with keys of the example: at most at the row's.
+  # A tile of queries attends to the tiles of keys up to its own. On CPUs it starts at the example's
+  # first tile: at the earliest at the row's.
   half = (math.ceil(length / tile) + 1) / 2
   head = math.ceil(head_tokens / meshes.head_chunk(mesh))
-  return hlo.Trips(to_unknown=decoded or head, from_unknown=half, to_counter=half)
+  return Trips(to_unknown=decoded or head, from_unknown=half, to_counter=half)
 
 
 def abstract_batch(
   stage: Stage, config, model: ModelConfig, mesh, examples_per_row: int, answers: int
 ) -> tuple[dict, tuple[str, ...]]:
-  """Returns the shapes of a batch of `config.batch_size` examples, and the assumptions in them.
+  """Returns the shapes of a batch of `config.batch_size` examples, and the assumptions behind them.
 
   Raises:
-    InputError: the rows cannot be spread over the mesh, or the images do not fit into a row.
+    InputError: the rows do not divide over the mesh, or the images do not fit into a row.
   """
   ranked = stage.task.answers == "ranked"
   if ranked and not 2 <= answers <= config.data.max_candidates:
@@ -162,7 +162,7 @@ def abstract_batch(
   meshes.check_batch(config.batch_size, config.grad_accumulation, config.data.pack, mesh)
   shares = meshes.row_blocks(mesh) * config.grad_accumulation
   filled = -(-config.batch_size // examples_per_row)
-  rows = -(-filled // shares) * shares
+  num_rows = -(-filled // shares) * shares
   length, images = config.data.max_length, config.data.max_images or examples_per_row
   if images * model.tokens_per_image > length:
     raise InputError(
@@ -171,17 +171,17 @@ def abstract_batch(
     )
   assumptions = [
     f"{config.batch_size} examples, {examples_per_row} a row of {length} tokens with {images} "
-    f"image{'s' * (images > 1)}: {rows} rows",
+    f"image{'s' * (images > 1)}: {num_rows} rows",
     "the head runs over all tokens (in training over those that are learned)",
   ]
-  if rows > filled:
-    assumptions.append(f"{rows - filled} of the rows are padding")
-  batch = program.abstract_batch(model, mesh, rows, length, images)
+  if num_rows > filled:
+    assumptions.append(f"{num_rows - filled} of the rows are padding")
+  batch = program.abstract_batch(model, mesh, num_rows, length, images)
   if ranked:
     assumptions.append(
       f"each example has {answers} ranked answers, within the row's length (--answers)"
     )
-    ranks = (rows, examples_per_row, answers)
+    ranks = (num_rows, examples_per_row, answers)
     shapes = {"answers": (ranks, jnp.int32), "examples": (ranks[:2], jnp.int32)}
     fields, sentences = stage.planned_fields(config, ranks)
     shapes |= fields

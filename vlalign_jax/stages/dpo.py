@@ -181,7 +181,7 @@ def planned_fields(config, sizes: tuple[int, int, int]):
   """Returns the fields of a batch that hold what was computed before training, see `Stage`."""
   if config.dpo.reference != CACHED:
     return {}, ()
-  sentence = "the reference's log-probabilities are there: a forward pass each, before training"
+  sentence = "the reference's log-probabilities are cached: one forward pass each, before training"
   return {"reference": (sizes, jnp.float32)}, (sentence,)
 
 

@@ -1,6 +1,6 @@
-"""Small programs whose collectives are known, compiled for eight CPU devices; run by test_hlo.
+"""Compiles small programs with known collectives for eight CPU devices; test_hlo runs it.
 
-python -m tests.planning.compiled_loops
+python -m tests.hlo.compiled_loops
 
 Writes one JSON object: program -> what `collectives` counts in it.
 """
@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vlalign_jax.planning import collectives, hlo, operations
+from vlalign_jax.hlo import collectives, loops, operations
+from vlalign_jax.hlo.parser import parse
 
 DEVICES, SIZE, STEPS, OUTER = 8, 64, 5, 3
 
 
 def psum_in_scan(mesh):
-  """OUTER x STEPS sums of float32[SIZE], and a product of [SIZE, SIZE] each."""
+  """Returns OUTER x STEPS sums of float32[SIZE], each with a product of [SIZE, SIZE]."""
 
   def local(x, w):
     def body(x, _):
@@ -34,7 +35,7 @@ def psum_in_scan(mesh):
 
 
 def ring(mesh):
-  """STEPS permutations of float32[SIZE], and one that moves nothing."""
+  """Returns STEPS permutations of float32[SIZE], and one that moves nothing."""
 
   def local(x):
     around = [(i, (i + 1) % DEVICES) for i in range(DEVICES)]
@@ -51,12 +52,12 @@ def ring(mesh):
 
 
 def gather_layers(mesh):
-  """STEPS layers split over the devices, each gathered before its product."""
-  whole = NamedSharding(mesh, PartitionSpec())
+  """Returns STEPS layers split over the devices, each gathered before its product."""
+  replicated = NamedSharding(mesh, PartitionSpec())
 
   def program(x, layers):
     def body(x, layer):
-      layer = jax.lax.with_sharding_constraint(layer, whole)
+      layer = jax.lax.with_sharding_constraint(layer, replicated)
       return jnp.tanh(x @ layer), None
 
     return jax.lax.scan(body, x, layers)[0]
@@ -66,7 +67,7 @@ def gather_layers(mesh):
 
 
 def until_data_says(mesh):
-  """A sum in a loop whose count depends on data."""
+  """Returns a sum in a loop whose count depends on data."""
 
   def local(x, n):
     return jax.lax.fori_loop(0, n[0], lambda i, x: jax.lax.psum(x, "x") / DEVICES, x)
@@ -77,13 +78,13 @@ def until_data_says(mesh):
 
 
 def up_to_counter(mesh):
-  """Products of [SIZE, SIZE], one more in each of STEPS turns; then as many as a list says."""
+  """Returns products of [SIZE, SIZE]: n in turn n of STEPS; then as many as an array says."""
 
   def local(x, w):
     def inner(count, x):
       return jax.lax.fori_loop(0, count, lambda _, x: jnp.tanh(w @ x), x)
 
-    limits = jnp.asarray([n * n % 7 for n in range(STEPS)])  # what a loop put by
+    limits = jnp.asarray([n * n % 7 for n in range(STEPS)])  # as another loop may save them
     x = jax.lax.fori_loop(0, STEPS, lambda i, x: inner(i + 1, x), x)
     return jax.lax.scan(lambda x, limit: (inner(limit, x), None), x, limits)[0]
 
@@ -93,7 +94,7 @@ def up_to_counter(mesh):
 
 
 def scatter(mesh):
-  """One sum over the devices of which each keeps its part, and one exchange."""
+  """Returns one sum over the devices, of which each keeps its part, and one exchange."""
 
   def local(x):
     x = jax.lax.psum_scatter(x, "x", tiled=True)
@@ -108,7 +109,7 @@ def scatter(mesh):
 def main() -> None:
   jax.config.update("jax_num_cpu_devices", DEVICES)
   mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(AxisType.Auto,))
-  found = {}
+  counts = {}
   for make in (psum_in_scan, ring, gather_layers, until_data_says, up_to_counter, scatter):
     function, arguments = make(mesh)
     shapes = [
@@ -119,16 +120,16 @@ def main() -> None:
       )
       for shape, spec in arguments
     ]
-    program = hlo.parse(jax.jit(function).lower(*shapes).compile().as_text())
-    trips = hlo.Trips(to_unknown=7, to_counter=(STEPS + 1) / 2)
-    found[make.__name__] = {
+    program = parse(jax.jit(function).lower(*shapes).compile().as_text())
+    trips = loops.Trips(to_unknown=7, to_counter=(STEPS + 1) / 2)
+    counts[make.__name__] = {
       "flops": operations.flops(program, trips),
       **{
         kind: [traffic.count, traffic.bytes]
         for kind, traffic in collectives.traffic(program, DEVICES, trips).items()
       },
     }
-  print(json.dumps(found))
+  print(json.dumps(counts))
 
 
 if __name__ == "__main__":

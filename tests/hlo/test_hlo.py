@@ -1,4 +1,4 @@
-"""What is read out of compiled programs: the CPU compiler's, and lines as the TPU's writes them."""
+"""Counts of compiled programs: the CPU compiler's, and lines as other compilers write them."""
 
 import json
 import os
@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.planning.compiled_loops import DEVICES, OUTER, SIZE, STEPS
-from vlalign_jax.planning import collectives, hlo, operations
+from tests.hlo.compiled_loops import DEVICES, OUTER, SIZE, STEPS
+from vlalign_jax.hlo import collectives, memory, operations
+from vlalign_jax.hlo.parser import parse
 
 RING = (DEVICES - 1) / DEVICES
 VECTOR, MATRIX = 4 * SIZE, 4 * SIZE * SIZE
@@ -18,14 +19,14 @@ VECTOR, MATRIX = 4 * SIZE, 4 * SIZE * SIZE
 
 @pytest.fixture(scope="module")
 def compiled():
-  done = subprocess.run(
-    [sys.executable, "-m", "tests.planning.compiled_loops"],
+  process = subprocess.run(
+    [sys.executable, "-m", "tests.hlo.compiled_loops"],
     capture_output=True,
     text=True,
     cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
   )
-  assert done.returncode == 0, done.stderr
-  return json.loads(done.stdout)
+  assert process.returncode == 0, process.stderr
+  return json.loads(process.stdout)
 
 
 EXPECTED = {
@@ -122,10 +123,10 @@ ENTRY %main (w: bf16[8,64], v: f32[4,128], g: f32[32,8]) -> bf16[16,64] {
 
 
 def test_collectives_of_a_tpu_program():
-  program = hlo.parse(TPU)
-  found = collectives.traffic(program, devices=8)
+  program = parse(TPU)
+  traffic = collectives.traffic(program, devices=8)
   turns = 4  # from 0 to below 8 by 2, the step handed through the loop
-  assert {kind: (traffic.count, traffic.bytes) for kind, traffic in found.items()} == {
+  assert {kind: (total.count, total.bytes) for kind, total in traffic.items()} == {
     "collective-permute": (turns * 2, turns * 2 * 2 * 8 * 64),
     "all-gather": (1, 3 / 4 * 4 * 16 * 128),  # once, though the loop works on it four times
     "reduce-scatter": (1, 3 / 4 * 4 * 32 * 8),
@@ -150,7 +151,7 @@ GPU = """ENTRY %main (q: bf16[4,256,8,128], k: bf16[4,256,4,128], x: bf16[1024,1
 
 
 def test_kernels_of_a_gpu_program():
-  program = hlo.parse(GPU)
+  program = parse(GPU)
   scores = 2 * 4 * 8 * 256 * 256 * 128
   attention = 2 * scores / 2 + 5 * scores  # half of the first's pairs are hidden
   assert operations.flops(program) == attention + 2 * 1024 * 1024 * 512
@@ -159,7 +160,7 @@ def test_kernels_of_a_gpu_program():
 
 def _convolution(line: str, left: str, kernel: str) -> float:
   return operations.flops(
-    hlo.parse(
+    parse(
       f"ENTRY %main (l: {left}, k: {kernel}) -> f32[] {{\n"
       f"  %l = {left} parameter(0)\n  %k = {kernel} parameter(1)\n  ROOT %c = {line}\n}}\n"
     )
@@ -167,13 +168,13 @@ def _convolution(line: str, left: str, kernel: str) -> float:
 
 
 def test_batched_products_are_dilated_convolutions():
-  """A batch of 16 products [512, 128] x [128, 512], as the TPU's compiler writes it."""
+  """Counts 16 products [512, 128] x [128, 512], as the TPU's compiler writes the batch."""
   line = (
     "f32[512,512,16]{1,0,2} convolution(%l, %k), "
     "window={size=16 stride=15 lhs_dilate=16}, dim_labels=bf0_oi0->bf0"
   )
-  found = _convolution(line, "bf16[512,128,16]", "bf16[512,128,16]")
-  assert found == 2 * 16 * 512 * 512 * 128
+  flops = _convolution(line, "bf16[512,128,16]", "bf16[512,128,16]")
+  assert flops == 2 * 16 * 512 * 512 * 128
 
 
 def test_padding_counts_nothing():
@@ -183,12 +184,12 @@ def test_padding_counts_nothing():
 
 def test_text_that_is_not_a_program():
   with pytest.raises(ValueError, match="no entry computation"):
-    hlo.parse("module @jit_step {\n}\n")
+    parse("module @jit_step {\n}\n")
 
 
 def test_bytes_of_slices_and_updates_in_place():
-  """A layer of a stack is read, and a place of another written; both stay in memory."""
-  program = hlo.parse("""
+  """Reads a layer of one stack and writes a layer of another; both stay in memory."""
+  program = parse("""
 %slice_and_put (stack: f32[32,64], kept: f32[32,64], at: s32[]) -> f32[32,64] {
   %stack = f32[32,64]{1,0} parameter(0)
   %kept = f32[32,64]{1,0} parameter(1)
@@ -209,19 +210,19 @@ ENTRY %main (a: f32[32,64], b: f32[32,64], n: s32[]) -> f32[32,64] {
 """)
   stack, layer, index = 32 * 64 * 4, 64 * 4, 4
   fusion = layer + layer + index
-  assert operations.bytes_accessed(program) == fusion + stack + 2 * stack
+  assert memory.bytes_accessed(program) == fusion + stack + 2 * stack
 
 
 def test_bytes_are_those_of_the_compilers_own_count():
-  """Without a loop; in a scan each step counts, which the compiler's count leaves out."""
+  """Agrees without a loop; in a scan each step counts, which the compiler leaves out."""
   once = lambda x, w: jnp.tanh(x @ w)  # noqa: E731
   loop = lambda x, w: jax.lax.scan(lambda x, _: (once(x, w), None), x, None, length=7)[0]  # noqa: E731
   x, w = jnp.zeros((64, 128)), jnp.zeros((128, 128))
   counts = []
   for function in (once, loop):
-    done = jax.jit(function).lower(x, w).compile()
-    ours = operations.bytes_accessed(hlo.parse(done.as_text()))
-    counts.append((ours, done.cost_analysis()["bytes accessed"]))
+    compiled = jax.jit(function).lower(x, w).compile()
+    ours = memory.bytes_accessed(parse(compiled.as_text()))
+    counts.append((ours, compiled.cost_analysis()["bytes accessed"]))
   assert counts[0][0] == pytest.approx(counts[0][1], rel=0.05)
   assert counts[1][0] == pytest.approx(7 * counts[0][0], rel=0.4)  # copies of a loop's own
   assert counts[1][0] > 4 * counts[1][1]
