@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.generation import sharded_answers, tiny
+from tests.generation import sharded_answers, tiny_llava
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def test_answers_are_those_of_one_device(name, runs):
   for key in ("log_probabilities", "drawn_log_probabilities"):
     np.testing.assert_allclose(found[key], expected[key], atol=1e-4)
   lengths = np.array(found["lengths"])
-  assert len(set(lengths[: len(tiny.PROMPTS)].ravel().tolist())) > 2
-  assert not lengths[len(tiny.PROMPTS) :].any()
+  assert len(set(lengths[: len(tiny_llava.PROMPTS)].ravel().tolist())) > 2
+  assert not lengths[len(tiny_llava.PROMPTS) :].any()
 
 
 @pytest.mark.parametrize("name", ["ZeRO 3", "ZeRO 3, tensor"])
