@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from tests.generation import sharded_answers, tiny_llava
+from tests.process_group import cpu_devices
 
 
 @pytest.fixture(scope="module")
 def runs(model):
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
   done = subprocess.run(
     [sys.executable, "-m", "tests.generation.sharded_answers", model.directory],
-    env=environment,
+    env=os.environ | cpu_devices(8),
     capture_output=True,
     text=True,
     cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from tests import parity, tiny_models
+from tests.process_group import cpu_devices
 from tests.sharding import zero_steps
 from vlalign_jax.errors import InputError
 from vlalign_jax.sharding import mesh as meshes
@@ -37,10 +38,9 @@ SPLIT = {
 def runs(tmp_path_factory):
   directory = str(tmp_path_factory.mktemp("llava"))
   tiny_models.make_llava(directory)
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
   done = subprocess.run(
     [sys.executable, "-m", "tests.sharding.zero_steps", directory],
-    env=environment,
+    env=os.environ | cpu_devices(8),
     capture_output=True,
     text=True,
     cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),

@@ -16,6 +16,7 @@ import transformers
 from flax import nnx
 
 from tests import parity, tiny_models
+from tests.process_group import cpu_devices
 from tests.steps import preference_rows
 from tests.steps.shared_prompts import EXAMPLES, LAYOUT, RUNS
 from vlalign_jax import trees
@@ -39,10 +40,9 @@ def torch_model(directory):
 
 @pytest.fixture(scope="module")
 def errors(directory, torch_model):
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
   done = subprocess.run(
     [sys.executable, "-m", "tests.steps.shared_prompts", directory],
-    env=environment,
+    env=os.environ | cpu_devices(8),
     capture_output=True,
     text=True,
     cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
