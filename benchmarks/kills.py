@@ -23,8 +23,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from tests import checkpoints, sft_run
-from tests.rollout import tiny
+from tests import sft_run, tiny_models
+from tests.rollout import tiny_ppo
 
 ROOT = pathlib.Path(__file__).parents[1]
 SAVE_EVERY, EVAL_EVERY = 4, 10
@@ -107,8 +107,8 @@ def make_command(directory: pathlib.Path, stage: str, steps: int) -> list[str]:
     "save_best_limit": 2,
   }
   if stage == "ppo":
-    return _command(tiny.make(str(directory)).config(**_ppo(directory), **often))
-  checkpoints.make_llava(str(directory / "model"))
+    return _command(tiny_ppo.make(str(directory)).config(**_ppo(directory), **often))
+  tiny_models.make_llava(str(directory / "model"))
   records = sft_run.make_records(str(directory / "data"), 40)
   if stage != "sft":
     records = sft_run.ranked(records)

@@ -29,10 +29,10 @@ def make(directory: str, layers: int) -> None:
   import transformers
   from PIL import Image
 
-  from tests import checkpoints
+  from tests import tiny_models
 
   os.makedirs(directory)
-  tokenizer = checkpoints.make_tokenizer()
+  tokenizer = tiny_models.make_tokenizer()
   text = {
     "vocab_size": 32064,
     "hidden_size": 4096,
@@ -53,8 +53,8 @@ def make(directory: str, layers: int) -> None:
     "projection_dim": 768,
   }
   config = transformers.LlavaConfig(
-    vision_config=checkpoints.vision_config(**vision),
-    text_config=checkpoints.text_config(tokenizer, **text),
+    vision_config=tiny_models.vision_config(**vision),
+    text_config=tiny_models.text_config(tokenizer, **text),
     image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     architectures=["LlavaForConditionalGeneration"],
     dtype="bfloat16",
@@ -63,9 +63,9 @@ def make(directory: str, layers: int) -> None:
     shapes = transformers.LlavaForConditionalGeneration(config).state_dict()
   config.save_pretrained(directory)
   tokenizer.save_pretrained(directory)
-  checkpoints.save_image_processor(directory, vision["image_size"])
+  tiny_models.save_image_processor(directory, vision["image_size"])
   _write_shards(
-    directory, {checkpoints.rename(n, "old"): tuple(t.shape) for n, t in shapes.items()}
+    directory, {tiny_models.rename(n, "old"): tuple(t.shape) for n, t in shapes.items()}
   )
   Image.new("RGB", (336, 336), "red").save(os.path.join(directory, "red.png"))
   record = {

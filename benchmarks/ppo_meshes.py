@@ -14,7 +14,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 
-from tests.rollout import tiny
+from tests.rollout import tiny_ppo
 from vlalign_jax.rollout import learn
 from vlalign_jax.sharding import hosts
 
@@ -29,12 +29,12 @@ SETTINGS = {
 }
 
 
-def step(files: tiny.Files, name: str, workdir: str) -> dict:
+def step(files: tiny_ppo.Files, name: str, workdir: str) -> dict:
   """The metrics of the first step."""
   overrides = {"batch_size": 16, "max_steps": 1, "ppo.num_generations": 2, "ppo.kl_coef": 0.2}
   config = files.config(**overrides, **SETTINGS[name])
   devices = jax.devices()[: 1 if name == "one" else 8]
-  run = tiny.make_run(files, config, f"{workdir}/{name}", with_other=True, devices=devices)
+  run = tiny_ppo.make_run(files, config, f"{workdir}/{name}", with_other=True, devices=devices)
   train_step = learn.make_train_step(run.held, run.train, run.records, {})
   with run.train.batches() as batches:
     rows = next(batches)
@@ -47,7 +47,7 @@ def main(*names: str) -> int:
   """Compares; gives the exit code."""
   worst = 0.0
   with tempfile.TemporaryDirectory() as workdir:
-    files = tiny.make(f"{workdir}/files")
+    files = tiny_ppo.make(f"{workdir}/files")
     one = step(files, "one", workdir)
     for name in names or list(SETTINGS)[1:]:
       found = step(files, name, workdir)

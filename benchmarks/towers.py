@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from tests import checkpoints, reference, sft_run
+from tests import parity, sft_run, tiny_models
 from vlalign_jax import trees
 from vlalign_jax.models.projector import PROJECTORS
 from vlalign_jax.weights import source
@@ -63,8 +63,8 @@ def train(stage: str, directory: str, name: str, *settings: str) -> str:
 
 def weights(place: str = "", **towers: str) -> dict[str, np.ndarray]:
   """All parameters of a model directory, of a run with its adapters merged, or of two towers."""
-  opened = source.open_source(reference.model_group(init_from=place, **towers))
-  _, params = reference.load_all(opened)
+  opened = source.open_source(parity.model_group(init_from=place, **towers))
+  _, params = parity.load_all(opened)
   return trees.flatten(jax.device_get(params))
 
 
@@ -97,8 +97,8 @@ def export(run_directory: str) -> str:
 
 def main(_) -> None:
   with tempfile.TemporaryDirectory() as directory:
-    checkpoints.make_clip(f"{directory}/clip", whole=True)
-    checkpoints.make_llama(f"{directory}/llama", hidden_size=LANGUAGE_WIDTH)
+    tiny_models.make_clip(f"{directory}/clip", whole=True)
+    tiny_models.make_llama(f"{directory}/llama", hidden_size=LANGUAGE_WIDTH)
     records = sft_run.make_records(directory, RECORDS)
     for name, found in (("sft", records), ("ranked", sft_run.ranked(records))):
       sft_run.write_json(f"{directory}/{name}.json", found[:-4])

@@ -1,28 +1,33 @@
 """What all tests share."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Numbers are compared with float32 references on the CPU, and scripts are run beside this process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# LLVM at level 0, here and in the scripts: the same XLA passes, compiled in half the time or less.
+# A test waits for compilers, not for numbers. Here and in the scripts LLVM is at level 0, and XLA
+# emits LLVM's code itself instead of by way of MLIR: XLA's passes are the same, and a program is
+# compiled in a fifth of the time. tests/training/test_resume.py has runs without all this.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = " ".join(
+  (
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    os.environ.get("XLA_FLAGS", ""),
+  )
+)
+# pytest's workers and the scripts share what they compiled.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-import jax
 import pytest
 
 
 @pytest.fixture(scope="session")
 def compile_cache(tmp_path_factory) -> dict[str, str]:
-  """Compiled programs kept for the session; gives the environment of processes that share them."""
-  directory = tmp_path_factory.mktemp("compiled")
-  settings = {
-    "jax_compilation_cache_dir": str(directory),
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: getattr(jax.config, name) for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  yield {name.upper(): str(value) for name, value in settings.items()}
-  for name, value in before.items():
-    jax.config.update(name, value)
+  return {}

@@ -3,13 +3,13 @@
 import pytest
 
 from scripts import train_sft
-from tests import checkpoints, sft_run
+from tests import sft_run, tiny_models
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
   directory = tmp_path_factory.mktemp("model")
-  checkpoints.make_llava(str(directory))
+  tiny_models.make_llava(str(directory))
   return directory
 
 

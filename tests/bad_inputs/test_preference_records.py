@@ -5,7 +5,7 @@ import pytest
 from scripts import train_dpo, train_reward
 from tests import sft_run
 from tests.bad_inputs.failing import fails
-from tests.data.test_preferences import make_config
+from tests.input_pipeline.test_preferences import make_config
 
 SCRIPTS = {"reward": train_reward, "dpo": train_dpo}
 

@@ -12,8 +12,8 @@ import sys
 import jax
 import numpy as np
 
-from tests import reference
-from tests.generation import tiny
+from tests import parity
+from tests.generation import tiny_llava
 from vlalign_jax.generation.generate import make_generate
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models import vlm
@@ -49,9 +49,9 @@ def run(opened, prompts, data: int, fsdp: int, tensor: int, split: bool, gather:
   params = load.load_params(
     opened, meshes.place(abstract, zero.shardings(mesh, abstract, split=split))
   )
-  pictures = reference.make_pictures(3, opened.config.vision.image_size)
+  pictures = parity.make_pictures(3, opened.config.vision.image_size)
   layout = [[prompt] for prompt in prompts] + [[]] * (ROWS - len(prompts))
-  rows = reference.make_rows(opened.config, layout, pictures, tiny.LENGTH, tiny.IMAGES)
+  rows = parity.make_rows(opened.config, layout, pictures, tiny_llava.LENGTH, tiny_llava.IMAGES)
   rows = hosts.to_device(mesh, rows | {"numbers": np.arange(ROWS, dtype=np.int32)})
   numbers = rows.pop("numbers")
   program = make_generate(opened.config, SAMPLING, mesh=mesh, gather=gather)
@@ -73,8 +73,8 @@ def moved(program: str) -> list[list[int]]:
 
 def main(directory: str) -> None:
   rules.MIN_SIZE = 32  # a tiny model has nothing as large as the true limit
-  opened = source.open_source(reference.model_group(init_from=directory))
-  prompts = tiny.make_prompts(opened.config)
+  opened = source.open_source(parity.model_group(init_from=directory))
+  prompts = tiny_llava.make_prompts(opened.config)
   runs = {name: run(opened, prompts, *options) for name, options in RUNS.items()}
   print(json.dumps(runs))
 

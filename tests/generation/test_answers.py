@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests import reference
+from tests import parity
 from vlalign_jax.data.records import load_records
 from vlalign_jax.errors import InputError
 from vlalign_jax.generation.answers import generate_answers
@@ -54,7 +54,7 @@ def everything(model, files):
   config.batch_size = 2
   config.model.dtype = "float32"
   config.data.max_length = 192
-  opened = source.open_source(reference.model_group(init_from=model.directory))
+  opened = source.open_source(parity.model_group(init_from=model.directory))
   records = load_records(str(files / "test.json"), answers="optional")
   mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
   return config, opened, records, mesh
@@ -80,7 +80,7 @@ def test_texts_are_those_of_transformers(model, everything, caplog):
     pixels = {}
     if images:
       pictures = [model.pictures[name] for name in images]
-      pixels = {"pixel_values": reference.pixel_values(model.config, pictures)}
+      pixels = {"pixel_values": parity.pixel_values(model.config, pictures)}
     expected = model.torch_model.generate(
       input_ids=tokens,
       attention_mask=torch.ones_like(tokens),

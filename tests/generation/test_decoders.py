@@ -2,16 +2,16 @@
 
 import pytest
 
-from tests import checkpoints
-from tests.generation import tiny
+from tests import tiny_models
+from tests.generation import tiny_llava
 from tests.generation.test_greedy import NEW_TOKENS, answers
 
-WINDOWS = {"qwen2": checkpoints.QWEN2_WINDOW, "mistral": checkpoints.MISTRAL_WINDOW}
+WINDOWS = {"qwen2": tiny_models.QWEN2_WINDOW, "mistral": tiny_models.MISTRAL_WINDOW}
 
 
 @pytest.mark.parametrize("name", WINDOWS)
 def test_greedy_answers_past_the_window(name, tmp_path):
-  model = tiny.make(str(tmp_path), text=WINDOWS[name])
+  model = tiny_llava.make(str(tmp_path), text=WINDOWS[name])
   window = model.config.language.sliding_window
   assert window < NEW_TOKENS
   lengths = [len(prompt.tokens) for prompt in model.prompts]

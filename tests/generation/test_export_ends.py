@@ -9,7 +9,7 @@ import torch
 import transformers
 from PIL import Image
 
-from tests import reference
+from tests import parity
 from tests.data.test_jinja_template import LLAMA_3
 from tests.generation.test_greedy import answers
 from vlalign_jax.data import encode, templates
@@ -23,7 +23,7 @@ LIMIT = 24
 
 def exported(model, template: str, directory):
   """(source as of a run with the template, its export's model and processor)."""
-  opened, _, params = reference.open_model(model.directory)
+  opened, _, params = parity.open_model(model.directory)
   if template == "auto":
     opened.tokenizer.chat_template = LLAMA_3
   files = str(directory / "model")  # what a run keeps

@@ -6,7 +6,7 @@ import pytest
 import torch
 from flax import nnx
 
-from tests import reference
+from tests import parity
 from vlalign_jax.generation.generate import make_generate
 from vlalign_jax.generation.sampling import Sampling
 
@@ -50,7 +50,7 @@ def test_is_transformers_left_padded_batch(model, endless):
   found = model.torch_model.generate(
     input_ids=tokens,
     attention_mask=mask,
-    pixel_values=reference.pixel_values(model.config, shown),
+    pixel_values=parity.pixel_values(model.config, shown),
     do_sample=False,
     pad_token_id=0,
     max_new_tokens=NEW_TOKENS,

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import reference
+from tests import parity
 from vlalign_jax import trees
 from vlalign_jax.data.encode_preferences import branch
 from vlalign_jax.generation.generate import make_generate
@@ -34,8 +34,8 @@ def forward(config, graphdef, params, model, generated):
     answers = [ids[:length] for ids, length in zip(tokens, lengths, strict=True)]
     assert image_token not in np.concatenate(answers)
     layout.append([branch(prompt.tokens, answers, prompt.images, prompt.where)])
-  rows = reference.make_rows(config, layout, model.pictures, 96, 2)
-  logits = reference.logits(graphdef, params, rows)
+  rows = parity.make_rows(config, layout, model.pictures, 96, 2)
+  logits = parity.logits(graphdef, params, rows)
   found = jax.nn.log_softmax(logits, axis=-1)
   found = np.take_along_axis(np.asarray(found), rows["targets"][..., None], axis=-1)[..., 0]
   result = np.zeros(generated.tokens.shape, np.float32)

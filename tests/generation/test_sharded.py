@@ -8,15 +8,15 @@ import sys
 import numpy as np
 import pytest
 
-from tests.generation import sharded_answers, tiny
+from tests.generation import sharded_answers, tiny_llava
+from tests.process_group import cpu_devices
 
 
 @pytest.fixture(scope="module")
 def runs(model):
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
   done = subprocess.run(
     [sys.executable, "-m", "tests.generation.sharded_answers", model.directory],
-    env=environment,
+    env=os.environ | cpu_devices(8),
     capture_output=True,
     text=True,
     cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
@@ -33,8 +33,8 @@ def test_answers_are_those_of_one_device(name, runs):
   for key in ("log_probabilities", "drawn_log_probabilities"):
     np.testing.assert_allclose(found[key], expected[key], atol=1e-4)
   lengths = np.array(found["lengths"])
-  assert len(set(lengths[: len(tiny.PROMPTS)].ravel().tolist())) > 2
-  assert not lengths[len(tiny.PROMPTS) :].any()
+  assert len(set(lengths[: len(tiny_llava.PROMPTS)].ravel().tolist())) > 2
+  assert not lengths[len(tiny_llava.PROMPTS) :].any()
 
 
 @pytest.mark.parametrize("name", ["ZeRO 3", "ZeRO 3, tensor"])

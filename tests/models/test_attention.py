@@ -9,7 +9,7 @@ import torch
 
 from tests.models import layouts
 from tests.models.layouts import H, K
-from tests.reference import relative_error
+from tests.parity import relative_error
 from vlalign_jax.models import cudnn, splash, tiles
 
 

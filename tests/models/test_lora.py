@@ -10,7 +10,7 @@ import pytest
 import torch
 from flax import nnx
 
-from tests import adapters, checkpoints, reference
+from tests import parity, peft_models, tiny_models
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.losses import sft
@@ -19,7 +19,7 @@ from vlalign_jax.weights import source
 
 VARIANTS = {
   "language": (
-    {"r": 4, "lora_alpha": 8, "target_modules": adapters.LANGUAGE},
+    {"r": 4, "lora_alpha": 8, "target_modules": peft_models.LANGUAGE},
     {"rank": 4, "alpha": 8.0},
   ),
   "rank-stabilised, all parts, biases, tied embeddings": (
@@ -27,7 +27,7 @@ VARIANTS = {
       "r": 4,
       "lora_alpha": 6,
       "use_rslora": True,
-      "target_modules": "|".join((adapters.LANGUAGE, adapters.VISION, adapters.PROJECTOR)),
+      "target_modules": "|".join((peft_models.LANGUAGE, peft_models.VISION, peft_models.PROJECTOR)),
       "rank_pattern": {"vision_tower.*": 2},
     },
     {
@@ -51,15 +51,15 @@ def pair(request, tmp_path_factory):
   """A torch model with peft's adapters, ours with the same, and one example."""
   theirs, ours = VARIANTS[request.param]
   root = tmp_path_factory.mktemp("lora")
-  model = checkpoints.make_llava(root / "llava", text=TEXT if "tied" in request.param else {})
-  adapted = adapters.add(model, **theirs)
+  model = tiny_models.make_llava(root / "llava", text=TEXT if "tied" in request.param else {})
+  adapted = peft_models.add(model, **theirs)
   adapted.save_pretrained(root / "peft")
-  opened, graphdef, params = adapters.open_model(
+  opened, graphdef, params = peft_models.open_model(
     root / "llava", init_from=str(root / "peft"), **ours
   )
-  pictures = reference.make_pictures(2, opened.config.vision.image_size)
-  example = reference.make_example(opened.config, 24, tuple(pictures))
-  rows = reference.make_rows(opened.config, [[example]], pictures, len(example.tokens), 2)
+  pictures = parity.make_pictures(2, opened.config.vision.image_size)
+  example = parity.make_example(opened.config, 24, tuple(pictures))
+  rows = parity.make_rows(opened.config, [[example]], pictures, len(example.tokens), 2)
   return types.SimpleNamespace(
     torch=adapted,
     config=opened.config,
@@ -73,16 +73,16 @@ def pair(request, tmp_path_factory):
 
 def test_logits_are_those_of_peft(pair):
   with torch.no_grad():
-    expected = reference.torch_logits(pair.torch, pair.config, pair.example, pair.pictures).numpy()
+    expected = parity.torch_logits(pair.torch, pair.config, pair.example, pair.pictures).numpy()
     with pair.torch.disable_adapter():
-      without = reference.torch_logits(pair.torch, pair.config, pair.example, pair.pictures).numpy()
-  found = reference.logits(pair.graphdef, pair.params, pair.rows)[0]
-  assert reference.relative_error(found, expected) < 1e-5
-  assert reference.relative_error(without, expected) > 0.1  # else this shows nothing
+      without = parity.torch_logits(pair.torch, pair.config, pair.example, pair.pictures).numpy()
+  found = parity.logits(pair.graphdef, pair.params, pair.rows)[0]
+  assert parity.relative_error(found, expected) < 1e-5
+  assert parity.relative_error(without, expected) > 0.1  # else this shows nothing
   # The reference of DPO and PPO: the same weights in the model that was built without adapters.
   base, _ = vlm.abstract_params(dataclasses.replace(pair.config, lora=None))
-  found = reference.logits(base, lora.base_params(pair.params), pair.rows)[0]
-  assert reference.relative_error(found, without) < 1e-5
+  found = parity.logits(base, lora.base_params(pair.params), pair.rows)[0]
+  assert parity.relative_error(found, without) < 1e-5
 
 
 def test_gradients_of_adapters_are_those_of_peft(pair):
@@ -97,30 +97,30 @@ def test_gradients_of_adapters_are_those_of_peft(pair):
   pair.torch.zero_grad()
   for name, param in pair.torch.named_parameters():
     param.requires_grad = "lora_" in name
-  expected, _ = reference.torch_loss(pair.torch, pair.config, [pair.example], pair.pictures)
+  expected, _ = parity.torch_loss(pair.torch, pair.config, [pair.example], pair.pictures)
   expected.backward()
-  assert reference.relative_error(value, expected.detach()) < 1e-5
-  wanted = adapters.as_params(pair.config, pair.torch, lambda param: param.grad)
+  assert parity.relative_error(value, expected.detach()) < 1e-5
+  wanted = peft_models.as_params(pair.config, pair.torch, lambda param: param.grad)
   grads = trees.flatten(grads)
   assert grads.keys() == wanted.keys()
   for path, grad in grads.items():  # through many large adapters, in float32 on both sides
-    assert reference.relative_error(grad, wanted[path]) < 2e-5, path
+    assert parity.relative_error(grad, wanted[path]) < 2e-5, path
 
 
 def test_fresh_adapters_change_nothing_and_are_drawn_by_the_seed(tmp_path):
-  checkpoints.make_llava(tmp_path)
-  _, graphdef, plain = reference.open_model(tmp_path)
-  opened, adapted, params = adapters.open_model(tmp_path, rank=4, vision_rank=2)
+  tiny_models.make_llava(tmp_path)
+  _, graphdef, plain = parity.open_model(tmp_path)
+  opened, adapted, params = peft_models.open_model(tmp_path, rank=4, vision_rank=2)
   base, _ = vlm.abstract_params(dataclasses.replace(opened.config, lora=None))
   assert base == graphdef
   found, expected = trees.flatten(lora.base_params(params)), trees.flatten(plain)
   assert found.keys() == expected.keys()
   for path, array in found.items():
     np.testing.assert_array_equal(array, expected[path])
-  example = reference.make_example(opened.config, 20)
-  rows = reference.make_rows(opened.config, [[example]], {}, 20, 0)
+  example = parity.make_example(opened.config, 20)
+  rows = parity.make_rows(opened.config, [[example]], {}, 20, 0)
   np.testing.assert_array_equal(
-    reference.logits(adapted, params, rows), reference.logits(graphdef, plain, rows)
+    parity.logits(adapted, params, rows), parity.logits(graphdef, plain, rows)
   )
   for path, array in trees.flatten(params).items():
     if path.endswith("/lora_a"):  # Kaiming's uniform with a = sqrt(5): up to 1 / sqrt(in)
@@ -131,7 +131,7 @@ def test_fresh_adapters_change_nothing_and_are_drawn_by_the_seed(tmp_path):
       assert not np.any(array)
   draws = []
   for seed in (0, 0, 1):
-    _, drawn = reference.load_all(opened, seed)
+    _, drawn = parity.load_all(opened, seed)
     draws.append(drawn["language"]["layers"]["attention"]["query"]["lora_a"])
   np.testing.assert_array_equal(draws[0], draws[1])
   assert np.any(draws[0] != draws[2])
@@ -176,17 +176,17 @@ def test_dropout_drops_what_enters_an_adapter_and_keeps_the_mean():
 
 
 def test_dropout_goes_by_the_key_of_the_rows(tmp_path):
-  checkpoints.make_llava(tmp_path)
-  opened, _, params = adapters.open_model(
+  tiny_models.make_llava(tmp_path)
+  opened, _, params = peft_models.open_model(
     tmp_path, rank=4, vision_rank=2, dropout=0.3, targets="/layers/|projector"
   )
   graphdef, _ = vlm.abstract_params(opened.config, remat="full")
   params = trees.map_paths(
     lambda path, x: jnp.full_like(x, 0.1) if path.endswith("lora_b") else x, params
   )
-  pictures = reference.make_pictures(1, opened.config.vision.image_size)
-  example = reference.make_example(opened.config, 12, tuple(pictures))
-  rows = reference.make_rows(opened.config, [[example]], pictures, len(example.tokens), 1)
+  pictures = parity.make_pictures(1, opened.config.vision.image_size)
+  example = parity.make_example(opened.config, 12, tuple(pictures))
+  rows = parity.make_rows(opened.config, [[example]], pictures, len(example.tokens), 1)
 
   @jax.jit
   def gradient(params, **options):
@@ -226,6 +226,6 @@ def test_dropout_goes_by_the_key_of_the_rows(tmp_path):
   ],
 )
 def test_adapters_that_would_sit_nowhere(keys, message, tmp_path):
-  checkpoints.make_llava(tmp_path)
+  tiny_models.make_llava(tmp_path)
   with pytest.raises(InputError, match=message):
-    source.open_for(adapters.config_for(tmp_path, **keys))
+    source.open_for(peft_models.config_for(tmp_path, **keys))

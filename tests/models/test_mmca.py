@@ -8,7 +8,7 @@ import torch
 
 from tests.models import layouts
 from tests.models.layouts import B, H, K, T
-from tests.reference import relative_error
+from tests.parity import relative_error
 from vlalign_jax.models import cache, cudnn, splash, tiles
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from flax import nnx
 
-from tests.reference import relative_error
+from tests.parity import relative_error
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import clip, perceiver, projector

@@ -8,7 +8,7 @@ import pytest
 
 from configs import dpo as presets
 from scripts import train_dpo
-from tests import checkpoints, sft_run
+from tests import sft_run, tiny_models
 from tests.planning import small
 from vlalign_jax import trees
 from vlalign_jax.models import lora
@@ -28,7 +28,7 @@ RUNS = {
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory, compile_cache):
   directory = tmp_path_factory.mktemp("copies")
-  checkpoints.make_llava(str(directory / "model"))
+  tiny_models.make_llava(str(directory / "model"))
   records = sft_run.make_records(str(directory / "data"), 8)
   sft_run.write_json(directory / "data" / "train.json", sft_run.ranked(records))
   return directory

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import plans
 from configs import dpo, reward, sft
-from tests import checkpoints
+from tests import tiny_models
 from tests.planning import small
 from vlalign_jax.errors import InputError
 from vlalign_jax.planning import chips, report, topology
@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
   directory = str(tmp_path_factory.mktemp("llava"))
-  checkpoints.make_llava(directory)
+  tiny_models.make_llava(directory)
   return directory
 
 

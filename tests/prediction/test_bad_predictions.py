@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.prediction import tiny
+from tests.prediction import policy_and_reward
 from vlalign_jax.errors import InputError
 from vlalign_jax.prediction.predict import predict
 from vlalign_jax.stages import defaults
@@ -42,7 +42,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings(models, tmp_path, name, monkeypatch):
-  tiny.forbid(monkeypatch)
+  policy_and_reward.forbid(monkeypatch)
   settings, expected = SETTINGS[name]
   settings = dict(settings)
   workdir = settings.pop("workdir", str(tmp_path))
@@ -80,7 +80,7 @@ def test_unknown_key_and_wrong_type(models, tmp_path):
 
 def test_no_answer_is_given(models, tmp_path):
   entry = {"conversations": [{"from": "human", "value": "What?"}]}
-  (tmp_path / "records.json").write_text(json.dumps([tiny.RECORDS[1], entry]))
+  (tmp_path / "records.json").write_text(json.dumps([policy_and_reward.RECORDS[1], entry]))
   config = models.config(mode="logprobs", **{"data.eval": str(tmp_path / "records.json")})
   with pytest.raises(InputError, match=r"records.json, record 1: no answer is given"):
     predict(config, str(tmp_path / "out"))
@@ -109,7 +109,7 @@ def test_another_config(begun):
 
 def test_other_records(begun):
   place, config = begun
-  (place / "records.json").write_text(json.dumps(tiny.RECORDS[:3]))
+  (place / "records.json").write_text(json.dumps(policy_and_reward.RECORDS[:3]))
   with pytest.raises(InputError, match="another content of config.data.eval"):
     predict(config(), str(place / "out"))
 

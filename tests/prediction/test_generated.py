@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from tests import reference
-from tests.prediction import tiny
+from tests import parity
+from tests.prediction import policy_and_reward
 from vlalign_jax.prediction.predict import predict
 
 SAMPLES = 3
@@ -54,14 +54,14 @@ def test_lines(predicted):
       assert line["logprob"] < 0
   # Ranked answers are compared with the best.
   assert [line["reference"] for line in lines[:2]] == ["The answer is B: no"] * 2
-  assert lines[-1]["reference"] == f"0 {tiny.LONG}"
+  assert lines[-1]["reference"] == f"0 {policy_and_reward.LONG}"
 
 
 def test_scores_and_the_best(models, predicted):
   _, lines, records = predicted
   answered = [line for line in lines if line["answer"] is not None]
   expected = [models.torch_score(records[line["record"]], line["answer"]) for line in answered]
-  assert reference.relative_error([line["reward"] for line in answered], expected) < 1e-5
+  assert parity.relative_error([line["reward"] for line in answered], expected) < 1e-5
   for start in range(0, len(answered), SAMPLES):
     best = [line["best"] for line in answered[start : start + SAMPLES]]
     assert best == [n == np.argmax(expected[start : start + SAMPLES]) for n in range(SAMPLES)]
@@ -106,14 +106,14 @@ def test_goes_on_where_it_stopped(config, predicted, tmp_path, share):
 def test_finished(config, predicted, monkeypatch):
   workdir, lines, _ = predicted
   before = read(workdir, "predictions.jsonl")
-  tiny.forbid(monkeypatch)
+  policy_and_reward.forbid(monkeypatch)
   assert predict(config(gallery=1), workdir)[0] == lines
   assert read(workdir, "predictions.jsonl") == before
 
 
 def test_unreadable_picture_is_left_out(models, tmp_path):
   (tmp_path / "bad.png").write_bytes(b"no picture")
-  records = [{**tiny.RECORDS[0], "image": "bad.png"}, tiny.RECORDS[1]]
+  records = [{**policy_and_reward.RECORDS[0], "image": "bad.png"}, policy_and_reward.RECORDS[1]]
   (tmp_path / "records.json").write_text(json.dumps(records))
   settings = {"data.eval": str(tmp_path / "records.json"), "data.on_bad_record": "skip"}
   config = models.config(**settings, **{"generation.max_new_tokens": 1})

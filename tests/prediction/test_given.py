@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from tests import reference
-from tests.prediction import tiny
+from tests import parity
+from tests.prediction import policy_and_reward
 from vlalign_jax.prediction import metrics
 from vlalign_jax.prediction.predict import predict
 from vlalign_jax.prediction.records import given_answers
@@ -44,7 +44,7 @@ def test_log_probabilities(models, log_probabilities):
   _, lines, records = log_probabilities
   for line in lines:
     expected = models.torch_log_probabilities(records[line["record"]], line["answer"])
-    assert reference.relative_error(line["token_logprobs"], expected) < 1e-5
+    assert parity.relative_error(line["token_logprobs"], expected) < 1e-5
     assert line["num_tokens"] == len(expected)
     assert line["logprob"] == pytest.approx(expected.sum(dtype=float), rel=1e-5)
   assert min(line["num_tokens"] for line in lines) < 4
@@ -76,7 +76,7 @@ def test_goes_on_where_it_stopped(models, log_probabilities, tmp_path, monkeypat
   place.write_bytes(content[: len(content) * 2 // 3])  # in the middle of a line
   assert predict(models.config(mode="logprobs"), str(tmp_path))[0] == lines
   assert place.read_bytes() == content
-  tiny.forbid(monkeypatch)
+  policy_and_reward.forbid(monkeypatch)
   assert predict(models.config(mode="logprobs"), str(tmp_path))[0] == lines
 
 
@@ -94,7 +94,7 @@ def test_scores(models, tmp_path):
   ]
   assert 0 < sum(fits) < len(fits)
   known = [line["reward"] for line, fit in zip(lines, fits, strict=True) if fit]
-  assert reference.relative_error(known, np.array(expected)[fits]) < 1e-5
+  assert parity.relative_error(known, np.array(expected)[fits]) < 1e-5
   for line, fit in zip(lines, fits, strict=True):
     assert fit or (line["reward"] is None and "does not fit" in line["reason"])
   assert metrics.of_given(lines, "reward")["left_out"] == fits.count(False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scripts.evaluate_reward import evaluate_reward
-from tests.prediction import tiny
+from tests.prediction import policy_and_reward
 from vlalign_jax.errors import InputError
 from vlalign_jax.prediction import metrics, reward_accuracy
 
@@ -104,7 +104,7 @@ def test_script(models, tmp_path):
 
 
 def test_nothing_to_compare(models, tmp_path):
-  (tmp_path / "records.json").write_text(json.dumps(tiny.RECORDS[:2]))
+  (tmp_path / "records.json").write_text(json.dumps(policy_and_reward.RECORDS[:2]))
   settings = {"model.init_from": f"{models.directory}/reward"}
   config = models.config(**settings, **{"data.eval": str(tmp_path / "records.json")})
   config.data.images = models.directory

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.rollout import tiny
+from tests.rollout import tiny_ppo
 from vlalign_jax.errors import InputError
 from vlalign_jax.rollout import learn
 from vlalign_jax.sharding import hosts
@@ -11,7 +11,7 @@ from vlalign_jax.sharding import hosts
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, compile_cache):
-  return tiny.make(str(tmp_path_factory.mktemp("ppo")))
+  return tiny_ppo.make(str(tmp_path_factory.mktemp("ppo")))
 
 
 def test_rows_that_fill_up_change_nothing():
@@ -37,7 +37,7 @@ def test_a_last_step_of_few_prompts_is_reported_and_learnt_as_others(files, tmp_
     "data.samples": "5",
     "num_train_epochs": 1.0,
   }
-  run = tiny.make_run(files, files.config(**settings, max_steps=-1), str(tmp_path))
+  run = tiny_ppo.make_run(files, files.config(**settings, max_steps=-1), str(tmp_path))
   assert list(run.train.plan.row_counts) == [4, 4]
   step, state = learn.make_train_step(run.held, run.train, run.records), run.state
   carried = {}
@@ -55,4 +55,4 @@ def test_a_last_step_of_few_prompts_is_reported_and_learnt_as_others(files, tmp_
 def test_an_actor_that_would_never_learn_is_refused(files, tmp_path):
   config = files.config(**{"ppo.critic_warmup": 2})
   with pytest.raises(InputError, match="critic_warmup is 2, and the run has 2 steps"):
-    tiny.make_run(files, config, str(tmp_path))
+    tiny_ppo.make_run(files, config, str(tmp_path))

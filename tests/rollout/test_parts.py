@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.rollout import tiny
+from tests.rollout import tiny_ppo
 from vlalign_jax import trees
 from vlalign_jax.models import clip
 from vlalign_jax.rollout import learn
@@ -13,7 +13,7 @@ from vlalign_jax.sharding import hosts
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, compile_cache):
-  return tiny.make(str(tmp_path_factory.mktemp("ppo")))
+  return tiny_ppo.make(str(tmp_path_factory.mktemp("ppo")))
 
 
 def first_rows(run) -> dict:
@@ -27,7 +27,7 @@ def test_answers_do_not_depend_on_the_parts_they_are_sampled_in(files, tmp_path)
   found = []
   for parts in (1, 2):
     settings = {"ppo.sample_parts": parts, "ppo.num_generations": 2, "ppo.estimator": "rloo"}
-    run = tiny.make_run(files, files.config(**settings), str(tmp_path / str(parts)))
+    run = tiny_ppo.make_run(files, files.config(**settings), str(tmp_path / str(parts)))
     rows = first_rows(run)
     streams = np.arange(len(rows["tokens"]), dtype=np.int32)
     params = trees.merge(run.state.params, run.held.frozen)
@@ -51,7 +51,7 @@ def test_pictures_go_once_through_a_tower_that_stays(files, tmp_path, monkeypatc
       "ppo.reward_function": "tests.rollout.scorers:length",
     }
   )
-  run = tiny.make_run(files, config, str(tmp_path))
+  run = tiny_ppo.make_run(files, config, str(tmp_path))
   held, rows = run.held, first_rows(run)
   params = trees.merge(run.state.params, held.frozen)
   held.program.vision_features(params, rows, None)  # it is compiled now

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from scripts import train_ppo
-from tests import reference, sft_run
-from tests.rollout import tiny
+from tests import parity, sft_run
+from tests.rollout import tiny_ppo
 from vlalign_jax.data.encode import encode
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline import prepare, prompts
@@ -25,7 +25,7 @@ GRPO = {"ppo.estimator": "grpo", "ppo.num_generations": 2}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, compile_cache):
-  return tiny.make(str(tmp_path_factory.mktemp("ppo")))
+  return tiny_ppo.make(str(tmp_path_factory.mktemp("ppo")))
 
 
 def first_prompts(run):
@@ -44,9 +44,9 @@ def make_rollout(run):
 
 def test_a_reward_model_with_another_tokenizer_reads_the_text(files, tmp_path):
   directory = str(tmp_path / "other")
-  scorer, kernel, tokenizer = tiny.make_text_reward(directory)
+  scorer, kernel, tokenizer = tiny_ppo.make_text_reward(directory)
   config = files.config(**GRPO, **{"ppo.reward_model": directory})
-  run = tiny.make_run(files, config, str(tmp_path / "run"))
+  run = tiny_ppo.make_run(files, config, str(tmp_path / "run"))
   rollout, records = make_rollout(run)
   texts = rollout.texts(run.held.tokenizer)
   opened = run.held.reader.source
@@ -64,7 +64,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(files, tmp_path):
       ).example
       load_image = run.train.pipeline["load_image"]
       shown = [load_image(os.path.join(files.directory, path)) for path in record.images]
-      pixels = reference.pixel_values(opened.config, shown) if shown else None
+      pixels = parity.pixel_values(opened.config, shown) if shown else None
       tokens = torch.tensor(example.tokens)[None].long()
       with torch.no_grad():
         hidden = scorer.model(input_ids=tokens, pixel_values=pixels).last_hidden_state
@@ -73,14 +73,14 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(files, tmp_path):
 
   config = files.config(**{"ppo.reward_model": directory})
   with pytest.raises(InputError, match='has another tokenizer.*set config.ppo.critic_init="actor"'):
-    tiny.make_run(files, config, str(tmp_path / "critic"))
+    tiny_ppo.make_run(files, config, str(tmp_path / "critic"))
 
 
 def test_model_and_function_are_summed_and_what_is_no_number_is_left_out(files, tmp_path):
   weights = {"ppo.reward_weight": 0.5, "ppo.function_weight": 2.0}
-  alone = make_rollout(tiny.make_run(files, files.config(**GRPO), str(tmp_path / "alone")))[0]
+  alone = make_rollout(tiny_ppo.make_run(files, files.config(**GRPO), str(tmp_path / "alone")))[0]
   config = files.config(**GRPO, **weights, **{"ppo.reward_function": FUNCTION + "some"})
-  run = tiny.make_run(files, config, str(tmp_path / "both"))
+  run = tiny_ppo.make_run(files, config, str(tmp_path / "both"))
   rollout, _ = make_rollout(run)
   lengths = np.array([[len(text) for text in row] for row in rollout.texts(run.held.tokenizer)])
   wanted = 0.5 * alone.scores + 2.0 * np.where(lengths % 2, lengths / 10, np.nan)
@@ -97,7 +97,7 @@ def test_model_and_function_are_summed_and_what_is_no_number_is_left_out(files, 
 
 def test_a_function_alone_scores_and_sees_the_record(files, tmp_path):
   function = {"ppo.reward_model": "", "ppo.reward_function": FUNCTION + "length"}
-  run = tiny.make_run(files, files.config(**GRPO, **function), str(tmp_path))
+  run = tiny_ppo.make_run(files, files.config(**GRPO, **function), str(tmp_path))
   rollout, _ = make_rollout(run)
   texts = rollout.texts(run.held.tokenizer)
   np.testing.assert_array_equal(rollout.scores, [[len(text) for text in row] for row in texts])
@@ -112,7 +112,7 @@ def test_prompts_without_pictures(files, tmp_path):
     for turn in record["conversations"]:
       turn["value"] = turn["value"].replace("<image>", "").strip()
   path = sft_run.write_json(tmp_path / "text.json", records)
-  run = tiny.make_run(files, files.config(**{"data.train": path}), str(tmp_path / "run"))
+  run = tiny_ppo.make_run(files, files.config(**{"data.train": path}), str(tmp_path / "run"))
   rows, _ = first_prompts(run)
   assert rows["images"].shape[1] == 0
   step = learn.make_train_step(run.held, run.train, run.records)
@@ -149,15 +149,15 @@ def test_steps_before_a_rollout_that_fails_are_saved(files, tmp_path):
 
 def test_an_empty_answer_is_scored_as_any_other(files, tmp_path):
   """The first token ends every answer."""
-  run = tiny.make_run(files, files.config(**GRPO), str(tmp_path / "a"))
+  run = tiny_ppo.make_run(files, files.config(**GRPO), str(tmp_path / "a"))
   ends = tuple(n for n in range(512) if n != run.model.image_token_id)
-  program = tiny.with_sampling(run, dataclasses.replace(run.sampling, stop_tokens=ends))
+  program = tiny_ppo.with_sampling(run, dataclasses.replace(run.sampling, stop_tokens=ends))
   rows, records = first_prompts(run)
   held = dataclasses.replace(run.held, program=program)
   rollout = collect.collect(held, run.state, rows, records, np.arange(len(records)), 3)
   assert np.all(np.asarray(rollout.lengths) == 1)
   assert np.isfinite(rollout.scores).all()
-  reader = tiny.text_reader(run, images=2, answers=2)
+  reader = tiny_ppo.text_reader(run, images=2, answers=2)
   empty = reader.rows(records, [["", ""]] * len(records))
   assert (empty["answers"] >= 0).all()
   grey = dataclasses.replace(reader, blank=True).rows(records, [["", ""]] * len(records))
@@ -168,8 +168,8 @@ def test_an_empty_answer_is_scored_as_any_other(files, tmp_path):
 def test_answers_of_which_none_ends_keep_their_scores(files, tmp_path):
   """All are cut, which costs each of them the penalty."""
   config = files.config(**GRPO, **{"ppo.missing_eos_penalty": 0.5})
-  run = tiny.make_run(files, config, str(tmp_path))
-  program = tiny.with_sampling(run, dataclasses.replace(run.sampling, stop_tokens=()))
+  run = tiny_ppo.make_run(files, config, str(tmp_path))
+  program = tiny_ppo.with_sampling(run, dataclasses.replace(run.sampling, stop_tokens=()))
   held, seen = dataclasses.replace(run.held, program=program), []
   step = learn.make_train_step(
     held, run.train, run.records, lambda step, rollout, numbers: seen.append(rollout)
@@ -212,9 +212,9 @@ def test_prompts_that_do_not_fit_are_skipped_and_counted(files, tmp_path, caplog
   config = files.config(**GRPO, **{"data.max_length": 64})
   assert prepare.load_records(prompts.TASK, config)
   with caplog.at_level("INFO"):
-    run = tiny.make_run(files, config, str(tmp_path))
+    run = tiny_ppo.make_run(files, config, str(tmp_path))
   assert "skipped, their prompt does not fit data.max_length=64" in caplog.text
   assert 0 < run.train.records < len(run.records)
   config = files.config(**GRPO, **{"data.max_length": 8})
   with pytest.raises(InputError, match="no record .* has a prompt that fits"):
-    tiny.make_run(files, config, str(tmp_path / "none"))
+    tiny_ppo.make_run(files, config, str(tmp_path / "none"))

@@ -10,7 +10,7 @@ import pytest
 from configs import reward
 from scripts import train_reward
 from tests import sft_run
-from tests.rollout import tiny
+from tests.rollout import tiny_ppo
 from vlalign_jax import trees
 from vlalign_jax.models import lora
 from vlalign_jax.planning import ppo, topology
@@ -24,7 +24,7 @@ ADAPTERS = {"lora.rank": 2, "lora.alpha": 4.0, "train.vision": False, "train.pro
 def files(tmp_path_factory, compile_cache):
   """With a reward model that is a run of adapters on the actor's weights."""
   directory = tmp_path_factory.mktemp("ppo")
-  files = tiny.make(str(directory))
+  files = tiny_ppo.make(str(directory))
   records = sft_run.make_records(str(directory), 4)
   for record in records:
     right = record["conversations"][-1]["value"]
@@ -89,7 +89,7 @@ def test_one_base_for_all(files, tmp_path, monkeypatch):
   config = files.config(**ADAPTERS, **{"ppo.reward_model": f"{files.directory}/reward_run"})
   gc.collect()
   before = jax.live_arrays()
-  run = tiny.make_run(files, config, str(tmp_path / "shared"))
+  run = tiny_ppo.make_run(files, config, str(tmp_path / "shared"))
   held = run.held
   base = size(held.frozen)
   own = [path for path in trees.flatten(held.reward) if lora.is_adapter(path)]
@@ -113,7 +113,7 @@ def test_one_base_for_all(files, tmp_path, monkeypatch):
   _, metrics = first_step(run)
   monkeypatch.setattr(roles.identity, "identities", lambda opened, files: {})
   monkeypatch.setattr(roles, "open_sources", with_whole_reward(roles.open_sources))
-  apart = tiny.make_run(files, config, str(tmp_path / "apart"))
+  apart = tiny_ppo.make_run(files, config, str(tmp_path / "apart"))
   head = size(held.frozen["language"]["head"])  # which reward model and critic are without
   whole = size(apart.held.frozen, apart.held.critic_frozen, apart.held.reward)
   assert whole == 3 * base - 2 * head + run.model.language.width

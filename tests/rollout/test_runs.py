@@ -10,9 +10,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from scripts import train_ppo
-from tests import reference, sft_run
-from tests.processes import Processes
-from tests.rollout import tiny
+from tests import parity, sft_run
+from tests.process_group import Processes
+from tests.rollout import tiny_ppo
 from vlalign_jax import html
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import vlm
@@ -43,13 +43,13 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, compile_cache):
-  return tiny.make(str(tmp_path_factory.mktemp("ppo")))
+  return tiny_ppo.make(str(tmp_path_factory.mktemp("ppo")))
 
 
 @pytest.fixture(scope="module")
 def finished(files, tmp_path_factory):
   """(config, run directory) of a finished run."""
-  tiny.make_text_reward(f"{files.directory}/text")
+  tiny_ppo.make_text_reward(f"{files.directory}/text")
   paths = {"ppo.reward_model": "text", "ppo.sft_data": "answered.json"}
   paths = {key: f"{files.directory}/{name}" for key, name in paths.items()}
   config = files.config(**SETTINGS, **paths)
@@ -136,7 +136,7 @@ def test_sample_answers_are_shown(finished):
 
 
 def test_a_finished_run_is_a_policy_as_any_other(finished):
-  opened = source.open_source(reference.model_group(init_from=str(finished[1])))
+  opened = source.open_source(parity.model_group(init_from=str(finished[1])))
   assert opened.config.head == vlm.LANGUAGE
   assert len(opened.runs) == 1
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests import reference
-from tests.rollout import tiny
+from tests import parity
+from tests.rollout import tiny_ppo
 from vlalign_jax import trees
 from vlalign_jax.rollout import learn, pretraining
 from vlalign_jax.sharding import hosts
@@ -39,7 +39,7 @@ COMMON = {"ppo.kl_coef": 0.2, "ppo.missing_eos_penalty": 0.5, "ppo.cliprange": 0
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, compile_cache):
-  return tiny.make(str(tmp_path_factory.mktemp("ppo")))
+  return tiny_ppo.make(str(tmp_path_factory.mktemp("ppo")))
 
 
 class Torch:
@@ -56,22 +56,22 @@ class Torch:
     self.updates = config.ppo.num_ppo_epochs * config.ppo.num_mini_batches
     self.conversations = [
       [
-        (example, tiny.inputs(run.model, example, pictures, ()))
-        for example, pictures in tiny.examples_of(run.mixed, update)
+        (example, tiny_ppo.inputs(run.model, example, pictures, ()))
+        for example, pictures in tiny_ppo.examples_of(run.mixed, update)
       ]
       for update in range(self.updates if run.mixed else 0)
     ]
     self.order = np.argsort([plan.rows_of(0, row)[0] for row in range(plan.rows)])
     lengths, ended = jax.device_get((rollout.lengths, rollout.ended))
-    for row, (example, pictures) in enumerate(tiny.examples_of(run.train)):
+    for row, (example, pictures) in enumerate(tiny_ppo.examples_of(run.train)):
       group, judged = [], pictures
       if self.p.blank_images:
         judged = [np.full_like(picture, 127) for picture in pictures]
       for n, length in enumerate(lengths[row]):
         tokens = rollout.tokens[row, n, :length]
-        given = tiny.inputs(run.model, example, pictures, tokens)
+        given = tiny_ppo.inputs(run.model, example, pictures, tokens)
         answer = types.SimpleNamespace(inputs=given, tokens=tokens, ended=bool(ended[row, n]))
-        answer.judged = tiny.inputs(run.model, example, judged, tokens)
+        answer.judged = tiny_ppo.inputs(run.model, example, judged, tokens)
         group.append(answer)
       self.answers.append(group)
 
@@ -211,7 +211,7 @@ def test_a_step_equals_torch(name, files, tmp_path):
   config = files.config(**COMMON, **SETTINGS[name])
   if config.ppo.sft_weight:
     config.ppo.sft_data = f"{files.directory}/answered.json"
-  run = tiny.make_run(files, config, str(tmp_path), with_other=True)
+  run = tiny_ppo.make_run(files, config, str(tmp_path), with_other=True)
   seen = []
   with run.train.batches() as batches:
     rows = next(batches)
@@ -244,13 +244,13 @@ def test_a_step_equals_torch(name, files, tmp_path):
   if config.ppo.estimator == "gae":
     critic = trees.flatten(state.critic.params)
     kernel = critic.pop("score/kernel")
-    assert reference.relative_error(kernel[:, 0], plain.kernel.detach()) < 1e-4
+    assert parity.relative_error(kernel[:, 0], plain.kernel.detach()) < 1e-4
     compare(run.model, critic, plain.critic.state_dict())
 
 
 def compare(model_config, found: dict, tensors: dict):
   """Parameters after the step, within 1e-4 of their norm."""
-  wanted = reference.as_params(model_config, tensors)
+  wanted = parity.as_params(model_config, tensors)
   assert found.keys() <= wanted.keys()
   for path, leaf in found.items():
-    assert reference.relative_error(leaf, wanted[path]) < 1e-4, path
+    assert parity.relative_error(leaf, wanted[path]) < 1e-4, path

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.rollout import tiny
+from tests.rollout import tiny_ppo
 from vlalign_jax.generation import sampling as samplings
 from vlalign_jax.rollout import learn
 from vlalign_jax.sharding import hosts
@@ -23,12 +23,12 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, compile_cache):
-  return tiny.make(str(tmp_path_factory.mktemp("ppo")))
+  return tiny_ppo.make(str(tmp_path_factory.mktemp("ppo")))
 
 
 def test_a_policy_that_equals_its_reference_has_no_divergence(files, tmp_path):
   """Its stop tokens, a fifth of the vocabulary, are forbidden in four of six tokens."""
-  run = tiny.make_run(files, files.config(**SETTINGS), str(tmp_path))
+  run = tiny_ppo.make_run(files, files.config(**SETTINGS), str(tmp_path))
   assert len(run.sampling.stop_tokens) > 50
   with run.train.batches() as batches:
     rows = next(batches)

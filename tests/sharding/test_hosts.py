@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests import checkpoints, sft_run
-from tests.processes import Processes, free_port
+from tests import sft_run, tiny_models
+from tests.process_group import Processes, free_port
 from vlalign_jax.errors import InputError
 from vlalign_jax.sharding import processes
 
@@ -171,7 +171,7 @@ def test_tpu_vm(joined, monkeypatch, values, several):
 def config(tmp_path_factory):
   directory = tmp_path_factory.mktemp("sft")
   one_layer = {"num_hidden_layers": 1}
-  checkpoints.make_llava(str(directory / "model"), text=one_layer)
+  tiny_models.make_llava(str(directory / "model"), text=one_layer)
   records = sft_run.make_records(str(directory / "data"), 28)
   train = sft_run.write_json(directory / "data" / "train.json", records[:24])
   evaluation = sft_run.write_json(directory / "data" / "eval.json", records[24:])

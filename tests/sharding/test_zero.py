@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from tests import checkpoints, reference
+from tests import parity, tiny_models
+from tests.process_group import cpu_devices
 from tests.sharding import zero_steps
 from vlalign_jax.errors import InputError
 from vlalign_jax.sharding import mesh as meshes
@@ -36,11 +37,10 @@ SPLIT = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
   directory = str(tmp_path_factory.mktemp("llava"))
-  checkpoints.make_llava(directory)
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  tiny_models.make_llava(directory)
   done = subprocess.run(
     [sys.executable, "-m", "tests.sharding.zero_steps", directory],
-    env=environment,
+    env=os.environ | cpu_devices(8),
     capture_output=True,
     text=True,
     cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
@@ -59,7 +59,7 @@ def test_numbers_are_those_of_one_device(name, runs):
     np.testing.assert_allclose(found[key], one[key], rtol=1e-5, err_msg=key)
   assert found["params"].keys() == one["params"].keys()
   for path, param in one["params"].items():
-    assert reference.relative_error(found["params"][path], param) < 1e-5, path
+    assert parity.relative_error(found["params"][path], param) < 1e-5, path
 
 
 @pytest.mark.parametrize("name", SPLIT)

@@ -14,7 +14,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from tests import reference
+from tests import parity
 from vlalign_jax import trees
 from vlalign_jax.models import lora
 from vlalign_jax.optim import optimizer
@@ -45,12 +45,12 @@ RUNS = {
 
 def make_batch(config):
   """Rows of one example each, of uneven lengths and some without an image; two rows only pad."""
-  pictures = reference.make_pictures(3, config.vision.image_size)
+  pictures = parity.make_pictures(3, config.vision.image_size)
   layout = [
-    [reference.make_example(config, 3 + 2 * r, (f"{r % 4}.png",) if r % 4 < 3 else (), r)]
+    [parity.make_example(config, 3 + 2 * r, (f"{r % 4}.png",) if r % 4 < 3 else (), r)]
     for r in range(ROWS - 2)
   ]
-  return reference.make_rows(config, [*layout, [], []], pictures, LENGTH, 1)
+  return parity.make_rows(config, [*layout, [], []], pictures, LENGTH, 1)
 
 
 def share_of_one_device(tree) -> float:
@@ -141,7 +141,7 @@ def run(
 
 def main(directory: str) -> None:
   rules.MIN_SIZE = 32  # a tiny model has nothing as large as the true limit
-  opened = source.open_source(reference.model_group(init_from=directory))
+  opened = source.open_source(parity.model_group(init_from=directory))
   runs = {name: run(opened, *options) for name, options in RUNS.items()}
   print(json.dumps(runs | {"layers": opened.config.language.layers}))
 

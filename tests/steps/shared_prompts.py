@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tests import reference
-from tests.steps import preferences
+from tests import parity
+from tests.steps import preference_rows
 from vlalign_jax import trees
 from vlalign_jax.losses import dpo as dpo_losses
 from vlalign_jax.losses import head
@@ -134,13 +134,13 @@ def gradient_errors(found, expected) -> dict[str, float]:
       errors[path] = float(np.linalg.norm(found[path]) / scale)
     else:
       assert np.linalg.norm(gradient) > 1e-4, path
-      errors[path] = reference.relative_error(found[path], gradient)
+      errors[path] = parity.relative_error(found[path], gradient)
   return errors
 
 
 def run(case, mesh_sizes):
   """Errors on one mesh, at ZeRO stage 3."""
-  rows = preferences.shared_rows(case.config, case.preferences, LAYOUT, case.pictures)
+  rows = preference_rows.shared_rows(case.config, case.preferences, LAYOUT, case.pictures)
   mesh, parts, place = None, 1, lambda tree: tree
   if mesh_sizes:
     c = defaults("sft")
@@ -177,7 +177,7 @@ def answer_errors(found, expected) -> dict[int, float]:
   """Relative error of the values [N, K] of all examples that have so many answers."""
   counts = np.array([len(answer_lengths) for _, answer_lengths, _ in EXAMPLES])
   return {
-    int(K): reference.relative_error(found[counts == K], expected[counts == K])
+    int(K): parity.relative_error(found[counts == K], expected[counts == K])
     for K in np.unique(counts)
   }
 
@@ -199,9 +199,9 @@ class Case:
 
 def make_case(directory: str) -> Case:
   """Reads the model; the reference differs from it in every parameter."""
-  opened = source.open_source(reference.model_group(init_from=directory))
+  opened = source.open_source(parity.model_group(init_from=directory))
   config = opened.config
-  graphdef, params = reference.load_all(opened)
+  graphdef, params = parity.load_all(opened)
   params = jax.device_get(params)
   rng = np.random.default_rng(0)
   initial = jax.tree.map(
@@ -210,13 +210,13 @@ def make_case(directory: str) -> Case:
   score = rng.normal(size=(config.language.width, 1)).astype(np.float32) / 4
   flat = {path: x for path, x in trees.flatten(params).items() if path != "language/head/kernel"}
   scorer = trees.unflatten(flat | {"score/kernel": score})
-  pictures = reference.make_pictures(3, config.vision.image_size)
+  pictures = parity.make_pictures(3, config.vision.image_size)
   made = [
-    preferences.make_preference(config, prompt, lengths, images, seed)
+    preference_rows.make_preference(config, prompt, lengths, images, seed)
     for seed, (prompt, lengths, images) in enumerate(EXAMPLES)
   ]
-  numbers = preferences.answer_numbers(made)
-  rows = preferences.separate_rows(config, made, pictures)
+  numbers = preference_rows.answer_numbers(made)
+  rows = preference_rows.separate_rows(config, made, pictures)
 
   def evaluate(function, params, *rest):
     compute = jax.jit(jax.value_and_grad(function, has_aux=True))

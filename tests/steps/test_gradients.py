@@ -13,7 +13,7 @@ import torch
 import transformers
 from flax import nnx
 
-from tests import checkpoints, reference, torch_parts
+from tests import parity, tiny_models, torch_parts
 from vlalign_jax import stages, trees
 from vlalign_jax.data import plan
 from vlalign_jax.models import tiles, vlm
@@ -31,8 +31,8 @@ CHUNK = 16
 
 def make_model(directory, projector: str = "mlp", mmca: bool = False, **overrides):
   """The torch model, ours with its weights, and six examples with their pictures."""
-  torch_model = checkpoints.make_llava(directory, **overrides)
-  source, graphdef, params = reference.open_model(directory)
+  torch_model = tiny_models.make_llava(directory, **overrides)
+  source, graphdef, params = parity.open_model(directory)
   config = source.config
   if projector != "mlp":
     config = dataclasses.replace(
@@ -40,17 +40,17 @@ def make_model(directory, projector: str = "mlp", mmca: bool = False, **override
     )
     widths = config.projector.in_width, config.projector.out_width
     ours = torch_parts.PROJECTORS[projector](torch_model.config.vision_config, *widths)
-    checkpoints.randomise(ours, seed=4)
+    tiny_models.randomise(ours, seed=4)
     torch_model.model.multi_modal_projector = ours
     graphdef, _ = vlm.abstract_params(config)
-    params = trees.unflatten(reference.as_params(config, torch_model.state_dict()))
+    params = trees.unflatten(parity.as_params(config, torch_model.state_dict()))
   if mmca:
     torch_parts.use_mmca(torch_model)
-  pictures = reference.make_pictures(4, config.vision.image_size)
+  pictures = parity.make_pictures(4, config.vision.image_size)
   shown = [(), ("0.png",), ("1.png", "2.png", "0.png"), ("3.png",), (), ("2.png", "2.png")]
   lengths = [33, 14, 21, 5, 9, 17]
   examples = [
-    reference.make_example(config, length, images, seed)
+    parity.make_example(config, length, images, seed)
     for seed, (length, images) in enumerate(zip(lengths, shown, strict=True))
   ]
   return types.SimpleNamespace(
@@ -67,7 +67,7 @@ def make_model(directory, projector: str = "mlp", mmca: bool = False, **override
 def gradients_in_torch(model):
   """(loss, path -> gradient) of the mean over the learnt tokens of all examples."""
   model.torch.zero_grad()
-  loss, _ = reference.torch_loss(model.torch, model.config, model.examples, model.pictures)
+  loss, _ = parity.torch_loss(model.torch, model.config, model.examples, model.pictures)
   loss.backward()
   tensors = {name: param.grad for name, param in model.torch.named_parameters()}
   # Features may come from a layer before the last, and LLaVA never applies the norm behind it.
@@ -75,7 +75,7 @@ def gradients_in_torch(model):
   behind = [f"layers.{layer}." for layer in range(model.config.vision.layers, layers)]
   unused = [name for name, grad in tensors.items() if grad is None]
   assert all(any(part in name for part in ("post_layernorm", *behind)) for name in unused)
-  return float(loss.detach()), reference.as_params(model.config, tensors)
+  return float(loss.detach()), parity.as_params(model.config, tensors)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def planned_rows(model, *, pack: bool, row_multiple: int = 1):
   layout = [
     [model.examples[number] for number in planned.rows_of(0, row)] for row in range(planned.rows)
   ]
-  return reference.make_rows(
+  return parity.make_rows(
     model.config, layout, model.pictures, int(planned.lengths[0]), planned.images
   )
 
@@ -139,7 +139,7 @@ def check(found, expected, tolerance):
       assert max(np.linalg.norm(gradient), np.linalg.norm(expected[1][path])) < 1e-5 * query_bias
       continue
     assert np.linalg.norm(gradient) > 1e-3, path
-    assert reference.relative_error(gradient, expected[1][path]) < tolerance, path
+    assert parity.relative_error(gradient, expected[1][path]) < tolerance, path
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +165,8 @@ ARCHITECTURES = {
   },
   "linear_projector": {"projector": "linear", "vision": {"hidden_act": "gelu"}},
   "vit_projector_mmca": {"projector": "vit", "mmca": True},
-  "qwen2": {"text": checkpoints.QWEN2_WINDOW},
-  "mistral": {"text": checkpoints.MISTRAL_WINDOW},
+  "qwen2": {"text": tiny_models.QWEN2_WINDOW},
+  "mistral": {"text": tiny_models.MISTRAL_WINDOW},
 }
 
 
@@ -187,7 +187,7 @@ def test_a_frozen_tower_changes_no_other_gradient(model, packed, packed_gradient
 
 @pytest.mark.parametrize("remat", ["full", "save_matmuls", "save_weight_matmuls"])
 def test_remat_changes_no_gradient(remat, model, packed, packed_gradients):
-  graphdef, _ = reference.load_all(model.source, remat=remat)
+  graphdef, _ = parity.load_all(model.source, remat=remat)
   check(gradients(model, packed, graphdef=graphdef), packed_gradients, 1e-5)
 
 
@@ -231,7 +231,7 @@ def trainer(model, packed):
 
 
 def test_twenty_steps_give_the_losses_of_torch(model, packed, trainer, tmp_path):
-  torch_model = checkpoints.make_llava(
+  torch_model = tiny_models.make_llava(
     tmp_path, text={"attention_bias": True, "mlp_bias": True}, vision_feature_layer=[-2, -1]
   )
   params = [param for name, param in torch_model.named_parameters() if "post_layernorm" not in name]
@@ -247,7 +247,7 @@ def test_twenty_steps_give_the_losses_of_torch(model, packed, trainer, tmp_path)
   losses = []
   for number in range(STEPS):
     adam.zero_grad()
-    loss, count = reference.torch_loss(torch_model, model.config, model.examples, model.pictures)
+    loss, count = parity.torch_loss(torch_model, model.config, model.examples, model.pictures)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(params, OPTIM.max_grad_norm)
     rate = scheduler.get_last_lr()[0]
@@ -262,9 +262,9 @@ def test_twenty_steps_give_the_losses_of_torch(model, packed, trainer, tmp_path)
   assert float(norm) > OPTIM.max_grad_norm  # clipping was at work to the end
   assert losses[-1] < 0.6 * losses[0]
   trained = trees.flatten(jax.device_get(state.params))
-  for path, expected in reference.as_params(model.config, torch_model.state_dict()).items():
+  for path, expected in parity.as_params(model.config, torch_model.state_dict()).items():
     if path != "vision/layers/attention/key/bias":  # Adam makes whole steps of its rounding
-      assert reference.relative_error(trained[path], expected) < 1e-4, path
+      assert parity.relative_error(trained[path], expected) < 1e-4, path
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(packed, trainer):

@@ -15,8 +15,9 @@ import torch
 import transformers
 from flax import nnx
 
-from tests import checkpoints, reference
-from tests.steps import preferences
+from tests import parity, tiny_models
+from tests.process_group import cpu_devices
+from tests.steps import preference_rows
 from tests.steps.shared_prompts import EXAMPLES, LAYOUT, RUNS
 from vlalign_jax import trees
 from vlalign_jax.optim import optimizer
@@ -34,15 +35,14 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def torch_model(directory):
-  return checkpoints.make_llava(directory)
+  return tiny_models.make_llava(directory)
 
 
 @pytest.fixture(scope="module")
 def errors(directory, torch_model):
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
   done = subprocess.run(
     [sys.executable, "-m", "tests.steps.shared_prompts", directory],
-    env=environment,
+    env=os.environ | cpu_devices(8),
     capture_output=True,
     text=True,
     cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
@@ -65,18 +65,18 @@ def test_shared_prompts_equal_separate_rows(name, errors):
 def make_examples(config):
   """(examples, their pictures, a packed batch of them)."""
   made = [
-    preferences.make_preference(config, prompt, lengths, images, seed)
+    preference_rows.make_preference(config, prompt, lengths, images, seed)
     for seed, (prompt, lengths, images) in enumerate(EXAMPLES)
   ]
-  pictures = reference.make_pictures(3, config.vision.image_size)
-  return made, pictures, preferences.shared_rows(config, made, LAYOUT, pictures)
+  pictures = parity.make_pictures(3, config.vision.image_size)
+  return made, pictures, preference_rows.shared_rows(config, made, LAYOUT, pictures)
 
 
 def torch_log_probabilities(model, config, preference, pictures):
   """float32[K], summed over the tokens of each answer."""
   sums = []
   for example in preference.separate:
-    logits = reference.torch_logits(model, config, example, pictures)
+    logits = parity.torch_logits(model, config, example, pictures)
     every = torch.log_softmax(logits, dim=-1)
     chosen = every.gather(1, torch.tensor(example.targets).long()[:, None])[:, 0]
     sums.append((chosen * torch.tensor(example.loss_mask)).sum())
@@ -84,7 +84,7 @@ def torch_log_probabilities(model, config, preference, pictures):
 
 
 def test_log_probabilities_equal_torch(directory, torch_model):
-  source, graphdef, params = reference.open_model(directory)
+  source, graphdef, params = parity.open_model(directory)
   made, pictures, rows = make_examples(source.config)
 
   @jax.jit
@@ -97,7 +97,7 @@ def test_log_probabilities_equal_torch(directory, torch_model):
       with torch.no_grad():
         expected = torch_log_probabilities(torch_model, source.config, made[number], pictures)
       K = len(expected)
-      assert reference.relative_error(found[row, segment, :K], expected) < 1e-5
+      assert parity.relative_error(found[row, segment, :K], expected) < 1e-5
       assert (rows["answers"][row, segment] >= 0).sum() == K
 
 
@@ -126,7 +126,7 @@ def make_config():
 
 def test_twenty_steps_of_dpo_give_the_losses_of_torch(directory, torch_model):
   model, c = copy.deepcopy(torch_model), make_config()
-  source, _, params = reference.open_model(directory)
+  source, _, params = parity.open_model(directory)
   made, pictures, rows = make_examples(source.config)
   mesh = meshes.make_mesh(c.mesh, jax.devices()[:1])
   program = dpo.make_program(c, source.config, mesh, STEPS)
@@ -164,6 +164,6 @@ def test_twenty_steps_of_dpo_give_the_losses_of_torch(directory, torch_model):
   assert losses[-1] < 0.8 * losses[0]
   assert margin > 1
   found = trees.flatten(jax.device_get(state.params))
-  expected = reference.as_params(source.config, model.state_dict())
+  expected = parity.as_params(source.config, model.state_dict())
   for path, param in found.items():
-    assert reference.relative_error(param, expected[path]) < 1e-4, path
+    assert parity.relative_error(param, expected[path]) < 1e-4, path

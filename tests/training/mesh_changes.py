@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from scripts import train_sft
-from tests import checkpoints, sft_run
+from tests import sft_run, tiny_models
 from vlalign_jax import trees
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import rules
@@ -52,7 +52,7 @@ def equal(params, stored: dict[str, np.ndarray]) -> bool:
 def main(directory: str) -> None:
   rules.MIN_SIZE = 32  # a tiny model has nothing as large as the true limit
   directory = pathlib.Path(directory)
-  checkpoints.make_llava(str(directory / "model"))
+  tiny_models.make_llava(str(directory / "model"))
   records = sft_run.make_records(str(directory / "data"), 48)
   train = sft_run.write_json(directory / "data" / "train.json", records)
   settings = {"batch_size": 16, "max_steps": STEPS, "save_every": SAVED, "save_total_limit": 2}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests import checkpoints, sft_run
+from tests import sft_run, tiny_models
 from vlalign_jax.input_pipeline import preferences, sft
 from vlalign_jax.training import examples
 from vlalign_jax.weights import source
@@ -11,7 +11,7 @@ from vlalign_jax.weights import source
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
   directory = tmp_path_factory.mktemp("examples")
-  checkpoints.make_llava(str(directory / "model"))
+  tiny_models.make_llava(str(directory / "model"))
   records = sft_run.make_records(str(directory / "data"), 14)
   sft_run.write_json(directory / "data" / "sft.json", records)
   sft_run.write_json(directory / "data" / "ten.json", records[:10])

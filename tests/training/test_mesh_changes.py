@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests.process_group import cpu_devices
 from tests.training import mesh_changes
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -19,7 +20,7 @@ TIMING = ("tokens_per_second", "examples_per_second")
 def runs(tmp_path_factory, compile_cache):
   done = subprocess.run(
     [sys.executable, "-m", "tests.training.mesh_changes", str(tmp_path_factory.mktemp("runs"))],
-    env=os.environ | compile_cache | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    env=os.environ | compile_cache | cpu_devices(8),
     capture_output=True,
     text=True,
     cwd=ROOT,

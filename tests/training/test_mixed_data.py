@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from scripts import train_dpo, train_reward, train_sft
-from tests import checkpoints, sft_run
+from tests import sft_run, tiny_models
 
 SCRIPTS = {"sft": train_sft, "reward": train_reward, "dpo": train_dpo}
 # At its first step a policy is the reference, and its loss the same whatever it reads.
@@ -16,7 +16,7 @@ RECORDS = 12
 def directory(tmp_path_factory, compile_cache):
   """Files of records with pictures, without, and both in turn."""
   directory = tmp_path_factory.mktemp("mixed")
-  checkpoints.make_llava(str(directory / "model"))
+  tiny_models.make_llava(str(directory / "model"))
   pictures = sft_run.make_records(str(directory), RECORDS)
   pictures = [record for record in pictures if "image" in record]
   texts = [

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from scripts import train_sft
-from tests import checkpoints, sft_run
+from tests import sft_run, tiny_models
 from vlalign_jax.runs import checkpoints as checkpoints_of_run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -27,7 +27,7 @@ TIMING = ("tokens_per_second", "examples_per_second")
 def make_config(tmp_path_factory):
   """`(**overrides) -> config` of a run of 60 steps with evaluation at its end."""
   directory = tmp_path_factory.mktemp("sft")
-  checkpoints.make_llava(str(directory / "model"))
+  tiny_models.make_llava(str(directory / "model"))
   records = sft_run.make_records(str(directory / "data"), 28)
   train = sft_run.write_json(directory / "data" / "train.json", records[:24])
   evaluation = sft_run.write_json(directory / "data" / "eval.json", records[24:])

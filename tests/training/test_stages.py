@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from scripts import train_dpo, train_reward
-from tests import checkpoints, sft_run
+from tests import sft_run, tiny_models
 from vlalign_jax.errors import InputError
 from vlalign_jax.training import reference
 
@@ -24,7 +24,7 @@ SCRIPTS = {"reward": train_reward, "dpo": train_dpo}
 def directory(tmp_path_factory, compile_cache):
   """A model, and records with two to four ranked answers."""
   directory = tmp_path_factory.mktemp("preferences")
-  checkpoints.make_llava(str(directory / "model"))
+  tiny_models.make_llava(str(directory / "model"))
   records = sft_run.ranked(sft_run.make_records(str(directory / "data"), 24))
   sft_run.write_json(directory / "data" / "train.json", records[:18])
   sft_run.write_json(directory / "data" / "eval.json", records[18:])

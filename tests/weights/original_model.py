@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from tests import checkpoints, reference
+from tests import parity, tiny_models
 from tests.models import test_projectors as definitions
 from vlalign_jax.weights import original
 
@@ -123,8 +123,8 @@ def make(root, projector: str = "linear", **text) -> Original:
     projector: one of PROJECTIONS.
     **text: of the language model's config.
   """
-  vision = checkpoints.make_clip(root / "clip", whole=False)
-  language = checkpoints.make_llama(root / "llama", **text)
+  vision = tiny_models.make_clip(root / "clip", whole=False)
+  language = tiny_models.make_llama(root / "llama", **text)
   language.resize_token_embeddings(len(tokenizer()))
   projection = PROJECTIONS[projector](vision.config, language.config.hidden_size)
   model = Original(vision, language, projection)
@@ -137,7 +137,7 @@ def make(root, projector: str = "linear", **text) -> Original:
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
   """The LLaMA directory's, with what the original adds."""
-  made = checkpoints.make_tokenizer(image_token=False)
+  made = tiny_models.make_tokenizer(image_token=False)
   made.add_tokens(list(ADDED), special_tokens=True)
   made.add_special_tokens({"pad_token": "<PAD>"})
   return made
@@ -169,9 +169,9 @@ def save(model: torch.nn.Module, directory, with_tokenizer: bool = True, **chang
 
 def example_of(config):
   """(example with two images, pictures, tokens and pixels for torch)."""
-  pictures = reference.make_pictures(2, config.vision.image_size)
-  example = reference.make_example(config, 20, tuple(pictures))
-  pixels = reference.pixel_values(config, [pictures[path] for path in example.images])
+  pictures = parity.make_pictures(2, config.vision.image_size)
+  example = parity.make_example(config, 20, tuple(pictures))
+  pixels = parity.pixel_values(config, [pictures[path] for path in example.images])
   return example, pictures, torch.tensor(example.tokens).long(), pixels
 
 

@@ -10,21 +10,21 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from scripts import export_hf
-from tests import adapters, checkpoints, reference
+from tests import parity, peft_models, tiny_models
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights import provenance
 
 
 def compare(directory, torch_model):
   """Compares the logits of a directory and of its export with torch's; returns the source."""
-  opened, graphdef, params = reference.open_model(directory)
+  opened, graphdef, params = parity.open_model(directory)
   config = opened.config
-  pictures = reference.make_pictures(2, config.vision.image_size)
-  example = reference.make_example(config, 20, tuple(pictures))
-  rows = reference.make_rows(config, [[example]], pictures, len(example.tokens), 2)
-  logits = reference.logits(graphdef, params, rows)[0]
+  pictures = parity.make_pictures(2, config.vision.image_size)
+  example = parity.make_example(config, 20, tuple(pictures))
+  rows = parity.make_rows(config, [[example]], pictures, len(example.tokens), 2)
+  logits = parity.logits(graphdef, params, rows)[0]
   inputs = {"input_ids": torch.tensor(example.tokens)[None].long()}
-  inputs["pixel_values"] = reference.pixel_values(config, [pictures[p] for p in example.images])
+  inputs["pixel_values"] = parity.pixel_values(config, [pictures[p] for p in example.images])
   output = f"{directory}-exported"
   export_hf.export_run(str(directory), output, None)
   exported = transformers.LlavaForConditionalGeneration.from_pretrained(output).eval()
@@ -32,16 +32,16 @@ def compare(directory, torch_model):
     expected = torch_model(**inputs).logits[0].numpy()
     exported_logits = exported(**inputs).logits[0].numpy()
   vocabulary = expected.shape[1]  # ours may have new tokens
-  assert reference.relative_error(logits[:, :vocabulary], expected) < 1e-5
-  assert reference.relative_error(exported_logits[:, :vocabulary], expected) < 1e-5
+  assert parity.relative_error(logits[:, :vocabulary], expected) < 1e-5
+  assert parity.relative_error(exported_logits[:, :vocabulary], expected) < 1e-5
   return opened
 
 
 def test_a_peft_directory_is_merged_into_its_base(tmp_path):
-  model = checkpoints.make_llava(tmp_path / "base")
-  modules = "|".join((adapters.LANGUAGE, adapters.VISION, adapters.PROJECTOR))
+  model = tiny_models.make_llava(tmp_path / "base")
+  modules = "|".join((peft_models.LANGUAGE, peft_models.VISION, peft_models.PROJECTOR))
   options = {"r": 3, "lora_alpha": 7, "alpha_pattern": {"q_proj": 5}, "use_rslora": True}
-  adapted = adapters.add(model, target_modules=modules, **options)
+  adapted = peft_models.add(model, target_modules=modules, **options)
   adapted.save_pretrained(tmp_path / "peft")
   path = tmp_path / "peft" / "adapter_config.json"
   content = json.loads(path.read_text())
@@ -58,7 +58,7 @@ def test_a_peft_directory_is_merged_into_its_base(tmp_path):
   }
   set_base("llava-hf/llava-1.5-7b-hf")
   with pytest.raises(InputError, match="base_model_name_or_path is 'llava-hf/llava"):
-    reference.open_model(tmp_path / "peft")
+    parity.open_model(tmp_path / "peft")
 
 
 LLAVA_KEYS = {
@@ -82,8 +82,8 @@ NAMES = (
 
 def make_original_layout(root, with_tower: bool, clip_path: str):
   """Writes root/llava in LLaVA's layout, and its CLIP; returns torch's model, its vocab_size."""
-  model = checkpoints.make_llava(root / "hf")
-  clip = checkpoints.make_clip(root / clip_path, whole=True)
+  model = tiny_models.make_llava(root / "hf")
+  clip = tiny_models.make_clip(root / clip_path, whole=True)
   if not with_tower:
     state = clip.vision_model.state_dict()
     model.model.vision_tower.load_state_dict(state)
@@ -96,12 +96,12 @@ def make_original_layout(root, with_tower: bool, clip_path: str):
         name = old + name[len(new) :]
         break
     if name in ("model.embed_tokens.weight", "lm_head.weight"):
-      tensor = tensor[: len(checkpoints.make_tokenizer(image_token=False))]
+      tensor = tensor[: len(tiny_models.make_tokenizer(image_token=False))]
     tensors[name] = tensor.clone()
   llava = root / "llava"
   os.makedirs(llava, exist_ok=True)
   save_file(tensors, llava / "model.safetensors", metadata={"format": "pt"})
-  checkpoints.make_tokenizer(image_token=False).save_pretrained(llava)
+  tiny_models.make_tokenizer(image_token=False).save_pretrained(llava)
   text = model.config.text_config.to_dict()
   vocab_size = tensors["lm_head.weight"].shape[0]
   named = os.path.relpath(root / clip_path, llava)
@@ -142,14 +142,14 @@ def test_unsupported_models_of_the_original_layout(tmp_path):
   ):
     path.write_text(json.dumps(content | changes))
     with pytest.raises(InputError, match=reason):
-      reference.open_model(tmp_path / "llava")
+      parity.open_model(tmp_path / "llava")
 
 
 def test_an_older_processor_s_chat_template_is_read(tmp_path):
-  checkpoints.make_llava(tmp_path / "in")
+  tiny_models.make_llava(tmp_path / "in")
   text = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
   (tmp_path / "in" / "chat_template.json").write_text(json.dumps({"chat_template": text}))
-  assert reference.open_model(tmp_path / "in")[0].tokenizer.chat_template == text
+  assert parity.open_model(tmp_path / "in")[0].tokenizer.chat_template == text
   (tmp_path / "in" / "chat_template.json").write_text("{}")
   with pytest.raises(InputError, match="chat_template is not a text"):
-    reference.open_model(tmp_path / "in")
+    parity.open_model(tmp_path / "in")

@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.torch import load_file
 
 from scripts import import_hf
-from tests import reference, sft_run
+from tests import parity, sft_run
 from tests.weights import original_model
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
@@ -30,12 +30,12 @@ def import_from(root, name: str = "imported", **options) -> str:
 
 def error_of(model, directory: str) -> float:
   """Returns the relative error of the imported model's logits, compared with torch's."""
-  source, graphdef, params = reference.open_model(directory)
+  source, graphdef, params = parity.open_model(directory)
   example, pictures, tokens, pixels = original_model.example_of(source.config)
-  rows = reference.make_rows(source.config, [[example]], pictures, len(example.tokens), 2)
+  rows = parity.make_rows(source.config, [[example]], pictures, len(example.tokens), 2)
   with torch.no_grad():
     expected = model.logits(tokens, pixels, source.config.image_token_id)
-  return reference.relative_error(reference.logits(graphdef, params, rows)[0], expected)
+  return parity.relative_error(parity.logits(graphdef, params, rows)[0], expected)
 
 
 def test_the_same_logits(tmp_path):
@@ -48,7 +48,7 @@ def test_the_same_logits(tmp_path):
   original_model.save(model, tmp_path / "saved", **old)
   imported = import_from(tmp_path)
   assert error_of(model, imported) < 1e-5
-  source, _, params = reference.open_model(imported)
+  source, _, params = parity.open_model(imported)
   assert source.config.projector.kind == "linear"
   assert source.config.vision.keep_class_token
   assert not source.config.language.tied_embeddings
@@ -73,11 +73,11 @@ def test_other_projectors_and_multi_modal_causal_attention(projector, tmp_path):
   original_model.save(model, tmp_path / "saved")
   imported = import_from(tmp_path)
   assert error_of(model, imported) < 1e-5
-  source = reference.open_model(imported)[0]
+  source = parity.open_model(imported)[0]
   assert source.config.projector.kind == projector
   assert not source.config.mmca
   with_mmca = import_from(tmp_path, "mmca", mmca=True)
-  assert reference.open_model(with_mmca)[0].config.mmca
+  assert parity.open_model(with_mmca)[0].config.mmca
 
 
 def test_without_a_tokenizer_and_in_bfloat16(tmp_path):
@@ -85,7 +85,7 @@ def test_without_a_tokenizer_and_in_bfloat16(tmp_path):
   model = original_model.make(tmp_path, tie_word_embeddings=True).bfloat16()
   original_model.save(model, tmp_path / "saved", with_tokenizer=False)
   imported = import_from(tmp_path)
-  source, _, params = reference.open_model(imported, param_dtype="bfloat16")
+  source, _, params = parity.open_model(imported, param_dtype="bfloat16")
   saved = original_model.tokenizer()
   assert len(source.tokenizer) == len(saved)
   assert source.config.image_token_id == saved.convert_tokens_to_ids("<image>")
@@ -103,7 +103,7 @@ def test_without_a_tokenizer_and_in_bfloat16(tmp_path):
   state = torch.load(path)
   del state["lang_decoder.lm_head.weight"]
   torch.save(state, path)
-  tied = reference.open_model(import_from(tmp_path, "tied"), param_dtype="bfloat16")[2]
+  tied = parity.open_model(import_from(tmp_path, "tied"), param_dtype="bfloat16")[2]
   for path, array in trees.flatten(params).items():
     np.testing.assert_array_equal(trees.flatten(tied)[path], array, err_msg=path)
 
@@ -116,20 +116,20 @@ def test_a_reward_model_gives_the_same_scores(tmp_path):
   original_model.save(reward, tmp_path / "saved", **twice)
   # With a reward model it writes the language model's config, which says whether it has MMCA.
   sft_run.write_json(tmp_path / "saved" / "config.json", {"enable_mmca_attention": True})
-  assert reference.open_model(import_from(tmp_path, "mmca"))[0].config.mmca
+  assert parity.open_model(import_from(tmp_path, "mmca"))[0].config.mmca
   sft_run.write_json(tmp_path / "saved" / "config.json", {"enable_mmca_attention": False})
-  source, graphdef, params = reference.open_model(import_from(tmp_path))
+  source, graphdef, params = parity.open_model(import_from(tmp_path))
   assert source.config.head == SCORE
   example, pictures, tokens, pixels = original_model.example_of(source.config)
   length = len(example.tokens)
-  rows = reference.make_rows(source.config, [[example]], pictures, length + 4, 2)
+  rows = parity.make_rows(source.config, [[example]], pictures, length + 4, 2)
   places = np.array([[[length - 1, 3]]], np.int32)
   module = nnx.merge(graphdef, params)
   scores = module.scores(module(rows), places)[0, 0]
   with torch.no_grad():
     hidden = model.hidden(tokens, pixels, source.config.image_token_id)
     expected = reward.v_head(hidden[places[0, 0]])[:, 0]
-  assert reference.relative_error(scores, expected) < 1e-5
+  assert parity.relative_error(scores, expected) < 1e-5
   original_model.save(reward, tmp_path / "saved", **{name: 2 * x for name, x in twice.items()})
   with pytest.raises(InputError, match=r"rwtranrsformer\.lang_decoder.*same parameter, but dif"):
     import_from(tmp_path, "again")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from tests import adapters, checkpoints, reference
+from tests import parity, peft_models, tiny_models
 from tests.weights.test_round_trip import assert_same_bits, example_of, our_logits
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
@@ -29,8 +29,8 @@ KINDS = {
 def towers(tmp_path_factory):
   """Keys of `model` that name a CLIP and a LLaMA that is wide enough for a perceiver."""
   root = tmp_path_factory.mktemp("towers")
-  checkpoints.make_clip(root / "clip", whole=True)
-  checkpoints.make_llama(root / "llama", hidden_size=128)
+  tiny_models.make_clip(root / "clip", whole=True)
+  tiny_models.make_llama(root / "llama", hidden_size=128)
   return {"vision": str(root / "clip"), "language": str(root / "llama")}
 
 
@@ -43,13 +43,13 @@ def load_in_torch(kind: type, directory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_imports_again_and_its_towers_are_models(kind, towers, tmp_path):
-  opened = source.open_source(reference.model_group(**towers, **KINDS[kind]))
-  graphdef, params = reference.load_all(opened, seed=3)
+  opened = source.open_source(parity.model_group(**towers, **KINDS[kind]))
+  graphdef, params = parity.load_all(opened, seed=3)
   # Fresh parameters at special values would hide a mistake.
   params["projector"] = jax.tree.map(lambda x: x + 0.1, params["projector"])
   out = tmp_path / "out"
   export.export_model(opened, params, str(out))
-  again, _, reread = reference.open_model(out)
+  again, _, reread = parity.open_model(out)
   config = opened.config
   assert (again.config, again.fresh) == (config, ())
   assert (config.mmca, config.tokens_per_image) == (
@@ -62,28 +62,28 @@ def test_imports_again_and_its_towers_are_models(kind, towers, tmp_path):
   assert (out / "processor_config.json").exists() == (kind != "perceiver")
 
   clip = load_in_torch(transformers.CLIPVisionModel, out / "vision")
-  pictures = list(reference.make_pictures(2, config.vision.image_size).values())
+  pictures = list(parity.make_pictures(2, config.vision.image_size).values())
   with torch.no_grad():
-    pixels = reference.pixel_values(config, pictures)
+    pixels = parity.pixel_values(config, pictures)
     theirs = clip(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
   graphdef, _ = vlm.abstract_params(config)
   model = jax.tree.map(np.asarray, params)
-  features = reference.nnx.merge(graphdef, model).vision_features(np.stack(pictures)[None])
-  assert reference.relative_error(features, theirs) < 1e-5
+  features = parity.nnx.merge(graphdef, model).vision_features(np.stack(pictures)[None])
+  assert parity.relative_error(features, theirs) < 1e-5
 
   llama = load_in_torch(transformers.LlamaForCausalLM, out / "language")
   tokenizer = transformers.AutoTokenizer.from_pretrained(out / "language")
   assert tokenizer.convert_tokens_to_ids("<image>") == config.image_token_id
-  example = reference.make_example(config, 9)
-  rows = reference.make_rows(config, [[example]], {}, 9, 0)
+  example = parity.make_example(config, 9)
+  rows = parity.make_rows(config, [[example]], {}, 9, 0)
   with torch.no_grad():
     theirs = llama(torch.tensor(example.tokens)[None].long()).logits
-  assert reference.relative_error(reference.logits(graphdef, params, rows), theirs) < 1e-5
+  assert parity.relative_error(parity.logits(graphdef, params, rows), theirs) < 1e-5
 
 
 def test_transformers_does_not_take_it_for_a_llava(towers, tmp_path):
-  opened = source.open_source(reference.model_group(**towers, projector="linear"))
-  export.export_model(opened, reference.load_all(opened)[1], str(tmp_path / "out"))
+  opened = source.open_source(parity.model_group(**towers, projector="linear"))
+  export.export_model(opened, parity.load_all(opened)[1], str(tmp_path / "out"))
   with pytest.raises(OSError, match=r"no file named .*model.safetensors"):
     transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
 
@@ -91,11 +91,11 @@ def test_transformers_does_not_take_it_for_a_llava(towers, tmp_path):
 def test_adapters_alone_belong_to_the_towers(towers, tmp_path):
   """PEFT loads those of each tower on it; here they start what they came from, bit for bit."""
   ranks = {"rank": 2, "vision_rank": 3, "alpha": 4.0, "use_rslora": True}
-  config = adapters.config_for("", **ranks)
+  config = peft_models.config_for("", **ranks)
   config.train.embeddings = True
-  config.model.update(reference.model_group(**towers, projector="linear", mmca=True))
+  config.model.update(parity.model_group(**towers, projector="linear", mmca=True))
   opened = source.open_for(config)
-  graphdef, params = reference.load_all(opened, seed=3)
+  graphdef, params = parity.load_all(opened, seed=3)
   params = trees.map_paths(lambda path, x: x + 0.1 if path.endswith("lora_b") else x, params)
   params["projector"] = jax.tree.map(lambda x: x + 0.1, params["projector"])
   flat = trees.flatten(params)
@@ -110,7 +110,7 @@ def test_adapters_alone_belong_to_the_towers(towers, tmp_path):
   export.export_model(base, params, str(tmp_path / "base"))
 
   config.lora.init_from = str(out)
-  _, again = reference.load_all(source.open_for(config), seed=5)
+  _, again = parity.load_all(source.open_for(config), seed=5)
   for path, array in kept.items():
     np.testing.assert_array_equal(trees.flatten(again)[path], array, err_msg=path)
 
@@ -120,18 +120,18 @@ def test_adapters_alone_belong_to_the_towers(towers, tmp_path):
       warnings.simplefilter("error", UserWarning)
       return peft.PeftModel.from_pretrained(model, out / tower).eval()
 
-  model = reference.nnx.merge(graphdef, jax.tree.map(np.asarray, params))
-  pictures = list(reference.make_pictures(2, opened.config.vision.image_size).values())
-  pixels = reference.pixel_values(opened.config, pictures)
-  example = reference.make_example(opened.config, 9)
-  rows = reference.make_rows(opened.config, [[example]], {}, 9, 0)
+  model = parity.nnx.merge(graphdef, jax.tree.map(np.asarray, params))
+  pictures = list(parity.make_pictures(2, opened.config.vision.image_size).values())
+  pixels = parity.pixel_values(opened.config, pictures)
+  example = parity.make_example(opened.config, 9)
+  rows = parity.make_rows(opened.config, [[example]], {}, 9, 0)
   with torch.no_grad():
     clip = adapted(transformers.CLIPVisionModel, "vision")
     features = clip(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     llama = adapted(transformers.LlamaForCausalLM, "language")
     logits = llama(input_ids=torch.tensor(example.tokens)[None].long()).logits
-  assert reference.relative_error(model.vision_features(np.stack(pictures)[None]), features) < 1e-5
-  assert reference.relative_error(reference.logits(graphdef, params, rows), logits) < 1e-5
+  assert parity.relative_error(model.vision_features(np.stack(pictures)[None]), features) < 1e-5
+  assert parity.relative_error(parity.logits(graphdef, params, rows), logits) < 1e-5
   with pytest.raises(InputError, match="projector/linear/lora_a was trained, and PEFT has no"):
     export_adapters.export_adapters(
       opened.config, kept | {"projector/linear/lora_a": 0}, str(tmp_path / "no")
@@ -142,10 +142,10 @@ def test_adapters_alone_belong_to_the_towers(towers, tmp_path):
 def test_features_that_come_with_rows(kind, towers):
   """...are those of its tower, row by row, the class token included."""
   keys = {"projector": kind, "vision_feature_select_strategy": "full"}
-  opened = source.open_source(reference.model_group(**towers, **keys))
-  graphdef, params = reference.load_all(opened, seed=3)
-  model = reference.nnx.merge(graphdef, params)
-  images = np.stack([*reference.make_pictures(4, opened.config.vision.image_size).values()])
+  opened = source.open_source(parity.model_group(**towers, **keys))
+  graphdef, params = parity.load_all(opened, seed=3)
+  model = parity.nnx.merge(graphdef, params)
+  images = np.stack([*parity.make_pictures(4, opened.config.vision.image_size).values()])
   rows = {"images": images.reshape(2, 2, *images.shape[1:])}
   features = model.vision_features(rows["images"])
   by_row = features.reshape(2, 2, *features.shape[1:])
@@ -155,66 +155,66 @@ def test_features_that_come_with_rows(kind, towers):
 
 
 def test_a_reward_model(towers, tmp_path):
-  opened = source.open_source(reference.model_group(**towers, mmca=True))
+  opened = source.open_source(parity.model_group(**towers, mmca=True))
   opened = source._with_head(opened, vlm.SCORE, "")
-  graphdef, params = reference.load_all(opened, seed=3)
+  graphdef, params = parity.load_all(opened, seed=3)
   out = tmp_path / "out"
   export.export_model(opened, params, str(out))
-  again, _, reread = reference.open_model(out)
+  again, _, reread = parity.open_model(out)
   assert (again.config, again.fresh) == (opened.config, ())
   assert_same_bits(reread, params)
   llama = load_in_torch(transformers.LlamaForSequenceClassification, out / "language")
   tokens = np.arange(5, 14)
   with torch.no_grad():
     theirs = llama(torch.tensor(tokens)[None]).logits[0, 0]
-  example = dataclasses.replace(reference.make_example(opened.config, 9), tokens=tokens)
-  rows = reference.make_rows(opened.config, [[example]], {}, 9, 0)
-  model = reference.nnx.merge(graphdef, params)
+  example = dataclasses.replace(parity.make_example(opened.config, 9), tokens=tokens)
+  rows = parity.make_rows(opened.config, [[example]], {}, 9, 0)
+  model = parity.nnx.merge(graphdef, params)
   score = model.scores(model(rows), np.array([[[8]]]))
-  assert reference.relative_error(score[0, 0, 0], theirs) < 1e-5
+  assert parity.relative_error(score[0, 0, 0], theirs) < 1e-5
 
 
 def test_a_model_keeps_its_attention(towers, tmp_path):
   """A flag of the model, not of the run: whoever takes it up need not give it again."""
-  opened = source.open_source(reference.model_group(**towers, mmca=True))
-  _, params = reference.load_all(opened)
+  opened = source.open_source(parity.model_group(**towers, mmca=True))
+  _, params = parity.load_all(opened)
   export.export_model(opened, params, str(tmp_path / "out"))
-  plain = checkpoints.make_llava(tmp_path / "plain")
+  plain = tiny_models.make_llava(tmp_path / "plain")
   assert plain is not None
   for directory, given, expected in (
     ("out", False, True),
     ("plain", True, True),
     ("plain", False, False),
   ):
-    group = reference.model_group(init_from=str(tmp_path / directory), mmca=given)
+    group = parity.model_group(init_from=str(tmp_path / directory), mmca=given)
     assert source.open_source(group).config.mmca == expected
 
 
 def test_what_attention_it_is_shows_in_the_logits(towers):
-  opened = source.open_source(reference.model_group(**towers))
-  graphdef, params = reference.load_all(opened)
+  opened = source.open_source(parity.model_group(**towers))
+  graphdef, params = parity.load_all(opened)
   plain = our_logits(opened.config, graphdef, params)
   config = dataclasses.replace(opened.config, mmca=True)
   other = our_logits(config, vlm.abstract_params(config)[0], params)
   tokens = example_of(config)[0].tokens
   before = np.argmax(tokens == config.image_token_id)
   np.testing.assert_allclose(other[:before], plain[:before], rtol=1e-5, atol=1e-5)
-  assert reference.relative_error(other[before:], plain[before:]) > 0.05
+  assert parity.relative_error(other[before:], plain[before:]) > 0.05
 
 
 def test_fresh_parameters_are_the_same_in_every_dtype(towers):
   """A reference in bfloat16 is the policy that it is of."""
-  opened = source.open_source(reference.model_group(**towers, projector="linear"))
-  full = trees.flatten(reference.load_all(opened, seed=3)[1])
-  half = trees.flatten(reference.load_all(opened, seed=3, param_dtype="bfloat16")[1])
+  opened = source.open_source(parity.model_group(**towers, projector="linear"))
+  full = trees.flatten(parity.load_all(opened, seed=3)[1])
+  half = trees.flatten(parity.load_all(opened, seed=3, param_dtype="bfloat16")[1])
   path = "projector/linear/kernel"
   np.testing.assert_array_equal(full[path].astype("bfloat16"), half[path])
 
 
 def test_a_perceiver_needs_heads_of_128(tmp_path):
-  checkpoints.make_clip(tmp_path / "clip", whole=False)
-  checkpoints.make_llama(tmp_path / "llama")
-  group = reference.model_group(
+  tiny_models.make_clip(tmp_path / "clip", whole=False)
+  tiny_models.make_llama(tmp_path / "llama")
+  group = parity.model_group(
     vision=str(tmp_path / "clip"), language=str(tmp_path / "llama"), projector="perceiver"
   )
   with pytest.raises(InputError, match="heads of 128, and the language model's width 32 is no"):

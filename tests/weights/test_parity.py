@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from tests import checkpoints, reference
+from tests import parity, tiny_models
 from vlalign_jax import trees
 from vlalign_jax.models import rope, tiles
 from vlalign_jax.weights import hf_config, names
@@ -67,8 +67,8 @@ GRID = {
     "projector_hidden_act": "silu",
   },
   "qwen2_tied": {"text": {"model_type": "qwen2", "tie_word_embeddings": True, "head_dim": None}},
-  "qwen2_window": {"text": checkpoints.QWEN2_WINDOW},
-  "mistral_window": {"text": checkpoints.MISTRAL_WINDOW},
+  "qwen2_window": {"text": tiny_models.QWEN2_WINDOW},
+  "mistral_window": {"text": tiny_models.MISTRAL_WINDOW},
 }
 
 LENGTH, IMAGES = 96, 3
@@ -80,14 +80,14 @@ def packed_batch(config):
   Returns:
     (rows, layout as lists of examples, pictures)
   """
-  pictures = reference.make_pictures(IMAGES, config.vision.image_size)
-  make = lambda length, images, seed: reference.make_example(config, length, images, seed)  # noqa: E731
+  pictures = parity.make_pictures(IMAGES, config.vision.image_size)
+  make = lambda length, images, seed: parity.make_example(config, length, images, seed)  # noqa: E731
   layout = [
     [make(20, (), 1), make(15, ("0.png",), 2), make(30, (), 3)],
     [make(25, ("1.png", "2.png", "0.png"), 4), make(9, ("2.png",), 5)],
     [],
   ]
-  return reference.make_rows(config, layout, pictures, LENGTH, IMAGES), layout, pictures
+  return parity.make_rows(config, layout, pictures, LENGTH, IMAGES), layout, pictures
 
 
 def errors(found, model, config, layout, pictures) -> list[float]:
@@ -98,8 +98,8 @@ def errors(found, model, config, layout, pictures) -> list[float]:
     for example in examples:
       stop = start + len(example.tokens)
       with torch.no_grad():
-        expected = reference.torch_logits(model, config, example, pictures)
-      relative.append(reference.relative_error(row[start:stop], expected))
+        expected = parity.torch_logits(model, config, example, pictures)
+      relative.append(parity.relative_error(row[start:stop], expected))
       start = stop
   assert np.isfinite(found).all()
   return relative
@@ -107,36 +107,36 @@ def errors(found, model, config, layout, pictures) -> list[float]:
 
 @pytest.mark.parametrize("name", GRID)
 def test_logits_equal_torch(name, tmp_path):
-  model = checkpoints.make_llava(tmp_path, **GRID[name])
-  source, graphdef, params = reference.open_model(tmp_path)
+  model = tiny_models.make_llava(tmp_path, **GRID[name])
+  source, graphdef, params = parity.open_model(tmp_path)
   rows, layout, pictures = packed_batch(source.config)
-  found = reference.logits(graphdef, params, rows)
+  found = parity.logits(graphdef, params, rows)
   if model.config.vision_feature_layer == 0:  # which transformers 5.23 takes for "none"
     model.config.vision_feature_layer = [0]
   assert max(errors(found, model, source.config, layout, pictures)) < 1e-5
 
 
 def test_blocks_of_queries_and_bfloat16(tmp_path, monkeypatch):
-  model = checkpoints.make_llava(tmp_path)
-  source, graphdef, params = reference.open_model(tmp_path)
+  model = tiny_models.make_llava(tmp_path)
+  source, graphdef, params = parity.open_model(tmp_path)
   rows, layout, pictures = packed_batch(source.config)
   monkeypatch.setattr(tiles, "CPU_TILE", 20)  # four tiles, the last one padded
-  found = reference.logits(graphdef, params, rows)
+  found = parity.logits(graphdef, params, rows)
   assert max(errors(found, model, source.config, layout, pictures)) < 1e-5
-  graphdef, _ = reference.load_all(source, dtype="bfloat16")
-  found = reference.logits(graphdef, params, rows)
+  graphdef, _ = parity.load_all(source, dtype="bfloat16")
+  found = parity.logits(graphdef, params, rows)
   relative = errors(found, model, source.config, layout, pictures)
   assert 1e-3 < max(relative) < 2e-2  # and it was bfloat16
 
 
 def test_answers_of_a_shared_prompt_equal_sequences_of_their_own(tmp_path):
-  model = checkpoints.make_llava(tmp_path)
-  source, graphdef, params = reference.open_model(tmp_path)
+  model = tiny_models.make_llava(tmp_path)
+  source, graphdef, params = parity.open_model(tmp_path)
   config = source.config
-  pictures = reference.make_pictures(1, config.vision.image_size)
-  prompt = reference.make_example(config, 12, ("0.png",), 1)
-  before = reference.make_example(config, 7, (), 2)
-  answers = [reference.make_example(config, n, (), n).tokens for n in (5, 9, 3)]
+  pictures = parity.make_pictures(1, config.vision.image_size)
+  prompt = parity.make_example(config, 12, ("0.png",), 1)
+  before = parity.make_example(config, 7, (), 2)
+  answers = [parity.make_example(config, n, (), n).tokens for n in (5, 9, 3)]
   # The prompt stops one token short, and each branch begins with that token.
   shared, first = prompt.tokens[:-1], prompt.tokens[-1:]
   parts = [shared, *(np.concatenate([first, answer]) for answer in answers)]
@@ -152,24 +152,24 @@ def test_answers_of_a_shared_prompt_equal_sequences_of_their_own(tmp_path):
     targets=np.zeros(len(tokens), np.int32),
     loss_mask=np.zeros(len(tokens), np.float32),
   )
-  rows = reference.make_rows(config, [[before, together]], pictures, LENGTH, 1)
-  found = reference.logits(graphdef, params, rows)[0]
+  rows = parity.make_rows(config, [[before, together]], pictures, LENGTH, 1)
+  found = parity.logits(graphdef, params, rows)[0]
   end = len(before.tokens) + len(shared)
   for answer in answers:
     alone = dataclasses.replace(prompt, tokens=np.concatenate([prompt.tokens, answer]))
     with torch.no_grad():
-      expected = reference.torch_logits(model, config, alone, pictures)
+      expected = parity.torch_logits(model, config, alone, pictures)
     start, end = end, end + 1 + len(answer)
     own = np.concatenate([found[len(before.tokens) :][: len(shared)], found[start:end]])
-    assert reference.relative_error(own, expected) < 1e-5
+    assert parity.relative_error(own, expected) < 1e-5
 
 
 def test_an_example_without_images_in_a_batch_without_images(tmp_path):
-  model = checkpoints.make_llava(tmp_path)
-  source, graphdef, params = reference.open_model(tmp_path)
-  example = reference.make_example(source.config, 30)
-  rows = reference.make_rows(source.config, [[example]], {}, 40, 0)
-  found = reference.logits(graphdef, params, rows)
+  model = tiny_models.make_llava(tmp_path)
+  source, graphdef, params = parity.open_model(tmp_path)
+  example = parity.make_example(source.config, 30)
+  rows = parity.make_rows(source.config, [[example]], {}, 40, 0)
+  found = parity.logits(graphdef, params, rows)
   assert max(errors(found, model, source.config, [[example]], {})) < 1e-5
 
 
@@ -184,15 +184,15 @@ def test_an_example_without_images_in_a_batch_without_images(tmp_path):
   ],
 )
 def test_every_layout_loads_the_same_bits(layout, tied, max_shard_size, tmp_path):
-  model = checkpoints.make_llava(
+  model = tiny_models.make_llava(
     tmp_path,
     text={"tie_word_embeddings": tied, "attention_bias": True, "mlp_bias": True},
     layout=layout,
     max_shard_size=max_shard_size,
   )
   assert os.path.exists(tmp_path / "model.safetensors.index.json") == (max_shard_size == "20KB")
-  source, _, params = reference.open_model(tmp_path)
-  expected = reference.as_params(source.config, model.state_dict())
+  source, _, params = parity.open_model(tmp_path)
+  expected = parity.as_params(source.config, model.state_dict())
   found = trees.flatten(params)
   assert found.keys() == expected.keys()
   assert ("language/head/kernel" in found) == (not tied)
@@ -201,7 +201,7 @@ def test_every_layout_loads_the_same_bits(layout, tied, max_shard_size, tmp_path
 
 
 def test_a_tied_model_may_still_store_its_head(tmp_path):
-  checkpoints.make_llava(tmp_path, text={"tie_word_embeddings": True}, layout="old")
+  tiny_models.make_llava(tmp_path, text={"tie_word_embeddings": True}, layout="old")
   from safetensors.torch import load_file, save_file
 
   file = str(tmp_path / "model.safetensors")
@@ -210,7 +210,7 @@ def test_a_tied_model_may_still_store_its_head(tmp_path):
   stored["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
   stored["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(10)
   save_file(stored, file)
-  source, _, params = reference.open_model(tmp_path)
+  source, _, params = parity.open_model(tmp_path)
   assert source.config.language.tied_embeddings
   assert "head" not in params["language"]
 
@@ -237,8 +237,8 @@ def test_a_tied_model_may_still_store_its_head(tmp_path):
 )
 def test_rope_in_either_spelling_gives_torch_frequencies(scaling, theta, tmp_path):
   """`rope_scaling` with a top-level `rope_theta` (transformers 4), and `rope_parameters` (5)."""
-  config = checkpoints.text_config(
-    checkpoints.make_tokenizer(), head_dim=128, max_position_embeddings=131072
+  config = tiny_models.text_config(
+    tiny_models.make_tokenizer(), head_dim=128, max_position_embeddings=131072
   ).to_dict()
   del config["rope_parameters"]
   old = config | {"rope_scaling": scaling} | ({"rope_theta": theta} if theta else {})
@@ -257,14 +257,14 @@ def test_rope_in_either_spelling_gives_torch_frequencies(scaling, theta, tmp_pat
 
 
 def test_every_tensor_of_torch_has_one_parameter(tmp_path):
-  model = checkpoints.make_llava(tmp_path, text={"attention_bias": True, "mlp_bias": True})
-  source, _, _ = reference.open_model(tmp_path)
+  model = tiny_models.make_llava(tmp_path, text={"attention_bias": True, "mlp_bias": True})
+  source, _, _ = parity.open_model(tmp_path)
   config = source.config
   known = set()
   for name in names.names_of(config):
     layers = config.vision.layers if name.path.startswith("vision") else config.language.layers
     for layer in range(layers) if name.stacked else (None,):
-      tensor = reference.torch_name(name.tensor.format(layer))
+      tensor = parity.torch_name(name.tensor.format(layer))
       assert tensor not in known
       known.add(tensor)
   unused = set(model.state_dict()) - known

@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from scripts import export_hf, train_sft
-from tests import adapters, checkpoints, reference, sft_run
+from tests import parity, peft_models, sft_run, tiny_models
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.runs import checkpoints as run_checkpoints
@@ -29,7 +29,7 @@ LORA = {"rank": 4, "vision_rank": 2, "alpha": 6.0, "use_rslora": True}
 def run(tmp_path_factory):
   """A LoRA run that also trains the projector and the embedding, exported merged and as PEFT."""
   root = tmp_path_factory.mktemp("lora_run")
-  checkpoints.make_llava(root / "llava")
+  tiny_models.make_llava(root / "llava")
   records = sft_run.make_records(str(root), 4)
   data = sft_run.write_json(root / "train.json", records)
   config = sft_run.make_config(
@@ -53,40 +53,40 @@ def run(tmp_path_factory):
 
 
 def config_for(run, init_from: str = "", **keys):
-  """Returns `adapters.config_for` for a run that trains the same parameters as `run`."""
-  config = adapters.config_for(run.llava, init_from=init_from, **(LORA | keys))
+  """Returns `peft_models.config_for` for a run that trains the same parameters as `run`."""
+  config = peft_models.config_for(run.llava, init_from=init_from, **(LORA | keys))
   config.train.embeddings = True
   return config
 
 
 def open_model(run, init_from: str):
   opened = source.open_for(config_for(run, init_from))
-  return opened, *reference.load_all(opened)
+  return opened, *parity.load_all(opened)
 
 
 def example_rows(config):
-  pictures = reference.make_pictures(2, config.vision.image_size)
-  example = reference.make_example(config, 20, tuple(pictures))
-  rows = reference.make_rows(config, [[example]], pictures, len(example.tokens), 2)
+  pictures = parity.make_pictures(2, config.vision.image_size)
+  example = parity.make_example(config, 20, tuple(pictures))
+  rows = parity.make_rows(config, [[example]], pictures, len(example.tokens), 2)
   return example, pictures, rows
 
 
 def torch_logits(model, config):
   example, pictures, _ = example_rows(config)
   with torch.no_grad():
-    return reference.torch_logits(model.eval(), config, example, pictures).numpy()
+    return parity.torch_logits(model.eval(), config, example, pictures).numpy()
 
 
 def our_logits(config, graphdef, params):
-  return reference.logits(graphdef, params, example_rows(config)[2])[0]
+  return parity.logits(graphdef, params, example_rows(config)[2])[0]
 
 
 def trained_of(run: str, opened) -> dict:
   """Returns path -> array of the parameters in a run's checkpoint."""
-  _, abstract = reference.vlm.abstract_params(opened.config)
+  _, abstract = parity.vlm.abstract_params(opened.config)
   leaves = trees.flatten(abstract)
-  place = reference.meshes.replicated(
-    reference.meshes.make_mesh(reference.defaults("sft").mesh, jax.devices()[:1])
+  place = parity.meshes.replicated(
+    parity.meshes.make_mesh(parity.defaults("sft").mesh, jax.devices()[:1])
   )
   step = run_checkpoints.find_step(run, "newest", "eval/loss")
   return run_checkpoints.restore_params(run, step, leaves, dict.fromkeys(leaves, place))
@@ -101,7 +101,7 @@ def on_hugging_face(model: str, adapter: str):
 
 
 def test_the_checkpoint_has_adapters_projector_and_embedding_only(run):
-  opened = source.open_for(adapters.config_for(run.llava, **LORA))
+  opened = source.open_for(peft_models.config_for(run.llava, **LORA))
   trained = trained_of(run.run, opened)
   parts = {path.split("/")[0] if "lora_" not in path else "adapter" for path in trained}
   assert parts == {"adapter", "projector", "language"}
@@ -113,7 +113,7 @@ def test_the_checkpoint_has_adapters_projector_and_embedding_only(run):
 def test_logits_equal_those_of_hugging_face(run):
   opened, graphdef, params = open_model(run, run.run)
   ours = our_logits(opened.config, graphdef, params)
-  merged, merged_graphdef, merged_params = reference.open_model(str(run.root / "merged"))
+  merged, merged_graphdef, merged_params = parity.open_model(str(run.root / "merged"))
   original = transformers.LlavaForConditionalGeneration.from_pretrained(run.llava)
   adapted = on_hugging_face(run.llava, run.peft)
   results = {
@@ -126,8 +126,8 @@ def test_logits_equal_those_of_hugging_face(run):
     "merged, here": our_logits(merged.config, merged_graphdef, merged_params),
   }
   for name, logits in results.items():
-    assert reference.relative_error(logits, ours) < 1e-5, name
-  assert reference.relative_error(torch_logits(original, opened.config), ours) > 0.1
+    assert parity.relative_error(logits, ours) < 1e-5, name
+  assert parity.relative_error(torch_logits(original, opened.config), ours) > 0.1
 
 
 def test_exported_adapters_import_with_the_same_bits(run):
@@ -137,7 +137,7 @@ def test_exported_adapters_import_with_the_same_bits(run):
   assert any("lora_b" in path for path in trained)
   for path, array in trained.items():
     np.testing.assert_array_equal(imported[path], array, err_msg=path)
-  _, restored = reference.load_all(source.open_for(config_for(run, run.run)))
+  _, restored = parity.load_all(source.open_for(config_for(run, run.run)))
   for path, array in trees.flatten(restored).items():
     np.testing.assert_array_equal(imported[path], array, err_msg=path)
 
@@ -150,10 +150,10 @@ def test_adapters_on_adapters(run, tmp_path):
   config.max_steps = 2
   train_sft.train_and_evaluate(config, str(tmp_path / "second"))
   export_hf.export_run(str(tmp_path / "second"), str(tmp_path / "peft"), None, adapters=True)
-  merged, graphdef, params = reference.open_model(str(tmp_path / "second"))
+  merged, graphdef, params = parity.open_model(str(tmp_path / "second"))
   ours = our_logits(merged.config, graphdef, params)
   adapted = on_hugging_face(str(run.root / "merged"), str(tmp_path / "peft"))
-  assert reference.relative_error(torch_logits(adapted, merged.config), ours) < 1e-5
+  assert parity.relative_error(torch_logits(adapted, merged.config), ours) < 1e-5
 
 
 def test_adapters_of_other_weights_are_refused(run, tmp_path):
@@ -161,7 +161,7 @@ def test_adapters_of_other_weights_are_refused(run, tmp_path):
   config.model.init_from = run.run
   with pytest.raises(InputError, match="would be added twice; name what that run started from"):
     source.open_for(config)
-  checkpoints.make_llava(tmp_path / "other", seed=8)
+  tiny_models.make_llava(tmp_path / "other", seed=8)
   config.model.init_from = str(tmp_path / "other")
   with pytest.raises(InputError, match="belong to other weights than .*other; name those: .*llava"):
     source.open_for(config)
@@ -191,19 +191,19 @@ def test_changed_adapters_are_refused(run, tmp_path):
 
 
 def test_a_score_head_with_adapters(run, tmp_path):
-  config = adapters.config_for(run.llava, **LORA)
+  config = peft_models.config_for(run.llava, **LORA)
   config.stage = "reward"
   opened = source.open_for(config)
-  _, params = reference.load_all(opened)
+  _, params = parity.load_all(opened)
   flat = trees.flatten(params)
   kept = {path: array for path, array in flat.items() if "lora_" in path or "score/" in path}
   export_adapters.export_adapters(opened.config, kept, str(tmp_path / "peft"))
   config.lora.init_from = str(tmp_path / "peft")
-  _, imported = reference.load_all(source.open_for(config), seed=5)
+  _, imported = parity.load_all(source.open_for(config), seed=5)
   for path in kept:
     np.testing.assert_array_equal(trees.flatten(imported)[path], kept[path], err_msg=path)
   with pytest.raises(InputError, match="score.weight"):
-    source.open_for(adapters.config_for(run.llava, init_from=str(tmp_path / "peft"), **LORA))
+    source.open_for(peft_models.config_for(run.llava, init_from=str(tmp_path / "peft"), **LORA))
 
   class Scoring(transformers.LlavaForConditionalGeneration):
     def __init__(self, hf):
@@ -218,14 +218,14 @@ def test_a_score_head_with_adapters(run, tmp_path):
 
 def test_projector_with_adapters_and_fully_trained(run, tmp_path):
   keys = LORA | {"targets": "/layers/|projector"}
-  opened, graphdef, params = adapters.open_model(run.llava, **keys)
+  opened, graphdef, params = peft_models.open_model(run.llava, **keys)
   params = trees.map_paths(lambda path, x: x + 0.1 if path.endswith("lora_b") else x, params)
   flat = trees.flatten(params)
   kept = {path: x for path, x in flat.items() if "lora_" in path or "projector" in path}
   export_adapters.export_adapters(opened.config, kept, str(tmp_path / "peft"))
   adapted = on_hugging_face(run.llava, str(tmp_path / "peft"))
   ours = our_logits(opened.config, graphdef, params)
-  assert reference.relative_error(torch_logits(adapted, opened.config), ours) < 1e-5
+  assert parity.relative_error(torch_logits(adapted, opened.config), ours) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -236,8 +236,8 @@ def test_projector_with_adapters_and_fully_trained(run, tmp_path):
   ],
 )
 def test_parameters_that_peft_has_no_place_for(path, tied, message, tmp_path):
-  checkpoints.make_llava(tmp_path / "llava", text={"tie_word_embeddings": tied})
-  opened = source.open_for(adapters.config_for(tmp_path / "llava", rank=2))
+  tiny_models.make_llava(tmp_path / "llava", text={"tie_word_embeddings": tied})
+  opened = source.open_for(peft_models.config_for(tmp_path / "llava", rank=2))
   with pytest.raises(InputError, match=message):
     export_adapters.export_adapters(opened.config, {path: None}, str(tmp_path / "out"))
   assert not os.path.exists(tmp_path / "out")
@@ -331,6 +331,6 @@ def test_runs_without_adapters(run, tmp_path):
   config["lora"] |= {"rank": 0, "vision_rank": 0}
   sft_run.write_json(tmp_path / "plain" / "config.json", config)
   with pytest.raises(InputError, match="is a run without adapters; name it as model.init_from"):
-    source.open_for(adapters.config_for(run.llava, init_from=str(tmp_path / "plain"), **LORA))
+    source.open_for(peft_models.config_for(run.llava, init_from=str(tmp_path / "plain"), **LORA))
   with pytest.raises(InputError, match="trained no adapters; export it without"):
     export_hf.export_run(str(tmp_path / "plain"), str(tmp_path / "out"), None, adapters=True)

@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests import checkpoints, reference
+from tests import parity, tiny_models
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights import export, source
@@ -24,11 +24,11 @@ from vlalign_jax.weights import export, source
 def towers(tmp_path_factory):
   """Directories of a full CLIP, its vision tower alone, and a LLaMA; the torch models."""
   root = tmp_path_factory.mktemp("towers")
-  clip = checkpoints.make_clip(root / "clip", whole=True)
-  alone = checkpoints.make_clip(root / "vision", whole=False, seed=9)
+  clip = tiny_models.make_clip(root / "clip", whole=True)
+  alone = tiny_models.make_clip(root / "vision", whole=False, seed=9)
   alone.load_state_dict(clip.vision_model.state_dict())
   alone.save_pretrained(root / "vision")
-  llama = checkpoints.make_llama(root / "llama")
+  llama = tiny_models.make_llama(root / "llama")
   return types.SimpleNamespace(
     clip=str(root / "clip"),
     vision=str(root / "vision"),
@@ -66,19 +66,19 @@ def load_in_torch(directory: str):
 
 def example_of(config):
   """Returns (an example with two images, pictures)."""
-  pictures = reference.make_pictures(2, config.vision.image_size)
-  return reference.make_example(config, 20, tuple(pictures)), pictures
+  pictures = parity.make_pictures(2, config.vision.image_size)
+  return parity.make_example(config, 20, tuple(pictures)), pictures
 
 
 def torch_logits(model, config):
   with torch.no_grad():
-    return reference.torch_logits(model, config, *example_of(config)).numpy()
+    return parity.torch_logits(model, config, *example_of(config)).numpy()
 
 
 def our_logits(config, graphdef, params):
   example, pictures = example_of(config)
-  rows = reference.make_rows(config, [[example]], pictures, len(example.tokens), 2)
-  return reference.logits(graphdef, params, rows)[0]
+  rows = parity.make_rows(config, [[example]], pictures, len(example.tokens), 2)
+  return parity.logits(graphdef, params, rows)[0]
 
 
 VARIANTS = {
@@ -96,26 +96,26 @@ VARIANTS = {
     "multimodal_projector_bias": False,
   },
   "one_layer_of_three_in_a_list": {"vision_feature_layer": [-3], "layout": "old"},
-  "qwen2": {"text": checkpoints.QWEN2_WINDOW},
-  "mistral": {"text": checkpoints.MISTRAL_WINDOW},
+  "qwen2": {"text": tiny_models.QWEN2_WINDOW},
+  "mistral": {"text": tiny_models.MISTRAL_WINDOW},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_exports_load_in_torch_and_here(variant, tmp_path):
-  original = checkpoints.make_llava(tmp_path / "in", **VARIANTS[variant])
-  opened, _, params = reference.open_model(tmp_path / "in")
+  original = tiny_models.make_llava(tmp_path / "in", **VARIANTS[variant])
+  opened, _, params = parity.open_model(tmp_path / "in")
   out = str(tmp_path / "out")
   export.export_model(opened, params, out)
-  imported, _, imported_params = reference.open_model(out)
+  imported, _, imported_params = parity.open_model(out)
   assert imported.config == opened.config
   assert imported.generation.to_dict() == opened.generation.to_dict()
   assert_same_bits(imported_params, params)
   exported = load_in_torch(out)
   config = opened.config
-  assert reference.relative_error(
-    torch_logits(exported, config), torch_logits(original, config)
-  ) < (1e-6)
+  assert parity.relative_error(torch_logits(exported, config), torch_logits(original, config)) < (
+    1e-6
+  )
   unused = [name for name in exported.state_dict() if "post_layernorm" in name or ".2." in name]
   assert len(unused) >= 18  # weights and biases of post_layernorm and of the last vision layer
   for name, tensor in original.state_dict().items():
@@ -123,10 +123,10 @@ def test_exports_load_in_torch_and_here(variant, tmp_path):
 
 
 def test_processor_of_an_export_makes_our_tokens_and_pixels(tmp_path):
-  checkpoints.make_llava(
+  tiny_models.make_llava(
     tmp_path / "in", vision={"image_size": 15}, vision_feature_select_strategy="full"
   )
-  opened, _, params = reference.open_model(tmp_path / "in")
+  opened, _, params = parity.open_model(tmp_path / "in")
   export.export_model(opened, params, str(tmp_path / "out"))
   processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
   assert type(processor).__name__ == "LlavaProcessor"
@@ -140,7 +140,7 @@ def test_processor_of_an_export_makes_our_tokens_and_pixels(tmp_path):
   assert (processed["input_ids"] == config.image_token_id).sum() == 2 * config.tokens_per_image
   ours = [opened.images.preprocess(picture) for picture in pictures]
   np.testing.assert_allclose(
-    processed["pixel_values"], reference.pixel_values(config, ours), rtol=0, atol=1e-6
+    processed["pixel_values"], parity.pixel_values(config, ours), rtol=0, atol=1e-6
   )
 
 
@@ -155,8 +155,8 @@ def test_processor_of_an_export_makes_our_tokens_and_pixels(tmp_path):
   ],
 )
 def test_an_exported_config_has_the_rope_keys_of_transformers_4(rope, scaling, tmp_path):
-  checkpoints.make_llava(tmp_path / "in", text={"rope_parameters": rope})
-  opened, _, _ = reference.open_model(tmp_path / "in")
+  tiny_models.make_llava(tmp_path / "in", text={"rope_parameters": rope})
+  opened, _, _ = parity.open_model(tmp_path / "in")
   export.save_model_files(opened, str(tmp_path / "out"), "float32")
   written = (tmp_path / "out" / "config.json").read_text()
   text = json.loads(written)["text_config"]
@@ -170,8 +170,8 @@ def test_an_exported_config_has_the_rope_keys_of_transformers_4(rope, scaling, t
 
 
 def test_shards_with_an_index(tmp_path):
-  checkpoints.make_llava(tmp_path / "in")
-  opened, _, params = reference.open_model(tmp_path / "in")
+  tiny_models.make_llava(tmp_path / "in")
+  opened, _, params = parity.open_model(tmp_path / "in")
   out = tmp_path / "out"
   export.export_model(opened, params, str(out), max_shard_bytes=40_000)
   shards = sorted(path.name for path in out.glob("*.safetensors"))
@@ -186,26 +186,26 @@ def test_shards_with_an_index(tmp_path):
     sizes[shard] = sum(tensor.nbytes for tensor in stored.values())
     assert sizes[shard] <= 40_000 or len(stored) == 1  # an embedding of 64 KiB alone is more
   assert index["metadata"]["total_size"] == sum(sizes.values())
-  assert_same_bits(reference.open_model(out)[2], params)
+  assert_same_bits(parity.open_model(out)[2], params)
   load_in_torch(str(out))
 
 
 def test_export_in_another_dtype(tmp_path):
-  checkpoints.make_llava(tmp_path / "in")
-  opened, _, params = reference.open_model(tmp_path / "in")
+  tiny_models.make_llava(tmp_path / "in")
+  opened, _, params = parity.open_model(tmp_path / "in")
   out = str(tmp_path / "out")
   export.export_model(opened, params, out, dtype=np.dtype(ml_dtypes.bfloat16))
   assert {tensor.dtype for tensor in load_file(out + "/model.safetensors").values()} == {
     torch.bfloat16
   }
   assert load_in_torch(out).dtype == torch.bfloat16
-  _, _, imported = reference.open_model(out, param_dtype="bfloat16")
+  _, _, imported = parity.open_model(out, param_dtype="bfloat16")
   assert_same_bits(imported, jax.tree.map(lambda x: x.astype("bfloat16"), params))
 
 
 def test_export_refuses_a_directory_that_is_not_empty(tmp_path):
-  checkpoints.make_llava(tmp_path)
-  opened, _, params = reference.open_model(tmp_path)
+  tiny_models.make_llava(tmp_path)
+  opened, _, params = parity.open_model(tmp_path)
   before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
   with pytest.raises(InputError, match="is not empty; choose another output directory"):
     export.export_model(opened, params, str(tmp_path))
@@ -215,9 +215,9 @@ def test_export_refuses_a_directory_that_is_not_empty(tmp_path):
 def assemble(towers, **keys):
   """Returns (source, graphdef, params) of a new model of a vision and a language directory."""
   opened = source.open_source(
-    reference.model_group(**{"vision": towers.clip, "language": towers.language, **keys})
+    parity.model_group(**{"vision": towers.clip, "language": towers.language, **keys})
   )
-  return opened, *reference.load_all(opened, seed=3)
+  return opened, *parity.load_all(opened, seed=3)
 
 
 def test_a_linear_projector_between_two_towers(towers, tmp_path):
@@ -244,7 +244,7 @@ def test_a_linear_projector_between_two_towers(towers, tmp_path):
   norm = projector["norm"]
   example, pictures = example_of(config)
   with torch.no_grad():
-    pixels = reference.pixel_values(config, [pictures[path] for path in example.images])
+    pixels = parity.pixel_values(config, [pictures[path] for path in example.images])
     features = towers.torch_vision(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     projected = features @ projector["linear"]["kernel"] + projector["linear"]["bias"]
     projected = torch.nn.functional.layer_norm(
@@ -256,11 +256,11 @@ def test_a_linear_projector_between_two_towers(towers, tmp_path):
     embedded[is_image] = projected.reshape(-1, 32)
     expected = llama(inputs_embeds=embedded[None]).logits[0]
   logits = our_logits(config, graphdef, params)
-  assert reference.relative_error(logits[:, :502], expected) < 1e-5
+  assert parity.relative_error(logits[:, :502], expected) < 1e-5
 
   out = str(tmp_path / "out")
   export.export_model(opened, params, out)
-  imported, _, imported_params = reference.open_model(out)
+  imported, _, imported_params = parity.open_model(out)
   assert (imported.config, imported.fresh) == (config, ())
   assert_same_bits(imported_params, params)
   stored = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -274,8 +274,8 @@ def test_an_mlp_projector_between_two_towers_is_a_llava(towers, tmp_path):
   export.export_model(opened, params, out)
   logits = our_logits(opened.config, graphdef, params)
   expected = torch_logits(load_in_torch(out), opened.config)
-  assert reference.relative_error(logits, expected) < 1e-5
-  assert_same_bits(reference.open_model(out)[2], params)
+  assert parity.relative_error(logits, expected) < 1e-5
+  assert_same_bits(parity.open_model(out)[2], params)
 
 
 def test_a_full_clip_and_its_vision_tower_give_the_same(towers):
@@ -286,7 +286,7 @@ def test_a_full_clip_and_its_vision_tower_give_the_same(towers):
 
 
 def test_one_error_names_every_tensor_that_does_not_fit(tmp_path):
-  checkpoints.make_llava(tmp_path, layout="old")
+  tiny_models.make_llava(tmp_path, layout="old")
   file = tmp_path / "model.safetensors"
   stored = load_file(file)
   del stored["language_model.model.norm.weight"]
@@ -296,7 +296,7 @@ def test_one_error_names_every_tensor_that_does_not_fit(tmp_path):
   stored["image_newline"] = torch.zeros(32)
   save_file(stored, file)
   with pytest.raises(InputError) as caught:
-    reference.open_model(tmp_path)
+    parity.open_model(tmp_path)
   summary, *lines = str(caught.value).split("\n  ")
   assert summary == "5 tensors do not fit the model that config.json describes:"
   assert sorted(lines) == [
@@ -309,42 +309,42 @@ def test_one_error_names_every_tensor_that_does_not_fit(tmp_path):
 
 
 def test_weights_that_only_pickle_can_read(tmp_path):
-  checkpoints.make_llava(tmp_path)
+  tiny_models.make_llava(tmp_path)
   os.remove(tmp_path / "model.safetensors")
   with pytest.raises(InputError, match=r"no model\.safetensors and no model\.safetensors\.index"):
-    reference.open_model(tmp_path)
+    parity.open_model(tmp_path)
   (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
   with pytest.raises(InputError, match="only pickled weights there, which are not read"):
-    reference.open_model(tmp_path)
+    parity.open_model(tmp_path)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 2000, -1])
 def test_a_cut_off_file(kept, tmp_path):
-  checkpoints.make_llava(tmp_path)
+  tiny_models.make_llava(tmp_path)
   file = tmp_path / "model.safetensors"
   file.write_bytes(file.read_bytes()[:kept])
   with pytest.raises(InputError, match=rf"{file}: damaged or cut off .*; copy it again"):
-    reference.open_model(tmp_path)
+    parity.open_model(tmp_path)
 
 
 def test_a_missing_shard_and_a_broken_index(tmp_path):
-  checkpoints.make_llava(tmp_path, max_shard_size="40KB")
+  tiny_models.make_llava(tmp_path, max_shard_size="40KB")
   shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
   shard.unlink()
   with pytest.raises(InputError, match=f"names files that are missing: {shard.name}"):
-    reference.open_model(tmp_path)
+    parity.open_model(tmp_path)
   (tmp_path / "model.safetensors.index.json").write_text("{")
   with pytest.raises(InputError, match="not a safetensors index"):
-    reference.open_model(tmp_path)
+    parity.open_model(tmp_path)
 
 
 def test_a_head_that_differs_from_the_tied_embedding_is_refused(tmp_path):
-  checkpoints.make_llava(tmp_path, layout="old", text={"tie_word_embeddings": True})
+  tiny_models.make_llava(tmp_path, layout="old", text={"tie_word_embeddings": True})
   file = tmp_path / "model.safetensors"
   stored = load_file(file)
   embedding = stored["language_model.model.embed_tokens.weight"]
   save_file({**stored, "language_model.lm_head.weight": embedding.clone()}, file)
-  reference.open_model(tmp_path)
+  parity.open_model(tmp_path)
   save_file({**stored, "language_model.lm_head.weight": embedding + 1}, file)
   with pytest.raises(InputError, match="lm_head.weight differs from the embedding"):
-    reference.open_model(tmp_path)
+    parity.open_model(tmp_path)

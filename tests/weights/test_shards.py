@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from tests.processes import Processes
+from tests.process_group import Processes
 
 LAYERS, OUT, IN = 4, 24, 16
 

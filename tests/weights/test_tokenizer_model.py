@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from tests import checkpoints, reference
+from tests import parity, tiny_models
 from vlalign_jax.data.tokens import tokenize_pieces
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights import export, source
@@ -47,13 +47,13 @@ def towers(tmp_path_factory):
     remove_extra_whitespaces=False,
     minloglevel=2,
   )
-  checkpoints.make_clip(clip, whole=False)
-  checkpoints.make_llama(llama, vocab_size=350, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+  tiny_models.make_clip(clip, whole=False)
+  tiny_models.make_llama(llama, vocab_size=350, bos_token_id=1, eos_token_id=2, pad_token_id=None)
   for file in llama.glob("*token*"):
     file.unlink()
   (llama / "tokenizer.model").write_bytes(model.getvalue())
   (llama / "tokenizer_config.json").write_text(json.dumps(CONFIG))
-  return reference.model_group(vision=str(clip), language=str(llama)), model.getvalue()
+  return parity.model_group(vision=str(clip), language=str(llama)), model.getvalue()
 
 
 def test_a_tokenizer_model_and_its_config_are_read(towers, tmp_path):
@@ -81,7 +81,7 @@ def test_without_a_config_its_ids_are_those_of_sentencepiece(towers, tmp_path):
   llama = tmp_path / "llama"
   shutil.copytree(towers[0].language, llama)
   (llama / "tokenizer_config.json").unlink()
-  opened = source.open_source(reference.model_group(vision=towers[0].vision, language=str(llama)))
+  opened = source.open_source(parity.model_group(vision=towers[0].vision, language=str(llama)))
   export.save_model_files(opened, str(tmp_path / "out"), "float32", "vicuna")
   exported = AutoTokenizer.from_pretrained(tmp_path / "out")
   assert opened.tokenizer.eos_token_id == exported.eos_token_id == 2
@@ -112,7 +112,7 @@ def test_a_tokenizer_model_unlike_that_of_llama(towers, tmp_path, options, reaso
   shutil.copy(f"{towers[0].language}/config.json", tmp_path)
   (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
   with pytest.raises(InputError, match=reason):
-    source.open_source(reference.model_group(vision=towers[0].vision, language=str(tmp_path)))
+    source.open_source(parity.model_group(vision=towers[0].vision, language=str(tmp_path)))
 
 
 @pytest.mark.parametrize("config", [True, False])
@@ -120,7 +120,7 @@ def test_a_damaged_tokenizer_model(towers, tmp_path, config):
   for name in ("config.json", *["tokenizer_config.json"] * config):
     shutil.copy(f"{towers[0].language}/{name}", tmp_path)
   (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n")
-  group = reference.model_group(vision=towers[0].vision, language=str(tmp_path))
+  group = parity.model_group(vision=towers[0].vision, language=str(tmp_path))
   with pytest.raises(InputError) as caught:
     source.open_source(group)
   assert "tokenizer.model is not a SentencePiece model" in str(caught.value)

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from scripts import export_hf, train_sft
-from tests import checkpoints, reference, sft_run
+from tests import parity, sft_run, tiny_models
 from tests.weights.test_round_trip import load_in_torch, our_logits, torch_logits
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights import export, names
@@ -28,8 +28,8 @@ def root(tmp_path_factory, compile_cache):
   record = sft_run.make_records(str(root / "data"), 1)[0]
   records = [record | {"id": str(number)} for number in range(8)]  # one shape of rows
   sft_run.write_json(root / "data" / "train.json", records)
-  checkpoints.make_clip(root / "clip", whole=True)
-  checkpoints.make_llama(root / "llama")
+  tiny_models.make_clip(root / "clip", whole=True)
+  tiny_models.make_llama(root / "llama")
   return root
 
 
@@ -96,7 +96,7 @@ FEATURES = {"-1": -1, "a list": [-3, 1]}  # -2: see the chain
 def test_a_tower_that_was_frozen(features, root, tmp_path):
   """...and the language model with it: only the projector has been trained."""
   model = tmp_path / "model"
-  checkpoints.make_llava(model, vision_feature_layer=FEATURES[features])
+  tiny_models.make_llava(model, vision_feature_layer=FEATURES[features])
   run = train(root, model, tmp_path / "run", **{"train.language": False})
   out = exported(run, tmp_path / "out")
   assert_same_but(stored(model), stored(out), (PROJECTOR,))
@@ -108,7 +108,7 @@ def test_a_tower_that_was_frozen(features, root, tmp_path):
 def test_a_chain_of_three_runs(root, tmp_path):
   """...the later ones with adapters, in whose model transformers computes what ours does."""
   model = tmp_path / "model"
-  checkpoints.make_llava(model)
+  tiny_models.make_llava(model)
   first = train(root, model, tmp_path / "1", **{"train.language": False})
   out = exported(first, tmp_path / "out-1")
   assert_same_but(stored(model), stored(out), (PROJECTOR,))
@@ -126,10 +126,10 @@ def test_a_chain_of_three_runs(root, tmp_path):
   assert len(adapted) == 4
   assert_same_but(stored(model), stored(out), (PROJECTOR, *adapted))
   assert_same_tower(config_of(model), config_of(out))
-  opened, graphdef, params = reference.open_model(third)
+  opened, graphdef, params = parity.open_model(third)
   torch_model = load_in_torch(str(out))
   theirs = torch_logits(torch_model, opened.config)
-  assert reference.relative_error(our_logits(opened.config, graphdef, params), theirs) < 1e-5
+  assert parity.relative_error(our_logits(opened.config, graphdef, params), theirs) < 1e-5
 
 
 def test_a_model_joined_from_two_towers(root, tmp_path):
@@ -168,14 +168,14 @@ def test_a_model_joined_from_two_towers(root, tmp_path):
       after[name] = after[name][: before[name].shape[0]]  # the vocabulary has grown
     assert_same_but(before, after, ("nothing",))
     # And in again from there, with the same tower.
-    assert reference.open_model(out)[0].config.vision.layers == 2
+    assert parity.open_model(out)[0].config.vision.layers == 2
 
 
 def test_dtypes(root, tmp_path):
   """Untrained weights keep their own dtype, or are converted from it to that which is asked for."""
   model, half = tmp_path / "model", tmp_path / "half"
-  checkpoints.make_llava(model)
-  checkpoints.make_llava(half)
+  tiny_models.make_llava(model)
+  tiny_models.make_llava(half)
   tensors = load_file(half / "model.safetensors")
   tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
   # What is too small for a device's arithmetic is still a value of a file.
@@ -215,10 +215,10 @@ def without(directory, part: str) -> None:
 def test_files_that_lack_what_is_not_run(tmp_path, caplog):
   """A tower ends where its files end, and says so; its features are the same."""
   model = tmp_path / "model"
-  checkpoints.make_llava(model, vision_feature_layer=[-3, -2])
+  tiny_models.make_llava(model, vision_feature_layer=[-3, -2])
   without(model, "encoder.layers.2.mlp.fc1.bias")
   without(model, "post_layernorm")
-  opened, graphdef, params = reference.open_model(model)
+  opened, graphdef, params = parity.open_model(model)
   out = tmp_path / "out"
   with caplog.at_level("WARNING"):
     export.export_model(opened, params, str(out))
@@ -227,18 +227,18 @@ def test_files_that_lack_what_is_not_run(tmp_path, caplog):
   written = config_of(out)
   assert written["vision_config"]["num_hidden_layers"] == 2
   assert written["vision_feature_layer"] == [-2, -1]
-  assert reference.open_model(out)[0].config == opened.config
+  assert parity.open_model(out)[0].config == opened.config
   theirs = torch_logits(load_in_torch(str(out)), opened.config)
-  assert reference.relative_error(our_logits(opened.config, graphdef, params), theirs) < 1e-5
+  assert parity.relative_error(our_logits(opened.config, graphdef, params), theirs) < 1e-5
   # What is run must be there.
   without(model, "encoder.layers.1.mlp.fc1.bias")
   with pytest.raises(InputError, match=r"missing vision\.encoder\.layers\.1\.mlp\.fc1\.bias"):
-    reference.open_model(model)
+    parity.open_model(model)
 
 
 def test_unused_layers_are_not_loaded(tmp_path):
-  checkpoints.make_llava(tmp_path)
-  opened, _, params = reference.open_model(tmp_path)
+  tiny_models.make_llava(tmp_path)
+  opened, _, params = parity.open_model(tmp_path)
   assert opened.config.vision.layers == 2
   kernel = params["vision"]["layers"]["mlp"]["up"]["kernel"]
   assert np.shape(kernel) == (2, 24, 40)

@@ -3,7 +3,7 @@
 import peft
 import torch
 
-from tests import reference
+from tests import parity
 from vlalign_jax.stages import defaults
 from vlalign_jax.weights import names, source
 from vlalign_jax.weights import peft as peft_format
@@ -38,7 +38,7 @@ def config_for(model: str, **lora):
 def open_model(model: str, **lora):
   """(source, graphdef, params) of a model directory with adapters; `lora` as in the config."""
   opened = source.open_for(config_for(model, **lora))
-  return opened, *reference.load_all(opened)
+  return opened, *parity.load_all(opened)
 
 
 def as_params(config, adapted: peft.PeftModel, of=lambda param: param.detach()) -> dict:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scripts import check_data
-from tests import checkpoints, sft_run
+from tests import sft_run, tiny_models
 from tests.bad_inputs.failing import fails
 from vlalign_jax import stages
 from vlalign_jax.data.encode import Example
@@ -20,7 +20,7 @@ WORDS = ["red", "no, it is a picture", "green", "blue or so", "a cat", "red and 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
   directory = tmp_path_factory.mktemp("model")
-  checkpoints.make_llava(str(directory))
+  tiny_models.make_llava(str(directory))
   return directory
 
 
@@ -194,7 +194,7 @@ def test_check_data(model, tmp_path, records, stage, capsys):
   ):
     assert line in printed
   assert "9 records; 0 skipped, fewer than two of their answers are left" in printed
-  end = checkpoints.make_tokenizer().eos_token
+  end = tiny_models.make_tokenizer().eos_token
   assert (
     f"USER: Name a color: green ASSISTANT:\n1: « a cat{end}»\n2: « red and green{end}»" in printed
   )

@@ -9,9 +9,9 @@ import torch
 from ml_collections import ConfigDict
 
 from configs import ppo
-from tests import checkpoints, reference, sft_run
+from tests import parity, sft_run, tiny_models
 from tests.data.tokenizers import sentencepiece_style_tokenizer
-from tests.prediction.tiny import make_reward_model
+from tests.prediction.policy_and_reward import make_reward_model
 from vlalign_jax.generation.generate import make_generate
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.input_pipeline import prepare
@@ -62,11 +62,11 @@ class Files:
 
 
 def make(directory: str) -> Files:
-  actor = checkpoints.make_llava(f"{directory}/actor")
+  actor = tiny_models.make_llava(f"{directory}/actor")
   # Many tokens end an answer, so that some answers do end.
   actor.generation_config.eos_token_id = [*range(7, 500, 5)]
   actor.generation_config.save_pretrained(f"{directory}/actor")
-  other = checkpoints.make_llava(f"{directory}/other", seed=9)
+  other = tiny_models.make_llava(f"{directory}/other", seed=9)
   scorer, kernel = make_reward_model(f"{directory}/reward")
   records = sft_run.make_records(directory, 10)
   sft_run.write_json(f"{directory}/train.json", records[:8])
@@ -130,7 +130,7 @@ def make_run(
   state = roles.make_state(config, workdir, sources, program)
   held = roles.load(config, sources, program, mesh, scorers)
   if with_other:
-    opened = source.open_source(reference.model_group(init_from=f"{files.directory}/other"))
+    opened = source.open_source(parity.model_group(init_from=f"{files.directory}/other"))
     placed = program.actor.params
     params = load.load_params(opened, placed)
     held = dataclasses.replace(held, reference=params)
@@ -162,5 +162,5 @@ def examples_of(prepared, step: int = 0) -> list:
 def inputs(model_config, example, pictures, answer) -> dict:
   """What the torch models take of a prompt with an answer."""
   tokens = np.concatenate([example.tokens, answer])
-  pixels = reference.pixel_values(model_config, pictures) if pictures else None
+  pixels = parity.pixel_values(model_config, pictures) if pictures else None
   return {"input_ids": torch.tensor(tokens)[None].long(), "pixel_values": pixels}

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from tests import checkpoints, reference
+from tests import parity, tiny_models
 from vlalign_jax.data.encode import Example
 from vlalign_jax.models import vlm
 
@@ -34,7 +34,7 @@ class Tiny:
     """A batch of one prompt a row, and `empty` rows that only pad."""
     prompts = self.prompts if prompts is None else prompts
     layout = [[prompt] for prompt in prompts] + [[]] * empty
-    return reference.make_rows(self.config, layout, self.pictures, length, IMAGES)
+    return parity.make_rows(self.config, layout, self.pictures, length, IMAGES)
 
   def torch_inputs(self, prompt: Example, answer=()) -> dict:
     """What the torch model takes of one prompt, and an answer."""
@@ -42,7 +42,7 @@ class Tiny:
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if prompt.images:
       shown = [self.pictures[path] for path in prompt.images]
-      inputs["pixel_values"] = reference.pixel_values(self.config, shown)
+      inputs["pixel_values"] = parity.pixel_values(self.config, shown)
     return inputs
 
   def torch_answer(self, prompt: Example, **options) -> list[int]:
@@ -61,16 +61,16 @@ class Tiny:
 
 def make_prompts(config: vlm.ModelConfig) -> tuple[Example, ...]:
   return tuple(
-    reference.make_example(config, length, images, seed)
+    parity.make_example(config, length, images, seed)
     for seed, (length, images) in enumerate(PROMPTS)
   )
 
 
 def make(directory: str, **options) -> Tiny:
-  """Writes a LLaVA directory; `options` are of `checkpoints.make_llava`."""
-  torch_model = checkpoints.make_llava(directory, **options)
+  """Writes a LLaVA directory; `options` are of `tiny_models.make_llava`."""
+  torch_model = tiny_models.make_llava(directory, **options)
   torch_model.generation_config.eos_token_id = None  # tests say what ends an answer
-  opened, graphdef, params = reference.open_model(directory)
+  opened, graphdef, params = parity.open_model(directory)
   config = opened.config
-  pictures = reference.make_pictures(3, config.vision.image_size)
+  pictures = parity.make_pictures(3, config.vision.image_size)
   return Tiny(directory, torch_model, config, graphdef, params, pictures, make_prompts(config))

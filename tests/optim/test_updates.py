@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scripts import train_dpo, train_ppo, train_reward, train_sft
-from tests import checkpoints, sft_run
+from tests import sft_run, tiny_models
 from vlalign_jax import config as configs
 from vlalign_jax import stages
 from vlalign_jax.errors import InputError
@@ -71,7 +71,7 @@ def test_what_hardly_learns_warns(count, warmup, warnings, caplog):
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
   directory = tmp_path_factory.mktemp("few")
-  checkpoints.make_llava(str(directory / "model"))
+  tiny_models.make_llava(str(directory / "model"))
   records = sft_run.make_records(str(directory), 12)
   sft_run.write_json(directory / "sft.json", records)
   sft_run.write_json(directory / "ranked.json", sft_run.ranked(records))

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests import reference
+from tests import parity
 from vlalign_jax.data import rows as layouts
 from vlalign_jax.data.encode import Example
 from vlalign_jax.models import vlm
@@ -25,7 +25,7 @@ def make_preference(
 ) -> Preference:
   """A prompt of `prompt` text tokens with images between, and answers of so many tokens."""
   rng = np.random.default_rng(seed + 1000)
-  trunk = reference.make_example(config, prompt, images, seed).tokens
+  trunk = parity.make_example(config, prompt, images, seed).tokens
   drawn = [rng.integers(0, config.image_token_id, n).astype(np.int32) for n in answers]
   separate = [_sequence(np.concatenate([trunk, answer]), len(trunk), images) for answer in drawn]
   before = len(trunk) - 1
@@ -69,7 +69,7 @@ def shared_rows(
   held = [[preferences[n].shared for n in numbers] for numbers in layout]
   length = max(sum(len(example.tokens) for example in row) for row in held)
   images = max(len({path for example in row for path in example.images}) for row in held)
-  rows = reference.make_rows(config, held, pictures, length, images)
+  rows = parity.make_rows(config, held, pictures, length, images)
   segments = max(map(len, layout))
   candidates = max(len(preference.separate) for preference in preferences)
   places = [
@@ -86,7 +86,7 @@ def separate_rows(
   held = [[example] for preference in preferences for example in preference.separate]
   length = max(len(row[0].tokens) for row in held)
   images = max(len(row[0].images) for row in held)
-  return reference.make_rows(config, held, pictures, length, images)
+  return parity.make_rows(config, held, pictures, length, images)
 
 
 def answer_numbers(preferences: list[Preference]) -> np.ndarray:

@@ -6,14 +6,14 @@ import optax
 import pytest
 
 from scripts import train_sft
-from tests import checkpoints, sft_run
+from tests import sft_run, tiny_models
 from vlalign_jax.optim import loss_scale, state
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory, compile_cache):
   directory = tmp_path_factory.mktemp("float16")
-  checkpoints.make_llava(str(directory / "model"))
+  tiny_models.make_llava(str(directory / "model"))
   records = sft_run.make_records(str(directory / "data"), 24)
   sft_run.write_json(directory / "data" / "train.json", records)
   return directory

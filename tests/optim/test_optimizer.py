@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import checkpoints, reference
+from tests import parity, tiny_models
 from vlalign_jax import trees
 from vlalign_jax.models import vlm
 from vlalign_jax.optim import optimizer
@@ -20,8 +20,8 @@ EMBEDDING = "language/embedding/embedding"
 def shapes(tmp_path_factory):
   """Path -> shape and dtype of a model with every kind of parameter."""
   directory = tmp_path_factory.mktemp("llava")
-  checkpoints.make_llava(directory, text={"attention_bias": True, "mlp_bias": True})
-  source, _, _ = reference.open_model(directory)
+  tiny_models.make_llava(directory, text={"attention_bias": True, "mlp_bias": True})
+  source, _, _ = parity.open_model(directory)
   return trees.flatten(vlm.abstract_params(source.config)[1])
 
 
@@ -55,13 +55,13 @@ def test_every_matrix_decays_and_nothing_else(shapes):
 
 
 def test_decay_is_that_of_torch_adamw_by_axes_of_its_tensors(shapes, tmp_path):
-  model = checkpoints.make_llava(tmp_path, text={"attention_bias": True, "mlp_bias": True})
-  source, _, _ = reference.open_model(tmp_path)
+  model = tiny_models.make_llava(tmp_path, text={"attention_bias": True, "mlp_bias": True})
+  source, _, _ = parity.open_model(tmp_path)
   matrices = {
     name: torch.full((), float(param.ndim > 1)).expand(param.shape)
     for name, param in model.named_parameters()
   }
-  expected = reference.as_params(source.config, matrices)
+  expected = parity.as_params(source.config, matrices)
   for path, leaf in shapes.items():
     assert optimizer.decays(path, leaf) == bool(expected[path].all()), path
 

@@ -20,6 +20,12 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
+def cpu_devices(count: int) -> dict[str, str]:
+  """Returns the environment of a process that has so many CPU devices."""
+  flag = f"--xla_force_host_platform_device_count={count}"
+  return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}"}
+
+
 class Processes:
   """The processes of one run."""
 
@@ -27,8 +33,7 @@ class Processes:
     """Starts them; `devices` of all together, `flags` of `sharding.processes`."""
     flags = {"coordinator": f"127.0.0.1:{free_port()}", "processes": count} | flags
     shown = [f"--{name}={value}" for name, value in flags.items()] if count > 1 else []
-    environment = os.environ | dict(environment)
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices // count}"
+    environment = os.environ | dict(environment) | cpu_devices(devices // count)
     started = 1 if alone else count
     self.outputs = [tempfile.TemporaryFile("w+") for _ in range(started)]  # noqa: SIM115
     self.all = [

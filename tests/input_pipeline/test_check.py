@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scripts import check_data
-from tests import checkpoints, sft_run
+from tests import sft_run, tiny_models
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline import report
 
@@ -14,7 +14,7 @@ from vlalign_jax.input_pipeline import report
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
   directory = tmp_path_factory.mktemp("model")
-  checkpoints.make_llava(str(directory))
+  tiny_models.make_llava(str(directory))
   return directory
 
 
@@ -40,8 +40,8 @@ def test_counts_of_good_data(model, tmp_path, data, capsys):
   assert "; 0 turns dropped from the ends of 0 others" in printed
   assert printed.rstrip().endswith("no bad record")
 
-  tokenizer = checkpoints.make_tokenizer()
-  patches = (checkpoints.IMAGE_SIZE // checkpoints.PATCH_SIZE) ** 2
+  tokenizer = tiny_models.make_tokenizer()
+  patches = (tiny_models.IMAGE_SIZE // tiny_models.PATCH_SIZE) ** 2
   system = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives"
     " helpful, detailed, and polite answers to the user's questions. "

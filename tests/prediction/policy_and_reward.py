@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from configs import predict
-from tests import checkpoints, reference
+from tests import parity, tiny_models
 from vlalign_jax.data import images
 from vlalign_jax.data.encode import encode
 from vlalign_jax.data.records import Record
@@ -87,7 +87,7 @@ class Tiny:
       self.opened.images.preprocess(images.open_image(self.directory, path))
       for path in example.images
     ]
-    pixels = reference.pixel_values(self.opened.config, shown) if shown else None
+    pixels = parity.pixel_values(self.opened.config, shown) if shown else None
     return {"input_ids": torch.tensor(example.tokens)[None].long(), "pixel_values": pixels}
 
   def torch_log_probabilities(self, record: Record, answer: str) -> np.ndarray:
@@ -109,7 +109,7 @@ class Tiny:
 
 
 def make(directory: str) -> Tiny:
-  policy = checkpoints.make_llava(f"{directory}/policy")
+  policy = tiny_models.make_llava(f"{directory}/policy")
   scorer, kernel = make_reward_model(f"{directory}/reward")
   rng = np.random.default_rng(0)
   for n in range(2):
@@ -117,13 +117,13 @@ def make(directory: str) -> Tiny:
     Image.fromarray(picture).save(f"{directory}/{n}.png")
   with open(f"{directory}/records.json", "w", encoding="utf-8") as file:
     json.dump(RECORDS, file)
-  opened = source.open_source(reference.model_group(init_from=f"{directory}/policy"))
+  opened = source.open_source(parity.model_group(init_from=f"{directory}/policy"))
   return Tiny(directory, policy, scorer, kernel, opened)
 
 
 def make_reward_model(directory: str, seed: int = 5, **overrides):
   """(torch model, score weights) of a directory as `weights.export` writes one."""
-  model = checkpoints.make_llava(directory, seed=seed, **overrides)
+  model = tiny_models.make_llava(directory, seed=seed, **overrides)
   path = os.path.join(directory, "model.safetensors")
   tensors = {name: tensor for name, tensor in load_file(path).items() if "lm_head" not in name}
   generator = torch.Generator().manual_seed(seed)
