@@ -1,95 +1,79 @@
-"""README's table of keys against what a config file gives without a preset, key by key."""
+"""README and docs/: every file, script, command and key that they name exists."""
 
 import importlib
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 from ml_collections import ConfigDict
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-STAGES = ("sft", "reward", "dpo", "ppo")
-# Keys that are explained elsewhere: each stage's own name, and PPO's in vlalign_jax/config_ppo.py.
-ELSEWHERE = ("stage", "ppo.")
-WORDS = {
-  "": "",
-  "all": "",
-  "once": "",
-  "the file's directory": "",
-  "true": True,
-  "false": False,
-  "as language": None,
-  "the base rate": None,
-}
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+STAGES = ("sft", "reward", "dpo", "ppo", "predict")
 
 
-def flatten(config: ConfigDict, prefix: str = "") -> dict:
-  """Dotted key -> value."""
-  found = {}
-  for key, value in config.items():
-    is_group = isinstance(value, ConfigDict)
-    found |= flatten(value, f"{prefix}{key}.") if is_group else {f"{prefix}{key}": value}
-  return found
+def flatten(config: ConfigDict, prefix: str = "") -> set[str]:
+  """Dotted keys."""
+  keys = set()
+  for key in config:
+    is_group = isinstance(config[key], ConfigDict)
+    keys |= flatten(config[key], f"{prefix}{key}.") if is_group else {f"{prefix}{key}"}
+  return keys
 
 
-def bare(stage: str) -> dict:
-  """What `--config=configs/STAGE.py` gives."""
-  return flatten(importlib.import_module(f"configs.{stage}").get_config())
+KEYS = set().union(*(flatten(importlib.import_module(f"configs.{s}").get_config()) for s in STAGES))
 
 
-def as_value(text: str):
-  """The value that a cell of the table means."""
-  if text in WORDS:
-    return WORDS[text]
-  try:
-    return float(text)
-  except ValueError:
-    return text
+def test_the_readme_is_short():
+  assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 150
 
 
-def table() -> dict[str, dict]:
-  """Key -> stage -> default, of cells such as `10 (ppo: 1), 0`: a value for each key of the row."""
-  lines = README.split("| key | default | meaning |\n|---|---|---|\n")[1].split("\n\n")[0]
-  found = {}
-  for line in lines.splitlines():
-    keys, defaults, _ = re.fullmatch(r"\| (.*?) \|(.*?)\|(.*)\|", line).groups()
-    keys = re.findall(r"`([^`]*)`", keys)
-    values = re.split(r",(?![^(]*\))", defaults)
-    values = [""] * len(keys) if not defaults.strip() else values
-    for key, value in zip(keys, values, strict=True):
-      general, _, special = value.strip().partition(" (")
-      found[key] = dict.fromkeys(STAGES, as_value(general))
-      for stages, other in re.findall(r"((?:\w+, )*\w+): ([^,)]+)", special):
-        found[key] |= dict.fromkeys(stages.split(", "), as_value(other))
-  return found
+def test_the_tables_of_keys_are_current():
+  done = subprocess.run(
+    [sys.executable, "scripts/config_tables.py", "--check"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_defaults_are_those_of_a_config_without_a_preset(stage):
-  given = {k: v for k, v in bare(stage).items() if not k.startswith(ELSEWHERE)}
-  written = {key: of[stage] for key, of in table().items()}
-  assert given.keys() <= written.keys()
-  shown = {key: as_value(v) if isinstance(v, str) else v for key, v in given.items()}
-  # A bool of one is no number of the other.
-  assert {key: (type(v) is bool, v) for key, v in shown.items()} == {
-    key: (type(written[key]) is bool, written[key]) for key in given
-  }
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_exists(page):
+  text = page.read_text(encoding="utf-8")
+  links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+  missing = [link for link in links if not (page.parent / link).exists()]
+  code = "\n".join(a or b for a, b in re.findall(r"`([^`\n]+)`|^    (.*)$", text, re.MULTILINE))
+  files = re.findall(
+    r"(?<![\w/.-])((?:scripts|benchmarks|configs|vlalign_jax|tests)/[\w/]+\.(?:py|sh))", code
+  )
+  missing += [file for file in files if "STAGE" not in file and not (ROOT / file).exists()]
+  modules = re.findall(r"python -m (benchmarks\.\w+)", code)
+  missing += [m for m in modules if not (ROOT / (m.replace(".", "/") + ".py")).exists()]
+  presets = re.findall(r"configs/(\w+)\.py:(\w+)", code)
+  missing += [
+    f"{stage}:{preset}"
+    for stage, preset in presets
+    if stage in STAGES and preset not in importlib.import_module(f"configs.{stage}").PRESETS
+  ]
+  assert not missing
 
 
-def test_no_key_of_the_table_is_unknown():
-  known = set().union(*map(bare, STAGES))
-  assert len(table()) > 60
-  assert table().keys() <= known
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_in_commands_exist(page):
+  keys = re.findall(r"--config\.([\w.]+)=", page.read_text(encoding="utf-8"))
+  assert {key for key in keys if key not in KEYS and key != "KEY"} == set()
 
 
-def test_presets_are_listed():
-  """`configs/sft.py:demo`, `:llava15_pretrain`, ...; `configs/ppo.py` those and `:rloo`, ..."""
-  text = README.split("\n## Configuration\n")[1].split("\n| key")[0]
-  of_sft, rest = text.split("`configs/reward.py`")
-  of_pairs, of_ppo = rest.split("`configs/ppo.py` those and")
-  of_ppo = of_ppo.split(")")[0]
-  names = lambda part: re.findall(r":(\w+)`", part)  # noqa: E731
-  presets = {stage: list(importlib.import_module(f"configs.{stage}").PRESETS) for stage in STAGES}
-  assert names(of_sft) == presets["sft"]
-  assert names(of_pairs) == presets["reward"] == presets["dpo"]
-  assert names(of_pairs) + names(of_ppo) == presets["ppo"]
+GROUPS = {key.split(".")[0] for key in KEYS if "." in key}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_in_the_text_exist(page):
+  """Such as `data.max_length` or `ppo.estimator=rloo`."""
+  code = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+  keys = [match[1] for word in code if (match := re.match(r"(\w+\.[a-z_0-9]+)(?:=.*)?$", word))]
+  assert {key for key in keys if key.split(".")[0] in GROUPS and key not in KEYS} == set()

@@ -6,7 +6,7 @@ import re
 
 from ml_collections import ConfigDict, config_dict
 
-from vlalign_jax.config_checks import check_at_least, check_choices, check_seed, value
+from vlalign_jax.config_checks import Config, check_at_least, check_choices, check_seed, value
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.backends import ATTENTION_NAMES
 from vlalign_jax.models.stack import REMAT_NAMES
@@ -24,108 +24,125 @@ SCHEDULES = (
 )
 
 
-def shared() -> ConfigDict:
-  """Defaults of the keys that all training stages have."""
-  c = ConfigDict()
-  c.seed = 1234
-  # A value of 0 turns its key off wherever 0 makes no sense by itself.
+def shared() -> Config:
+  """Returns the keys that all training stages have, with their defaults.
+
+  The comments are the meanings in docs/configuration.md, which scripts/config_tables.py writes.
+  """
+  c: Config = ConfigDict()
+  c.seed = 1234  # of the order of records, of sampling, and of weights that are made anew
   c.max_steps = -1  # optimizer updates; -1: as many as num_train_epochs take
-  c.num_train_epochs = 1.0
+  c.num_train_epochs = 1.0  # may be a fraction
   c.batch_size = 128  # examples per update, over all devices and micro-batches
-  # Micro-batches that batch_size is split into; an update stays the same (in transformers it
-  # multiplies the batch size).
+  # Micro-batches that batch_size is SPLIT into (in transformers it multiplies the batch). The
+  # update stays the same, exactly: losses are divided by what the whole batch counts.
   c.grad_accumulation = 1
-  c.log_every = 10
-  c.eval_every = 0  # 0: at the end only
-  c.save_every = 500  # 0: at the end only
+  c.log_every = 10  # steps between lines of the log
+  c.eval_every = 0  # steps between evaluations; 0: only at the end
+  c.save_every = 500  # steps between checkpoints; 0: only at the end
   c.save_total_limit = 2  # newest checkpoints that are kept
-  c.save_best_limit = 0  # best checkpoints that are kept besides; each evaluation is then saved
-  c.metric_for_best_model = "eval/loss"  # what makes the best
+  c.save_best_limit = 0  # best checkpoints that are also kept; above 0 each evaluation is saved
+  c.metric_for_best_model = "eval/loss"  # metric of an evaluation that ranks the best checkpoints
 
   c.model = ConfigDict()
-  c.model.init_from = ""  # a LLaVA directory or a run directory; or else both of:
-  c.model.vision = ""  # a CLIP directory
-  c.model.language = ""  # a LLaMA directory
-  # Published sizes that scripts/plan.py goes by while no weights are named; training never does.
-  c.model.architecture = ""  # see weights/published.py
-  # Only for a model made of two towers; a LLaVA directory brings its own.
-  c.model.projector = "mlp"  # linear, mlp, vit, perceiver
-  c.model.vision_feature_layer = "-2"  # several: comma-separated
-  c.model.vision_feature_select_strategy = "default"  # default: without the class token; full
-  # Of activations and matrix products: float32, bfloat16; float16, with a loss that is scaled
-  # dynamically, on hardware without bfloat16.
-  c.model.mmca = False  # multi-modal causal attention; a model that has it keeps it
+  # LLaVA directory (also in the layout of LLaVA's repository), run directory, or PEFT directory
+  # whose adapter_config.json names its base. Or, instead, model.vision and model.language:
+  c.model.init_from = ""
+  c.model.vision = ""  # CLIP directory
+  c.model.language = ""  # LLaMA, Qwen2 or Mistral directory, joined to it by a new projector
+  # Published sizes that scripts/plan.py takes if no weights are named, see weights/published.py.
+  c.model.architecture = ""
+  # Of a joined model: mlp, linear (linear + LayerNorm), vit (one more CLIP layer before that) or
+  # perceiver (256 embeddings per image, whatever its size).
+  c.model.projector = "mlp"
+  c.model.vision_feature_layer = "-2"  # of a joined model, as in transformers; comma-separated
+  # Of a joined model: default (without the class token) or full.
+  c.model.vision_feature_select_strategy = "default"
+  # Multi-modal causal attention: text and images have a softmax each, and an image token sees no
+  # other token. A model that has it keeps it.
+  c.model.mmca = False
+  # Of activations, matrix products and frozen parameters: float32, bfloat16 or float16 (whose
+  # loss is scaled dynamically).
   c.model.dtype = "bfloat16"
-  c.model.param_dtype = "float32"  # of trained parameters; frozen ones are kept in model.dtype
-  c.model.remat = "full"  # none, full, save_matmuls, save_weight_matmuls
-  # The kernel of attention in tower and language model: auto (the fastest that can), tiles (plain
-  # JAX), cudnn (NVIDIA GPUs), splash (TPUs).
+  c.model.param_dtype = "float32"  # of trained parameters: float32, bfloat16
+  # What the backward pass computes again: full (everything), save_matmuls, save_weight_matmuls,
+  # none.
+  c.model.remat = "full"
+  # Kernel of attention: auto (the fastest that can; the log says why), tiles (plain JAX), cudnn
+  # (NVIDIA GPUs), splash (TPUs).
   c.model.attention = "auto"
 
   c.train = ConfigDict()
-  c.train.vision = False
-  c.train.projector = True
-  c.train.language = True
-  c.train.embeddings = config_dict.placeholder(bool)  # token embedding; None: as language
+  c.train.vision = False  # whether the vision tower is trained
+  c.train.projector = True  # whether the projector is trained
+  c.train.language = True  # whether the language model is trained
+  c.train.embeddings = config_dict.placeholder(bool)  # token embedding; none: as train.language
 
-  # Adapters in place of the weights of the parts that are updated; see models/lora.py.
   c.lora = ConfigDict()
-  c.lora.rank = 0  # of adapters on the language model's layers and the projector; 0: none
-  c.lora.vision_rank = 0  # of adapters on the vision tower's layers; 0: none
-  c.lora.alpha = 16.0  # adapters count alpha / rank
-  c.lora.dropout = 0.0
-  c.lora.use_rslora = False  # alpha / sqrt(rank) instead
-  # Regular expression that is searched in the paths of linear maps, such as
+  c.lora.rank = 0  # of adapters in place of the language model's weights; 0: no adapters
+  c.lora.vision_rank = 0  # of adapters in the vision tower; 0: no adapters
+  c.lora.alpha = 16.0  # adapters are multiplied by alpha / rank
+  c.lora.dropout = 0.0  # of the inputs of adapters
+  c.lora.use_rslora = False  # multiply by alpha / sqrt(rank) instead
+  # Regular expression, searched in the paths of linear maps, such as
   # language/layers/attention/query, vision/layers/mlp/up, projector/first.
   c.lora.targets = "/layers/"
-  c.lora.init_from = ""  # a PEFT directory or a LoRA run that the adapters start from
+  c.lora.init_from = ""  # PEFT directory or LoRA run that the adapters start from
 
   c.data = ConfigDict()
-  c.data.train = ""  # LLaVA JSON or JSONL; several: comma-separated
-  c.data.samples = ""  # records taken from each file (one number, or one per file); empty: all
-  c.data.repeats = ""  # times an epoch shows each file; empty: once
-  c.data.concatenate = 1  # sft: records of a file that are joined into one conversation
-  c.data.eval = ""  # LLaVA files again
-  c.data.eval_samples = ""  # as data.samples
-  c.data.eval_fraction = 0.0  # held out from data.train when data.eval is empty
-  c.data.images = ""  # image root; empty: the JSON file's directory
-  c.data.template = "vicuna"
+  c.data.train = ""  # JSON or JSON lines files, comma-separated
+  c.data.samples = ""  # records taken from each file: one number, or one per file; empty: all
+  c.data.repeats = ""  # how many times an epoch shows each file, such as 1,0.5; empty: once
+  # SFT: so many records of a file, chosen by seed, are joined into one conversation with all
+  # their images.
+  c.data.concatenate = 1
+  c.data.eval = ""  # files that are evaluated on, comma-separated
+  c.data.eval_samples = ""  # as data.samples, of data.eval
+  c.data.eval_fraction = 0.0  # share of data.train that is held out if data.eval is empty
+  c.data.images = ""  # directory of the pictures; empty: the directory of the file
+  c.data.template = "vicuna"  # of prompts, see docs/data.md
   c.data.max_length = 2048  # tokens of a row
-  c.data.max_candidates = 8  # ranked answers of a record, at most
-  # Images of a row; None: as many as the rows need.
-  c.data.max_images = config_dict.placeholder(int)
+  c.data.max_candidates = 8  # most ranked answers of a record
+  c.data.max_images = config_dict.placeholder(int)  # images of a row; none: as many as rows need
   c.data.image_aspect = "auto"  # crop, pad (to a square), auto: as the image processor says
-  c.data.blank_images = False  # grey pictures: the baseline of a model that cannot see
-  c.data.shuffle = True
-  c.data.pack = True
-  c.data.workers = 0  # processes that decode ahead; 0: threads of this process
-  c.data.on_bad_record = "error"  # error, skip
+  c.data.blank_images = False  # gray pictures: the baseline of a model that cannot see
+  c.data.shuffle = True  # whether each epoch has an order of its own
+  c.data.pack = True  # whether a row holds several examples, which do not see each other
+  c.data.workers = 0  # processes that decode pictures ahead; 0: threads of this process
+  # error, or skip: leave out unreadable pictures, count them, and end with an error beyond 1 %.
+  c.data.on_bad_record = "error"
 
   c.optim = ConfigDict()
-  c.optim.learning_rate = 2e-5
-  c.optim.embedding_learning_rate = config_dict.placeholder(float)  # None: learning_rate
-  c.optim.projector_learning_rate = config_dict.placeholder(float)  # None: learning_rate
+  c.optim.learning_rate = 2e-5  # of AdamW
+  # Of the token embedding; none: learning_rate.
+  c.optim.embedding_learning_rate = config_dict.placeholder(float)
+  # Of the projector; none: learning_rate.
+  c.optim.projector_learning_rate = config_dict.placeholder(float)
   c.optim.weight_decay = 0.0  # of matrices; norms and biases never decay
-  c.optim.b1 = 0.9
-  c.optim.b2 = 0.95
-  c.optim.eps = 1e-8
-  c.optim.warmup_ratio = 0.03  # share of all steps in which the learning rate rises from 0
-  c.optim.warmup_steps = 0  # steps of the same; above 0 it counts instead of warmup_ratio
+  c.optim.b1 = 0.9  # of AdamW, as in optax (adam_beta1)
+  c.optim.b2 = 0.95  # of AdamW, as in optax (adam_beta2)
+  c.optim.eps = 1e-8  # of AdamW, as in optax (adam_epsilon)
+  c.optim.warmup_ratio = 0.03  # share of the steps in which the rate rises from 0, its first value
+  c.optim.warmup_steps = 0  # number of these steps; above 0 it replaces warmup_ratio
+  # linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup: as in
+  # transformers.
   c.optim.schedule = "cosine"
   c.optim.cycles = 1  # of cosine_with_restarts
   c.optim.power = 1.0  # of polynomial
-  c.optim.max_grad_norm = 1.0  # global norm; 0: off
+  c.optim.max_grad_norm = 1.0  # global norm that gradients are clipped to; 0: not clipped
 
   c.mesh = ConfigDict()
+  # 0: everything is replicated; 1: the optimizer's state is split over fsdp; 2: gradients, too;
+  # 3: parameters, too.
   c.mesh.zero_stage = 0
-  c.mesh.data = -1  # -1: what the other axes leave
-  c.mesh.fsdp = 1
-  c.mesh.tensor = 1
-  c.mesh.offload_optimizer = False  # keep the optimizer's state in the hosts' memory
+  c.mesh.data = -1  # devices that split the batch; -1: those that the other axes leave
+  c.mesh.fsdp = 1  # devices that split the batch and the states of zero_stage
+  c.mesh.tensor = 1  # devices that split heads, MLPs and the vocabulary
+  c.mesh.offload_optimizer = False  # keep the optimizer's state in the memory of the hosts
   return c
 
 
-def check_keys(config: ConfigDict, known: ConfigDict, prefix: str = "config") -> None:
+def check_keys(config: Config, known: Config, prefix: str = "config") -> None:
   """Refuses keys that `known` lacks, keys that are missing, and values of another type.
 
   Raises:
@@ -164,7 +181,7 @@ def _check_type(name: str, given, kind: type, default) -> None:
     raise InputError(f"{name} is {given}; give a finite number")
 
 
-def check_shared(config: ConfigDict, metrics: tuple[str, ...]) -> None:
+def check_shared(config: Config, metrics: tuple[str, ...]) -> None:
   """Refuses values of the shared keys that no run can have.
 
   Args:
@@ -243,7 +260,7 @@ def check_shared(config: ConfigDict, metrics: tuple[str, ...]) -> None:
   _check_lora(config.lora, adapters)
 
 
-def _check_lora(lora: ConfigDict, adapters: int) -> None:
+def _check_lora(lora: Config, adapters: int) -> None:
   try:
     re.compile(lora.targets)
   except re.error as error:

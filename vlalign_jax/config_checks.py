@@ -1,11 +1,13 @@
 """Checks of single values of a config, whatever the stage."""
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from vlalign_jax.errors import InputError
 
+Config = Any  # a ConfigDict: what its keys hold is checked when a run begins, not by types
 
-def check_choices(config: ConfigDict, choices: dict[str, tuple]) -> None:
+
+def check_choices(config: Config, choices: dict[str, tuple]) -> None:
   """Refuses a key whose value is not among its choices; choices: dotted key -> values."""
   for key, allowed in choices.items():
     if value(config, key) not in allowed:
@@ -13,7 +15,7 @@ def check_choices(config: ConfigDict, choices: dict[str, tuple]) -> None:
       raise InputError(f"config.{key} is {value(config, key)!r}; choose from {shown}")
 
 
-def check_at_least(config: ConfigDict, at_least: dict[str, float]) -> None:
+def check_at_least(config: Config, at_least: dict[str, float]) -> None:
   """Refuses a key whose value is too low; at_least: dotted key -> the lowest it may have."""
   for key, least in at_least.items():
     given = value(config, key)
@@ -21,13 +23,13 @@ def check_at_least(config: ConfigDict, at_least: dict[str, float]) -> None:
       raise InputError(f"config.{key} is {given}; it must be at least {least}")
 
 
-def check_seed(config: ConfigDict) -> None:
+def check_seed(config: Config) -> None:
   """Refuses a seed that not all random generators take."""
   if not 0 <= config.seed < 2**31:
     raise InputError(f"config.seed is {config.seed}; give 0 or more, and less than 2^31")
 
 
-def value(config: ConfigDict, key: str):
+def value(config: Config, key: str):
   """The value behind a dotted key."""
   for part in key.split("."):
     config = config[part]

@@ -3,9 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
-from ml_collections import ConfigDict
-
 from vlalign_jax import config as configs
+from vlalign_jax.config_checks import Config
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline.prepare import Task
 from vlalign_jax.models.vlm import LANGUAGE, SCORE
@@ -39,8 +38,8 @@ class Stage:
   name: str
   task: Task
   metrics: tuple[str, ...]
-  add_keys: Callable[[ConfigDict], None]
-  check_keys: Callable[[ConfigDict], None]
+  add_keys: Callable[[Config], None]
+  check_keys: Callable[[Config], None]
   head: str = LANGUAGE
   make_program: Callable | None = None
   summary: Callable | None = None
@@ -48,17 +47,17 @@ class Stage:
   prepare_batches: Callable | None = None
   planned_fields: Callable = lambda config, sizes: ({}, ())
   plan: Callable | None = None
-  fill_paths: Callable[[ConfigDict], None] = lambda config: None
-  rows_divide_into: Callable[[ConfigDict], int] = lambda config: config.grad_accumulation
+  fill_paths: Callable[[Config], None] = lambda config: None
+  rows_divide_into: Callable[[Config], int] = lambda config: config.grad_accumulation
 
-  def defaults(self) -> ConfigDict:
+  def defaults(self) -> Config:
     """Returns all keys of the stage with their defaults; presets start from these."""
     config = configs.shared()
     config.stage = self.name
     self.add_keys(config)
     return config
 
-  def check(self, config: ConfigDict) -> None:
+  def check(self, config: Config) -> None:
     """Refuses a config with unknown or missing keys, or with values that no run can have.
 
     Raises:

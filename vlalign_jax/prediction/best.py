@@ -4,15 +4,15 @@ import os
 
 from absl import logging
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from vlalign_jax import out_of_memory, progress
+from vlalign_jax.config_checks import Config
 from vlalign_jax.data.records import Record
 from vlalign_jax.prediction import directory, models, scored
 from vlalign_jax.weights.source import ModelSource
 
 
-def reward_config(config: ConfigDict) -> ConfigDict:
+def reward_config(config: Config) -> Config:
   """The config by which the reward model reads prompts and answers.
 
   It goes by text, so its tokenizer may be another one; it reads in the template that it was trained
@@ -29,7 +29,7 @@ def reward_config(config: ConfigDict) -> ConfigDict:
 
 @out_of_memory.names(out_of_memory.SCORING)
 def add_rewards(
-  config: ConfigDict,
+  config: Config,
   workdir: str,
   lines: list[dict],
   source: ModelSource,

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from vlalign_jax import config as configs
 from vlalign_jax import trees
+from vlalign_jax.config_checks import Config
 from vlalign_jax.models import backends, vlm
 from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.sharding import mesh as meshes
@@ -13,7 +14,7 @@ from vlalign_jax.sharding import zero
 from vlalign_jax.weights import load, source
 
 
-def open_model(config: ConfigDict, key: str, head: str) -> source.ModelSource:
+def open_model(config: Config, key: str, head: str) -> source.ModelSource:
   """Opens a model directory or a run, whose adapters are merged into the weights.
 
   Args:

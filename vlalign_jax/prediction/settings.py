@@ -4,6 +4,7 @@ from ml_collections import ConfigDict
 
 from vlalign_jax import config as configs
 from vlalign_jax import storage
+from vlalign_jax.config_checks import Config
 from vlalign_jax.errors import InputError
 from vlalign_jax.generation import sampling as samplings
 from vlalign_jax.generation.sampling import Sampling
@@ -24,30 +25,30 @@ _NAMES = (
 )
 
 
-def defaults() -> ConfigDict:
-  """All keys of prediction; those that training has too mean the same."""
+def defaults() -> Config:
+  """Returns all keys of prediction; those that training also has mean the same."""
   shared = configs.shared()
-  c = ConfigDict()
+  c: Config = ConfigDict()
   c.stage = STAGE
-  c.mode = GENERATE
+  c.mode = GENERATE  # generate, logprobs (of given answers), reward (scores of given answers)
   c.seed = shared.seed  # of sampling
   c.batch_size = 16  # records at a time, over all devices
-  c.reward_model = ""  # scores what is generated: a run of train_reward.py or its export
+  c.reward_model = ""  # scores what is generated: run of train_reward.py, or its export
   c.gallery = 100  # records that gallery.html shows
 
   c.model = ConfigDict()
-  c.model.init_from = ""  # a LLaVA directory or a run directory
+  c.model.init_from = ""  # LLaVA directory, run directory, or PEFT directory over its base
   c.model.dtype = shared.model.dtype
   c.model.attention = shared.model.attention
 
   c.generation = ConfigDict()
-  c.generation.max_new_tokens = 256
-  c.generation.num_return_sequences = 1  # answers to each record; best-of-n with a reward model
+  c.generation.max_new_tokens = 256  # longest answer
+  c.generation.num_return_sequences = 1  # answers to each record; best of n with a reward model
   c.generation.temperature = 0.0  # 0: always the likeliest token
-  c.generation.top_k = 0  # 0: all
-  c.generation.top_p = 1.0
-  c.generation.repetition_penalty = 1.0
-  c.generation.min_new_tokens = 0
+  c.generation.top_k = 0  # likeliest tokens that are sampled from; 0: all
+  c.generation.top_p = 1.0  # probability of the likeliest tokens that are sampled from
+  c.generation.repetition_penalty = 1.0  # as in transformers
+  c.generation.min_new_tokens = 0  # tokens before which no answer may end
   # Ids or tokens, comma-separated; empty: those of the template and of the model.
   c.generation.stop_tokens = ""
   # Bring parameters that are split over fsdp together once a batch, and not at every token.
@@ -64,7 +65,7 @@ def defaults() -> ConfigDict:
   return c
 
 
-def check(config: ConfigDict) -> None:
+def check(config: Config) -> None:
   """Refuses a config with unknown keys, or with values that make no sense; paths become absolute.
 
   Raises:
@@ -108,7 +109,7 @@ def check(config: ConfigDict) -> None:
     config.reward_model = storage.absolute(config.reward_model)
 
 
-def sampling(config: ConfigDict, model: ModelSource) -> Sampling | None:
+def sampling(config: Config, model: ModelSource) -> Sampling | None:
   """What the config's `generation` group asks of a model; None if nothing is generated.
 
   Raises:

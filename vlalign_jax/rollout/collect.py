@@ -8,6 +8,7 @@ import numpy as np
 from absl import logging
 
 from vlalign_jax import out_of_memory, trees
+from vlalign_jax.config_checks import Config
 from vlalign_jax.data.records import Record
 from vlalign_jax.errors import InputError
 from vlalign_jax.losses import kl
@@ -46,7 +47,7 @@ class Roles:
   reader: TextReader | None
   function: Callable | None
   tokenizer: object
-  config: object
+  config: Config
   mesh: jax.sharding.Mesh
   shares_features: bool
   same_tower_critic: bool = False

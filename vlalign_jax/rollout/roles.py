@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from vlalign_jax import config as configs
 from vlalign_jax import out_of_memory, trees
+from vlalign_jax.config_checks import Config
 from vlalign_jax.data.templates import closing
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora
@@ -46,7 +47,7 @@ class RoleSources:
   reward_template: str
 
 
-def open_sources(config: ConfigDict, workdir: str | None, actor: ModelSource) -> RoleSources:
+def open_sources(config: Config, workdir: str | None, actor: ModelSource) -> RoleSources:
   """Opens what the run needs besides its actor; reads no weights.
 
   Args:
@@ -72,7 +73,7 @@ def open_sources(config: ConfigDict, workdir: str | None, actor: ModelSource) ->
   return RoleSources(actor, critic, reward, template)
 
 
-def _open_reward(config: ConfigDict, template: str) -> tuple[ModelSource, str]:
+def _open_reward(config: Config, template: str) -> tuple[ModelSource, str]:
   where, aspect = config.ppo.reward_model, config.data.image_aspect
   if run := checkpoints.find_run(where):
     # It reads, and sees pictures, as it was trained to.
@@ -82,7 +83,7 @@ def _open_reward(config: ConfigDict, template: str) -> tuple[ModelSource, str]:
   return opened, template
 
 
-def _critic(config: ConfigDict, actor: ModelSource, reward: ModelSource | None) -> ModelSource:
+def _critic(config: Config, actor: ModelSource, reward: ModelSource | None) -> ModelSource:
   adapters = lora.from_group(config.lora)
   if config.ppo.critic_init == "actor":
     model = dataclasses.replace(actor.config, head=SCORE)
@@ -131,7 +132,7 @@ def same_tokens(actor: ModelSource, other: ModelSource) -> bool:
   return first == second
 
 
-def find_scorers(config: ConfigDict, sources: RoleSources, records):
+def find_scorers(config: Config, sources: RoleSources, records):
   """Returns (TextReader or None, function or None), which score answers.
 
   Args:
@@ -168,9 +169,7 @@ def find_scorers(config: ConfigDict, sources: RoleSources, records):
 
 
 @out_of_memory.names(out_of_memory.LOADING)
-def make_state(
-  config: ConfigDict, workdir: str, sources: RoleSources, program: PPOProgram
-) -> PPOState:
+def make_state(config: Config, workdir: str, sources: RoleSources, program: PPOProgram) -> PPOState:
   """Returns the state before the first rollout; records which reward model the run takes."""
   if reward := sources.reward:
     if reward.start:  # recorded as it was opened
@@ -186,7 +185,7 @@ def make_state(
 
 
 @out_of_memory.names(out_of_memory.LOADING)
-def load(config: ConfigDict, sources: RoleSources, program: PPOProgram, mesh: Mesh, scorers):
+def load(config: Config, sources: RoleSources, program: PPOProgram, mesh: Mesh, scorers):
   """Loads the models of a run; weights that several of them share are on the devices once.
 
   Args:
@@ -228,7 +227,7 @@ def load(config: ConfigDict, sources: RoleSources, program: PPOProgram, mesh: Me
   )
 
 
-def _load(pool: dict, known: dict, config: ConfigDict, opened: ModelSource, shapes: dict, wanted):
+def _load(pool: dict, known: dict, config: Config, opened: ModelSource, shapes: dict, wanted):
   """Loads the wanted parameters that are not in the pool, and adds them to it."""
   leaves = {path: leaf for path, leaf in trees.flatten(shapes).items() if wanted(path)}
   shared = identity.find(pool, known, leaves)

@@ -8,10 +8,10 @@ import numpy as np
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from vlalign_jax import config as configs
 from vlalign_jax import storage, trees
+from vlalign_jax.config_checks import Config
 from vlalign_jax.errors import InputError
 
 # Keys that may change when a run is resumed: they change neither what it has computed so far nor
@@ -47,7 +47,7 @@ ROUNDING = (
 )
 
 
-def open_run(workdir: str, config: ConfigDict, defaults: ConfigDict | None = None) -> bool:
+def open_run(workdir: str, config: Config, defaults: Config | None = None) -> bool:
   """Makes the directory and its config.json, or checks that the run there has the same config.
 
   Args:
@@ -113,7 +113,7 @@ def has_saved(directory: epath.Path) -> bool:
   return steps.is_dir() and any(step.name.isdigit() for step in steps.iterdir())
 
 
-def stored_config(directory: str, defaults: ConfigDict | None = None) -> dict:
+def stored_config(directory: str, defaults: Config | None = None) -> dict:
   """Reads the config of a run directory; keys that it lacks get their defaults.
 
   Args:
@@ -136,7 +136,7 @@ def stored_config(directory: str, defaults: ConfigDict | None = None) -> dict:
   return _complete(stored, path, defaults)
 
 
-def _complete(stored: dict, where: str | epath.Path, defaults: ConfigDict | None) -> dict:
+def _complete(stored: dict, where: str | epath.Path, defaults: Config | None) -> dict:
   """Returns a stored config with the defaults of keys that were added since it was written.
 
   Raises:
@@ -160,7 +160,7 @@ def _complete(stored: dict, where: str | epath.Path, defaults: ConfigDict | None
   return trees.unflatten(known | stored)
 
 
-def _check_config(stored: dict, config: ConfigDict, workdir: str) -> list[str]:
+def _check_config(stored: dict, config: Config, workdir: str) -> list[str]:
   """Refuses keys that differ and are not in HARMLESS; returns those that change the rounding."""
   stored, now = (
     {path.replace("/", "."): value for path, value in trees.flatten(values).items()}
@@ -185,10 +185,10 @@ def _check_config(stored: dict, config: ConfigDict, workdir: str) -> list[str]:
 
 def check_progress(
   progress: dict,
-  config: ConfigDict,
+  config: Config,
   plan: dict,
   workdir: str,
-  defaults: ConfigDict | None = None,
+  defaults: Config | None = None,
 ) -> None:
   """Refuses to resume a checkpoint with another config or other data.
 

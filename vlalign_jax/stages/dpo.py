@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlalign_jax import trees
-from vlalign_jax.config_checks import check_choices
+from vlalign_jax.config_checks import Config, check_choices
 from vlalign_jax.input_pipeline.preferences import TASK
 from vlalign_jax.losses import dpo, sums
 from vlalign_jax.stage import Stage
@@ -24,12 +24,12 @@ from vlalign_jax.training import reference
 IN_STEP, CACHED = "step", "cache"
 
 
-def add_keys(c: ConfigDict) -> None:
+def add_keys(c: Config) -> None:
   """Adds the keys of DPO to a config."""
   c.metric_for_best_model = "eval/rewards/accuracies"
   c.dpo = ConfigDict()
   c.dpo.loss = "sigmoid"  # sigmoid, hinge, ipo, robust; see losses/dpo.py
-  c.dpo.beta = 0.1
+  c.dpo.beta = 0.1  # strength of the tie to the reference
   c.dpo.label_smoothing = 0.0  # of sigmoid (cDPO) and robust
   c.dpo.sft_weight = 0.0  # of the best answers' cross-entropy per token, added to the loss
   # When the reference's log-probabilities are computed. "step": in every step, by a copy of the
@@ -37,7 +37,7 @@ def add_keys(c: ConfigDict) -> None:
   c.dpo.reference = "step"
 
 
-def check_keys(config: ConfigDict) -> None:
+def check_keys(config: Config) -> None:
   """Raises an InputError for values that no run can have."""
   settings = config.dpo
   check_choices(config, {"dpo.loss": dpo.KINDS, "dpo.reference": (IN_STEP, CACHED)})

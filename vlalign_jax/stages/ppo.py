@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict, config_dict
 
-from vlalign_jax.config_checks import check_at_least, check_choices
+from vlalign_jax.config_checks import Config, check_at_least, check_choices
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline.prompts import TASK
 from vlalign_jax.losses import advantages, kl
@@ -13,74 +13,74 @@ from vlalign_jax.stage import Stage
 CRITIC_STARTS = ("reward", "actor")
 
 
-def add_keys(c: ConfigDict) -> None:
+def add_keys(c: Config) -> None:
   """Adds the keys of PPO, whose steps are rollouts: batch_size counts prompts.
 
   Defaults are those of TRL's PPOConfig where nothing else is said; "original" is
   Vision-LLM-Alignment.
   """
   c.log_every = 1
-  c.data.pack = False  # each prompt has a row, with its answers behind it
+  c.data.pack = False  # each prompt has a row, followed by its answers
   c.metric_for_best_model = "eval/objective/scores"
   c.optim.schedule = "constant_with_warmup"  # TRL: linear; original: cosine
-  c.ppo = ppo = ConfigDict()
-  # What scores answers: a reward model, a function, or the weighted sum of both.
-  ppo.reward_model = ""  # a run of train_reward.py, or its export
-  ppo.reward_weight = 1.0
+  ppo: Config = ConfigDict()
+  c.ppo = ppo
+  # --- What scores answers: a reward model, a function, or the weighted sum of both.
+  ppo.reward_model = ""  # run of train_reward.py, or its export
+  ppo.reward_weight = 1.0  # of the reward model's score
   ppo.reward_function = ""  # module:name, called with prompt, answer, reference and record
-  ppo.function_weight = 1.0
-  ppo.score_clip = 10.0  # bound of a score's size; 0: none (TRL: none; original: 10)
-  # Off the score of an answer without an end token, before it is clipped (TRL: None).
+  ppo.function_weight = 1.0  # of the function's score
+  ppo.score_clip = 10.0  # largest absolute score; 0: no limit (TRL: none; original: 10)
+  # Subtracted from the score of an answer without an end token, before it is clipped (TRL: none).
   ppo.missing_eos_penalty = 0.0
-  ppo.score_queue = 0  # last scores by which new ones are normalised (original: 1000); 0: off
-  ppo.score_scale = 10.0  # standard deviation of what is normalised (original: 10)
-  ppo.blank_images = False  # reward model and critic see grey pictures: those that do not look
-  # Sampling of answers.
+  ppo.score_queue = 0  # last scores that new ones are normalized by; 0: none (original: 1000)
+  ppo.score_scale = 10.0  # standard deviation of normalized scores (original: 10)
+  ppo.blank_images = False  # reward model and critic see gray pictures: a baseline
+  # --- Sampling of answers. The policy that learns, and is compared with the reference, is the
+  # model at this temperature (as in TRL) among the tokens that it may choose: never an image token,
+  # and no end token before min_new_tokens. What top_k and top_p cut off counts as if it could have
+  # been sampled (as in TRL and the original); policy/cut_probability says how much that is.
   ppo.num_generations = 1  # answers to each prompt; rloo and grpo need two
-  ppo.max_new_tokens = 384  # TRL: 53; original: 384
+  ppo.max_new_tokens = 384  # longest answer (TRL: 53; original: 384)
   ppo.min_new_tokens = 0  # tokens before which no answer may end
-  # What is learnt, and compared with the reference, is the policy at its temperature (as in TRL),
-  # among the tokens that it may choose: an image token never, an end token not before
-  # min_new_tokens. What top_k and top_p cut off counts as if it could have been sampled (as in TRL
-  # and the original), so that log-probabilities, KL and entropy are those of another distribution
-  # than the sampler's. policy/cut_probability says how much they cut off, a mean over tokens.
-  ppo.temperature = 1.0  # TRL: 0.7; original: 0.75
-  ppo.top_k = 0  # 0: all (original: 50)
-  ppo.top_p = 1.0  # original: 0.95
-  ppo.gather = False  # bring parameters together over fsdp before sampling
-  ppo.sample_parts = 1  # of a rollout, sampled one after the other: one's cache is held at a time
-  # What is learnt from a rollout.
-  ppo.estimator = "gae"  # gae, with a critic; rloo, grpo, without one
-  ppo.num_ppo_epochs = 4  # times a rollout is learnt from (original: 1)
-  ppo.num_mini_batches = 2  # updates of an epoch (TRL: 1)
-  ppo.cliprange = 0.2  # of the ratio; 0: none
-  ppo.cliprange_value = 0.2  # in units of rewards; 0: none
-  ppo.loss_level = "token"  # what the policy's loss averages: token, answer, sequence
-  ppo.gamma = 1.0  # original: 0.99
-  ppo.lam = 0.95
-  ppo.whiten_advantages = True  # original: false
-  ppo.scale_by_std = True  # of grpo; false: advantages as of Dr. GRPO
-  ppo.entropy_coef = 0.0
-  # The supervised loss of conversations, per token, added to every update of the actor: PPO-ptx.
-  ppo.sft_weight = 0.0  # 0: none
-  ppo.sft_data = ""  # LLaVA files with answers, comma-separated
-  ppo.kl_coef = 0.1  # TRL: 0.05; original: 0.1
-  ppo.kl_estimator = "k1"  # k1, k3, of the penalty in rewards; grpo has k3 in its loss instead
-  ppo.kl_target = 0.0  # of an adaptive coefficient; 0: it is fixed
-  ppo.kl_horizon = 10000.0  # answers over which an adaptive coefficient moves
-  ppo.stop_kl = 0.0  # mean policy/approxkl of an epoch behind which a rollout is left; 0: none
-  # The critic.
+  ppo.temperature = 1.0  # of sampling (TRL: 0.7; original: 0.75)
+  ppo.top_k = 0  # likeliest tokens that are sampled from; 0: all (original: 50)
+  ppo.top_p = 1.0  # probability of the likeliest tokens that are sampled from (original: 0.95)
+  ppo.gather = False  # bring parameters together over fsdp once, before sampling
+  ppo.sample_parts = 1  # parts of a rollout that are sampled in turn, each with its own cache
+  # --- What is learned from a rollout.
+  ppo.estimator = "gae"  # of advantages: gae (with a critic), rloo, grpo (without one)
+  ppo.num_ppo_epochs = 4  # times that a rollout is learned from (original: 1)
+  ppo.num_mini_batches = 2  # updates in each of them (TRL: 1)
+  ppo.cliprange = 0.2  # of the ratio of probabilities; 0: no limit
+  ppo.cliprange_value = 0.2  # of values, in units of rewards; 0: no limit
+  ppo.loss_level = "token"  # what the policy's loss averages over: token, answer, sequence
+  ppo.gamma = 1.0  # discount (original: 0.99)
+  ppo.lam = 0.95  # lambda of GAE
+  ppo.whiten_advantages = True  # to mean 0 and standard deviation 1 (original: false)
+  ppo.scale_by_std = True  # GRPO: divide by the group's standard deviation; false: as Dr. GRPO
+  ppo.entropy_coef = 0.0  # weight of the entropy that is added to the objective
+  # Weight of the supervised loss of conversations, per token, that is added to every update of the
+  # actor (PPO-ptx); 0: none.
+  ppo.sft_weight = 0.0
+  ppo.sft_data = ""  # files with answers for it, comma-separated
+  ppo.kl_coef = 0.1  # weight of the KL to the reference (TRL: 0.05; original: 0.1)
+  ppo.kl_estimator = "k1"  # k1 or k3, of the penalty in rewards; GRPO has k3 in its loss instead
+  ppo.kl_target = 0.0  # KL that an adaptive kl_coef aims at; 0: kl_coef is fixed
+  ppo.kl_horizon = 10000.0  # answers over which an adaptive kl_coef changes
+  ppo.stop_kl = 0.0  # mean policy/approxkl of an epoch that ends learning from a rollout; 0: none
+  # --- The critic.
   ppo.critic_init = "reward"  # reward: from the reward model; actor: with a new head of zeros
-  ppo.critic_learning_rate = config_dict.placeholder(float)  # None: optim.learning_rate
-  ppo.critic_warmup = 0  # first steps in which only the critic learns (original: 30)
-  ppo.actor_zero_stage = config_dict.placeholder(int)  # None: mesh.zero_stage
-  ppo.critic_zero_stage = config_dict.placeholder(int)  # None: mesh.zero_stage
-  # What is shown.
-  ppo.log_samples_every = 10  # steps between rollouts in rollouts.jsonl; 0: none
-  ppo.log_samples = 16  # answers of each
+  ppo.critic_learning_rate = config_dict.placeholder(float)  # none: learning_rate
+  ppo.critic_warmup = 0  # first steps, in which only the critic learns (original: 30)
+  ppo.actor_zero_stage = config_dict.placeholder(int)  # of the actor; none: mesh.zero_stage
+  ppo.critic_zero_stage = config_dict.placeholder(int)  # of the critic; none: mesh.zero_stage
+  # --- What is shown.
+  ppo.log_samples_every = 10  # steps between rollouts in rollouts.jsonl and .html; 0: none
+  ppo.log_samples = 16  # answers of each of these
 
 
-def check_keys(config: ConfigDict) -> None:
+def check_keys(config: Config) -> None:
   """Refuses values that no run can have.
 
   Raises:
@@ -164,7 +164,7 @@ def check_keys(config: ConfigDict) -> None:
     )
 
 
-def fill_paths(config: ConfigDict) -> None:
+def fill_paths(config: Config) -> None:
   """Names a reward model in a config that is only planned, where no function scores."""
   if not config.ppo.reward_function:
     config.ppo.reward_model = config.ppo.reward_model or "unknown yet"

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlalign_jax import trees
-from vlalign_jax.config_checks import check_at_least
+from vlalign_jax.config_checks import Config, check_at_least
 from vlalign_jax.input_pipeline.preferences import TASK
 from vlalign_jax.losses import reward, sums
 from vlalign_jax.models.vlm import SCORE
@@ -16,7 +16,7 @@ from vlalign_jax.stage import Stage
 from vlalign_jax.steps import answers, program, update
 
 
-def add_keys(c: ConfigDict) -> None:
+def add_keys(c: Config) -> None:
   """Adds the keys of reward models to a config."""
   c.metric_for_best_model = "eval/accuracy"
   c.reward = ConfigDict()
@@ -25,7 +25,7 @@ def add_keys(c: ConfigDict) -> None:
   c.reward.center_rewards_coefficient = 0.0
 
 
-def check_keys(config: ConfigDict) -> None:
+def check_keys(config: Config) -> None:
   """Raises an InputError for values that no run can have."""
   check_at_least(config, {"reward.margin": 0, "reward.center_rewards_coefficient": 0})
 

@@ -4,9 +4,9 @@ import functools
 
 import jax
 from absl import logging
-from ml_collections import ConfigDict
 
 from vlalign_jax import out_of_memory, storage, trees
+from vlalign_jax.config_checks import Config
 from vlalign_jax.input_pipeline.prepare import Prepared
 from vlalign_jax.optim import optimizer
 from vlalign_jax.runs import checkpoints, run_directory
@@ -70,7 +70,7 @@ def restore_or_load(
   opened: source.ModelSource,
   program: TrainedModel,
   train: Prepared,
-  defaults: ConfigDict,
+  defaults: Config,
   make_state=None,
 ):
   """Restores the newest checkpoint's state, or loads the first one.
