@@ -46,12 +46,6 @@ def test_missing_keys_have_their_defaults(workdir):
     run_directory.open_run(str(workdir), _config(**{"optim.cycles": 2}))
 
 
-def test_an_unknown_key_is_refused(workdir):
-  (workdir / "config.json").write_text(json.dumps(_stored(workdir) | {"future": 3}))
-  with pytest.raises(InputError, match=r"\(future: 3 there, None now\)"):
-    run_directory.open_run(str(workdir), _config())
-
-
 def _open_adapters(workdir: str):
   config = _config(**{"lora.init_from": workdir, "lora.rank": 4})
   adapters.open_start(config, source.with_adapters(small.model(), config.lora), None)
@@ -79,9 +73,17 @@ def test_old_names_of_keys_are_refused(workdir, name):
   with pytest.raises(InputError) as caught:
     OPENERS[name](str(workdir))
   assert str(caught.value) == (
-    f"{workdir}/config.json was written by an earlier version, whose keys had other names; export "
-    "the run with that version, or start again in a new directory"
+    f"{workdir}/config.json was written by an earlier version (or a later one), whose keys had "
+    "other names: keep, optim.warmup, steps; export the run with that version, or start again in a "
+    "new directory"
   )
+
+
+def test_old_names_in_a_checkpoint_are_refused(workdir):
+  """A run that has lost its config.json is checked by the config in its checkpoint."""
+  progress = {"config": _config().to_dict() | {"steps": 6}, "plan": PLAN}
+  with pytest.raises(InputError, match="the checkpoint in .* other names: steps; export"):
+    run_directory.check_progress(progress, _config(), PLAN, str(workdir))
 
 
 @pytest.mark.parametrize("key", run_directory.HARMLESS + run_directory.ROUNDING)

@@ -110,8 +110,8 @@ def stored_config(directory: str) -> dict:
   """Reads the config of a run directory; keys that it lacks get their defaults.
 
   Raises:
-    InputError: its config.json is missing or damaged, is not a run's, or has the keys of an earlier
-      version.
+    InputError: its config.json is missing or damaged, is not a run's, or has keys that this version
+      does not have.
   """
   path = epath.Path(directory) / "config.json"
   try:
@@ -122,25 +122,30 @@ def stored_config(directory: str) -> dict:
     ) from error
   if not isinstance(stored, dict) or "stage" not in stored:
     raise InputError(f"{path} is not the config of a run; name another directory")
-  if "max_steps" not in stored:  # every run has this key, which was called `steps`
-    raise InputError(
-      f"{path} was written by an earlier version, whose keys had other names; export the run with "
-      "that version, or start again in a new directory"
-    )
-  return _with_defaults(stored)
+  return _complete(stored, path)
 
 
-def _with_defaults(stored: dict) -> dict:
-  """Returns a stored config with the defaults of keys that were added since it was written."""
+def _complete(stored: dict, where: str | epath.Path) -> dict:
+  """Returns a stored config with the defaults of keys that were added since it was written.
+
+  Raises:
+    InputError: the version that wrote it had other names for the keys.
+  """
   known = trees.flatten(configs.defaults(stored["stage"]).to_dict())
-  return trees.unflatten(known | trees.flatten(stored))
+  stored = trees.flatten(stored)
+  if unknown := sorted(path.replace("/", ".") for path in stored.keys() - known.keys()):
+    raise InputError(
+      f"{where} was written by an earlier version (or a later one), whose keys had other names: "
+      f"{', '.join(unknown)}; export the run with that version, or start again in a new directory"
+    )
+  return trees.unflatten(known | stored)
 
 
 def _check_config(stored: dict, config: ConfigDict, workdir: str) -> list[str]:
   """Refuses keys that differ and are not in HARMLESS; returns those that change the rounding."""
   stored, now = (
     {path.replace("/", "."): value for path, value in trees.flatten(values).items()}
-    for values in (_with_defaults(stored), config.to_dict())
+    for values in (stored, config.to_dict())
   )
   differing = {
     key: f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now"
@@ -173,8 +178,8 @@ def check_progress(progress: dict, config: ConfigDict, plan: dict, workdir: str)
   Raises:
     InputError: they differ.
   """
-  rounding = _check_config(progress.get("config", config.to_dict()), config, workdir)
-  if rounding:
+  stored = _complete(progress.get("config", config.to_dict()), f"the checkpoint in {workdir}")
+  if rounding := _check_config(stored, config, workdir):
     logging.info("from here on the same up to rounding only (%s)", "; ".join(rounding))
   stored, now = progress["plan"], plan
   if stored == now:

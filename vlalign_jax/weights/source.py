@@ -128,7 +128,7 @@ def open_source(model, aspect: str = "auto") -> ModelSource:
       "and model.language (a CLIP and a LLaMA directory)"
     )
   opened = _open(model, aspect)
-  mmca = opened.config.mmca or model.get("mmca", False)  # older runs lack the key
+  mmca = opened.config.mmca or model.mmca
   return dataclasses.replace(opened, config=dataclasses.replace(opened.config, mmca=mmca))
 
 
