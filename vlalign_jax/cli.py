@@ -71,23 +71,22 @@ def _parse(argv: list[str]) -> list[str]:
   _check_overrides(argv, file, types)
   try:
     rest = flags.FLAGS(argv)
-  except flags.UnrecognizedFlagError as error:
-    if f"config.{error.flagname}" in types:
-      message = f"unknown flag --{error.flagname}; did you mean --config.{error.flagname}?"
-      raise InputError(message) from error
-    raise InputError(f"{error}; --help lists the flags") from error
-  except flags.IllegalFlagValueError as error:
-    for name, key_type in types.items():
-      if str(error).startswith(f"flag --{name}="):
-        value = str(error).removeprefix(f"flag --{name}=").split(": ", 1)[0]
-        expected = _TYPE_NAMES.get(key_type, "text")
-        raise InputError(f"{name} is {value!r}; it must be {expected}") from error
-    raise InputError(f"{error}; --help lists the flags") from error
   except flags.Error as error:
-    raise InputError(f"{error}; --help lists the flags") from error
+    raise InputError(_explain(error, types)) from error
   if len(rest) > 1:
     raise InputError(f"{rest[1]!r} is not a flag; set config keys with --config.KEY=VALUE")
   return rest
+
+
+def _explain(error: flags.Error, types: dict[str, type]) -> str:
+  """Returns the message for an error of the flags; types: of the config's keys."""
+  if isinstance(error, flags.UnrecognizedFlagError) and f"config.{error.flagname}" in types:
+    return f"unknown flag --{error.flagname}; did you mean --config.{error.flagname}?"
+  for name, key_type in types.items():
+    if str(error).startswith(f"flag --{name}="):
+      value = str(error).removeprefix(f"flag --{name}=").split(": ", 1)[0]
+      return f"{name} is {value!r}; it must be {_TYPE_NAMES.get(key_type, 'text')}"
+  return f"{error}; --help lists the flags"
 
 
 def _flags(argv: list[str]) -> list[tuple[str, str | None]]:

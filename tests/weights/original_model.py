@@ -1,4 +1,4 @@
-"""A tiny model with the modules, names and files of Vision-LLM-Alignment, in torch."""
+"""Makes a tiny torch model with the modules, names and files of Vision-LLM-Alignment."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ from tests import parity, tiny_models
 from tests.models import test_projectors as definitions
 from vlalign_jax.weights import original
 
-# What the original adds to a LLaMA tokenizer, in its order.
+# The tokens that the original adds to a LLaMA tokenizer, in order.
 ADDED = ("### Image:", "<image>")
 
 
@@ -27,8 +27,8 @@ class Adapted(torch.nn.Module):
     self.scaling = 1 / rank
 
   def forward(self, x):
-    added = x @ self.lora_right_weight @ self.lora_left_weight
-    return torch.nn.functional.linear(x, self.weight, self.bias) + added * self.scaling
+    delta = x @ self.lora_right_weight @ self.lora_left_weight
+    return torch.nn.functional.linear(x, self.weight, self.bias) + delta * self.scaling
 
   def merge(self):
     product = self.lora_left_weight.t() @ self.lora_right_weight.t()
@@ -45,7 +45,7 @@ class Original(torch.nn.Module):
     self.projection = projection
 
   def hidden(self, tokens, pixels, image_token_id: int):
-    """float[T, D] after the final norm; `<image>` is repeated for each of an image's tokens."""
+    """Returns float[T, D] after the final norm; `<image>` is repeated for an image's tokens."""
     x = self.lang_embed(tokens)
     if pixels is not None:
       features = self.projection(self.vis_encoder(pixels).last_hidden_state).flatten(0, 1)
@@ -53,7 +53,7 @@ class Original(torch.nn.Module):
     return self.lang_decoder.model(inputs_embeds=x[None]).last_hidden_state[0]
 
   def logits(self, tokens, pixels, image_token_id: int):
-    """float[T, V]."""
+    """Returns float[T, V]."""
     return self.lang_decoder.lm_head(self.hidden(tokens, pixels, image_token_id))
 
 
@@ -95,8 +95,8 @@ class Perceiver(torch.nn.Module):
     x = self.ln_kv(self.kv_proj(x[:, 1:])).transpose(0, 1)
     places = definitions.resized(self.pos_embed.double().numpy(), round(len(x) ** 0.5))
     query = self.ln_q(self.query)[:, None].repeat(1, x.shape[1], 1) + self.pos_embed[:, None]
-    mixed = self.attn(query, x + torch.tensor(places).float()[:, None], x)[0]
-    return self.projection(mixed.transpose(0, 1))
+    attended = self.attn(query, x + torch.tensor(places).float()[:, None], x)[0]
+    return self.projection(attended.transpose(0, 1))
 
 
 def linear_and_norm(in_width: int, width: int) -> torch.nn.Sequential:
@@ -116,7 +116,7 @@ def noise(shape, generator, scale: float = 0.3) -> torch.nn.Parameter:
 
 
 def make(root, projector: str = "linear", **text) -> Original:
-  """Writes the towers' directories, root/clip and root/llama, and makes a model of them.
+  """Writes the towers' directories, root/clip and root/llama, and returns a model of them.
 
   Args:
     root: pathlib.Path.
@@ -136,27 +136,27 @@ def make(root, projector: str = "linear", **text) -> Original:
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-  """The LLaMA directory's, with what the original adds."""
-  made = tiny_models.make_tokenizer(image_token=False)
-  made.add_tokens(list(ADDED), special_tokens=True)
-  made.add_special_tokens({"pad_token": "<PAD>"})
-  return made
+  """Returns the tokenizer of the LLaMA directory with the tokens that the original adds."""
+  result = tiny_models.make_tokenizer(image_token=False)
+  result.add_tokens(list(ADDED), special_tokens=True)
+  result.add_special_tokens({"pad_token": "<PAD>"})
+  return result
 
 
 def adapt(model: Original, rank: int = 2) -> list[Adapted]:
-  """Adapters in every linear map of the decoder's layers, in place."""
-  generator, made = torch.Generator().manual_seed(4), []
+  """Puts adapters into every linear map of the decoder's layers, in place; returns them."""
+  generator, adapters = torch.Generator().manual_seed(4), []
   for layer in model.lang_decoder.model.layers:
     for part in (layer.self_attn, layer.mlp):
       for name, module in list(part.named_children()):
         if isinstance(module, torch.nn.Linear):
-          made.append(Adapted(module, rank, generator))
-          setattr(part, name, made[-1])
-  return made
+          adapters.append(Adapted(module, rank, generator))
+          setattr(part, name, adapters[-1])
+  return adapters
 
 
 def save(model: torch.nn.Module, directory, with_tokenizer: bool = True, **changes) -> None:
-  """Writes what the original's save_hf_format and torch.save do; `changes` are further tensors."""
+  """Writes the files that the original writes; `changes` are further tensors."""
   os.makedirs(directory, exist_ok=True)
   state = {  # the spelling of transformers 4, which the original runs on
     name.replace("vis_encoder.", "vis_encoder.vision_model.", 1): tensor
@@ -168,7 +168,7 @@ def save(model: torch.nn.Module, directory, with_tokenizer: bool = True, **chang
 
 
 def example_of(config):
-  """(example with two images, pictures, tokens and pixels for torch)."""
+  """Returns (example with two images, pictures, tokens for torch, pixels for torch)."""
   pictures = parity.make_pictures(2, config.vision.image_size)
   example = parity.make_example(config, 20, tuple(pictures))
   pixels = parity.pixel_values(config, [pictures[path] for path in example.images])
@@ -176,6 +176,6 @@ def example_of(config):
 
 
 def heading_in(directory: str) -> bool:
-  """Whether a tokenizer's files hold the heading as a token."""
+  """Returns whether the heading is a token in a tokenizer's files."""
   with open(os.path.join(directory, "tokenizer.json"), encoding="utf-8") as file:
     return ADDED[0] in {token["content"] for token in json.load(file)["added_tokens"]}

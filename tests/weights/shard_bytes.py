@@ -1,7 +1,7 @@
-"""Places parameters of a file over two processes; processes of test_shards.
+"""Places parameters of a file on the devices of two processes; test_shards runs it.
 
-Prints one JSON object: the cases whose shards here have other values than the file, how many cases
-there were, and how many bytes this process read of a parameter that is split so.
+Prints one JSON object: the cases whose shards here differ from the file, the number of cases, and
+the bytes that this process read of a parameter for each way to split it.
 """
 
 import itertools
@@ -25,22 +25,22 @@ _VOCABULARY = ((), ("a", "b"), ("b", "a"), (None, ("a", "b")))
 _NEW = 8
 
 
-def _place(name, found, expected, mesh, spec, dtype, pool):
+def _place(name, stored, expected, mesh, spec, dtype, pool):
   leaf = jax.ShapeDtypeStruct(expected.shape, dtype)
-  place = NamedSharding(mesh, PartitionSpec(*spec))
-  return shards.place(name, found, leaf, place, max(expected.shape), pool)
+  sharding = NamedSharding(mesh, PartitionSpec(*spec))
+  return shards.place(name, stored, leaf, sharding, max(expected.shape), pool)
 
 
-def _wrong(written, found, pool) -> tuple[list, int]:
-  """The cases that went wrong, and how many there were."""
+def _find_wrong(written, stored, pool) -> tuple[list, int]:
+  """Returns (the cases with wrong values, the number of all cases)."""
   wrong, count = [], 0
   mean = written[0].mean(axis=0, dtype=np.float64).astype(written[0].dtype)
   longer = np.concatenate([written[0], np.broadcast_to(mean, (_NEW, *mean.shape))])
   arrays = {
-    "same": (np.stack(written), found, _STACKED),
-    "transposed": (np.stack([value.T for value in written]), found, _STACKED),
-    "vocabulary": (longer, found[:1], _VOCABULARY),
-    "vocabulary_transposed": (longer.T, found[:1], _VOCABULARY),
+    "same": (np.stack(written), stored, _STACKED),
+    "transposed": (np.stack([value.T for value in written]), stored, _STACKED),
+    "vocabulary": (longer, stored[:1], _VOCABULARY),
+    "vocabulary_transposed": (longer.T, stored[:1], _VOCABULARY),
   }
   alternating = np.array(jax.devices()).reshape(2, 4).T.reshape(2, 4)
   orders = {"blocks": np.array(jax.devices()).reshape(2, 4), "alternating": alternating}
@@ -62,8 +62,8 @@ def _wrong(written, found, pool) -> tuple[list, int]:
 
 def main(_):
   written = [load_file(_FILE.value)[f"w.{layer}"] for layer in range(4)]
-  found = tensors.read_headers(_FILE.value, str)
-  found = [found[f"w.{layer}"] for layer in range(4)]
+  headers = tensors.read_headers(_FILE.value, str)
+  stored = [headers[f"w.{layer}"] for layer in range(4)]
   counts, preadv = [], os.preadv
 
   def counting(file, buffers, offset):
@@ -77,9 +77,9 @@ def main(_):
   with shards.readers() as pool:
     for case, spec in _SPLITS.items():
       counts.clear()
-      _place(names.Name("p", "w.{}"), found, np.stack(written), mesh, spec, "bfloat16", pool)
+      _place(names.Name("p", "w.{}"), stored, np.stack(written), mesh, spec, "bfloat16", pool)
       read[case] = sum(counts)
-    wrong, cases = _wrong(written, found, pool)
+    wrong, cases = _find_wrong(written, stored, pool)
   print(json.dumps({"wrong": wrong, "cases": cases, "read": read}), flush=True)
 
 

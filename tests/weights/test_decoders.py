@@ -1,4 +1,4 @@
-"""Language models other than LLaMA: towers of their own, adapters, and those that are refused."""
+"""Tests language models other than LLaMA: separate towers, adapters, and unsupported models."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.weights import export_adapters, load, source
 
 
-def test_a_tower_of_its_own(tmp_path):
+def test_a_separate_tower(tmp_path):
   tiny_models.make_clip(tmp_path / "clip", whole=False)
   model = tiny_models.make_llama(tmp_path / "qwen2", **tiny_models.QWEN2_WINDOW)
   group = parity.model_group(vision=f"{tmp_path}/clip", language=f"{tmp_path}/qwen2")
@@ -19,16 +19,16 @@ def test_a_tower_of_its_own(tmp_path):
   assert (opened.config.language.sliding_window, opened.config.language.qkv_bias) == (7, True)
   load.check_weights(opened)
   _, params = parity.load_all(opened)
-  found = trees.flatten(params)["language/layers/attention/key/bias"]
+  bias = trees.flatten(params)["language/layers/attention/key/bias"]
   torch_layers = model.model.layers
   expected = [layer.self_attn.k_proj.bias.detach().numpy() for layer in torch_layers]
-  np.testing.assert_array_equal(found, expected)
+  np.testing.assert_array_equal(bias, expected)
 
 
-def test_adapters_are_those_of_peft(tmp_path):
+def test_adapters_equal_those_of_peft(tmp_path):
   torch_model = tiny_models.make_llava(tmp_path, text=tiny_models.QWEN2_WINDOW)
-  adapted = peft_models.add(
-    torch_model, r=3, lora_alpha=6, lora_dropout=0.0, target_modules=peft_models.LANGUAGE
+  adapted = adapters.add(
+    torch_model, r=3, lora_alpha=6, lora_dropout=0.0, target_modules=adapters.LANGUAGE
   )
   adapted.save_pretrained(tmp_path / "peft")
   opened, graphdef, params = peft_models.open_model(
@@ -44,10 +44,10 @@ def test_adapters_are_those_of_peft(tmp_path):
   kept = {path: x for path, x in trees.flatten(params).items() if "lora_" in path}
   export_adapters.export_adapters(config, kept, str(tmp_path / "out"))
   base = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
-  again = peft_models.peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+  exported = adapters.peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
   with torch.no_grad():
-    found = parity.torch_logits(again, config, example, pictures)
-  assert parity.relative_error(found, expected) < 1e-5
+    logits = parity.torch_logits(exported, config, example, pictures)
+  assert parity.relative_error(logits, expected) < 1e-5
 
 
 def test_windows_in_some_layers_only_are_refused(tmp_path):

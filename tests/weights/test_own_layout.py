@@ -1,4 +1,4 @@
-"""Models that transformers has no class for: out, in again, and their towers as directories."""
+"""Tests exporting and importing models that transformers has no class for, and their towers."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):
-  """Keys of `model` that name a CLIP and a LLaMA that is wide enough for a perceiver."""
+  """Keys of `model` with a CLIP and a LLaMA that is wide enough for a perceiver."""
   root = tmp_path_factory.mktemp("towers")
   tiny_models.make_clip(root / "clip", whole=True)
   tiny_models.make_llama(root / "llama", hidden_size=128)
@@ -35,28 +35,28 @@ def towers(tmp_path_factory):
 
 
 def load_in_torch(kind: type, directory):
-  """A model of a transformers class, not one weight of which was amiss."""
+  """Returns a model of a transformers class; fails if a weight is missing or unexpected."""
   model, info = kind.from_pretrained(directory, output_loading_info=True)
   assert not any(info.values()), info
   return model.eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_imports_again_and_its_towers_are_models(kind, towers, tmp_path):
+def test_an_export_is_imported_and_its_towers_are_models(kind, towers, tmp_path):
   opened = source.open_source(parity.model_group(**towers, **KINDS[kind]))
   graphdef, params = parity.load_all(opened, seed=3)
   # Fresh parameters at special values would hide a mistake.
   params["projector"] = jax.tree.map(lambda x: x + 0.1, params["projector"])
   out = tmp_path / "out"
   export.export_model(opened, params, str(out))
-  again, _, reread = parity.open_model(out)
+  imported, _, imported_params = parity.open_model(out)
   config = opened.config
-  assert (again.config, again.fresh) == (config, ())
+  assert (imported.config, imported.fresh) == (config, ())
   assert (config.mmca, config.tokens_per_image) == (
     kind == "mmca",
     256 if kind == "perceiver" else 9,
   )
-  assert_same_bits(reread, params)
+  assert_same_bits(imported_params, params)
   stored = json.loads((out / "config.json").read_text())
   assert stored["architectures"] == ["VlalignForConditionalGeneration"]
   assert (out / "processor_config.json").exists() == (kind != "perceiver")
@@ -81,15 +81,15 @@ def test_imports_again_and_its_towers_are_models(kind, towers, tmp_path):
   assert parity.relative_error(parity.logits(graphdef, params, rows), theirs) < 1e-5
 
 
-def test_transformers_does_not_take_it_for_a_llava(towers, tmp_path):
+def test_transformers_refuses_it_as_a_llava(towers, tmp_path):
   opened = source.open_source(parity.model_group(**towers, projector="linear"))
   export.export_model(opened, parity.load_all(opened)[1], str(tmp_path / "out"))
   with pytest.raises(OSError, match=r"no file named .*model.safetensors"):
     transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
 
 
-def test_adapters_alone_belong_to_the_towers(towers, tmp_path):
-  """PEFT loads those of each tower on it; here they start what they came from, bit for bit."""
+def test_exported_adapters_belong_to_the_towers(towers, tmp_path):
+  """PEFT loads the adapters of each tower on it; imported here, they have the same bits."""
   ranks = {"rank": 2, "vision_rank": 3, "alpha": 4.0, "use_rslora": True}
   config = peft_models.config_for("", **ranks)
   config.train.embeddings = True
@@ -110,9 +110,9 @@ def test_adapters_alone_belong_to_the_towers(towers, tmp_path):
   export.export_model(base, params, str(tmp_path / "base"))
 
   config.lora.init_from = str(out)
-  _, again = parity.load_all(source.open_for(config), seed=5)
+  _, imported = parity.load_all(source.open_for(config), seed=5)
   for path, array in kept.items():
-    np.testing.assert_array_equal(trees.flatten(again)[path], array, err_msg=path)
+    np.testing.assert_array_equal(trees.flatten(imported)[path], array, err_msg=path)
 
   def adapted(kind: type, tower: str):
     model = kind.from_pretrained(tmp_path / "base" / tower)
@@ -139,8 +139,8 @@ def test_adapters_alone_belong_to_the_towers(towers, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["linear", "vit", "perceiver"])
-def test_features_that_come_with_rows(kind, towers):
-  """...are those of its tower, row by row, the class token included."""
+def test_features_in_a_batch(kind, towers):
+  """They replace those of the tower, row by row, with the class token."""
   keys = {"projector": kind, "vision_feature_select_strategy": "full"}
   opened = source.open_source(parity.model_group(**towers, **keys))
   graphdef, params = parity.load_all(opened, seed=3)
@@ -149,9 +149,9 @@ def test_features_that_come_with_rows(kind, towers):
   rows = {"images": images.reshape(2, 2, *images.shape[1:])}
   features = model.vision_features(rows["images"])
   by_row = features.reshape(2, 2, *features.shape[1:])
-  found = model.image_features(rows | {"vision_features": by_row})
-  assert found.shape == (2, 2 * opened.config.tokens_per_image, 128)
-  np.testing.assert_allclose(found, model.image_features(rows), rtol=1e-5, atol=1e-6)
+  embeddings = model.image_features(rows | {"vision_features": by_row})
+  assert embeddings.shape == (2, 2 * opened.config.tokens_per_image, 128)
+  np.testing.assert_allclose(embeddings, model.image_features(rows), rtol=1e-5, atol=1e-6)
 
 
 def test_a_reward_model(towers, tmp_path):
@@ -160,9 +160,9 @@ def test_a_reward_model(towers, tmp_path):
   graphdef, params = parity.load_all(opened, seed=3)
   out = tmp_path / "out"
   export.export_model(opened, params, str(out))
-  again, _, reread = parity.open_model(out)
-  assert (again.config, again.fresh) == (opened.config, ())
-  assert_same_bits(reread, params)
+  imported, _, imported_params = parity.open_model(out)
+  assert (imported.config, imported.fresh) == (opened.config, ())
+  assert_same_bits(imported_params, params)
   llama = load_in_torch(transformers.LlamaForSequenceClassification, out / "language")
   tokens = np.arange(5, 14)
   with torch.no_grad():
@@ -175,35 +175,35 @@ def test_a_reward_model(towers, tmp_path):
 
 
 def test_a_model_keeps_its_attention(towers, tmp_path):
-  """A flag of the model, not of the run: whoever takes it up need not give it again."""
+  """Multi-modal causal attention belongs to the model: later runs need not set the key."""
   opened = source.open_source(parity.model_group(**towers, mmca=True))
   _, params = parity.load_all(opened)
   export.export_model(opened, params, str(tmp_path / "out"))
   plain = tiny_models.make_llava(tmp_path / "plain")
   assert plain is not None
-  for directory, given, expected in (
+  for directory, mmca, expected in (
     ("out", False, True),
     ("plain", True, True),
     ("plain", False, False),
   ):
-    group = parity.model_group(init_from=str(tmp_path / directory), mmca=given)
+    group = parity.model_group(init_from=str(tmp_path / directory), mmca=mmca)
     assert source.open_source(group).config.mmca == expected
 
 
-def test_what_attention_it_is_shows_in_the_logits(towers):
+def test_mmca_changes_the_logits_after_the_image(towers):
   opened = source.open_source(parity.model_group(**towers))
   graphdef, params = parity.load_all(opened)
   plain = our_logits(opened.config, graphdef, params)
   config = dataclasses.replace(opened.config, mmca=True)
-  other = our_logits(config, vlm.abstract_params(config)[0], params)
+  with_mmca = our_logits(config, vlm.abstract_params(config)[0], params)
   tokens = example_of(config)[0].tokens
-  before = np.argmax(tokens == config.image_token_id)
-  np.testing.assert_allclose(other[:before], plain[:before], rtol=1e-5, atol=1e-5)
-  assert parity.relative_error(other[before:], plain[before:]) > 0.05
+  image = np.argmax(tokens == config.image_token_id)
+  np.testing.assert_allclose(with_mmca[:image], plain[:image], rtol=1e-5, atol=1e-5)
+  assert parity.relative_error(with_mmca[image:], plain[image:]) > 0.05
 
 
 def test_fresh_parameters_are_the_same_in_every_dtype(towers):
-  """A reference in bfloat16 is the policy that it is of."""
+  """A reference in bfloat16 starts as the policy does, up to rounding."""
   opened = source.open_source(parity.model_group(**towers, projector="linear"))
   full = trees.flatten(parity.load_all(opened, seed=3)[1])
   half = trees.flatten(parity.load_all(opened, seed=3, param_dtype="bfloat16")[1])

@@ -1,4 +1,4 @@
-"""Our logits against transformers' torch LLaVA, from the same files, over the architecture grid."""
+"""Compares logits with those of transformers' torch LLaVA for a grid of architectures."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from vlalign_jax.models import rope, tiles
 from vlalign_jax.weights import hf_config, names
 
 LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}
-# The wavelengths of 12 channels begin 6, 18, 50: below 32 / 4, between, and above 32.
+# The first wavelengths of 12 channels are 6, 18, 50: below 32 / 4, in between, and above 32.
 LLAMA3 = {
   "rope_type": "llama3",
   "factor": 8.0,
@@ -75,10 +75,10 @@ LENGTH, IMAGES = 96, 3
 
 
 def packed_batch(config):
-  """Two or three examples a row and one row of padding; row 1 shows an image twice, once stored.
+  """Makes rows of three and two examples and a row of padding; row 1 shows a stored image twice.
 
   Returns:
-    (rows, layout as lists of examples, pictures)
+    (batch, layout as lists of examples, pictures)
   """
   pictures = parity.make_pictures(IMAGES, config.vision.image_size)
   make = lambda length, images, seed: parity.make_example(config, length, images, seed)  # noqa: E731
@@ -90,10 +90,10 @@ def packed_batch(config):
   return parity.make_rows(config, layout, pictures, LENGTH, IMAGES), layout, pictures
 
 
-def errors(found, model, config, layout, pictures) -> list[float]:
-  """Relative error of each example's own logits."""
+def errors(logits, model, config, layout, pictures) -> list[float]:
+  """Returns the relative error of each example's logits."""
   relative = []
-  for row, examples in zip(found, layout, strict=True):
+  for row, examples in zip(logits, layout, strict=True):
     start = 0
     for example in examples:
       stop = start + len(example.tokens)
@@ -101,7 +101,7 @@ def errors(found, model, config, layout, pictures) -> list[float]:
         expected = parity.torch_logits(model, config, example, pictures)
       relative.append(parity.relative_error(row[start:stop], expected))
       start = stop
-  assert np.isfinite(found).all()
+  assert np.isfinite(logits).all()
   return relative
 
 
@@ -110,10 +110,10 @@ def test_logits_equal_torch(name, tmp_path):
   model = tiny_models.make_llava(tmp_path, **GRID[name])
   source, graphdef, params = parity.open_model(tmp_path)
   rows, layout, pictures = packed_batch(source.config)
-  found = parity.logits(graphdef, params, rows)
-  if model.config.vision_feature_layer == 0:  # which transformers 5.23 takes for "none"
+  logits = parity.logits(graphdef, params, rows)
+  if model.config.vision_feature_layer == 0:  # transformers 5.23 reads 0 as "none"
     model.config.vision_feature_layer = [0]
-  assert max(errors(found, model, source.config, layout, pictures)) < 1e-5
+  assert max(errors(logits, model, source.config, layout, pictures)) < 1e-5
 
 
 def test_blocks_of_queries_and_bfloat16(tmp_path, monkeypatch):
@@ -121,15 +121,15 @@ def test_blocks_of_queries_and_bfloat16(tmp_path, monkeypatch):
   source, graphdef, params = parity.open_model(tmp_path)
   rows, layout, pictures = packed_batch(source.config)
   monkeypatch.setattr(tiles, "CPU_TILE", 20)  # four tiles, the last one padded
-  found = parity.logits(graphdef, params, rows)
-  assert max(errors(found, model, source.config, layout, pictures)) < 1e-5
+  logits = parity.logits(graphdef, params, rows)
+  assert max(errors(logits, model, source.config, layout, pictures)) < 1e-5
   graphdef, _ = parity.load_all(source, dtype="bfloat16")
-  found = parity.logits(graphdef, params, rows)
-  relative = errors(found, model, source.config, layout, pictures)
-  assert 1e-3 < max(relative) < 2e-2  # and it was bfloat16
+  logits = parity.logits(graphdef, params, rows)
+  relative = errors(logits, model, source.config, layout, pictures)
+  assert 1e-3 < max(relative) < 2e-2  # the lower bound shows that it was bfloat16
 
 
-def test_answers_of_a_shared_prompt_equal_sequences_of_their_own(tmp_path):
+def test_answers_of_a_shared_prompt_equal_separate_sequences(tmp_path):
   model = tiny_models.make_llava(tmp_path)
   source, graphdef, params = parity.open_model(tmp_path)
   config = source.config
@@ -153,15 +153,15 @@ def test_answers_of_a_shared_prompt_equal_sequences_of_their_own(tmp_path):
     loss_mask=np.zeros(len(tokens), np.float32),
   )
   rows = parity.make_rows(config, [[before, together]], pictures, LENGTH, 1)
-  found = parity.logits(graphdef, params, rows)[0]
+  logits = parity.logits(graphdef, params, rows)[0]
   end = len(before.tokens) + len(shared)
   for answer in answers:
     alone = dataclasses.replace(prompt, tokens=np.concatenate([prompt.tokens, answer]))
     with torch.no_grad():
       expected = parity.torch_logits(model, config, alone, pictures)
     start, end = end, end + 1 + len(answer)
-    own = np.concatenate([found[len(before.tokens) :][: len(shared)], found[start:end]])
-    assert parity.relative_error(own, expected) < 1e-5
+    parts = [logits[len(before.tokens) :][: len(shared)], logits[start:end]]
+    assert parity.relative_error(np.concatenate(parts), expected) < 1e-5
 
 
 def test_an_example_without_images_in_a_batch_without_images(tmp_path):
@@ -169,8 +169,8 @@ def test_an_example_without_images_in_a_batch_without_images(tmp_path):
   source, graphdef, params = parity.open_model(tmp_path)
   example = parity.make_example(source.config, 30)
   rows = parity.make_rows(source.config, [[example]], {}, 40, 0)
-  found = parity.logits(graphdef, params, rows)
-  assert max(errors(found, model, source.config, [[example]], {})) < 1e-5
+  logits = parity.logits(graphdef, params, rows)
+  assert max(errors(logits, model, source.config, [[example]], {})) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -193,11 +193,11 @@ def test_every_layout_loads_the_same_bits(layout, tied, max_shard_size, tmp_path
   assert os.path.exists(tmp_path / "model.safetensors.index.json") == (max_shard_size == "20KB")
   source, _, params = parity.open_model(tmp_path)
   expected = parity.as_params(source.config, model.state_dict())
-  found = trees.flatten(params)
-  assert found.keys() == expected.keys()
-  assert ("language/head/kernel" in found) == (not tied)
+  loaded = trees.flatten(params)
+  assert loaded.keys() == expected.keys()
+  assert ("language/head/kernel" in loaded) == (not tied)
   for path, array in expected.items():
-    np.testing.assert_array_equal(found[path], array, err_msg=path)
+    np.testing.assert_array_equal(loaded[path], array, err_msg=path)
 
 
 def test_a_tied_model_may_still_store_its_head(tmp_path):
@@ -249,11 +249,11 @@ def test_rope_in_either_spelling_gives_torch_frequencies(scaling, theta, tmp_pat
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(content))
     hf = hf_config.read_config(str(directory))
-    found = rope.inverse_frequencies(hf_config.rope_config(hf, "config"), hf.head_dim)
-    reader = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(hf)
-    np.testing.assert_allclose(found, reader.inv_freq.numpy(), rtol=1e-6)
+    frequencies = rope.inverse_frequencies(hf_config.rope_config(hf, "config"), hf.head_dim)
+    embedding = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(hf)
+    np.testing.assert_allclose(frequencies, embedding.inv_freq.numpy(), rtol=1e-6)
   plain = 1.0 / (theta or 10000.0) ** (np.arange(0, 128, 2) / 128)
-  assert np.allclose(found, plain) == (scaling is None)
+  assert np.allclose(frequencies, plain) == (scaling is None)
 
 
 def test_every_tensor_of_torch_has_one_parameter(tmp_path):
@@ -268,6 +268,6 @@ def test_every_tensor_of_torch_has_one_parameter(tmp_path):
       assert tensor not in known
       known.add(tensor)
   unused = set(model.state_dict()) - known
-  # Features come from the last layer but one: the last, and what follows it, is not run.
+  # Features come from the second-to-last layer: the last layer and post_layernorm are not run.
   assert all("encoder.layers.2." in name or "post_layernorm" in name for name in unused)
   assert known <= set(model.state_dict())

@@ -1,4 +1,4 @@
-"""Published sizes: parameters as the makers count them."""
+"""Tests published sizes: numbers of parameters are those of the published models."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from vlalign_jax.stages import defaults
 from vlalign_jax.weights import hf_config
 from vlalign_jax.weights import published as sizes
 
-# Parameters of the language models as on the hub, without the rows that <image> and padding add.
+# Parameters of the language models on the hub, plus the rows of <image> and padding.
 LANGUAGE = {
   "llava15_7b": 6_738_415_616 + 2 * 64 * 4096,
   "llava15_13b": 13_015_864_320 + 2 * 64 * 5120,
@@ -41,7 +41,7 @@ def test_parameter_counts(name):
   assert trees.size(params["projector"]) == 1025 * width + (width + 1) * width
 
 
-def test_llava_is_what_transformers_has_as_default():
+def test_llava_equals_the_default_of_transformers():
   vision, projector, language = hf_config.parts_of(LlavaConfig(), "transformers")
   ours = published("llava15_7b")
   assert vision == ours.vision
@@ -55,8 +55,8 @@ def test_unknown_name():
     published("llava_7b")
 
 
-def test_a_model_is_as_its_config_says():
-  """The original's towers with its projectors: their tokens, features and parameters."""
+def test_a_model_follows_its_config():
+  """Vision-LLM-Alignment's towers and projectors have its tokens, features and parameters."""
   preset = sft.get_config("clip_llama2_7b_pretrain")
   config = small.model_config(preset)
   assert (config.projector.kind, config.tokens_per_image) == ("linear", 257)

@@ -1,4 +1,4 @@
-"""Tensors are read into shards: the right values, and each byte by who needs it alone."""
+"""Tests that shards get the right values, and that a process reads only the bytes it needs."""
 
 import json
 
@@ -12,7 +12,7 @@ LAYERS, OUT, IN = 4, 24, 16
 
 
 def test_every_process_reads_its_share(tmp_path):
-  """...of tensors that are split, however they lie; all of those that are not."""
+  """It reads half of a tensor that is split in any way, and all of one that is not split."""
   rng = np.random.default_rng(0)
   file = str(tmp_path / "model.safetensors")
   shape = (OUT, IN)
@@ -23,9 +23,9 @@ def test_every_process_reads_its_share(tmp_path):
   codes = run.end()
   assert codes == [0, 0], run.text(0) + run.text(1)
   for index in range(2):
-    told = json.loads(next(x for x in run.text(index).splitlines() if x.startswith("{")))
-    whole = LAYERS * OUT * IN * 2
-    half = whole // 2
-    assert told["read"] == {"rows": half, "columns": half, "layers": half, "all": whole}
-    assert told["cases"] == 160
-    assert not told["wrong"]
+    result = json.loads(next(x for x in run.text(index).splitlines() if x.startswith("{")))
+    size = LAYERS * OUT * IN * 2
+    half = size // 2
+    assert result["read"] == {"rows": half, "columns": half, "layers": half, "all": size}
+    assert result["cases"] == 160
+    assert not result["wrong"]

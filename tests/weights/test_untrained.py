@@ -1,4 +1,4 @@
-"""What a run does not train leaves it with the bits that it came in with, architecture included."""
+"""Tests that parameters which are not trained, and the architecture, are exported unchanged."""
 
 import json
 import os
@@ -23,7 +23,7 @@ PROJECTOR = "projector."
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, compile_cache):
-  """A directory with records, and towers that a model can be joined from."""
+  """A directory with records and two towers for a new model."""
   root = tmp_path_factory.mktemp("untrained")
   record = sft_run.make_records(str(root / "data"), 1)[0]
   records = [record | {"id": str(number)} for number in range(8)]  # one shape of rows
@@ -34,7 +34,7 @@ def root(tmp_path_factory, compile_cache):
 
 
 def train(root, model, workdir, **overrides):
-  """Two steps of SFT with the vision tower frozen."""
+  """Runs two steps of SFT with a frozen vision tower; returns the run directory."""
   settings = {
     "train.vision": False,
     "model.dtype": "float32",
@@ -54,14 +54,13 @@ def exported(run, output, dtype=None):
 
 
 def stored(*places) -> dict[str, torch.Tensor]:
-  """Canonical name -> tensor of weight files and of directories that hold model.safetensors."""
-  found = {}
+  """Returns canonical name -> tensor of weight files and of directories with model.safetensors."""
+  tensors = {}
   for place in places:
-    file = (
-      place if str(place).endswith(".safetensors") else os.path.join(place, "model.safetensors")
-    )
-    found |= {names.canonical(name): tensor for name, tensor in load_file(file).items()}
-  return found
+    is_file = str(place).endswith(".safetensors")
+    file = place if is_file else os.path.join(place, "model.safetensors")
+    tensors |= {names.canonical(name): tensor for name, tensor in load_file(file).items()}
+  return tensors
 
 
 def bits(tensor: torch.Tensor) -> tuple:
@@ -69,7 +68,7 @@ def bits(tensor: torch.Tensor) -> tuple:
 
 
 def assert_same_but(before: dict, after: dict, trained: tuple[str, ...]):
-  """All tensors have the same bits, but those whose name starts so: each of them has changed."""
+  """Checks that exactly the tensors whose names start with `trained` have changed."""
   assert before.keys() == after.keys()
   assert any(name.startswith(BEHIND) for name in before)
   assert "vision.post_layernorm.weight" in before
@@ -93,20 +92,20 @@ FEATURES = {"-1": -1, "a list": [-3, 1]}  # -2: see the chain
 
 
 @pytest.mark.parametrize("features", FEATURES)
-def test_a_tower_that_was_frozen(features, root, tmp_path):
-  """...and the language model with it: only the projector has been trained."""
+def test_a_frozen_tower(features, root, tmp_path):
+  """The language model is frozen as well: only the projector is trained."""
   model = tmp_path / "model"
   tiny_models.make_llava(model, vision_feature_layer=FEATURES[features])
   run = train(root, model, tmp_path / "run", **{"train.language": False})
   out = exported(run, tmp_path / "out")
   assert_same_but(stored(model), stored(out), (PROJECTOR,))
   assert_same_tower(config_of(model), config_of(out))
-  # The run's own record of its model says so too.
+  # So is the config that the run keeps of its model.
   assert_same_tower(config_of(model), config_of(f"{run}/model"))
 
 
 def test_a_chain_of_three_runs(root, tmp_path):
-  """...the later ones with adapters, in whose model transformers computes what ours does."""
+  """The later runs have adapters; transformers computes the same logits from the export."""
   model = tmp_path / "model"
   tiny_models.make_llava(model)
   first = train(root, model, tmp_path / "1", **{"train.language": False})
@@ -132,7 +131,7 @@ def test_a_chain_of_three_runs(root, tmp_path):
   assert parity.relative_error(our_logits(opened.config, graphdef, params), theirs) < 1e-5
 
 
-def test_a_model_joined_from_two_towers(root, tmp_path):
+def test_a_model_of_two_towers(root, tmp_path):
   towers = {
     "model.init_from": "",
     "model.vision": str(root / "clip"),
@@ -142,17 +141,17 @@ def test_a_model_joined_from_two_towers(root, tmp_path):
   before = stored(root / "clip") | stored(root / "llama")
   before = {name: tensor for name, tensor in before.items() if name.startswith((TOWER, LANGUAGE))}
   clip = config_of(root / "clip")["vision_config"]
-  for kind, own in (("mlp", False), ("linear", True)):
+  for kind, in_parts in (("mlp", False), ("linear", True)):
     overrides = {**towers, "model.projector": kind, "train.language": False}
     run = train(root, "", tmp_path / f"run-{kind}", **overrides)
-    if own:
+    if in_parts:
       run = train(root, run, tmp_path / "next", **{"train.language": False})
     out = exported(run, tmp_path / kind)
     written = config_of(out)
     assert written["vision_config"] == clip
     assert written["vision_config"]["num_hidden_layers"] == 3
     assert written["vision_feature_layer"] == -2
-    if own:
+    if in_parts:
       after = stored(out / "vision", out / "language", out / "projector.safetensors")
       assert config_of(out / "vision")["num_hidden_layers"] == 3
       tower, info = transformers.CLIPVisionModel.from_pretrained(
@@ -167,18 +166,18 @@ def test_a_model_joined_from_two_towers(root, tmp_path):
     for name in ("language.embed_tokens.weight", "language.lm_head.weight"):
       after[name] = after[name][: before[name].shape[0]]  # the vocabulary has grown
     assert_same_but(before, after, ("nothing",))
-    # And in again from there, with the same tower.
+    # It is imported with the same tower.
     assert parity.open_model(out)[0].config.vision.layers == 2
 
 
 def test_dtypes(root, tmp_path):
-  """Untrained weights keep their own dtype, or are converted from it to that which is asked for."""
+  """Untrained weights keep their dtype, or are converted from it to the dtype of the export."""
   model, half = tmp_path / "model", tmp_path / "half"
   tiny_models.make_llava(model)
   tiny_models.make_llava(half)
   tensors = load_file(half / "model.safetensors")
   tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
-  # What is too small for a device's arithmetic is still a value of a file.
+  # A subnormal value, which a device may flush to zero, stays as it is in the file.
   name = next(
     name for name in tensors if "language_model" in name and "layers.1.input_layernorm" in name
   )
@@ -199,7 +198,7 @@ def test_dtypes(root, tmp_path):
     if not name.startswith(PROJECTOR):
       assert bits(tensor.float()) == bits(after[name])
 
-  # Training in bfloat16 rounds what it reads; an export in float32 has what was there before.
+  # Training in bfloat16 rounds the weights; an export in float32 has the values of the source.
   run = train(root, model, tmp_path / "run-rounded", **only, **{"model.param_dtype": "bfloat16"})
   assert_same_but(
     stored(model), stored(exported(run, tmp_path / "out-exact", "float32")), (PROJECTOR,)
@@ -212,8 +211,8 @@ def without(directory, part: str) -> None:
   save_file(tensors, file, metadata={"format": "pt"})
 
 
-def test_files_that_lack_what_is_not_run(tmp_path, caplog):
-  """A tower ends where its files end, and says so; its features are the same."""
+def test_files_that_lack_unused_layers(tmp_path, caplog):
+  """An exported tower ends where the source's files end, with a warning and the same features."""
   model = tmp_path / "model"
   tiny_models.make_llava(model, vision_feature_layer=[-3, -2])
   without(model, "encoder.layers.2.mlp.fc1.bias")
@@ -230,7 +229,7 @@ def test_files_that_lack_what_is_not_run(tmp_path, caplog):
   assert parity.open_model(out)[0].config == opened.config
   theirs = torch_logits(load_in_torch(str(out)), opened.config)
   assert parity.relative_error(our_logits(opened.config, graphdef, params), theirs) < 1e-5
-  # What is run must be there.
+  # Layers that are run must exist.
   without(model, "encoder.layers.1.mlp.fc1.bias")
   with pytest.raises(InputError, match=r"missing vision\.encoder\.layers\.1\.mlp\.fc1\.bias"):
     parity.open_model(model)

@@ -10,10 +10,10 @@ from etils import epath
 
 @dataclasses.dataclass
 class BestEvaluated:
-  """An Orbax PreservationPolicy that keeps the `n` best of the checkpoints that were evaluated.
+  """Keeps the `n` best of the evaluated checkpoints; it is an Orbax PreservationPolicy.
 
   Orbax's BestN also keeps checkpoints without metrics while there are at most n checkpoints, and
-  fails where a file of metrics is damaged.
+  Orbax fails to open checkpoints if a file of metrics is damaged.
   """
 
   directory: epath.Path  # of the checkpoints

@@ -77,10 +77,8 @@ def open_run(workdir: str, config: Config, defaults: Config | None = None) -> bo
     _check_shared(directory)
     if jax.process_index() == 0:
       storage.write(str(path), json.dumps(config.to_dict(), indent=2) + "\n")
-  except InputError:
-    raise
   except Exception as error:
-    if not isinstance(error, OSError) and not storage.is_url(workdir):
+    if isinstance(error, InputError) or not (isinstance(error, OSError) or storage.is_url(workdir)):
       raise
     reason = getattr(error, "strerror", None) or error  # a bucket's library has errors of its own
     raise InputError(f"--workdir {workdir} cannot be written to: {reason}") from error

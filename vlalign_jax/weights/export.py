@@ -239,7 +239,7 @@ def _save_weights(
   tensors, directory: str | None, max_shard_bytes: int, stem: str = "model"
 ) -> None:
   """Writes (name, tensor) pairs to shards; without a directory only iterates over them."""
-  weight_map, shard, shard_bytes, shards = {}, {}, 0, []
+  shard, shard_bytes, total, shards = {}, 0, 0, []
 
   def flush():
     name = f"shard-{len(shards)}"
@@ -253,10 +253,10 @@ def _save_weights(
       shard, shard_bytes = {}, 0
     shard[name] = tensor
     shard_bytes += tensor.nbytes
-    weight_map[name] = tensor.nbytes
+    total += tensor.nbytes
   flush()
   if directory:
-    _name_shards(directory, shards, sum(weight_map.values()), stem)
+    _name_shards(directory, shards, total, stem)
 
 
 def _name_shards(directory: str, shards: list[tuple[str, list[str]]], total: int, stem: str):

@@ -171,29 +171,31 @@ def exported(tensor: str) -> str:
 
   That class lacks a score head, which is named as in transformers' sequence classifiers.
   """
-  if tensor == "score.weight":
-    return tensor
-  for ours, theirs in (
+  return replace_prefix(
+    tensor,
     ("vision.", "vision_tower.vision_model."),
     ("projector.", "multi_modal_projector."),
     ("language.lm_head.", "language_model.lm_head."),
     ("language.", "language_model.model."),
-  ):
-    if tensor.startswith(ours):
-      return theirs + tensor[len(ours) :]
-  raise ValueError(f"no exported name for {tensor}")
+  )
 
 
 def exported_part(tensor: str) -> str:
   """Returns the name in the directory of its part, which is a separate model (`weights.export`)."""
-  for ours, theirs in (
+  return replace_prefix(
+    tensor,
     ("vision.", "vision_model."),
     ("projector.", "multi_modal_projector."),
     ("language.lm_head.", "lm_head."),
     ("language.", "model."),
-  ):
-    if tensor.startswith(ours):
-      return theirs + tensor[len(ours) :]
+  )
+
+
+def replace_prefix(tensor: str, *prefixes: tuple[str, str]) -> str:
+  """Replaces the first of the (old, new) prefixes that a name starts with."""
+  for old, new in prefixes:
+    if tensor.startswith(old):
+      return new + tensor.removeprefix(old)
   return tensor
 
 

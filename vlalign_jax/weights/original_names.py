@@ -53,10 +53,8 @@ def canonical(name: str, kind: str) -> str | None:
   name = name.removeprefix("rwtranrsformer.")
   if name in _UNUSED:
     return None
-  for theirs, ours in (*_PROJECTIONS[kind][1], *_PARTS):
-    if name.startswith(theirs):
-      return names.canonical(ours + name.removeprefix(theirs))
-  return name
+  renamed = names.replace_prefix(name, *_PROJECTIONS[kind][1], *_PARTS)
+  return name if renamed == name else names.canonical(renamed)
 
 
 def projector_of(path: str, stored: dict) -> str:

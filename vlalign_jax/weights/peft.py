@@ -66,10 +66,7 @@ def module_name(canonical: str, tower: str = "") -> str:
     canonical: from `names.canonical`.
     tower: "vision", "language", or "" for a LLaVA.
   """
-  for ours, theirs in _MODULES[tower]:
-    if canonical.startswith(ours):
-      return theirs + canonical[len(ours) :]
-  return canonical
+  return names.replace_prefix(canonical, *_MODULES[tower])
 
 
 def directories(directory: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ TORCH = (2, 6)
 
 @dataclasses.dataclass(frozen=True)
 class PickledTensor:
-  """Is a `tensors.Tensor` of a pickle; its adapter, if it has one, is merged when it is read."""
+  """Stands for `tensors.Tensor` in a pickle; if it has an adapter, `read` merges that."""
 
   file: str
   name: str
