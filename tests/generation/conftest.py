@@ -1,4 +1,4 @@
-"""What tests of generation share."""
+"""Fixtures of the tests of generation."""
 
 import pytest
 

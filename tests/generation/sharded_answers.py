@@ -1,8 +1,8 @@
-"""Answers on eight CPU devices, run as a process of its own by test_sharded.
+"""Writes answers on eight CPU devices; test_sharded runs it as a process.
 
 python -m tests.generation.sharded_answers MODEL_DIRECTORY
 
-Writes one JSON object: run -> the answers, and shapes of what is gathered.
+Writes one JSON object: run -> the answers, and the shapes of gathered arrays.
 """
 
 import json
@@ -51,28 +51,28 @@ def run(opened, prompts, data: int, fsdp: int, tensor: int, split: bool, gather:
   )
   pictures = parity.make_pictures(3, opened.config.vision.image_size)
   layout = [[prompt] for prompt in prompts] + [[]] * (ROWS - len(prompts))
-  rows = parity.make_rows(opened.config, layout, pictures, tiny_llava.LENGTH, tiny_llava.IMAGES)
-  rows = hosts.to_device(mesh, rows | {"numbers": np.arange(ROWS, dtype=np.int32)})
-  numbers = rows.pop("numbers")
+  batch = parity.make_rows(opened.config, layout, pictures, tiny_llava.LENGTH, tiny_llava.IMAGES)
+  batch = hosts.to_device(mesh, batch | {"numbers": np.arange(ROWS, dtype=np.int32)})
+  numbers = batch.pop("numbers")
   program = make_generate(opened.config, SAMPLING, mesh=mesh, gather=gather)
-  compiled = program.lower(params, rows, numbers, 0).compile()
-  answers = jax.device_get(compiled(params, rows, numbers, 0))
-  found = {name: array.tolist() for name, array in answers._asdict().items()}
-  return found | {"moved": moved(compiled.as_text())}
+  compiled = program.lower(params, batch, numbers, 0).compile()
+  generated = jax.device_get(compiled(params, batch, numbers, 0))
+  answers = {name: array.tolist() for name, array in generated._asdict().items()}
+  return answers | {"gathered": gathered_shapes(compiled.as_text())}
 
 
-def moved(program: str) -> list[list[int]]:
-  """Shapes of what a compiled program gathers."""
+def gathered_shapes(program: str) -> list[list[int]]:
+  """Returns the shapes of the arrays that a compiled program gathers."""
   shapes = []
   for line in program.splitlines():
-    if found := re.search(r"= (.*?) all-gather(-start)?\(", line):
-      listed = re.findall(r"\w\d+\[([\d,]*)\]", found.group(1))
-      shapes += [[int(n) for n in shape.split(",") if n] for shape in listed]
+    if gather := re.search(r"= (.*?) all-gather(-start)?\(", line):
+      sizes = re.findall(r"\w\d+\[([\d,]*)\]", gather[1])
+      shapes += [[int(n) for n in shape.split(",") if n] for shape in sizes]
   return shapes
 
 
 def main(directory: str) -> None:
-  rules.MIN_SIZE = 32  # a tiny model has nothing as large as the true limit
+  rules.MIN_SIZE = 32  # all arrays of a tiny model are below the real limit
   opened = source.open_source(parity.model_group(init_from=directory))
   prompts = tiny_llava.make_prompts(opened.config)
   runs = {name: run(opened, prompts, *options) for name, options in RUNS.items()}

@@ -1,4 +1,4 @@
-"""From a file of records to texts, against transformers' own tokens and answers."""
+"""Answers to a file of records as text, against transformers' tokens and answers."""
 
 import json
 import logging
@@ -49,7 +49,7 @@ def files(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def everything(model, files):
-  """(config, source, records, mesh)"""
+  """Returns (config, source, records, mesh)."""
   config = defaults("sft")
   config.batch_size = 2
   config.model.dtype = "float32"
@@ -68,15 +68,17 @@ def ask(model, everything, sampling=SAMPLING, **options):
 def test_texts_are_those_of_transformers(model, everything, caplog):
   caplog.set_level(logging.INFO)
   tokenizer = everything[1].tokenizer
-  found = {answer.record: answer for answer in ask(model, everything)}
-  assert sorted(found) == [0, 1, 2, 4]  # the fourth question is too long
+  answers = {answer.record: answer for answer in ask(model, everything)}
+  assert sorted(answers) == [0, 1, 2, 4]  # the fourth question is too long
   assert "5 records; 1 skipped, their prompt does not fit data.max_length=192" in caplog.text
   assert "keys and values of 2 prompts of up to" in caplog.text
-  for number, answer in found.items():
+  for number, answer in answers.items():
     question, images = QUESTIONS[number]
     text = question.replace("<image>", "").strip()
-    shown = ("<image>" * model.config.tokens_per_image + "\n") * len(images)
-    tokens = tokenizer(f"{SYSTEM}USER: {shown}{text} ASSISTANT:", return_tensors="pt").input_ids
+    placeholders = ("<image>" * model.config.tokens_per_image + "\n") * len(images)
+    tokens = tokenizer(
+      f"{SYSTEM}USER: {placeholders}{text} ASSISTANT:", return_tensors="pt"
+    ).input_ids
     pixels = {}
     if images:
       pictures = [model.pictures[name] for name in images]
@@ -104,15 +106,15 @@ def test_samples_do_not_depend_on_the_other_records(model, everything):
   assert {answer.ended for answer in together} == {True, False}
   config, opened, records, mesh = everything
   alone = ask(model, (config, opened, records[2:3], mesh), sampling)
-  of_third = [answer for answer in together if answer.record == 2]
-  for one, other in zip(alone, of_third, strict=True):
-    assert one.tokens.tolist() == other.tokens.tolist()
-    np.testing.assert_allclose(one.log_probability, other.log_probability, rtol=1e-5)
+  third = [answer for answer in together if answer.record == 2]
+  for answer, expected in zip(alone, third, strict=True):
+    assert answer.tokens.tolist() == expected.tokens.tolist()
+    np.testing.assert_allclose(answer.log_probability, expected.log_probability, rtol=1e-5)
   rest = ask(model, everything, sampling, done=[2, 0])
   assert {answer.record for answer in rest} == {1, 4}
 
 
-def test_a_picture_that_is_gone(model, everything, files):
+def test_an_image_that_cannot_be_decoded(model, everything, files):
   config, opened, records, mesh = everything
   broken = files / "0.png"
   content = broken.read_bytes()
@@ -122,8 +124,8 @@ def test_a_picture_that_is_gone(model, everything, files):
       ask(model, everything)
     skipping = config.copy_and_resolve_references()
     skipping.data.on_bad_record = "skip"
-    found = ask(model, (skipping, opened, records, mesh))
-    assert {answer.record for answer in found} == {1, 2, 4}
+    answers = ask(model, (skipping, opened, records, mesh))
+    assert {answer.record for answer in answers} == {1, 2, 4}
   finally:
     broken.write_bytes(content)
 

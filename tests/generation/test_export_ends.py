@@ -1,4 +1,4 @@
-"""transformers' generate on an export gets our prompt and ends where our prediction ends."""
+"""transformers' generate, on an export, gets our prompt and ends where our prediction ends."""
 
 import copy
 import dataclasses
@@ -21,12 +21,12 @@ TURNS = (Turn("<image>\nWhat is it?", "A cat."), Turn("How many dogs?", None))
 LIMIT = 24
 
 
-def exported(model, template: str, directory):
-  """(source as of a run with the template, its export's model and processor)."""
+def export_model(model, template: str, directory):
+  """Returns (source of a run with the template, params, its export's model, its processor)."""
   opened, _, params = parity.open_model(model.directory)
   if template == "auto":
     opened.tokenizer.chat_template = LLAMA_3
-  files = str(directory / "model")  # what a run keeps
+  files = str(directory / "model")  # as in a run directory
   export.save_model_files(opened, files, "float32", template)
   tokenizer = parts.load_tokenizer(files)
   generation = parts.load_generation(files, tokenizer)
@@ -37,8 +37,8 @@ def exported(model, template: str, directory):
   return source, params, loaded, transformers.AutoProcessor.from_pretrained(output)
 
 
-def inputs_of(processor, turns, system: str | None, typed: bool, picture):
-  """What servers make of a conversation."""
+def make_inputs(processor, turns, system: str | None, typed: bool, picture):
+  """Returns a conversation's inputs as servers prepare them."""
   messages = [{"role": "system", "content": system}] if system else []
   for turn in turns:
     content = turn.human
@@ -63,61 +63,60 @@ def inputs_of(processor, turns, system: str | None, typed: bool, picture):
 
 
 def swap(array, one: int, other: int):
-  """Exchanges two rows in place: one token is then written where the other was."""
+  """Exchanges two rows in place, so that one token is generated in place of the other."""
   array[[one, other]] = array[[other, one]]
 
 
 @pytest.mark.parametrize("template", templates.TEMPLATES)
 def test_generate_ends_where_prediction_ends(model, template, tmp_path):
-  opened, params, loaded, processor = exported(model, template, tmp_path)
+  opened, params, loaded, processor = export_model(model, template, tmp_path)
   tokenizer, config = opened.tokenizer, opened.config
   stops = prompts.stop_tokens(opened, template)
   assert loaded.generation_config.eos_token_id == list(stops)
   ends = {"llama_3": "<|eot_id|>", "auto": "<|eot_id|>"}
   end = tokenizer.convert_tokens_to_ids(ends.get(template, tokenizer.eos_token))
-  typed = template != "auto"  # whose own template takes text
+  typed = template != "auto"  # this template takes text
   picture = Image.fromarray(model.pictures["0.png"])
   turns = TURNS[:1] if template == "plain" else TURNS
   turns = (*turns[:-1], dataclasses.replace(turns[-1], gpt=None))
   record = Record("t.json", 0, "x", ("0.png",), turns, ())
   options = (template, tokenizer, config.image_token_id, config.tokens_per_image, 1000)
   ours = prompts.encode_prompt(record, *options).example
-  cases = [(ours, inputs_of(processor, turns, None, typed, picture))]
+  cases = [(ours, make_inputs(processor, turns, None, typed, picture))]
   if template != "plain":
-    inputs = inputs_of(processor, turns, "Be brief.", typed, picture)
+    inputs = make_inputs(processor, turns, "Be brief.", typed, picture)
     tokens = inputs["input_ids"][0].numpy().astype(np.int32)
     assert len(tokens) != len(ours.tokens)
     cases.append((_with_tokens(ours, tokens), inputs))
   for prompt, inputs in cases:
     assert inputs["input_ids"][0].tolist() == prompt.tokens.tolist()
-    rows = model.rows([prompt], length=-(-len(prompt.tokens) // 64) * 64)
-    (endless,), ended = answers(model, rows, max_new_tokens=LIMIT)
+    batch = model.batch([prompt], length=-(-len(prompt.tokens) // 64) * 64)
+    (endless,), ended = answers(model, batch, max_new_tokens=LIMIT)
     assert not any(ended)
     assert not set(endless) & set(stops)
-    changed, torch_model = copy.deepcopy(loaded.state_dict()), loaded
+    weights = copy.deepcopy(loaded.state_dict())
     kernel = np.array(params["language"]["head"]["kernel"])
     token = next(t for n, t in enumerate(endless) if n > 3 and t not in endless[:n])
     swap(kernel.T, token, end)
-    swap(torch_model.lm_head.weight.data, token, end)
-    here = dataclasses.replace(
-      model, params=params | {"language": params["language"] | {"head": {"kernel": kernel}}}
-    )
-    (found,), ended = answers(here, rows, max_new_tokens=LIMIT, stop_tokens=stops)
+    swap(loaded.lm_head.weight.data, token, end)
+    language = params["language"] | {"head": {"kernel": kernel}}
+    swapped = dataclasses.replace(model, params=params | {"language": language})
+    (answer,), ended = answers(swapped, batch, max_new_tokens=LIMIT, stop_tokens=stops)
     with torch.no_grad():
-      theirs = torch_model.generate(**inputs, do_sample=False, max_new_tokens=LIMIT)
-    assert theirs[0, len(prompt.tokens) :].tolist() == found
-    assert found == [*endless[: endless.index(token)], end]
+      theirs = loaded.generate(**inputs, do_sample=False, max_new_tokens=LIMIT)
+    assert theirs[0, len(prompt.tokens) :].tolist() == answer
+    assert answer == [*endless[: endless.index(token)], end]
     assert ended == [True]
-    torch_model.load_state_dict(changed)
+    loaded.load_state_dict(weights)
 
 
 def _with_tokens(example: encode.Example, tokens: np.ndarray) -> encode.Example:
-  nothing = np.zeros(len(tokens), np.int32)
+  zeros = np.zeros(len(tokens), np.int32)
   return dataclasses.replace(
     example,
     tokens=tokens,
     positions=np.arange(len(tokens), dtype=np.int32),
-    branches=nothing,
-    targets=nothing,
-    loss_mask=nothing.astype(np.float32),
+    branches=zeros,
+    targets=zeros,
+    loss_mask=zeros.astype(np.float32),
   )

@@ -1,4 +1,4 @@
-"""Log-probabilities recorded while sampling are those of the training forward pass, and torch's."""
+"""The sampler's log-probabilities equal those of the training forward pass, and torch's."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ SAMPLING = Sampling(
 
 
 def forward(config, graphdef, params, model, generated):
-  """float32[B, N, M], of a forward pass over prompts and answers as branches of a row."""
+  """Returns float32[B, N, M] of a forward pass over prompts, with answers as branches of a row."""
   image_token = config.image_token_id
   layout = []
   for prompt, tokens, lengths in zip(
@@ -34,34 +34,34 @@ def forward(config, graphdef, params, model, generated):
     answers = [ids[:length] for ids, length in zip(tokens, lengths, strict=True)]
     assert image_token not in np.concatenate(answers)
     layout.append([branch(prompt.tokens, answers, prompt.images, prompt.where)])
-  rows = parity.make_rows(config, layout, model.pictures, 96, 2)
-  logits = parity.logits(graphdef, params, rows)
-  found = jax.nn.log_softmax(logits, axis=-1)
-  found = np.take_along_axis(np.asarray(found), rows["targets"][..., None], axis=-1)[..., 0]
+  batch = parity.make_rows(config, layout, model.pictures, 96, 2)
+  logits = parity.logits(graphdef, params, batch)
+  logps = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+  logps = np.take_along_axis(logps, batch["targets"][..., None], axis=-1)[..., 0]
   result = np.zeros(generated.tokens.shape, np.float32)
   for b, lengths in enumerate(generated.lengths):
     for n, length in enumerate(lengths):
-      learnt = (rows["branches"][b] == n + 1) & (rows["loss_mask"][b] > 0)
-      result[b, n, :length] = found[b, learnt]
+      answer = (batch["branches"][b] == n + 1) & (batch["loss_mask"][b] > 0)
+      result[b, n, :length] = logps[b, answer]
   return result
 
 
-def sampled(config, params, model, **options):
+def sample(config, params, model, **options):
   program = make_generate(config, SAMPLING, **options)
-  found = jax.device_get(program(params, model.rows(), np.arange(5), 3))
-  assert len(set(found.lengths.ravel().tolist())) > 2
-  return found
+  generated = jax.device_get(program(params, model.batch(), np.arange(5), 3))
+  assert len(set(generated.lengths.ravel().tolist())) > 2
+  return generated
 
 
-def test_are_those_of_the_training_forward_pass_and_of_torch(model):
-  generated = sampled(model.config, model.params, model)
+def test_equal_the_training_forward_pass_and_torch(model):
+  generated = sample(model.config, model.params, model)
   expected = forward(model.config, model.graphdef, model.params, model, generated)
   np.testing.assert_allclose(generated.log_probabilities, expected, atol=1e-4)
   for b, prompt in enumerate(model.prompts):
     for n, length in enumerate(generated.lengths[b]):
       answer = generated.tokens[b, n, :length]
-      of_torch = model.torch_log_probabilities(prompt, answer)[np.arange(length), answer]
-      np.testing.assert_allclose(generated.log_probabilities[b, n, :length], of_torch, atol=1e-4)
+      expected = model.torch_log_probabilities(prompt, answer)[np.arange(length), answer]
+      np.testing.assert_allclose(generated.log_probabilities[b, n, :length], expected, atol=1e-4)
   assert (generated.drawn_log_probabilities[generated.log_probabilities != 0] < 0).all()
 
 
@@ -75,7 +75,7 @@ def test_with_adapters(model):
   params = trees.map_paths(
     lambda path, leaf: base.get(path, rng.normal(0, 0.3, leaf.shape).astype(np.float32)), fresh
   )
-  generated = sampled(config, params, model)
+  generated = sample(config, params, model)
   expected = forward(config, graphdef, params, model, generated)
   without = forward(model.config, model.graphdef, model.params, model, generated)
   np.testing.assert_allclose(generated.log_probabilities, expected, atol=1e-4)
@@ -84,11 +84,11 @@ def test_with_adapters(model):
 
 @pytest.mark.parametrize(("mmca", "window"), [(True, None), (True, 6)])
 def test_with_another_attention(mmca, window, model):
-  """The cache, one token at a time, against answers as branches of one row."""
+  """The cache, one token at a time, gives what answers as branches of one row give."""
   language = dataclasses.replace(model.config.language, sliding_window=window)
   config = dataclasses.replace(model.config, mmca=mmca, language=language)
   graphdef, _ = vlm.abstract_params(config)
-  generated = sampled(config, model.params, model)
+  generated = sample(config, model.params, model)
   expected = forward(config, graphdef, model.params, model, generated)
   without = forward(model.config, model.graphdef, model.params, model, generated)
   np.testing.assert_allclose(generated.log_probabilities, expected, atol=1e-4)
@@ -97,9 +97,9 @@ def test_with_another_attention(mmca, window, model):
 
 @pytest.mark.parametrize("gather", [False, True])
 def test_in_bfloat16(model, gather):
-  generated = sampled(model.config, model.params, model, dtype="bfloat16", gather=gather)
+  generated = sample(model.config, model.params, model, dtype="bfloat16", gather=gather)
   graphdef, _ = vlm.abstract_params(model.config, dtype="bfloat16")
   expected = forward(model.config, graphdef, model.params, model, generated)
-  found = generated.log_probabilities
-  assert np.abs(found - expected).max() < 0.3
-  assert np.abs(found - expected)[found != 0].mean() < 0.03
+  difference = np.abs(generated.log_probabilities - expected)
+  assert difference.max() < 0.3
+  assert difference[generated.log_probabilities != 0].mean() < 0.03

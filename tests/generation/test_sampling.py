@@ -1,4 +1,4 @@
-"""What is drawn follows the distribution that transformers' warpers make, and nothing else."""
+"""Drawn tokens follow exactly the distribution of transformers' warpers."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ OPTIONS = {
 
 
 def expected_probabilities(log_probabilities, temperature=1.0, top_k=0, top_p=1.0) -> np.ndarray:
-  """float64[V] of transformers' warpers, from float32[V]."""
+  """Returns float64[V] from transformers' warpers, for float32[V]."""
   scores = torch.tensor(np.array(log_probabilities))[None]
   warpers = [logits_process.TemperatureLogitsWarper(temperature)]
   if top_k:
@@ -39,7 +39,7 @@ def expected_probabilities(log_probabilities, temperature=1.0, top_k=0, top_p=1.
 
 
 def chi_square(tokens, probabilities) -> float:
-  """The p-value of draws; those expected less than five times count as one."""
+  """Returns the p-value of draws; tokens expected less than five times count as one."""
   counts = np.bincount(tokens, minlength=len(probabilities))
   expected = probabilities * len(tokens)
   assert not counts[probabilities == 0].any()
@@ -57,65 +57,65 @@ def test_frequencies(name):
   keys = samplings.row_keys(7, jnp.arange(2), DRAWS)
   wide = jnp.broadcast_to(logits[:, None], (2, DRAWS, 40))
   draw = jax.jit(lambda wide, keys: samplings.choose(wide, None, keys, 3, sampling))
-  tokens, own, drawn = jax.device_get(draw(wide, keys))
+  tokens, log_probabilities, drawn = jax.device_get(draw(wide, keys))
   for row in range(2):
     probabilities = expected_probabilities(logits[row], **OPTIONS[name])
     assert chi_square(tokens[row], probabilities) > 1e-3
     np.testing.assert_allclose(drawn[row], np.log(probabilities[tokens[row]]), atol=1e-5)
-    of_model = expected_probabilities(logits[row])
-    np.testing.assert_allclose(own[row], np.log(of_model[tokens[row]]), atol=1e-5)
+    untempered = np.log(expected_probabilities(logits[row])[tokens[row]])
+    np.testing.assert_allclose(log_probabilities[row], untempered, atol=1e-5)
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99, 0.9999])
-def test_nucleus_without_sorting_is_transformers(top_p):
+def test_nucleus_without_sorting_equals_transformers(top_p):
   logits = np.random.default_rng(1).normal(0, 3, (20, 1, 3000)).astype(np.float32)
   probabilities = jax.nn.softmax(logits, axis=-1)
-  found = probabilities >= samplings._nucleus_threshold(probabilities, top_p)
+  nucleus = probabilities >= samplings._nucleus_threshold(probabilities, top_p)
   expected = [expected_probabilities(row[0], top_p=top_p) > 0 for row in logits]
-  # The last candidate may differ where the sum is top_p but for rounding.
-  assert np.sum(np.asarray(found)[:, 0] != np.array(expected), axis=1).max() <= 1
-  assert np.mean(np.asarray(found)[:, 0] == np.array(expected)) > 0.9999
+  # The last candidate may differ if the sum is top_p up to rounding.
+  assert np.sum(np.asarray(nucleus)[:, 0] != np.array(expected), axis=1).max() <= 1
+  assert np.mean(np.asarray(nucleus)[:, 0] == np.array(expected)) > 0.9999
 
 
 @pytest.fixture(scope="module")
 def drawn(model):
-  """Two tokens of many answers to the prompt with two images, and how they were drawn."""
-  how = {"temperature": 0.7, "top_k": 20, "top_p": 0.95}
-  program = make_generate(model.config, Sampling(2, num_return_sequences=4000, **how))
-  rows = model.rows(model.prompts[1:2])
-  return np.asarray(program(model.params, rows, np.zeros(1, int), 5).tokens)[0], how
+  """Returns two tokens of many answers to the prompt with two images, and the settings."""
+  settings = {"temperature": 0.7, "top_k": 20, "top_p": 0.95}
+  program = make_generate(model.config, Sampling(2, num_return_sequences=4000, **settings))
+  batch = model.batch(model.prompts[1:2])
+  return np.asarray(program(model.params, batch, np.zeros(1, int), 5).tokens)[0], settings
 
 
 def test_frequencies_of_a_model(model, drawn):
-  tokens, how = drawn
+  tokens, settings = drawn
   log_probabilities = model.torch_log_probabilities(model.prompts[1], tokens[0])
-  assert chi_square(tokens[:, 0], expected_probabilities(log_probabilities[0], **how)) > 1e-3
-  often = np.bincount(tokens[:, 0]).argmax()
-  second = tokens[tokens[:, 0] == often, 1]
+  assert chi_square(tokens[:, 0], expected_probabilities(log_probabilities[0], **settings)) > 1e-3
+  most_common = np.bincount(tokens[:, 0]).argmax()
+  second = tokens[tokens[:, 0] == most_common, 1]
   assert len(second) > 300
-  log_probabilities = model.torch_log_probabilities(model.prompts[1], [often, 0])
-  assert chi_square(second, expected_probabilities(log_probabilities[1], **how)) > 1e-3
+  log_probabilities = model.torch_log_probabilities(model.prompts[1], [most_common, 0])
+  assert chi_square(second, expected_probabilities(log_probabilities[1], **settings)) > 1e-3
 
 
 def test_a_sample_does_not_depend_on_its_batch(model):
   sampling = Sampling(12, num_return_sequences=3, temperature=1.3, stop_tokens=(9, 10, 11, 12))
   program = make_generate(model.config, sampling)
-  together = program(model.params, model.rows(), np.arange(5), 0)
-  again = program(model.params, model.rows(), np.arange(5), 0)
-  other = program(model.params, model.rows(), np.arange(5), 1)
+  together = program(model.params, model.batch(), np.arange(5), 0)
+  again = program(model.params, model.batch(), np.arange(5), 0)
+  other = program(model.params, model.batch(), np.arange(5), 1)
   assert np.array_equal(together.tokens, again.tokens)
   assert not np.array_equal(together.tokens, other.tokens)
   assert len({row.tobytes() for row in np.asarray(together.tokens).reshape(15, 12)}) == 15
-  order = np.array([4, 1])  # other places, other neighbours, other padding
-  rows = model.rows([model.prompts[number] for number in order], length=64)
-  fewer = program(model.params, rows, order, 0)
-  for found, number in zip(fewer.tokens, order, strict=True):
-    assert np.array_equal(found, together.tokens[number])
+  order = np.array([4, 1])  # other rows, other neighbors, other padding
+  batch = model.batch([model.prompts[number] for number in order], length=64)
+  fewer = program(model.params, batch, order, 0)
+  for tokens, number in zip(fewer.tokens, order, strict=True):
+    assert np.array_equal(tokens, together.tokens[number])
   sampling = Sampling(20, num_return_sequences=1, temperature=1.3, stop_tokens=(9, 10, 11, 12))
-  alone = make_generate(model.config, sampling)(model.params, rows, order, 0)
-  for found, number in zip(alone.tokens, order, strict=True):
+  alone = make_generate(model.config, sampling)(model.params, batch, order, 0)
+  for tokens, number in zip(alone.tokens, order, strict=True):
     end = int(together.lengths[number, 0])
-    assert np.array_equal(found[0, :end], together.tokens[number, 0, :end])
+    assert np.array_equal(tokens[0, :end], together.tokens[number, 0, :end])
 
 
 BAD = {
@@ -133,7 +133,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_makes_no_sense(model, name):
+def test_settings_that_make_no_sense(model, name):
   options, message = BAD[name]
   with pytest.raises(InputError, match=message):
     make_generate(model.config, Sampling(**{"max_new_tokens": 8} | options))

@@ -1,4 +1,4 @@
-"""A tiny float32 LLaVA on both sides, prompts for it, and transformers' answers."""
+"""A tiny float32 LLaVA in JAX and in torch, prompts for it, and transformers' answers."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from tests import parity, tiny_models
 from vlalign_jax.data.encode import Example
 from vlalign_jax.models import vlm
 
-# Text tokens and pictures of each prompt: several, none, one twice; lengths differ.
+# (text tokens, images) of each prompt: several images, none, one twice; lengths differ.
 PROMPTS = (
   (5, ("0.png",)),
   (9, ("1.png", "2.png")),
@@ -30,33 +30,32 @@ class Tiny:
   pictures: dict[str, np.ndarray]
   prompts: tuple[Example, ...]
 
-  def rows(self, prompts=None, length: int = LENGTH, empty: int = 0):
-    """A batch of one prompt a row, and `empty` rows that only pad."""
+  def batch(self, prompts=None, length: int = LENGTH, empty: int = 0):
+    """Returns a batch of one prompt a row, and `empty` rows of padding."""
     prompts = self.prompts if prompts is None else prompts
     layout = [[prompt] for prompt in prompts] + [[]] * empty
     return parity.make_rows(self.config, layout, self.pictures, length, IMAGES)
 
   def torch_inputs(self, prompt: Example, answer=()) -> dict:
-    """What the torch model takes of one prompt, and an answer."""
+    """Returns the torch model's inputs for a prompt and an answer."""
     tokens = torch.tensor(np.concatenate([prompt.tokens, answer]))[None].long()
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if prompt.images:
-      shown = [self.pictures[path] for path in prompt.images]
-      inputs["pixel_values"] = parity.pixel_values(self.config, shown)
+      images = [self.pictures[path] for path in prompt.images]
+      inputs["pixel_values"] = parity.pixel_values(self.config, images)
     return inputs
 
   def torch_answer(self, prompt: Example, **options) -> list[int]:
-    """transformers' greedy answer, its stop token included."""
+    """Returns transformers' greedy answer, including its stop token."""
     inputs = self.torch_inputs(prompt)
-    found = self.torch_model.generate(**inputs, do_sample=False, pad_token_id=0, **options)
-    return found[0, inputs["input_ids"].shape[1] :].tolist()
+    tokens = self.torch_model.generate(**inputs, do_sample=False, pad_token_id=0, **options)
+    return tokens[0, inputs["input_ids"].shape[1] :].tolist()
 
   def torch_log_probabilities(self, prompt: Example, answer) -> np.ndarray:
-    """float32[M, V], of what follows the prompt and each token of the answer but the last."""
+    """Returns float32[M, V], each after the prompt and the answer's tokens before."""
     with torch.no_grad():
       logits = self.torch_model(**self.torch_inputs(prompt, answer)).logits[0]
-    found = torch.log_softmax(logits[len(prompt.tokens) - 1 : -1], dim=-1)
-    return found.numpy()
+    return torch.log_softmax(logits[len(prompt.tokens) - 1 : -1], dim=-1).numpy()
 
 
 def make_prompts(config: vlm.ModelConfig) -> tuple[Example, ...]:
@@ -69,7 +68,7 @@ def make_prompts(config: vlm.ModelConfig) -> tuple[Example, ...]:
 def make(directory: str, **options) -> Tiny:
   """Writes a LLaVA directory; `options` are of `tiny_models.make_llava`."""
   torch_model = tiny_models.make_llava(directory, **options)
-  torch_model.generation_config.eos_token_id = None  # tests say what ends an answer
+  torch_model.generation_config.eos_token_id = None  # each test sets its stop tokens
   opened, graphdef, params = parity.open_model(directory)
   config = opened.config
   pictures = parity.make_pictures(3, config.vision.image_size)

@@ -27,8 +27,8 @@ def test_a_separate_tower(tmp_path):
 
 def test_adapters_equal_those_of_peft(tmp_path):
   torch_model = tiny_models.make_llava(tmp_path, text=tiny_models.QWEN2_WINDOW)
-  adapted = adapters.add(
-    torch_model, r=3, lora_alpha=6, lora_dropout=0.0, target_modules=adapters.LANGUAGE
+  adapted = peft_models.add(
+    torch_model, r=3, lora_alpha=6, lora_dropout=0.0, target_modules=peft_models.LANGUAGE
   )
   adapted.save_pretrained(tmp_path / "peft")
   opened, graphdef, params = peft_models.open_model(
@@ -44,7 +44,7 @@ def test_adapters_equal_those_of_peft(tmp_path):
   kept = {path: x for path, x in trees.flatten(params).items() if "lora_" in path}
   export_adapters.export_adapters(config, kept, str(tmp_path / "out"))
   base = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
-  exported = adapters.peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+  exported = peft_models.peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
   with torch.no_grad():
     logits = parity.torch_logits(exported, config, example, pictures)
   assert parity.relative_error(logits, expected) < 1e-5

@@ -1,4 +1,4 @@
-"""Answers to records as text: from a model's parameters and a list of records to strings."""
+"""Answers to records as text."""
 
 import dataclasses
 import zlib
@@ -25,10 +25,10 @@ class Answer:
   Attributes:
     record: the record's number in the list, from 0.
     sample: the answer's number, from 0.
-    text: without special tokens, stripped.
-    tokens: int32[M] ids, its stop token included.
-    log_probability: of all these tokens under the model itself, natural logarithm.
-    ended: whether it ended by itself; otherwise it was cut at max_new_tokens.
+    text: stripped, without special tokens.
+    tokens: int32[M] ids, including the stop token.
+    log_probability: natural logarithm of the probability of all tokens under the model itself.
+    ended: whether it has a stop token; otherwise it was cut at max_new_tokens.
   """
 
   record: int
@@ -50,28 +50,28 @@ def generate_answers(
   gather: bool = False,
   done: Collection[int] = (),
 ) -> Iterator[Answer]:
-  """Answers records, a batch of prompts of like lengths after the other.
+  """Answers records, batch by batch; a batch has prompts of similar lengths.
 
-  The next batch runs while the last one's answers are read. The answers to a record depend on the
+  The next batch runs while the answers of the last are read. The answers to a record depend on the
   record, `config.seed` and the parameters, not on the other records.
 
   Args:
     config: has `batch_size` (prompts), `seed`, `model.dtype` and the `data` group.
     source: the model.
-    params: nested dict of all its parameters over the mesh.
+    params: nested dict of all parameters on the mesh.
     records: their last answers are not read.
-    sampling: what is asked for; without stop tokens, those of model and template end an answer.
-    mesh: over which prompts are split.
+    sampling: how tokens are chosen; without stop tokens, those of model and template end an answer.
+    mesh: the mesh that prompts are split over.
     gather: see `generate.generate`.
-    done: numbers of records that need no answers any more. The others are batched as they would be
-      with these, so that a run that goes on gives the very answers of one that was not broken off.
+    done: numbers of records that already have answers. They count in the plan of batches, so that
+      a resumed run gives the same answers as an uninterrupted one.
 
   Yields:
-    All answers to a record after each other. Records whose prompt is longer than `data.max_length`
-    get none, nor do those that cannot be read if `data.on_bad_record` is "skip".
+    All answers to a record one after the other. Records whose prompt is longer than
+    `data.max_length` get none, nor do unreadable ones if `data.on_bad_record` is "skip".
 
   Raises:
-    InputError: no prompt fits, a record is bad, or what is asked for makes no sense.
+    InputError: no prompt fits, a record is bad, or the sampling makes no sense.
   """
   if not sampling.stop_tokens:
     stop_tokens = prompts.stop_tokens(source, config.data.template)
@@ -86,35 +86,33 @@ def generate_answers(
     gather=gather,
     pad_id=source.tokenizer.pad_token_id,
   )
-  share = hosts.row_share(mesh)
+  share, plan, pending = hosts.row_share(mesh), prepared.plan, None
   streams = np.array([_stream(record) for record in records], np.int32)
-  plan, pending = prepared.plan, None
-  everyone = [
-    prompts.record_numbers(plan, step, tuple(range(share.count)), share.count)
-    for step in range(plan.steps)
-  ]
   done = np.array([-1, *done])
-  wanted = [np.where(np.isin(numbers, done), -1, numbers) for numbers in everyone]
+  wanted = []  # step -> int[B] numbers of the records, -1 for rows that need no answers
+  for step in range(plan.steps):
+    numbers = prompts.record_numbers(plan, step, tuple(range(share.count)), share.count)
+    wanted.append(np.where(np.isin(numbers, done), -1, numbers))
   needed = [step for step, numbers in enumerate(wanted) if numbers.max() >= 0]
   if not needed:
     return
-  # The largest batch, before the first: that it does not fit shall not be found out at the end.
+  # Checks the largest batch first, so that a run does not fail at its end for lack of memory.
   sizes = [(int(plan.row_counts[step]), int(plan.lengths[step])) for step in needed]
-  rows, length = max(sizes, key=lambda size: size[0] * (size[1] + sampling.max_new_tokens))
-  log_memory(source.config, sampling, rows, length, config.model.dtype, mesh)
+  num_rows, length = max(sizes, key=lambda size: size[0] * (size[1] + sampling.max_new_tokens))
+  log_memory(source.config, sampling, num_rows, length, config.model.dtype, mesh)
   options = {"start_step": needed[0], "blocks": share.blocks, "block_count": share.count}
   with prepared.batches(workers=0, **options) as batches:
-    for step, rows in enumerate(batches, start=needed[0]):
+    for step, batch in enumerate(batches, start=needed[0]):
       if wanted[step].max() < 0:
         continue
       numbers = prompts.record_numbers(plan, step, share.blocks, share.count)
-      rows["prompts"] = np.where(numbers < 0, 0, streams[numbers])
+      batch["prompts"] = np.where(numbers < 0, 0, streams[numbers])
       if not plan.row_images[step * plan.rows : (step + 1) * plan.rows].any():
-        rows["images"] = rows["images"][:, :0]
-      del rows["skipped"]
-      rows = hosts.to_device(mesh, rows)
-      streams_of_rows = rows.pop("prompts")
-      running = program(params, rows, streams_of_rows, config.seed)
+        batch["images"] = batch["images"][:, :0]
+      del batch["skipped"]
+      batch = hosts.to_device(mesh, batch)
+      prompt_streams = batch.pop("prompts")
+      running = program(params, batch, prompt_streams, config.seed)
       if pending is not None:
         yield from _read(source, *pending)
       pending = wanted[step], running
@@ -122,9 +120,9 @@ def generate_answers(
 
 
 def _stream(record: Record) -> int:
-  """A number of the record that does not change with the list that it is in."""
-  asked = [(turn.human, turn.gpt) for turn in record.turns[:-1]], record.turns[-1].human
-  return zlib.crc32(f"{record.index} {record.id} {record.images} {asked}".encode()) & 0x7FFFFFFF
+  """Returns a number of the record that does not depend on the list that it is in."""
+  prompt = [(turn.human, turn.gpt) for turn in record.turns[:-1]], record.turns[-1].human
+  return zlib.crc32(f"{record.index} {record.id} {record.images} {prompt}".encode()) & 0x7FFFFFFF
 
 
 def _read(source: ModelSource, numbers: np.ndarray, generated: Generated) -> Iterator[Answer]:
@@ -133,7 +131,7 @@ def _read(source: ModelSource, numbers: np.ndarray, generated: Generated) -> Ite
   generated = jax.device_get(generated)
   for row, record in enumerate(numbers):
     for sample, length in enumerate(generated.lengths[row]):
-      if record < 0 or not length:  # nothing is wanted, or the row pads
+      if record < 0 or not length:  # no answer is wanted, or the row is padding
         continue
       tokens = generated.tokens[row, sample, :length]
       yield Answer(

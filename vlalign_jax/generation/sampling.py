@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits: one jitted function, every choice fixed beforehand."""
+"""Chooses the next token from logits; every setting is fixed at compilation."""
 
 import dataclasses
 
@@ -11,22 +11,22 @@ from vlalign_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """What is asked for, in the order in which it is applied (transformers' order).
+  """Settings of sampling, in the order in which they are applied (transformers' order).
 
   Attributes:
-    max_new_tokens: the most tokens of an answer, its stop token included.
-    num_return_sequences: answers for each prompt.
+    max_new_tokens: the most tokens of an answer, including its stop token.
+    num_return_sequences: answers to each prompt.
     stop_tokens: ids that end an answer.
-    repetition_penalty: above 1, logits of tokens seen in prompt or answer are divided by it where
-      positive and multiplied where negative (Keskar et al. 2019, CTRL, 4.1).
-    min_new_tokens: tokens before which no stop token is chosen.
+    repetition_penalty: divides positive logits of tokens that prompt or answer have, and multiplies
+      negative ones (Keskar et al. 2019, CTRL, 4.1).
+    min_new_tokens: no stop token is chosen before so many tokens.
     suppress: ids that are never chosen.
-    temperature: logits are divided by it; 0 is greedy decoding.
-    top_k: only the k likeliest tokens are candidates (of equal ones, the lowest ids); 0: all.
-    top_p: only the fewest likeliest candidates whose probabilities sum to it or more (Holtzman et
-      al. 2020, "nucleus"), and without top_k those as likely as the last of them; 1: all.
-    tempered: whether what is reported as a token's log-probability is that at the temperature,
-      among the tokens that are not `forbidden`: what PPO's learner and reference compute, too.
+    temperature: divides logits; 0 is greedy decoding.
+    top_k: only the k likeliest tokens are candidates (the lowest ids of equal ones); 0: all.
+    top_p: only the fewest likeliest candidates whose probabilities sum to at least this (Holtzman
+      et al. 2020, "nucleus"), and without top_k those as likely as the last of them; 1: all.
+    tempered: whether a token's log-probability is reported at the temperature, among the tokens
+      that are not `forbidden`, as PPO's learner and reference compute it.
   """
 
   max_new_tokens: int
@@ -42,13 +42,12 @@ class Sampling:
 
 
 def check(sampling: Sampling, vocab_size: int) -> None:
-  """Refuses what cannot be meant.
+  """Checks settings that make no sense.
 
   Raises:
     InputError: names the key of the config's `generation` group.
   """
-  positive = ("max_new_tokens", "num_return_sequences", "repetition_penalty")
-  for name in positive:
+  for name in ("max_new_tokens", "num_return_sequences", "repetition_penalty"):
     if not getattr(sampling, name) > 0:
       raise InputError(f"generation.{name} is {getattr(sampling, name)}; give more than 0")
   for name in ("min_new_tokens", "temperature", "top_k"):
@@ -66,27 +65,25 @@ def check(sampling: Sampling, vocab_size: int) -> None:
   if sampling.temperature == 0 and sampling.num_return_sequences > 1:
     raise InputError(
       f"generation.num_return_sequences is {sampling.num_return_sequences} with "
-      "generation.temperature 0, which"
-      " gives equal answers; raise the temperature or ask for one sample"
+      "generation.temperature 0, which gives equal answers; raise the temperature or ask for one"
     )
   for name in ("stop_tokens", "suppress"):
-    wrong = [token for token in getattr(sampling, name) if not 0 <= token < vocab_size]
-    if wrong:
-      raise InputError(
-        f"generation.{name} has {wrong[0]}; the model's ids are 0 to {vocab_size - 1}"
-      )
+    for token in getattr(sampling, name):
+      if not 0 <= token < vocab_size:
+        raise InputError(
+          f"generation.{name} has {token}; the model's ids are 0 to {vocab_size - 1}"
+        )
 
 
 def forbidden(sampling: Sampling, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens that are never chosen, whatever the logits are.
+  """Returns the tokens that are never chosen, whatever the logits are.
 
   Args:
     sampling: has suppress, stop_tokens and min_new_tokens.
     vocab_size: V.
 
   Returns:
-    bool[V] those forbidden at every step, and bool[V] those forbidden at steps below
-    min_new_tokens.
+    (bool[V] tokens forbidden at every step, bool[V] tokens forbidden below min_new_tokens).
   """
   always, early = np.zeros((2, vocab_size), bool)
   always[list(sampling.suppress)] = True
@@ -96,40 +93,37 @@ def forbidden(sampling: Sampling, vocab_size: int) -> tuple[np.ndarray, np.ndarr
 
 
 def row_keys(seed, prompts, samples: int):
-  """Random keys of samples, each its own whatever it is batched with.
+  """Returns random keys [B, N] that depend on (seed, prompt, sample) alone, not on the batch.
 
   Args:
     seed: int32[].
-    prompts: int32[B], numbers that tell prompts apart.
+    prompts: int32[B], numbers that identify prompts.
     samples: N.
-
-  Returns:
-    keys [B, N] of (seed, prompt, number of the sample).
   """
   key = jax.random.key(seed)
-  numbers = jnp.arange(samples)
-  of_sample = jax.vmap(jax.random.fold_in, (None, 0))
-  return jax.vmap(lambda prompt: of_sample(jax.random.fold_in(key, prompt), numbers))(prompts)
+  fold_samples = jax.vmap(jax.random.fold_in, (None, 0))
+  return jax.vmap(
+    lambda prompt: fold_samples(jax.random.fold_in(key, prompt), jnp.arange(samples))
+  )(prompts)
 
 
 def choose(logits, seen, keys, step, sampling: Sampling):
-  """The next token of each sample.
+  """Chooses the next token of each sample.
 
   Args:
     logits: float32[B, N, V] of the model.
     seen: bool[B, N, V], tokens of prompt and answer so far; None without a repetition penalty.
-    keys: [B, N] of `row_keys`.
-    step: int32[], tokens that the answers have so far.
-    sampling: see there.
+    keys: [B, N], from `row_keys`.
+    step: int32[], number of tokens that the answers have so far.
+    sampling: see Sampling.
 
   Returns:
-    tokens int32[B, N]; float32[B, N] their log-probabilities under the model itself (`tempered`:
-    with its logits divided by the temperature, and without the tokens that are `forbidden`), which
-    are what a training forward pass gives; float32[B, N] those under the distribution that was
-    drawn from. Tempered, and without a repetition penalty, the two differ by the logarithm of the
-    probability that top_k and top_p leave.
+    (int32[B, N] tokens, float32[B, N] their log-probabilities under the model itself, float32[B, N]
+    those under the distribution that was drawn from). If `tempered`, the model's logits are divided
+    by the temperature and leave out the tokens that are `forbidden`; then, without a repetition
+    penalty, the two differ by the logarithm of the probability that top_k and top_p leave.
   """
-  allowed = _permitted(_penalised(logits, seen, sampling), step, sampling)
+  allowed = _mask_forbidden(_penalize(logits, seen, sampling), step, sampling)
   if sampling.temperature == 0:
     tokens = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
     drawn = jnp.zeros(tokens.shape, jnp.float32)
@@ -137,21 +131,21 @@ def choose(logits, seen, keys, step, sampling: Sampling):
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, step)
     tokens, drawn = _draw(allowed / sampling.temperature, keys, sampling)
   if sampling.tempered:
-    logits = _permitted(logits, step, sampling) / sampling.temperature
+    logits = _mask_forbidden(logits, step, sampling) / sampling.temperature
   chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
   return tokens, chosen - jax.nn.logsumexp(logits, axis=-1), drawn
 
 
-def _penalised(logits, seen, sampling: Sampling):
-  """Logits with the repetition penalty."""
+def _penalize(logits, seen, sampling: Sampling):
+  """Returns logits with the repetition penalty."""
   if seen is None:
     return logits
   penalty = sampling.repetition_penalty
   return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def _permitted(logits, step, sampling: Sampling):
-  """Logits with -inf where a token must not be chosen."""
+def _mask_forbidden(logits, step, sampling: Sampling):
+  """Returns logits with -inf for tokens that must not be chosen."""
   always, early = forbidden(sampling, logits.shape[-1])
   if early.any():
     return jnp.where(always | (early & (step < sampling.min_new_tokens)), -jnp.inf, logits)
@@ -159,7 +153,7 @@ def _permitted(logits, step, sampling: Sampling):
 
 
 def _draw(logits, keys, sampling: Sampling):
-  """(tokens int32[B, N], their log-probabilities) from tempered logits float32[B, N, V]."""
+  """Draws (int32[B, N] tokens, their log-probabilities) from tempered logits float32[B, N, V]."""
   ids = None
   if 0 < sampling.top_k < logits.shape[-1]:
     logits, ids = jax.lax.top_k(logits, sampling.top_k)
@@ -179,10 +173,10 @@ def _draw(logits, keys, sampling: Sampling):
 
 
 def _nucleus_threshold(probabilities, top_p: float):
-  """The highest value such that the probabilities that reach it sum to `top_p` or more.
+  """Returns the highest threshold such that the probabilities that reach it sum to `top_p` or more.
 
-  Without sorting the vocabulary: bisection over the bits of non-negative floats, which are ordered
-  as integers are.
+  Bisects the bits of non-negative floats, which are ordered as integers are, in place of sorting
+  the vocabulary.
 
   Args:
     probabilities: float32[B, N, V].
