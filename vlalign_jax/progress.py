@@ -119,7 +119,7 @@ class Bar(tqdm):
   @property
   def format_dict(self):
     """Returns what tqdm shows, with the rate of the pace; tqdm shows 0 as "?"."""
-    return super().format_dict | {"rate": self.pace.rate()}
+    return {**super().format_dict, "rate": self.pace.rate()}
 
   def advance(self, units: int = 1) -> None:
     """Moves the bar by units that are done."""

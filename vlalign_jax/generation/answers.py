@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -43,7 +43,7 @@ def generate_answers(
   config,
   source: ModelSource,
   params,
-  records: list[Record],
+  records: Sequence[Record],
   sampling: Sampling,
   mesh: Mesh,
   *,

@@ -126,7 +126,9 @@ def _count_trips(scope: _Scope, loop: Instruction, unknown: Trips) -> tuple[floa
   return unknown.to_unknown, constants
 
 
-def _results(scope: _Scope, loop: Instruction, constants: Mapping[int, int]) -> dict[int, _Value]:
+def _results(
+  scope: _Scope, loop: Instruction, constants: Mapping[int, int]
+) -> dict[int | None, _Value]:
   """Returns the elements of a loop's tuple after one turn."""
   body = scope.enter(loop.attribute("body"), constants)
   return _elements(body, body.computation.root.name)
@@ -149,7 +151,7 @@ def _comparison(scope: _Scope) -> tuple[_Element, str, _Value] | None:
   )
 
 
-def _elements(scope: _Scope, name: str) -> dict[int, _Value]:
+def _elements(scope: _Scope, name: str) -> dict[int | None, _Value]:
   """Returns index -> value of a tuple's elements; empty if the computation does not build it."""
   instruction = scope.origin(name)
   if instruction.opcode != "tuple":

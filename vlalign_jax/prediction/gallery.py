@@ -54,18 +54,19 @@ def section(
   reference = lines[0].get("reference")
   if reference is not None:
     parts.append(f'<p><span class="label">reference</span> {html.text(reference)}</p>')
-  values = [name for name in values if any(name in line for line in lines)]
+  values = tuple(name for name in values if any(name in line for line in lines))
   head = "".join(f'<th class="number">{name}</th>' for name in values)
   rows = "".join(_row(line, values, reference) for line in lines)
   parts.append(f"<table><tr><th>answer</th>{head}</tr>{rows}</table>")
   return f"<section>{html.pictures(root, record.images)}<div>{''.join(parts)}</div></section>"
 
 
-def _row(line: dict, values: list[str], reference: str | None) -> str:
+def _row(line: dict, values: tuple[str, ...], reference: str | None) -> str:
   answer, classes = line["answer"], ["text"]
   if line.get("best"):
     classes.append("best")
-  if None not in (answer, reference) and normalised(answer) == normalised(reference):
+  is_known = answer is not None and reference is not None
+  if is_known and normalised(answer) == normalised(reference):
     classes.append("right")
   content = html.text(answer) if answer is not None else ""
   if "rank" in line:

@@ -57,7 +57,7 @@ def predict(c, workdir: str) -> tuple[list[dict], tuple]:
     return out_of_memory.explained(out_of_memory.LOADING, c)(load)
 
   load = make_load(model)
-  if c.mode == settings.GENERATE:
+  if sampling is not None:
     lines = generated.generate(c, workdir, model, load, records, sampling, mesh)
     if judge:
       lines = best.add_rewards(c, workdir, lines, judge, make_load(judge), records, mesh)
