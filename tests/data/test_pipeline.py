@@ -195,7 +195,7 @@ def test_worker_processes_skip_and_hand_any_other_error_over(caplog):
     with pytest.raises(RuntimeError, match=rf"examples \[{second}\]: TwoPartError: odd") as info:
       next(pipeline)
     assert "raise TwoPartError" in "\n".join(info.value.__notes__)
-    with pytest.raises(InputError, match="want of memory"):
+    with pytest.raises(InputError, match="lack of memory"):
       next(pipeline)
 
 
