@@ -3,7 +3,7 @@
   python scripts/evaluate_reward.py --config=configs/predict.py --workdir=DIR \\
     --config.model.init_from=runs/reward --config.data.eval=ranked.json --config.data.images=images
 
-Scores the answers as scripts/predict.py does with config.mode=reward, and writes besides
+Scores the answers as scripts/predict.py does with config.mode=reward, and also writes
 DIR/reward.json: accuracy over all ordered pairs, by the number of answers and by the ranks between
 the two, and calibration; and DIR/reward.html: the same with plots and the --wrong most wrong pairs.
 The same command goes on where it stopped.

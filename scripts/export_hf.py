@@ -99,7 +99,7 @@ def _bases_of(model: dict, is_llava: bool) -> dict[str, str]:
   if not start and not is_llava:
     return {tower: model[tower] for tower in hf_config.TOWERS}
   logging.info(
-    "these adapters belong to what the run started from (%s), which is no Hugging Face model; "
+    "these adapters belong to what the run started from (%s), which is not a Hugging Face model; "
     "export without --adapters for a model that needs no other",
     start or f"{model['vision']} with {model['language']}",
   )

@@ -175,7 +175,7 @@ def unknown_key(name: str, known: list[str]) -> str:
 def _check_type(name: str, given: Any, kind: type, default) -> None:
   if given is None and default is None:  # a placeholder, which stays empty
     return
-  # type() and not isinstance(): True is no number here.
+  # type(), not isinstance(): True is not a number here.
   if type(given) is not kind and (kind, type(given)) != (float, int):
     raise InputError(f"{name} is {given!r}; it must be of type {kind.__name__}")
   if kind is float and given is not None and not math.isfinite(given):

@@ -69,7 +69,7 @@ def check(config: Config) -> None:
   """Refuses a config with unknown keys, or with values that make no sense; paths become absolute.
 
   Raises:
-    InputError: names the first such key and the mend.
+    InputError: names the first such key and the fix.
   """
   if config is None:
     raise InputError("--config is missing: --config=configs/predict.py")
@@ -135,7 +135,7 @@ def _token_id(stop: str, tokenizer) -> int:
   vocabulary = tokenizer.get_vocab()
   if stop not in vocabulary:
     raise InputError(
-      f"config.generation.stop_tokens has {stop!r}, which is no token of the model's tokenizer; "
+      f"config.generation.stop_tokens has {stop!r}, which is not a token of the model's tokenizer; "
       "give its tokens or their ids, comma-separated"
     )
   return vocabulary[stop]

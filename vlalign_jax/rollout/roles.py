@@ -153,7 +153,7 @@ def find_scorers(config: Config, sources: RoleSources, records):
   )
   if reward is None:
     return None, function
-  # Where several tokens end an answer, the reward model has learnt to read at the last of them.
+  # Where several tokens end an answer, the reward model has learned to read at the last of them.
   one_end = not closing(template, reward.tokenizer)
   if one_end and template == config.data.template and same_tokens(sources.actor, reward):
     return None, function
