@@ -15,7 +15,7 @@ SETTINGS = {
   "no model": ({"model.init_from": ""}, "config.model.init_from is empty"),
   "no data": ({"data.eval": ""}, "config.data.eval is empty"),
   "batch": ({"batch_size": 0}, "config.batch_size is 0"),
-  "stop token": ({"generation.stop_tokens": "</s>"}, "'</s>', which is no token"),
+  "stop token": ({"generation.stop_tokens": "</s>"}, "'</s>', which is not a token"),
   "equal samples": ({"generation.num_return_sequences": 2}, "raise the temperature"),
   "judge of given answers": (
     {"mode": "logprobs", "reward_model": "reward"},
