@@ -91,7 +91,9 @@ if __name__ == "__main__":
   flags.DEFINE_string("vision", "", "The CLIP directory that the model was made of.")
   flags.DEFINE_string("language", "", "The language model's directory that it was made of.")
   flags.DEFINE_bool("allow-pickle", False, "Read a pickle, which may hide code.")
-  flags.DEFINE_enum("lora", None, original.LORA, "What to do with adapters that are next to the weights.")
+  flags.DEFINE_enum(
+    "lora", None, original.LORA, "What to do with adapters that are next to the weights."
+  )
   flags.DEFINE_bool("mmca", False, "It was trained with --enable_mmca_attention.")
   flags.DEFINE_enum("dtype", None, DTYPES, "Of the weights; default: as in the checkpoint.")
   cli.run(main)

@@ -65,8 +65,7 @@ def _row(line: dict, values: tuple[str, ...], reference: str | None) -> str:
   answer, classes = line["answer"], ["text"]
   if line.get("best"):
     classes.append("best")
-  is_known = answer is not None and reference is not None
-  if is_known and normalised(answer) == normalised(reference):
+  if answer is not None and reference is not None and normalised(answer) == normalised(reference):
     classes.append("right")
   content = html.text(answer) if answer is not None else ""
   if "rank" in line:

@@ -68,7 +68,7 @@ def evaluate(
   if not missing:
     return
   scores = source.config.head == SCORE
-  prepared, units = prepare_answers(config, source, records, meshes.row_blocks(mesh))
+  prepared, units = prepare_answers(config, source, list(records), meshes.row_blocks(mesh))
   planned = {(unit.record, n) for unit in units for n in unit.answers}
   unknown = dict.fromkeys(["reward"] if scores else ["logprob", "num_tokens", "token_logprobs"])
   for number, n in sorted(missing - planned):
