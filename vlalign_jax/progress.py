@@ -23,12 +23,13 @@ class _Compilation:
     self._spans, self._lock = collections.deque(maxlen=10_000), threading.Lock()
     jax.monitoring.register_event_duration_secs_listener(self._add)
 
-  def _add(self, event: str, seconds: float, /, **_: str | int) -> None:
+  def _add(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+    del kwargs
     if not event.startswith("/jax/core/compile/"):
       return
     with self._lock:
       end = time.perf_counter()
-      start = end - seconds
+      start = end - duration_secs
       while self._spans and self._spans[-1][1] > start:
         start = min(start, self._spans.pop()[0])
       self._spans.append((start, end))

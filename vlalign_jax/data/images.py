@@ -74,7 +74,7 @@ def open_image(root: str, relative_path: str) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
   try:
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
   except Exception:  # broken EXIF raises any exception too; image viewers then do not rotate
     orientation = None
   method = _TRANSPOSE.get(orientation)
@@ -167,11 +167,13 @@ class ImagePreprocessor:
     kind = _processor_type(config, where)
     aspect = _resolve_aspect(config, aspect, kind, where)
     names = CLIPImageProcessorPil.valid_kwargs.__annotations__
-    settings = {key: config[key] for key in names if config.get(key) is not None}
+    settings: Any = {key: config[key] for key in names if config.get(key) is not None}
     try:
-      full = CLIPImageProcessorPil(**{**settings, "do_pad": aspect == "pad"})
+      padding: Any = {"do_pad": aspect == "pad"}
+      full = CLIPImageProcessorPil(**{**settings, **padding})
       # `pad_to_square` pads (in transformers, only LLaVA does); float steps run on the device.
-      steps = {"do_pad": False, "do_rescale": False, "do_normalize": False, "do_convert_rgb": False}
+      off = ("do_pad", "do_rescale", "do_normalize", "do_convert_rgb")
+      steps: Any = dict.fromkeys(off, False)
       processor = CLIPImageProcessorPil(**{**settings, **steps})
       mean, std = _per_channel(full.image_mean), _per_channel(full.image_std)
       preprocessor = cls(
@@ -181,7 +183,7 @@ class ImagePreprocessor:
         height=0,
         width=0,
         rescale_factor=float(full.rescale_factor) if full.do_rescale else 1.0,
-        pad_color=tuple(int(value * 255) for value in mean),
+        pad_color=(int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)),
         processor=processor,
         config={
           **full.to_dict(),
@@ -275,7 +277,7 @@ def _resolve_aspect(config: dict[str, Any], aspect: str, kind: str, where: str) 
 
 
 def _per_channel(value: Any) -> tuple[float, float, float]:
-  values = (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
+  values = [value] * 3 if isinstance(value, (int, float)) else [*value]
   if len(values) != 3:
     raise ValueError(f"image_mean and image_std need 3 values, not {len(values)}")
-  return tuple(float(number) for number in values)
+  return float(values[0]), float(values[1]), float(values[2])

@@ -279,7 +279,7 @@ class _LoadRow:
       images[slot] = pixels[path]
     return _Row(arrays, images, tuple(problems))
 
-  def stack(self, rows: list[_Row]) -> tuple[dict[str, np.ndarray], list[str]]:
+  def stack(self, rows: Sequence[_Row]) -> tuple[dict[str, np.ndarray], list[str]]:
     """Returns (the batch of these rows, the problems of all of them)."""
     rows = [row for row in rows if row.arrays]
     batch = {name: np.stack([row.arrays[name] for row in rows]) for name in rows[0].arrays}

@@ -20,7 +20,7 @@ def empty_row(length: int, pad_id: int = 0) -> dict[str, np.ndarray]:
   Returns:
     tokens, positions, segments, branches, targets, image_slots: int32[T]; loss_mask: float32[T].
   """
-  row = {
+  row: dict[str, np.ndarray] = {
     name: np.zeros(length, np.int32) for name in ("positions", "segments", "branches", "targets")
   }
   row["tokens"] = np.full(length, pad_id, np.int32)

@@ -4,13 +4,14 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from absl import logging
 
 from vlalign_jax.data import blank, images, measure, mixture, plan, templates
 from vlalign_jax.data.conversations import Answers
-from vlalign_jax.data.encode import Encoded, Example
+from vlalign_jax.data.encode import Encoded
 from vlalign_jax.data.pipeline import Prepared
 from vlalign_jax.data.records import Record
 from vlalign_jax.data.workers import SharedList
@@ -42,7 +43,7 @@ class LoadExample:
   task: Task
   records: SharedList
   data: dict  # template, max_length, max_images, images
-  tokenizer: object
+  tokenizer: Any
   image_token_id: int
   tokens_per_image: int
 
@@ -80,7 +81,8 @@ class LoadExample:
       return 0, encoded.counts, ()
     return len(encoded.example.tokens), encoded.counts, encoded.example.images
 
-  def __call__(self, number: int) -> Example:
+  def __call__(self, number: int) -> Any:
+    """Returns an Example; None if nothing of the record is left."""
     return self.encoded(number).example
 
 
@@ -139,13 +141,13 @@ def prepare_train(
     raise _nothing_fits(task, config, "data.train")
   epochs, examples, orders = config.num_train_epochs, 0, []
   by_steps = config.max_steps > 0
-  needed = config.max_steps * config.batch_size if by_steps else None
+  needed = config.max_steps * config.batch_size if by_steps else 0
   while examples < needed if by_steps else len(orders) < epochs:
     order = mixture.epoch_order(train, len(orders), config.data.shuffle)
     order = order[usable[order]]
     orders.append(order)
     examples += len(order)
-  if needed is None:
+  if not by_steps:
     # A partial last epoch shows that share of its records.
     needed = round(examples - len(orders[-1]) * (len(orders) - epochs))
   order = np.concatenate(orders)[: max(1, needed)]

@@ -10,7 +10,7 @@ from vlalign_jax.losses.support import Support
 
 def token_log_probabilities_and_entropies(
   hidden, kernel, targets, weights, *, support: Support | None = None, **chunking
-):
+) -> tuple[jax.Array, jax.Array]:
   """Computes `head.token_log_probabilities` and the predictions' entropies, both differentiable.
 
   Returns:

@@ -6,6 +6,7 @@ al. 2024, Liger Kernel, 3.2).
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,8 +91,8 @@ def token_log_probabilities(
     return (_log_probabilities(logits, targets),)
 
   settings = support, value, _gradient, Chunking(**chunking)
-  (logps,) = token_values(hidden, kernel, targets, weights, *settings)
-  return logps
+  values: Any = token_values(hidden, kernel, targets, weights, *settings)
+  return values[0]
 
 
 def token_statistics(hidden, kernel, targets, weights, **chunking):

@@ -65,8 +65,8 @@ def _row(line: dict, values: tuple[str, ...], reference: str | None) -> str:
   answer, classes = line["answer"], ["text"]
   if line.get("best"):
     classes.append("best")
-  is_known = answer is not None and reference is not None
-  if is_known and normalize_spaces(answer) == normalize_spaces(reference):
+  texts = [None if text is None else normalize_spaces(text) for text in (answer, reference)]
+  if None not in texts and texts[0] == texts[1]:
     classes.append("right")
   content = html.text(answer) if answer is not None else ""
   if "rank" in line:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -46,7 +47,7 @@ class Roles:
   reward: dict | None
   reader: TextReader | None
   function: Callable | None
-  tokenizer: object
+  tokenizer: Any
   config: Config
   mesh: jax.sharding.Mesh
   shares_features: bool
