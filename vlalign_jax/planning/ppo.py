@@ -187,7 +187,7 @@ def _programs(rollout: RolloutShapes) -> Iterator[StepProgram]:
   prompts = collect.for_sampling(prompts), rollout.array((B,), jnp.int32)
   sample = lower(program.sample, actor, *prompts, 0)
   yield one("sampling", sample, length=L, decoded=max(1, M - 1))
-  parts = config.ppo.num_mini_batches * config.grad_accumulation  # each as large as an update's
+  parts = config.ppo.num_mini_batches * config.grad_accumulation  # read one by one
   reference = lower(program.reference, program.actor.frozen, rollout.batch(), shape)
   yield one("reference", reference, parts=parts)
   if program.reward:
