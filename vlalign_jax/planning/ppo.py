@@ -189,7 +189,7 @@ def _programs(rollout: RolloutShapes) -> Iterator[StepProgram]:
   prompts = collect.for_sampling(prompts), rollout.array((B,), jnp.int32)
   sample = lower(program.sample, actor, *prompts, 0)
   yield one("sampling", sample, length=L, decoded=max(1, M - 1))
-  parts = config.ppo.num_mini_batches * config.grad_accumulation  # each as large as an update's
+  parts = config.ppo.num_mini_batches * config.grad_accumulation  # read one by one
   params = program.actor.reference, rollout.frozen
   yield one("reference", lower(program.reference, params, rollout.batch(), shape), parts=parts)
   if program.reward:

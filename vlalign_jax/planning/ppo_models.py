@@ -51,12 +51,12 @@ def open_models(config) -> Models:
     actor = train_step.model_config(config, LANGUAGE)
     sampling = data.sampling_of(settings, actor, stop_tokens=(0,))
     origin = dict.fromkeys(trees.flatten(abstract_params(actor)[1]), ("the base",))
-    return _with_assumed(config, actor, sampling, origin)
+    return _add_scorers(config, actor, sampling, origin)
   opened = source.open_for(config, LANGUAGE)
   files = identity.Files()
   sampling, origin = data.make_sampling(config, opened), identity.identities(opened, files)
   if not settings.reward_model:
-    return _with_assumed(config, opened.config, sampling, origin)
+    return _add_scorers(config, opened.config, sampling, origin)
   sources = roles.open_sources(config, None, opened)
   others = {"critic": sources.critic, "reward": sources.reward}
   origins = {name: identity.identities(other, files) for name, other in others.items() if other}
@@ -64,8 +64,8 @@ def open_models(config) -> Models:
   return Models(opened.config, critic, reward, sampling, {"actor": origin} | origins)
 
 
-def _with_assumed(config, actor: ModelConfig, sampling: Sampling, origin: dict) -> Models:
-  """Adds a critic and a reward model like the actor, which trained what the actor is to train."""
+def _add_scorers(config, actor: ModelConfig, sampling: Sampling, origin: dict) -> Models:
+  """Adds a critic and a reward model of the actor's architecture, trained in the same parts."""
   scorer = dataclasses.replace(actor, head=SCORE)
   origins = {
     path: origin[path]

@@ -24,7 +24,7 @@ from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import answers as steps
 from vlalign_jax.weights.source import ModelSource
 
-TOO_LONG, UNREADABLE = "it does not fit behind its prompt", "its images cannot be read"
+TOO_LONG, UNREADABLE = "it does not fit after its prompt", "its images cannot be read"
 # () -> (graphdef, params); called only if there is something to compute.
 Load = Callable[[], tuple]
 
