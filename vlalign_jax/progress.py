@@ -23,7 +23,7 @@ class _Compilation:
     self._spans, self._lock = collections.deque(maxlen=10_000), threading.Lock()
     jax.monitoring.register_event_duration_secs_listener(self._add)
 
-  def _add(self, event: str, seconds: float, **_) -> None:
+  def _add(self, event: str, seconds: float, /, **_: str | int) -> None:
     if not event.startswith("/jax/core/compile/"):
       return
     with self._lock:

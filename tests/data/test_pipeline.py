@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from vlalign_jax.data.encode import Example
-from vlalign_jax.data.pipeline import batches
+from vlalign_jax.data.pipeline import Prepared
 from vlalign_jax.data.plan import ImageSets, plan_batches
 from vlalign_jax.data.workers import SharedList, StoredList
 from vlalign_jax.errors import InputError
@@ -87,15 +87,7 @@ def random_run(n=22, **keywords):
 
 
 def run(plan, load, **keywords):
-  return batches(
-    plan,
-    load,
-    load_image,
-    image_token_id=IMAGE,
-    tokens_per_image=PATCHES,
-    image_size=SIZE,
-    **keywords,
-  )
+  return Prepared(plan, load, load_image, IMAGE, PATCHES, SIZE).batches(**keywords)
 
 
 def expected(plan, load, step):

@@ -170,7 +170,7 @@ class ImagePreprocessor:
     settings = {key: config[key] for key in names if config.get(key) is not None}
     try:
       full = CLIPImageProcessorPil(**{**settings, "do_pad": aspect == "pad"})
-      # `pad_to_square` pads (in transformers, only a LLaVA class does); the device does float steps.
+      # `pad_to_square` pads (in transformers, only LLaVA does); float steps run on the device.
       steps = {"do_pad": False, "do_rescale": False, "do_normalize": False, "do_convert_rgb": False}
       processor = CLIPImageProcessorPil(**{**settings, **steps})
       mean, std = _per_channel(full.image_mean), _per_channel(full.image_std)

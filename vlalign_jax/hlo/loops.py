@@ -7,7 +7,7 @@ which follows from the start, the step and the limit of the loop's counter.
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vlalign_jax.hlo.parser import Computation, HloProgram, Instruction
 
@@ -37,7 +37,7 @@ ONCE = Trips()
 class _Element(NamedTuple):
   """An element of a loop's tuple plus a constant; index None: read from an array at an element."""
 
-  index: int | None
+  index: Any  # int or None; `tuple.index` is a method, so that types do not fit
   offset: int = 0
 
 
@@ -126,9 +126,7 @@ def _count_trips(scope: _Scope, loop: Instruction, unknown: Trips) -> tuple[floa
   return unknown.to_unknown, constants
 
 
-def _results(
-  scope: _Scope, loop: Instruction, constants: Mapping[int, int]
-) -> dict[int | None, _Value]:
+def _results(scope: _Scope, loop: Instruction, constants: Mapping[int, int]) -> dict[int, _Value]:
   """Returns the elements of a loop's tuple after one turn."""
   body = scope.enter(loop.attribute("body"), constants)
   return _elements(body, body.computation.root.name)
@@ -151,7 +149,7 @@ def _comparison(scope: _Scope) -> tuple[_Element, str, _Value] | None:
   )
 
 
-def _elements(scope: _Scope, name: str) -> dict[int | None, _Value]:
+def _elements(scope: _Scope, name: str) -> dict[int, _Value]:
   """Returns index -> value of a tuple's elements; empty if the computation does not build it."""
   instruction = scope.origin(name)
   if instruction.opcode != "tuple":
