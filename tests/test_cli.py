@@ -27,6 +27,7 @@ def parse(monkeypatch):
     for name in ("topology", "json"):  # of plan.py
       flags.DEFINE_string(name, "", "", flag_values=values)
     flags.DEFINE_bool("search", False, "", flag_values=values)
+    flags.DEFINE_integer("show", 0, "", flag_values=values)  # of check_data.py
     argv = ["train_sft.py", *arguments]
     monkeypatch.setattr(flags, "FLAGS", values)
     monkeypatch.setattr(sys, "argv", argv)

@@ -14,7 +14,7 @@ from tests import sft_run
 from tests.bad_inputs import failing
 from vlalign_jax import out_of_memory
 from vlalign_jax.errors import InputError
-from vlalign_jax.steps import program
+from vlalign_jax.stages import sft
 
 ROOT = pathlib.Path(__file__).parents[2]
 GIB = 2**30
@@ -143,10 +143,10 @@ def test_advice_names_what_is_left_to_change(monkeypatch):
 
 def _make_step_fail(monkeypatch, field, at: int):
   """Replaces the program `field` by one that runs out of memory at its call number `at`."""
-  calls, made = [], program.make_program
+  calls, stage = [], sft.STAGE
 
   def make(*args, **kwargs):
-    original = made(*args, **kwargs)
+    original = stage.make_program(*args, **kwargs)
     step = getattr(original, field)
 
     def call(*args, **kwargs):
@@ -157,7 +157,7 @@ def _make_step_fail(monkeypatch, field, at: int):
 
     return dataclasses.replace(original, **{field: call})
 
-  monkeypatch.setattr(program, "make_program", make)
+  monkeypatch.setattr(sft, "STAGE", dataclasses.replace(stage, make_program=make))
 
 
 def test_training_step(monkeypatch, train, records, tmp_path):

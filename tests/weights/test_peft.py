@@ -19,6 +19,7 @@ from scripts import export_hf, train_sft
 from tests import parity, peft_models, sft_run, tiny_models
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
+from vlalign_jax.models.vlm import SCORE
 from vlalign_jax.runs import checkpoints as run_checkpoints
 from vlalign_jax.weights import export_adapters, load, provenance, source
 
@@ -192,14 +193,13 @@ def test_changed_adapters_are_refused(run, tmp_path):
 
 def test_a_score_head_with_adapters(run, tmp_path):
   config = peft_models.config_for(run.llava, **LORA)
-  config.stage = "reward"
-  opened = source.open_for(config)
+  opened = source.open_for(config, SCORE)
   _, params = parity.load_all(opened)
   flat = trees.flatten(params)
   kept = {path: array for path, array in flat.items() if "lora_" in path or "score/" in path}
   export_adapters.export_adapters(opened.config, kept, str(tmp_path / "peft"))
   config.lora.init_from = str(tmp_path / "peft")
-  _, imported = parity.load_all(source.open_for(config), seed=5)
+  _, imported = parity.load_all(source.open_for(config, SCORE), seed=5)
   for path in kept:
     np.testing.assert_array_equal(trees.flatten(imported)[path], kept[path], err_msg=path)
   with pytest.raises(InputError, match="score.weight"):

@@ -198,5 +198,4 @@ def _open_peft(directory: str, model: vlm.ModelConfig):
 def _everywhere(model: vlm.ModelConfig) -> lora.LoraConfig:
   """Returns a config with an adapter at every linear map."""
   assert model.lora is not None
-  assert model.lora is not None
   return dataclasses.replace(model.lora, rank=1, vision_rank=1, targets="")

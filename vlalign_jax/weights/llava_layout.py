@@ -80,22 +80,14 @@ def convert(
   vision = hf_config.read_config(tower)
   vision = getattr(vision, "vision_config", vision)
   hf_config.check_types(vision, tower, language, where)
+  features = config.get("mm_vision_select_feature") or "patch"
   options: Any = {
     "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
-    "vision_feature_select_strategy": _STRATEGIES[
-      config.get("mm_vision_select_feature") or "patch"
-    ],
-  }
-  options: Any = {
-    "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
-    "vision_feature_select_strategy": _STRATEGIES[
-      config.get("mm_vision_select_feature") or "patch"
-    ],
+    "vision_feature_select_strategy": _STRATEGIES[features],
   }
   return LlavaConfig(
     vision_config=vision,
     text_config=language,
-    **options,
     **options,
     vision_feature_layer=config.get("mm_vision_select_layer", -2),
     projector_hidden_act="gelu",
