@@ -1,4 +1,4 @@
-"""Pictures that cannot be decoded, and records that are too long: known when they are read."""
+"""Tests pictures that cannot be decoded and records that are too long."""
 
 import pathlib
 
@@ -19,7 +19,7 @@ def _break(picture: pathlib.Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["corrupt", "truncated", "empty"])
 def test_unreadable_picture_ends_the_run(train, records, tmp_path, compile_cache, how, caplog):
-  """...at its step, with what was saved before whole; the run goes on with on_bad_record=skip."""
+  """...at its step; earlier checkpoints are complete, and on_bad_record=skip continues the run."""
   picture = tmp_path / "data" / "016.png"
   content = picture.read_bytes()
   _break(picture, how)
@@ -42,7 +42,7 @@ def test_unreadable_picture_ends_the_run(train, records, tmp_path, compile_cache
 
 
 def test_unreadable_picture_of_the_evaluation(train, records, tmp_path):
-  """...is known before the first step, however late the first evaluation is."""
+  """...ends the run before the first step, however late the first evaluation is."""
   held_out = sft_run.write_json(tmp_path / "data" / "eval.json", records[15:17])
   _break(tmp_path / "data" / "016.png", "truncated")
   expected = ['data/eval.json, record 1 ("id": "r16")', "016.png", "cannot be decoded"]
@@ -103,9 +103,9 @@ def test_too_long_records_are_counted(model, records, tmp_path, caplog):
   records[3]["conversations"][2]["value"] += " and" * 300
   path = sft_run.write_json(tmp_path / "data" / "train.json", records)
   config = sft_run.make_config(model, path)
-  found, _ = prepare.load_records(sft.TASK, config)
+  train, _ = prepare.load_records(sft.TASK, config)
   with caplog.at_level("INFO", logger="absl"):
-    prepared = prepare.prepare_train(sft.TASK, config, source.open_source(config.model), found, 1)
+    prepared = prepare.prepare_train(sft.TASK, config, source.open_source(config.model), train, 1)
   assert prepared.records == 23
   assert "24 records; 1 skipped, their first answer does not fit" in caplog.text
   assert "1 turns dropped from the ends of 1 others" in caplog.text

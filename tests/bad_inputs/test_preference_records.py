@@ -1,4 +1,4 @@
-"""Preference data with mistakes ends a run before anything is computed."""
+"""Tests that preference data with mistakes ends a run before anything is computed."""
 
 import pytest
 
@@ -12,7 +12,7 @@ SCRIPTS = {"reward": train_reward, "dpo": train_dpo}
 
 @pytest.fixture
 def pairs(records):
-  """The good records, each with a worse answer, too."""
+  """Returns the good records, each with a worse answer too."""
   for record in records:
     last = record["conversations"][-1]
     last["value"] = [last["value"], "something else"]
@@ -27,7 +27,7 @@ BAD = {
   "one answer only": (_answers("red"), ["conversations[3]: one answer only", "at least two"]),
   "a list of one": (_answers(["red"]), ["conversations[3]: one answer only", "at least two"]),
   "an empty list": (_answers([]), ["conversations[3]: the list of answers is empty", "give"]),
-  "answers are no text": (_answers(["red", 7]), ['"value"[1] is a number', "give text"]),
+  "answers are not text": (_answers(["red", 7]), ['"value"[1] is a number', "give text"]),
   "too many": (_answers(list("abcdefghi")), ["9 answers, data.max_candidates is 8", "raise it"]),
   "a picture in an answer": (_answers(["red", "<image>"]), ["the answer holds <image>"]),
   "a list in the middle": (

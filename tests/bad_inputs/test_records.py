@@ -1,4 +1,4 @@
-"""Record files with mistakes end before anything is computed."""
+"""Tests that record files with mistakes end a run before anything is computed."""
 
 import json
 
@@ -72,7 +72,10 @@ BAD_FILES = {
     _edit(3, "conversations", value=[]),
     ["record 3", '"conversations" is empty', "give a list"],
   ),
-  "record is no object": (lambda records: [*records, "text"], ["record 24", "text, not an object"]),
+  "record is not an object": (
+    lambda records: [*records, "text"],
+    ["record 24", "text, not an object"],
+  ),
   "empty file": (lambda records: "", ["train.json", "the file is empty", "give a list"]),
   "empty list": (lambda records: [], ["train.json", "list of records is empty", "at least one"]),
   "malformed JSON": (
@@ -83,7 +86,7 @@ BAD_FILES = {
     lambda records: "\n".join(map(json.dumps, records)),
     ["train.json", "line 2, column 1", "name it .jsonl"],
   ),
-  "no list": (
+  "not a list": (
     lambda records: records[0],
     ["train.json", "an object, not a list of records", "[ ]"],
   ),
@@ -97,7 +100,7 @@ def test_bad_record_file(train, records, tmp_path, name):
   assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_first_bad_record_tells_of_the_others(train, records):
+def test_first_bad_record_counts_the_others(train, records):
   for index in (2, 5, 9):
     records[index]["conversations"][1]["value"] = ""
   fails(["record 2", "2 more records are bad", "scripts/check_data.py"], train, records)

@@ -1,4 +1,4 @@
-"""Records with ranked answers, in every form that is read, and what the bad ones are told."""
+"""Tests every form of records with ranked answers, and the error of every kind of bad one."""
 
 import json
 
@@ -9,7 +9,7 @@ from vlalign_jax.errors import InputError
 
 
 def llava(answers, *before):
-  """A LLaVA record whose last answer is a list."""
+  """Returns a LLaVA record whose last answer is a list."""
   roles = ("human", "gpt")
   messages = [{"from": roles[k % 2], "value": text} for k, text in enumerate(before or ("Who?",))]
   return {"id": "7", "conversations": [*messages, {"from": "gpt", "value": answers}]}
@@ -103,20 +103,20 @@ def write(tmp_path):
 @pytest.mark.parametrize("form", GOOD)
 def test_reads(write, form):
   entry, turns = GOOD[form]
-  (found,) = load_records(write(entry), None, "ranked", 5)
-  assert found.turns == turns
+  (record,) = load_records(write(entry), None, "ranked", 5)
+  assert record.turns == turns
   expected = entry["conversations"][-1]["value"] if "conversations" in entry else ["me", "you"]
-  assert found.answers == tuple(expected)
-  assert found.images == (("a.png",) if "<image>" in turns[0].human else ())
-  assert load_records(write(entry), None, "optional") == [found]
+  assert record.answers == tuple(expected)
+  assert record.images == (("a.png",) if "<image>" in turns[0].human else ())
+  assert load_records(write(entry), None, "optional") == [record]
 
 
-def test_what_there_is(write):
+def test_answers_are_optional(write):
   alone = {"conversations": [{"from": "human", "value": "Who?"}]}
   both = {"conversations": [*alone["conversations"], {"from": "gpt", "value": "me"}]}
-  found = load_records(write(alone, both, llava(["me"])), None, "optional")
-  assert [one.turns for one in found] == [ASKED, (Turn("Who?", "me"),), ASKED]
-  assert [one.answers for one in found] == [(), (), ("me",)]
+  records = load_records(write(alone, both, llava(["me"])), None, "optional")
+  assert [record.turns for record in records] == [ASKED, (Turn("Who?", "me"),), ASKED]
+  assert [record.answers for record in records] == [(), (), ("me",)]
 
 
 BAD = {
@@ -208,7 +208,7 @@ BAD = {
     pair(prompt=[user(PICTURE)]),
     "its questions hold 1 <image> but it has 0 images",
   ),
-  "a picture that is no path": (
+  "a picture that is not a path": (
     pair(image={"bytes": "iVBORw0K", "path": None}),
     '"image" holds an object; give a path or a list of paths',
   ),

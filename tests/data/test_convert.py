@@ -1,4 +1,4 @@
-"""Published layouts of preference data, small, to records that the stages read."""
+"""Converts small samples of published preference data to records that the stages read."""
 
 import json
 
@@ -18,7 +18,7 @@ def gpt(value="they"):
 
 
 def human_preference(**fields):
-  """As llava_7b_v1_preference.json has it."""
+  """Returns an entry as in llava_7b_v1_preference.json."""
   return {
     "id": "000000372405",
     "image": "a.png",
@@ -78,7 +78,7 @@ GOOD = {
     ("000000372405", ASKED, ("two", "one")),
   ),
   "RLAIF-V": (rlaif_v(), ("17", ASKED, ("one", "two"))),
-  "RLAIF-V, the path beside the picture": (
+  "RLAIF-V, the path next to the picture": (
     rlaif_v(image={"bytes": "iVBO", "path": "1.jpg"}, image_path="a.png"),
     ("17", ASKED, ("one", "two")),
   ),
@@ -96,7 +96,7 @@ GOOD = {
 
 @pytest.fixture
 def convert(tmp_path):
-  """`(*entries, **flags)`: converts them; gives the records that the result has."""
+  """Returns a function `(*entries, **flags)` that converts them and returns the new records."""
   (tmp_path / "a.png").touch()
 
   def run(*entries, name="out.json", **flags):
@@ -110,14 +110,14 @@ def convert(tmp_path):
 @pytest.mark.parametrize("layout", GOOD)
 def test_converts(convert, layout):
   entry, expected = GOOD[layout]
-  (found,) = convert(entry)
-  assert (found.id, found.turns, found.answers) == expected
-  assert found.images == ("a.png",)
+  (record,) = convert(entry)
+  assert (record.id, record.turns, record.answers) == expected
+  assert record.images == ("a.png",)
 
 
 def test_writes_json_lines(convert, tmp_path):
-  found = convert(*(entry for entry, _ in GOOD.values()), name="out.jsonl")
-  assert len(found) == len(GOOD)
+  records = convert(*(entry for entry, _ in GOOD.values()), name="out.jsonl")
+  assert len(records) == len(GOOD)
   assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(GOOD)
 
 

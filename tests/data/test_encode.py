@@ -1,4 +1,4 @@
-"""Encoding against whole-text tokenisation and decoding, for several kinds of tokenizers."""
+"""Compares encoding with tokenizing and decoding complete texts, for several tokenizers."""
 
 import numpy as np
 import pytest
@@ -75,10 +75,10 @@ def encode_with(tokenizer, turns, template, tokens_per_image=1, max_length=100_0
   return encode(record, template, tokenizer, image_token_id, tokens_per_image, max_length)
 
 
-def learnt_texts(example: Example, tokenizer) -> list[str]:
-  """Text of every learnt stretch: the example decoded to its end less that decoded to its start."""
-  learnt = np.concatenate([[0], example.loss_mask[:-1]]).astype(int)
-  edges = np.flatnonzero(np.diff([0, *learnt, 0]))
+def learned_texts(example: Example, tokenizer) -> list[str]:
+  """Returns the text of every learned stretch: the example decoded to its end, less its start."""
+  learned = np.concatenate([[0], example.loss_mask[:-1]]).astype(int)
+  edges = np.flatnonzero(np.diff([0, *learned, 0]))
   texts = []
   for start, end in edges.reshape(-1, 2):
     before = tokenizer.decode(example.tokens[:start])
@@ -87,9 +87,9 @@ def learnt_texts(example: Example, tokenizer) -> list[str]:
 
 
 def check_shift(example: Example) -> None:
-  learnt = example.loss_mask == 1
-  assert np.array_equal(example.targets[:-1][learnt[:-1]], example.tokens[1:][learnt[:-1]])
-  assert not example.targets[~learnt].any()
+  learned = example.loss_mask == 1
+  assert np.array_equal(example.targets[:-1][learned[:-1]], example.tokens[1:][learned[:-1]])
+  assert not example.targets[~learned].any()
   assert set(np.unique(example.loss_mask)) <= {0, 1}
   assert example.loss_mask[-1] == 0
   assert np.array_equal(example.positions, np.arange(len(example.tokens)))
@@ -125,15 +125,17 @@ def test_example_written_out(name):
 
 @pytest.mark.parametrize(("template", "name"), PAIRS)
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_equals_whole_text_tokenisation(template, name, count):
+def test_equals_tokenizing_the_complete_text(template, name, count):
   tokenizer = TOKENIZERS[name]
   turns = NORMAL[:count]
   pieces = render(turns, template, tokenizer, "here")
-  whole = tokenizer("".join(piece.text for piece in pieces))["input_ids"]
+  expected = tokenizer("".join(piece.text for piece in pieces))["input_ids"]
   encoded = encode_with(tokenizer, turns, template)
-  assert encoded.example.tokens.tolist() == whole
+  assert encoded.example.tokens.tolist() == expected
   assert encoded.counts == (0,)
-  assert learnt_texts(encoded.example, tokenizer) == [piece.text for piece in pieces if piece.learn]
+  assert learned_texts(encoded.example, tokenizer) == [
+    piece.text for piece in pieces if piece.learn
+  ]
   check_shift(encoded.example)
 
 
@@ -148,7 +150,7 @@ def test_mask_never_drifts(template, name):
     example = encode_with(tokenizer, turns, template, tokens_per_image=5).example
     space = LEADING_SPACE[template]
     last = space + text.strip() + end + (eos if end != eos else "")
-    assert learnt_texts(example, tokenizer) == [space + other.strip() + end, last]
+    assert learned_texts(example, tokenizer) == [space + other.strip() + end, last]
     check_shift(example)
     image = tokenizer.convert_tokens_to_ids("<image>")
     assert np.count_nonzero(example.tokens == image) == 5
@@ -199,7 +201,7 @@ def test_users_control_words_stay_words(name):
   )
   special = [index for index in ids if index in tokenizer.all_special_ids or index == image]
   assert special == [bos, image, eos, image, eos]
-  assert learnt_texts(example, tokenizer) == [
+  assert learned_texts(example, tokenizer) == [
     f" {text} and <image>{tokenizer.eos_token}",
     f" No {text}{tokenizer.eos_token}",
   ]
@@ -223,9 +225,9 @@ def test_auto_does_not_double_the_bos():
     question = placeholder + turn.human.replace("<image>", "").strip()
     messages.append({"role": "user", "content": question})
     messages.append({"role": "assistant", "content": turn.gpt})
-  whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-  assert example.tokens.tolist() == whole
-  assert learnt_texts(example, tokenizer) == [f" {turn.gpt} </s>" for turn in NORMAL]
+  expected = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+  assert example.tokens.tolist() == expected
+  assert learned_texts(example, tokenizer) == [f" {turn.gpt} </s>" for turn in NORMAL]
   check_shift(example)
 
 
@@ -255,7 +257,7 @@ def test_tokens_added_later_are_seen():
   before = encode_with(tokenizer, turns, "vicuna").example
   tokenizer.add_tokens([AddedToken("<stop>", special=True)], special_tokens=True)
   after = encode_with(tokenizer, turns, "vicuna").example
-  assert learnt_texts(before, tokenizer) == learnt_texts(after, tokenizer)
+  assert learned_texts(before, tokenizer) == learned_texts(after, tokenizer)
   assert tokenizer.convert_tokens_to_ids("<stop>") not in after.tokens
 
 
@@ -273,7 +275,7 @@ def test_users_may_write_added_tokens_that_are_not_special():
     "llama_3",
   ).example
   assert tokenizer.convert_tokens_to_ids("<think>") in example.targets
-  assert learnt_texts(example, tokenizer) == ["<think>So.<|eot_id|><|end_of_text|>"]
+  assert learned_texts(example, tokenizer) == ["<think>So.<|eot_id|><|end_of_text|>"]
 
 
 def test_errors():

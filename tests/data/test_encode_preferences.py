@@ -1,4 +1,4 @@
-"""Ranked answers against `encode` of each answer alone, for several kinds of tokenizers."""
+"""Compares ranked answers with `encode` of each answer alone, for several kinds of tokenizers."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from vlalign_jax.errors import InputError
 
 TOKENIZERS = test_encode.TOKENIZERS
 PATCHES = 5
-CHATML = (  # as many models' own chat templates write it
+CHATML = (  # as in the chat templates of many models
   "{% for m in messages %}{{ '[INST] ' if m.role == 'user' else ' ' }}{{ m.content.strip() }}"
   "{{ ' [/INST]' if m.role == 'user' else ' ' + eos_token }}{% endfor %}"
 )
@@ -36,7 +36,7 @@ def encode_with(tokenizer, turns, answers, template, max_length=100_000, patches
 
 
 def encode_alone(tokenizer, turns, answer, template, patches=PATCHES):
-  """The example that SFT makes of one answer."""
+  """Returns the example that SFT makes of one answer."""
   image = tokenizer.convert_tokens_to_ids("<image>")
   record = make_record(turns, ())
   turns = (*turns[:-1], Turn(turns[-1].human, answer))
@@ -45,7 +45,7 @@ def encode_alone(tokenizer, turns, answer, template, patches=PATCHES):
 
 
 def check(example, alone, earlier_turns):
-  """Each branch behind the shared prompt is the example that SFT makes of its answer."""
+  """Checks that the prompt and each branch are the example that SFT makes of its answer."""
   assert len(example.answers) == len(alone)
   shared = int(np.sum(example.branches == 0))
   assert not example.branches[:shared].any()
@@ -76,19 +76,19 @@ def check(example, alone, earlier_turns):
 def test_every_branch_is_the_answer_alone(template, name, turns):
   tokenizer = TOKENIZERS[name]
   answers = ("A cat.", "Two dogs\n and  3", "no", "A catfish")
-  found = encode_with(tokenizer, test_encode.NORMAL[:turns], answers, template)
+  encoded = encode_with(tokenizer, test_encode.NORMAL[:turns], answers, template)
   alone = [
     encode_alone(tokenizer, test_encode.NORMAL[:turns], answer, template) for answer in answers
   ]
-  assert found.kept == (0, 1, 2, 3)
-  assert found.counts == (4, 0, 0, 0)
-  check(found.example, alone, turns > 1)
-  assert found.example.images == ("0.jpg", "1.jpg")[: 1 + turns // 3]
-  assert found.example.where == 'data/train.json, record 3 ("id": "x")'
+  assert encoded.kept == (0, 1, 2, 3)
+  assert encoded.counts == (4, 0, 0, 0)
+  check(encoded.example, alone, turns > 1)
+  assert encoded.example.images == ("0.jpg", "1.jpg")[: 1 + turns // 3]
+  assert encoded.example.where == 'data/train.json, record 3 ("id": "x")'
 
 
 @pytest.mark.parametrize(("template", "name"), test_encode.PAIRS)
-def test_text_that_is_hard_to_tokenise(template, name):
+def test_text_that_is_hard_to_tokenize(template, name):
   tokenizer = TOKENIZERS[name]
   for number, text in enumerate(test_encode.NASTY):
     answers = (text, test_encode.NASTY[number - 1], f"{text} or not")
@@ -106,17 +106,17 @@ def test_the_tokenizers_own_template(name, chat_template, patches):
   answers = ("A cat.", "two", "A cat. two")
   turns = (Turn("Who?<image>", "me"), Turn("<image><image>", None))
   try:
-    found = encode_with(tokenizer, turns, answers, "auto", patches=patches)
+    encoded = encode_with(tokenizer, turns, answers, "auto", patches=patches)
     alone = [encode_alone(tokenizer, turns, answer, "auto", patches) for answer in answers]
   finally:
     tokenizer.chat_template = before
-  check(found.example, alone, True)
+  check(encoded.example, alone, True)
 
   image = tokenizer.convert_tokens_to_ids("<image>")
-  ends_with_image = bool(found.example.tokens[found.example.branches == 1][0] == image)
+  ends_with_image = bool(encoded.example.tokens[encoded.example.branches == 1][0] == image)
   assert ends_with_image == (chat_template == BARE)
-  length = len(found.example.tokens)
-  row, paths = build_row([found.example], length, 3, image, patches)
+  length = len(encoded.example.tokens)
+  row, paths = build_row([encoded.example], length, 3, image, patches)
   assert paths == ("0.jpg", "1.jpg", "2.jpg")
   for rank, one in enumerate(alone, start=1):
     expected, _ = build_row([one], len(one.tokens), 3, image, patches)
@@ -129,11 +129,11 @@ def test_answers_equal_or_empty_are_left_out():
   tokenizer = TOKENIZERS["byte_level"]
   turns = test_encode.NORMAL[:1]
   answers = ("A cat.", "  A cat. ", "", "no", "A cat.", "\n \t", "yes")
-  found = encode_with(tokenizer, turns, answers, "vicuna")
-  assert found.kept == (0, 3, 6)
-  assert found.counts == (3, 2, 2, 0)
-  alone = [encode_alone(tokenizer, turns, answers[rank], "vicuna") for rank in found.kept]
-  check(found.example, alone, False)
+  encoded = encode_with(tokenizer, turns, answers, "vicuna")
+  assert encoded.kept == (0, 3, 6)
+  assert encoded.counts == (3, 2, 2, 0)
+  alone = [encode_alone(tokenizer, turns, answers[rank], "vicuna") for rank in encoded.kept]
+  check(encoded.example, alone, False)
 
 
 @pytest.mark.parametrize(
@@ -146,9 +146,9 @@ def test_answers_equal_or_empty_are_left_out():
   ],
 )
 def test_fewer_than_two_answers_left(answers, counts):
-  found = encode_with(TOKENIZERS["first"], test_encode.NORMAL[:1], answers, "vicuna")
-  assert found.example is None
-  assert found.counts == counts
+  encoded = encode_with(TOKENIZERS["first"], test_encode.NORMAL[:1], answers, "vicuna")
+  assert encoded.example is None
+  assert encoded.counts == counts
 
 
 @pytest.mark.parametrize("name", list(TOKENIZERS))
@@ -157,23 +157,23 @@ def test_answers_that_do_not_fit_are_left_out_whole(name):
   turns = test_encode.NORMAL[:2]
   answers = ("yes; it is", "a very, very long answer " * 9, "no", "perhaps, but")
   alone = [encode_alone(tokenizer, turns, answer, "vicuna") for answer in answers]
-  whole = encode_with(tokenizer, turns, answers, "vicuna").example
-  shared = int(np.sum(whole.branches == 0))
+  full = encode_with(tokenizer, turns, answers, "vicuna").example
+  shared = int(np.sum(full.branches == 0))
   sizes = [len(one.tokens) - shared for one in alone]
 
   def kept(max_length):
-    found = encode_with(tokenizer, turns, answers, "vicuna", max_length)
-    assert found.counts == (len(found.kept), 0, 0, len(answers) - len(found.kept))
-    if len(found.kept) > 1:
-      assert len(found.example.tokens) <= max_length
-      check(found.example, [alone[rank] for rank in found.kept], True)
+    encoded = encode_with(tokenizer, turns, answers, "vicuna", max_length)
+    assert encoded.counts == (len(encoded.kept), 0, 0, len(answers) - len(encoded.kept))
+    if len(encoded.kept) > 1:
+      assert len(encoded.example.tokens) <= max_length
+      check(encoded.example, [alone[rank] for rank in encoded.kept], True)
     else:
-      assert found.example is None
-    return found.kept
+      assert encoded.example is None
+    return encoded.kept
 
   assert kept(shared + sum(sizes)) == (0, 1, 2, 3)
   assert kept(shared + sum(sizes) - 1) == (0, 1, 2)
-  # Too long is the long one, not those behind it.
+  # The long one is too long, not those after it.
   assert kept(shared + sizes[0] + sizes[2] + sizes[3]) == (0, 2, 3)
   assert kept(shared + sizes[0] + sizes[2] + sizes[3] - 1) == (0, 2)
   assert kept(shared + sizes[0] + sizes[2]) == (0, 2)

@@ -1,4 +1,4 @@
-"""Decoding against PIL and hand-set pixels; preprocessing against transformers' processors."""
+"""Compares decoding with PIL and known pixels, and preprocessing with transformers' processors."""
 
 import json
 import pickle
@@ -20,7 +20,7 @@ from vlalign_jax.errors import InputError
 
 
 def noise(width, height, seed=0):
-  """A seeded RGB image of blurred noise, so that resizing has something to get wrong."""
+  """Returns an RGB image of blurred noise, in which errors of resizing show."""
   rng = np.random.default_rng(seed)
   small = rng.integers(0, 256, (-(-height // 3), -(-width // 3), 3), np.uint8)
   return Image.fromarray(small).resize((width, height), Image.Resampling.BILINEAR)
@@ -34,7 +34,7 @@ def save(image, path, **options):
 # Decoding
 
 
-def test_palette_with_transparency_keeps_its_colours(tmp_path):
+def test_palette_with_transparency_keeps_its_colors(tmp_path):
   image = Image.new("P", (3, 2))
   image.putpalette([255, 0, 0, 0, 255, 0, 10, 20, 30])
   image.putdata([0, 1, 2, 2, 1, 0])
@@ -166,7 +166,7 @@ def test_the_root_is_not_left(tmp_path, path):
     open_image(str(tmp_path / "root"), path)
 
 
-def test_paths_are_normalised():
+def test_paths_are_normalized():
   assert image_path("root", "./b//c/../a.png") == "root/b/a.png"
   assert image_path("", "..a.png") == "..a.png"
 
@@ -205,7 +205,7 @@ CONFIGS = {
   "bilinear": ({**CLIP, "resample": 2}, "crop"),
   "own statistics": ({**CLIP, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 1]}, "crop"),
   "own factor": ({**CLIP, "rescale_factor": 1 / 127.5, "image_mean": [1, 1, 1]}, "crop"),
-  "not normalised": ({**CLIP, "do_normalize": False}, "crop"),
+  "not normalized": ({**CLIP, "do_normalize": False}, "crop"),
   "not rescaled": ({**CLIP, "do_rescale": False, "image_mean": [100, 110.5, 90]}, "crop"),
   "llava": ({**CLIP, "image_processor_type": "LlavaImageProcessor"}, "crop"),
   "llava, no pad": ({**LLAVA_PAD, "do_pad": False}, "crop"),
@@ -223,7 +223,7 @@ def reference_values(config, aspect, image):
 
 
 def float_values(preprocessor, image):
-  """What the device does with the pixels."""
+  """Rescales and normalizes pixels as the device does."""
   pixels = preprocessor.preprocess(image)
   assert pixels.dtype == np.uint8
   assert pixels.shape == (preprocessor.height, preprocessor.width, 3)
@@ -279,7 +279,7 @@ def test_extreme_aspect_ratios_stay_small(monkeypatch, config, aspect, upright):
 
 
 @pytest.mark.parametrize("size", [(1, 400), (2, 401), (777, 3), (500, 1)])
-def test_bounded_crops_equal_whole_ones(monkeypatch, size):
+def test_bounded_crops_equal_unbounded_ones(monkeypatch, size):
   image = noise(*size)
   expected = reference_values(CLIP, "crop", image)
   monkeypatch.setattr(images, "MAX_PIXELS", 28 * 28 * 20)
@@ -290,7 +290,7 @@ def test_bounded_crops_equal_whole_ones(monkeypatch, size):
     assert np.abs(values - expected).mean() < 0.2
 
 
-def test_bounded_padding_is_close_to_the_whole(monkeypatch):
+def test_bounded_padding_is_close_to_unbounded(monkeypatch):
   image = noise(600, 300)
   expected = reference_values(LLAVA_PAD, "pad", image)
   monkeypatch.setattr(images, "MAX_PIXELS", 250 * 250)
@@ -371,14 +371,14 @@ def test_saved_config_loads_in_a_llava_processor(tmp_path, nested):
   tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
   tokenizer.add_special_tokens(["<image>"])
   PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path)
-  whole = {
+  processor = {
     "processor_class": "LlavaProcessor",
     "patch_size": 14,
     "num_additional_image_tokens": 1,
     "vision_feature_select_strategy": "default",
     **({"image_processor": CLIP} if nested else {}),
   }
-  (tmp_path / "processor_config.json").write_text(json.dumps(whole))
+  (tmp_path / "processor_config.json").write_text(json.dumps(processor))
   preprocessor = ImagePreprocessor.from_config(CLIP, "pad")
   preprocessor.save(str(tmp_path))
   processor = AutoProcessor.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Exported chat templates have the very ids of training, as servers use them."""
+"""Tests that exported chat templates, as servers use them, have the ids of training."""
 
 import jinja2
 import numpy as np
@@ -62,7 +62,7 @@ def messages_of(turns, typed, system=None):
 
 
 def exported(name, kind, text):
-  """(tokenizer of training, the same with the chat template of an export)."""
+  """Returns (tokenizer of training, the same with the chat template of an export)."""
   made = [
     byte_level_tokenizer()
     if kind == "bytes"
@@ -97,7 +97,7 @@ def test_ids_are_those_of_training(name, kind, text, typed):
     options = (name, trained, image, 1, 10_000)
     example = encode.encode(record, *options).example
     got = ids_of(served, messages_of(part, typed))
-    if name == "auto":  # such a template may write more behind the last end token
+    if name == "auto":  # such a template may write more after the last end token
       got = got[: len(example.tokens)]
     np.testing.assert_array_equal(got, example.tokens)
     prompt = prompts.encode_prompt(record, *options).example

@@ -1,4 +1,4 @@
-"""Lengths measured in this process and in worker processes."""
+"""Measures lengths in this process and in worker processes."""
 
 import dataclasses
 import os
@@ -15,7 +15,7 @@ from vlalign_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class LoadEncoded:
-  """Record r: as many tokens as its text has letters, r % 3 and 7 counted, the images it names."""
+  """Encodes record r: a token per letter of its text, counts r % 3 and 7, the images it names."""
 
   texts: SharedList
 

@@ -1,4 +1,4 @@
-"""Which records a run sees: samples, weights, epochs and the held-out share."""
+"""Tests which records a run sees: samples, weights, epochs and the held-out share."""
 
 import json
 
@@ -19,7 +19,7 @@ from vlalign_jax.stages import defaults
 
 @pytest.fixture
 def files(tmp_path):
-  """Two files, of 10 and 5 records without images."""
+  """Writes two files, of 10 and 5 records without images."""
   paths = []
   for name, size in (("a", 10), ("b", 5)):
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]
@@ -213,7 +213,7 @@ def test_records_of_a_file_are_joined(files):
   named = [record.id.split(" + ") for record in joined.records]
   assert sorted(sum(named[:4], [])) == A
   assert sorted(sum(named[4:], [])) == B
-  assert named[:4] != [A[0:3], A[3:6], A[6:9], A[9:]]  # neighbours need not belong together
+  assert named[:4] != [A[0:3], A[3:6], A[6:9], A[9:]]  # neighbors need not belong together
   assert ids(joined.records) == ids(concatenate(mixture, 3).records)
   assert ids(concatenate(mixture, 1).records) != ids(joined.records)
   assert sorted(shown(joined, 0)) == sorted(

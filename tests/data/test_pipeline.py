@@ -1,4 +1,4 @@
-"""The pipeline against rows put together one by one, in threads and in worker processes."""
+"""Compares the pipeline with rows made one by one, in threads and in worker processes."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ class Load:
 
 
 class TwoPartError(Exception):
-  """Cannot be unpickled, as its pickle holds one argument."""
+  """Cannot be unpickled, as its pickle has one argument."""
 
   def __init__(self, first, second):
     super().__init__(f"{first} {second}")
@@ -65,8 +65,8 @@ def load_image(path):
 
 
 def make(texts, paths, batch_size=4, row_multiple=2, epochs=1, pack=True):
-  """(plan, loader) of a run over these examples."""
-  lengths = [text + PATCHES * len(own) for text, own in zip(texts, paths, strict=True)]
+  """Returns (plan, loader) of a run over these examples."""
+  lengths = [text + PATCHES * len(images) for text, images in zip(texts, paths, strict=True)]
   plan = plan_batches(
     np.concatenate([np.random.default_rng(e).permutation(len(texts)) for e in range(epochs)]),
     np.array(lengths, np.int32),
@@ -76,7 +76,7 @@ def make(texts, paths, batch_size=4, row_multiple=2, epochs=1, pack=True):
     row_multiple=row_multiple,
     pack=pack,
   )
-  return plan, Load(SharedList(texts), tuple(tuple(own) for own in paths))
+  return plan, Load(SharedList(texts), tuple(map(tuple, paths)))
 
 
 def random_run(n=22, **keywords):
@@ -91,7 +91,7 @@ def run(plan, load, **keywords):
 
 
 def expected(plan, load, step):
-  """The batch of a step over all hosts, token by token."""
+  """Returns the batch of a step over all hosts, made token by token."""
   rows, length = int(plan.row_counts[step]), plan.lengths[step]
   text = {
     name: np.zeros((rows, length), np.int32)
@@ -132,25 +132,25 @@ def check(batch, reference):
 def test_two_hosts_make_the_batches_of_one(pack):
   plan, load = random_run(epochs=2, pack=pack)
   with run(plan, load) as one:
-    whole = list(one)
-  assert len(whole) == plan.steps
+    full = list(one)
+  assert len(full) == plan.steps
   with (
     run(plan, load, blocks=(0,), block_count=2) as first,
     run(plan, load, blocks=(1,), block_count=2) as second,
   ):
     halves = list(zip(first, second, strict=True))
-  for step, (batch, both) in enumerate(zip(whole, halves, strict=True)):
+  for step, (batch, both) in enumerate(zip(full, halves, strict=True)):
     check(batch, expected(plan, load, step))
     check({name: np.concatenate([half[name] for half in both]) for name in batch}, batch)
 
 
-def test_blocks_that_are_not_neighbours():
+def test_blocks_that_are_not_neighbors():
   plan, load = random_run(epochs=2, batch_size=16, row_multiple=4)
   assert len(np.unique(plan.row_counts)) > 1
   with run(plan, load, blocks=(3, 0), block_count=4) as pipeline:
     for step, batch in enumerate(pipeline):
-      whole = expected(plan, load, step)
-      blocks = {name: np.split(value, 4) for name, value in whole.items()}
+      full = expected(plan, load, step)
+      blocks = {name: np.split(value, 4) for name, value in full.items()}
       check(batch, {name: np.concatenate([value[3], value[0]]) for name, value in blocks.items()})
 
 
@@ -214,7 +214,7 @@ def test_resume_on_other_data_is_an_error():
   plan, load = random_run()
   other, _ = random_run(n=23)
   with run(plan, load) as pipeline, run(other, load) as resumed:
-    resumed.set_state(pipeline.get_state())  # nothing was learnt yet
+    resumed.set_state(pipeline.get_state())  # nothing was learned yet
     next(pipeline)
     with pytest.raises(InputError, match="first 1 steps had other examples"):
       resumed.set_state(pipeline.get_state())
@@ -265,8 +265,8 @@ def test_skip_leaves_the_example_out_and_says_so(caplog):
   np.testing.assert_array_equal(
     batch["segments"][0, :used], np.repeat([1, 2], [len(example.tokens) for example in good])
   )
-  held = [int(example.images[0]) for example in good]
-  assert [int(image.max()) for image in batch["images"][0]][: len(held)] == held
+  shown = [int(example.images[0]) for example in good]
+  assert [int(image.max()) for image in batch["images"][0]][: len(shown)] == shown
   assert batch["skipped"].tolist() == [2]
   assert sorted(caplog.messages) == [
     "Left out of step 1: train.json, record 1: no answer",

@@ -1,4 +1,4 @@
-"""The plan: every example once an epoch, within the limits, the same shapes all along."""
+"""Tests that plans show every example once an epoch, within the limits, in few shapes."""
 
 import collections
 import itertools
@@ -12,7 +12,7 @@ from vlalign_jax.data.plan import ImageSets, default_buckets, plan_batches, stat
 
 
 def random_data(n, longest, seed, num_images=None):
-  """Lengths and image sets; with `num_images`, that few images are shared by all."""
+  """Returns lengths and image paths, the paths out of `num_images` if that is given."""
   rng = np.random.default_rng(seed)
   lengths = rng.integers(1, longest + 1, n).astype(np.int32)
   paths = [
@@ -32,15 +32,15 @@ def examples_of(plan, step):
 
 
 def check_limits(plan, lengths, paths, max_images):
-  """Recounts every row from scratch."""
+  """Counts tokens and images of every row anew."""
   most, tokens = 0, np.zeros(plan.steps, np.int64)
   for step in range(plan.steps):
     for row in range(plan.rows):
-      held = plan.rows_of(step, row)
-      used = sum(int(lengths[e]) for e in held)
+      examples = plan.rows_of(step, row)
+      used = sum(int(lengths[e]) for e in examples)
       assert used <= plan.lengths[step]
       tokens[step] += used
-      distinct = len({path for e in held for path in paths[e]})
+      distinct = len({path for e in examples for path in paths[e]})
       assert plan.row_images[step * plan.rows + row] == distinct
       most = max(most, distinct)
       assert row < plan.row_counts[step] or not used
@@ -69,7 +69,7 @@ def test_each_step_has_its_own_examples_within_the_limits(pack, num_images, max_
   )
   assert plan.steps == -(-order.size // batch_size)
   assert plan.rows % 4 == 0
-  for step in range(plan.steps):  # the stream's own examples, the last step the rest
+  for step in range(plan.steps):  # the next of the order; the last step has the rest
     expected = order[step * batch_size : (step + 1) * batch_size].tolist()
     assert sorted(examples_of(plan, step)) == sorted(expected)
   seen = collections.Counter(e for step in range(plan.steps) for e in examples_of(plan, step))
@@ -78,7 +78,7 @@ def test_each_step_has_its_own_examples_within_the_limits(pack, num_images, max_
 
 
 def test_first_fit_decreasing_by_hand():
-  # Longest first: 60 | 50 apart, 40 beside the 60 (now full), 30 beside the 50, and 10 there too.
+  # Longest first: 60 | 50 in two rows, 40 with the 60 (now full), then 30 and 10 with the 50.
   lengths = np.array([10, 60, 50, 40, 30], np.int32)
   plan = plan_batches(
     np.arange(5),
@@ -96,15 +96,15 @@ def test_first_fit_decreasing_by_hand():
 
 
 def optimal_rows(lengths, paths, length, max_images):
-  """Fewest rows by trying every assignment."""
+  """Returns the fewest rows by trying every assignment."""
   n = len(lengths)
   for rows in range(1, n + 1):
     for choice in itertools.product(range(rows), repeat=n):
-      held = [[e for e in range(n) if choice[e] == row] for row in range(rows)]
+      packed = [[e for e in range(n) if choice[e] == row] for row in range(rows)]
       if all(
         sum(lengths[e] for e in row) <= length
         and len({path for e in row for path in paths[e]}) <= max_images
-        for row in held
+        for row in packed
       ):
         return rows
   raise AssertionError
@@ -141,10 +141,10 @@ def test_an_image_that_a_row_already_has_takes_no_room():
   lengths = np.full(4, 16, np.int32)
   shared = plan_batches(np.arange(4), lengths, images, max_images_per_row=2, **arguments)
   assert (shared.rows, shared.images) == (1, 2)
-  own = ImageSets.from_paths([["a"], ["b"], ["c"], ["d", "e"]])
-  apart = plan_batches(np.arange(4), lengths, own, max_images_per_row=2, **arguments)
-  assert (apart.rows, apart.images) == (3, 2)
-  assert plan_batches(np.arange(4), lengths, own, **arguments).images == 5
+  different = ImageSets.from_paths([["a"], ["b"], ["c"], ["d", "e"]])
+  separate = plan_batches(np.arange(4), lengths, different, max_images_per_row=2, **arguments)
+  assert (separate.rows, separate.images) == (3, 2)
+  assert plan_batches(np.arange(4), lengths, different, **arguments).images == 5
 
 
 def test_unpacked_has_one_example_a_row_and_few_lengths():
@@ -250,7 +250,7 @@ def test_steps_take_one_of_three_numbers_of_rows_each_as_few_as_that_allows():
     assert plan.row_counts.sum() == best
 
 
-def test_the_checksum_is_of_what_was_learnt_not_of_how():
+def test_the_checksum_depends_on_examples_and_not_on_packing():
   lengths, paths = random_data(100, 200, 5)
   images = ImageSets.from_paths(paths)
   arguments = {"lengths": lengths, "images": images, "max_length": 256}

@@ -1,4 +1,4 @@
-"""LLaVA JSON and JSON lines: what is read, and what every kind of bad record is told."""
+"""Tests how LLaVA JSON and JSON lines are read, and the error of every kind of bad record."""
 
 import json
 import pickle
@@ -23,7 +23,7 @@ def record(**fields):
 
 @pytest.fixture
 def write(tmp_path):
-  """Writes records (or text, or bytes) to a file beside images a.png and sub/b.png."""
+  """Writes records (or text, or bytes) to a file next to images a.png and sub/b.png."""
   (tmp_path / "sub").mkdir()
   (tmp_path / "a.png").touch()
   (tmp_path / "sub" / "b.png").touch()
@@ -65,7 +65,7 @@ def test_reads_turns_images_and_ids(write):
     Record(path, 3, "3", (), (Turn("Ä 😀", "that"),)),
   ]
   assert records[0].where == f'{path}, record 0 ("id": "000123")'
-  assert records[3].where == f"{path}, record 3"  # it has no id of its own
+  assert records[3].where == f"{path}, record 3"  # it has no id
   assert pickle.loads(pickle.dumps(records)) == records
 
 
@@ -179,20 +179,20 @@ BAD = [
 def test_a_bad_record_is_named(write, entry, message):
   path = write([record(), entry])
   records, errors = scan_records(path, "")
-  assert [one.index for one in records] == [0]
+  assert [record.index for record in records] == [0]
   (error,) = errors
   with pytest.raises(InputError, match=message):
     raise error
   shown = ' ("id": "7")' if isinstance(entry, dict) and entry["id"] == "7" else ""
   assert str(error).startswith(f"{path}, record 1{shown}: ")
   assert "\n" not in str(error)
-  str(error).encode()  # printable whatever the record holds
+  str(error).encode()  # printable whatever is in the record
 
 
 def test_errors_keep_the_order_of_the_file(write):
   path = write([record(image="x.png"), 1, record(), record(image="y.png")])
   records, errors = scan_records(path, "")
-  assert [one.index for one in records] == [2]
+  assert [record.index for record in records] == [2]
   assert [str(error).split(",")[1][:9] for error in errors] == [
     " record 0",
     " record 1",
@@ -208,7 +208,7 @@ def test_errors_keep_the_order_of_the_file(write):
     (4, "; 3 more records are bad: scripts/check_data.py lists them all"),
   ],
 )
-def test_load_tells_of_the_first_bad_record_and_counts_the_rest(write, bad, ending):
+def test_load_names_the_first_bad_record_and_counts_the_rest(write, bad, ending):
   path = write([record()] + [record(image=f"{number}.png") for number in range(bad)])
   with pytest.raises(InputError, match='record 1 .* image "0.png" not found') as raised:
     load_records(path, "")

@@ -1,4 +1,4 @@
-"""Rows against arrays written by hand."""
+"""Compares rows with arrays written by hand."""
 
 import numpy as np
 import pytest
@@ -77,7 +77,7 @@ def test_keeps_branches_and_positions_of_an_example():
   np.testing.assert_array_equal(row["tokens"], [6, 7, 1, 2, 2, 3, 2, 4, 0, 0])
 
 
-def test_a_row_that_only_pads():
+def test_a_row_of_padding():
   expected = {name: [0, 0, 0] for name in DTYPES}
   expected |= {"tokens": [PAD] * 3, "image_slots": [-1] * 3}
   check(empty_row(3, PAD), expected)
@@ -98,7 +98,7 @@ def test_an_exactly_full_row():
     ([example([1, 2, 3]), example([1, 2])], "5 tokens in a row of 4"),
     ([example([9, 9], ["a"]), example([9, 9], ["b"])], "2 distinct images in a row of 1"),
     ([example([9, 1, 2], ["a"])], "record 3: 1 image tokens for 1 images of 2 tokens"),
-    # In sum the two are right; each on its own is not.
+    # The sum of the two is right; each alone is not.
     ([example([9, 9], []), example([1, 2], ["a"])], "record 3: 2 image tokens for 0 images"),
   ],
 )

@@ -1,4 +1,4 @@
-"""Prompt templates, each against its text written out by hand."""
+"""Compares each prompt template with its text written out by hand."""
 
 import pytest
 
@@ -170,7 +170,7 @@ def test_one_eos_follows_the_templates_own_end_token():
   assert turn_pieces(TWO, "vicuna", tokenizer, WHERE)[-1].text == " No</s>"
 
 
-def test_errors_name_the_mend():
+def test_errors_name_the_fix():
   with pytest.raises(InputError, match=r'"lama_3" is not one of default, .*mean "llama_3"'):
     check_template("lama_3", LLAMA_3)
   with pytest.raises(
@@ -265,7 +265,7 @@ def test_auto_with_typed_content_and_no_end_token():
   )
 
 
-def test_auto_finds_the_answer_behind_words_of_the_template():
+def test_auto_finds_the_answer_after_words_of_the_template():
   turns = (Turn("Which?", "A"), Turn("Who?", "im"))
   chatml = with_chat_template(
     CHATML.replace("+ message['content']", "+ 'An I: ' + message['content']")

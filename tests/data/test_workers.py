@@ -1,4 +1,4 @@
-"""Worker processes under signals, and when one of them dies."""
+"""Tests worker processes under signals, and when one of them dies."""
 
 import os
 import signal

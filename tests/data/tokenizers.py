@@ -34,7 +34,7 @@ _LLAMA_3_WORDS = (
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-  """A byte-level BPE tokenizer like Llama 3's: its word pattern, its special tokens, bos added."""
+  """Trains a byte-level BPE tokenizer like Llama 3's: word pattern, special tokens, bos added."""
   backend = Tokenizer(models.BPE())
   backend.pre_tokenizer = pre_tokenizers.Sequence(
     [
@@ -73,7 +73,7 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def sentencepiece_style_tokenizer(legacy: bool) -> PreTrainedTokenizerFast:
-  """A tokenizer like Llama 2's: BPE over "▁" for spaces, with single bytes for unknown characters.
+  """Trains a tokenizer like Llama 2's: BPE over "▁" for spaces, bytes for unknown characters.
 
   Args:
     legacy: every text between special tokens gets a leading "▁" (the normalizer in Llama 2's
@@ -83,7 +83,7 @@ def sentencepiece_style_tokenizer(legacy: bool) -> PreTrainedTokenizerFast:
   start.pre_tokenizer = pre_tokenizers.Metaspace()
   lines = [line.replace("\n", " ") for line in _CORPUS]
   start.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=300, show_progress=False))
-  learnt = sorted(start.get_vocab(), key=start.token_to_id)
+  learned = sorted(start.get_vocab(), key=start.token_to_id)
   merges = [tuple(pair) for pair in json.loads(start.to_str())["model"]["merges"]]
   merges += [("▁", "▁"), ("▁▁", "▁▁")]  # Llama 2 has tokens for runs of spaces
   texts = [
@@ -91,7 +91,7 @@ def sentencepiece_style_tokenizer(legacy: bool) -> PreTrainedTokenizerFast:
     "<s>",
     "</s>",
     *(f"<0x{byte:02X}>" for byte in range(256)),
-    *learnt,
+    *learned,
     "▁▁",
     "▁▁▁▁",
   ]

@@ -1,4 +1,4 @@
-"""scripts/check_data.py: everything that is bad is found, and what is good is counted right."""
+"""Tests that scripts/check_data.py lists everything bad and counts the rest correctly."""
 
 import re
 
@@ -20,7 +20,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def data(tmp_path):
-  """Twelve good records: pictures but for 4 and 9, second turns at 3, 7, 11, two pictures at 6."""
+  """Returns twelve good records: 4 and 9 without pictures, 6 with two; 3, 7, 11 with two turns."""
   return sft_run.make_records(str(tmp_path), 12)
 
 
@@ -30,10 +30,10 @@ def _check(model, directory, records, show=0, **overrides):
 
 
 def test_counts_of_good_data(model, tmp_path, data, capsys):
-  (found,) = _check(model, tmp_path, data, batch_size=6)
-  assert not found.problems
-  assert found.files == {str(tmp_path / "train.json"): (12, 0)}
-  assert found.images == 10  # of 12 drawn, 4 and 9 are not shown
+  (checked,) = _check(model, tmp_path, data, batch_size=6)
+  assert not checked.problems
+  assert checked.files == {str(tmp_path / "train.json"): (12, 0)}
+  assert checked.images == 10  # of 12 drawn, 4 and 9 are not shown
   printed = capsys.readouterr().out
   assert "15 turns, 10 pictures, 2 records without one" in printed
   assert "12 records; 0 skipped, their first answer does not fit data.max_length=192" in printed
@@ -47,15 +47,15 @@ def test_counts_of_good_data(model, tmp_path, data, capsys):
     " helpful, detailed, and polite answers to the user's questions. "
   )
   text = f"{system}USER: <image>\nWhat color is it? ASSISTANT:"
-  learnt = len(tokenizer(" red", add_special_tokens=False).input_ids) + 1  # and the eos
-  expected = len(tokenizer(text).input_ids) + patches - 1 + learnt
-  assert (found.measured[0].tokens, found.measured[0].learned) == (expected, learnt)
+  learned = len(tokenizer(" red", add_special_tokens=False).input_ids) + 1  # and the eos
+  expected = len(tokenizer(text).input_ids) + patches - 1 + learned
+  assert (checked.measured[0].tokens, checked.measured[0].learned) == (expected, learned)
 
   steps, rows, length, images, used = re.search(
     r"packed: (\d+) steps of (\d+) rows x (\d+) tokens, (\d+) pictures a row; ([\d.]+)%", printed
   ).groups()
   assert int(steps) == 2  # of six records each
-  total = sum(one.tokens for one in found.measured)
+  total = sum(record.tokens for record in checked.measured)
   share = total / (2 * int(rows) * int(length))
   assert float(used) == pytest.approx(100 * share, abs=0.051)
   assert int(images) * int(rows) * 2 >= 10
@@ -64,13 +64,13 @@ def test_counts_of_good_data(model, tmp_path, data, capsys):
 def test_too_long_records_are_counted_and_not_bad(model, tmp_path, data, capsys):
   data[0]["conversations"][0]["value"] += "very long " * 50
   data[3]["conversations"][2]["value"] += "very long " * 50
-  (found,) = _check(model, tmp_path, data)
-  assert not found.problems
+  (checked,) = _check(model, tmp_path, data)
+  assert not checked.problems
   printed = capsys.readouterr().out
   assert "12 records; 1 skipped, their first answer does not fit" in printed
   assert "; 1 turns dropped from the ends of 1 others" in printed
-  assert found.measured[0].tokens == 0
-  assert found.images == 9
+  assert checked.measured[0].tokens == 0
+  assert checked.images == 9
 
 
 def test_every_bad_record_is_listed(model, tmp_path, data, capsys):
@@ -81,7 +81,7 @@ def test_every_bad_record_is_listed(model, tmp_path, data, capsys):
   data[1]["conversations"][1]["value"] = " "
   data[10]["image"] = ["010.png", "../x.png"]
   data[6]["conversations"][0]["value"] = "<image> one only"
-  (found,) = _check(model, tmp_path, data)
+  (checked,) = _check(model, tmp_path, data)
   expected = {
     1: "conversations[1]: the answer is empty",
     2: 'image "002.png" .* cannot be decoded',
@@ -90,14 +90,14 @@ def test_every_bad_record_is_listed(model, tmp_path, data, capsys):
     8: 'image "008.png" not found',
     10: 'image "../x.png" leaves the image root',
   }
-  assert len(found.problems) == len(expected)
+  assert len(checked.problems) == len(expected)
   for index, reason in expected.items():
     where = re.escape(f'train.json, record {index} ("id": "r{index}"): ')
-    assert any(re.search(where + reason.replace("[", r"\["), line) for line in found.problems)
-  assert found.files == {str(tmp_path / "train.json"): (12, 6)}
+    assert any(re.search(where + reason.replace("[", r"\["), line) for line in checked.problems)
+  assert checked.files == {str(tmp_path / "train.json"): (12, 6)}
   printed = capsys.readouterr().out
   assert "12 records, 6 bad" in printed
-  assert all(problem in printed for problem in found.problems)
+  assert all(problem in printed for problem in checked.problems)
 
 
 def test_unusable_files_do_not_hide_others(model, tmp_path, data):
@@ -113,8 +113,8 @@ def test_unusable_files_do_not_hide_others(model, tmp_path, data):
 
 
 def test_nothing_to_learn_is_a_problem(model, tmp_path, data):
-  (found,) = _check(model, tmp_path, data, **{"data.max_length": 16})
-  assert found.problems == ("data.train: nothing can be learned from any record",)
+  (checked,) = _check(model, tmp_path, data, **{"data.max_length": 16})
+  assert checked.problems == ("data.train: nothing can be learned from any record",)
 
 
 def test_template_without_its_tokens_is_an_error(model, tmp_path, data):
@@ -123,21 +123,21 @@ def test_template_without_its_tokens_is_an_error(model, tmp_path, data):
 
 
 def test_too_many_images_of_a_record(model, tmp_path, data):
-  (found,) = _check(model, tmp_path, data, **{"data.max_images": 1})
-  assert len(found.problems) == 1
-  assert "record 6" in found.problems[0]
-  assert "2 images, data.max_images is 1" in found.problems[0]
+  (checked,) = _check(model, tmp_path, data, **{"data.max_images": 1})
+  assert len(checked.problems) == 1
+  assert "record 6" in checked.problems[0]
+  assert "2 images, data.max_images is 1" in checked.problems[0]
 
 
 def test_joined_records_are_checked_as_the_run_joins_them(model, tmp_path, data):
-  (found,) = _check(model, tmp_path, data, **{"data.max_images": 2, "data.concatenate": 6})
-  assert len(found.records) == 2
-  assert "4 images, data.max_images is 2; raise it or lower data.conc" in found.problems[0]
-  (found,) = _check(model, tmp_path, data, **{"data.concatenate": 6})
-  assert not found.problems
+  (checked,) = _check(model, tmp_path, data, **{"data.max_images": 2, "data.concatenate": 6})
+  assert len(checked.records) == 2
+  assert "4 images, data.max_images is 2; raise it or lower data.conc" in checked.problems[0]
+  (checked,) = _check(model, tmp_path, data, **{"data.concatenate": 6})
+  assert not checked.problems
 
 
-def test_shown_examples_mark_what_is_learnt(model, tmp_path, data, capsys):
+def test_shown_examples_mark_what_is_learned(model, tmp_path, data, capsys):
   _check(model, tmp_path, [data[3], data[4]], show=5)
   printed = capsys.readouterr().out
   assert (

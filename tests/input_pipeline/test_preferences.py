@@ -1,4 +1,4 @@
-"""Preference runs' batches: lists of mixed length, packed, against the records' own words."""
+"""Compares the batches of preference runs, with lists of mixed length, with their records."""
 
 import pickle
 
@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def records(tmp_path):
-  """Sixteen records with 2 to 5 answers; some text only, some of two turns or two pictures."""
+  """Returns 16 records with 2 to 5 answers; some without pictures, some with two, or two turns."""
   records = sft_run.make_records(str(tmp_path), 16)
   for index, record in enumerate(records):
     ranked = [WORDS[(index + rank) % 6] for rank in range(2 + index % 4)]
@@ -44,16 +44,16 @@ def make_config(model, train, stage="reward", **overrides):
 
 
 def prepare(model, directory, records, row_multiple=1, **overrides):
-  """(records, what prepare_train makes of them, tokenizer)."""
+  """Returns (records, planned data, model source)."""
   path = sft_run.write_json(directory / "train.json", records)
   config = make_config(model, path, **overrides)
   opened = source.open_source(config.model)
-  found, _ = preferences.load_records(config)
-  return found.records, preferences.prepare_train(config, opened, found, row_multiple), opened
+  train, _ = preferences.load_records(config)
+  return train.records, preferences.prepare_train(config, opened, train, row_multiple), opened
 
 
 def answers_in(batch, row, segment, tokenizer):
-  """The texts of the answers that a batch says a segment has, their end token included."""
+  """Returns the texts of the answers to a segment of a batch, with their end tokens."""
   texts = []
   inside = batch["segments"][row] == segment + 1
   places = batch["answers"][row, segment]
@@ -61,9 +61,9 @@ def answers_in(batch, row, segment, tokenizer):
     mine = np.flatnonzero(inside & (batch["branches"][row] == rank))
     assert mine[-1] == place
     assert batch["loss_mask"][row, mine].tolist() == [1] * (len(mine) - 1) + [0]
-    learnt = batch["targets"][row, mine[:-1]]
-    np.testing.assert_array_equal(learnt, batch["tokens"][row, mine[1:]])
-    texts.append(tokenizer.decode(learnt))
+    learned = batch["targets"][row, mine[:-1]]
+    np.testing.assert_array_equal(learned, batch["tokens"][row, mine[1:]])
+    texts.append(tokenizer.decode(learned))
   assert np.all(places[len(texts) :] == -1)
   assert batch["branches"][row, inside].max() == len(texts)
   return texts
@@ -71,7 +71,7 @@ def answers_in(batch, row, segment, tokenizer):
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_batches_hold_every_answer_once(model, tmp_path, records, pack):
-  found, prepared, opened = prepare(
+  train, prepared, opened = prepare(
     model, tmp_path, records, 2, **{"data.pack": pack, "num_train_epochs": 2.0, "batch_size": 16}
   )
   assert prepared.max_answers == 5
@@ -91,23 +91,23 @@ def test_batches_hold_every_answer_once(model, tmp_path, records, pack):
         for segment in range(present):
           number = int(batch["examples"][row, segment])
           seen.append(number)
-          expected = [f" {answer}{eos}" for answer in found[number].answers]
+          expected = [f" {answer}{eos}" for answer in train[number].answers]
           assert answers_in(batch, row, segment, opened.tokenizer) == expected
           inside = batch["segments"][row] == segment + 1
           pictures = np.sum(inside & (batch["image_slots"][row] >= 0))
           patches = opened.config.tokens_per_image
-          assert pictures == patches * len(found[number].images)  # once, whatever K
+          assert pictures == patches * len(train[number].images)  # once, whatever K
   assert sorted(seen) == sorted([*range(16)] * 2)
 
 
 def test_two_hosts_make_the_batches_of_one(model, tmp_path, records):
   _, prepared, _ = prepare(model, tmp_path, records, 2, batch_size=16, num_train_epochs=2.0)
   with (
-    prepared.batches() as whole,
+    prepared.batches() as full,
     prepared.batches(blocks=(0,), block_count=2) as first,
     prepared.batches(blocks=(1,), block_count=2) as second,
   ):
-    for batch, *halves in zip(whole, first, second, strict=True):
+    for batch, *halves in zip(full, first, second, strict=True):
       for name, value in batch.items():
         joined = np.concatenate([half[name] for half in halves])
         np.testing.assert_array_equal(joined, value, err_msg=name)
@@ -132,9 +132,9 @@ def test_what_is_left_out_is_counted_in_the_log(model, tmp_path, records, caplog
   records[2]["conversations"][-1]["value"] = ["red", "red"]
   records[3]["conversations"][0]["value"] = "<image>" + "very long " * 300
   caplog.set_level("INFO")
-  found, prepared, _ = prepare(model, tmp_path, records)
+  train, prepared, _ = prepare(model, tmp_path, records)
   assert prepared.records == 14
-  sizes = [len(record.answers) for record in found]
+  sizes = [len(record.answers) for record in train]
   kept = sum(sizes) - sum(sizes[2:4]) - 3
   assert (
     "data.train: 16 records; 2 skipped, fewer than two of their answers are left;"
@@ -181,8 +181,8 @@ def test_check_data(model, tmp_path, records, stage, capsys):
   records[6]["conversations"][-1]["value"] = ["red", 5]
   records[8]["conversations"][-1]["value"] = list("abcdefghi")
   path = sft_run.write_json(tmp_path / "train.json", records[4:])
-  (found,) = check_data.check_data(make_config(model, path, stage), show=1)
-  assert found.files == {path: (12, 3)}
+  (checked,) = check_data.check_data(make_config(model, path, stage), show=1)
+  assert checked.files == {path: (12, 3)}
   printed = capsys.readouterr().out
   for line in (
     "record 1 ",
@@ -207,9 +207,9 @@ def test_answer_places_written_out():
     zeros = np.zeros(length, np.int32)
     return Example(zeros, zeros, zeros, zeros, zeros, (), "", ends.astype(np.int32))
 
-  found = answer_places([example(2, 3), example(1, 1, 1)], [7, 4], 3, 4)
-  assert found["answers"].tolist() == [[3, 6, -1, -1], [9, 10, 11, -1], [-1] * 4]
-  assert found["examples"].tolist() == [7, 4, -1]
+  fields = answer_places([example(2, 3), example(1, 1, 1)], [7, 4], 3, 4)
+  assert fields["answers"].tolist() == [[3, 6, -1, -1], [9, 10, 11, -1], [-1] * 4]
+  assert fields["examples"].tolist() == [7, 4, -1]
   empty = answer_places([], [], 2, 2)
   assert empty["answers"].tolist() == [[-1, -1], [-1, -1]]
   assert empty["examples"].tolist() == [-1, -1]

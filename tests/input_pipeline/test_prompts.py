@@ -1,4 +1,4 @@
-"""Prompts are what training puts before an answer, and stop tokens what it puts behind one."""
+"""Tests that prompts are what training puts before an answer, and stop tokens what follows one."""
 
 import types
 
@@ -39,9 +39,9 @@ def test_is_what_training_puts_before_the_answer(template, name, answer):
   trained = record_of([*before, Turn(question, answer)], 2)
   image = tokenizer.convert_tokens_to_ids("<image>")
   example = encode(trained, template, tokenizer, image, PATCHES, 100_000).example
-  learnt = np.flatnonzero(example.loss_mask)
-  gaps = np.flatnonzero(np.diff(learnt) > 1)
-  start = int(learnt[gaps[-1] + 1]) + 1  # where the last answer begins
+  learned = np.flatnonzero(example.loss_mask)
+  gaps = np.flatnonzero(np.diff(learned) > 1)
+  start = int(learned[gaps[-1] + 1]) + 1  # where the last answer begins
   asked = [*before, Turn(question, None)]
   for record in (trained, record_of(asked, 2), record_of(asked, 2, ("yes", "no"))):
     prompt = prompt_of(record, template, tokenizer).example
@@ -57,9 +57,9 @@ def test_a_prompt_that_does_not_fit_is_not_cut():
   record = record_of([Turn("<image>\nWhat is in the image?", None)], 1)
   length = len(prompt_of(record, "vicuna", tokenizer).example.tokens)
   assert prompt_of(record, "vicuna", tokenizer, length).counts == (0,)
-  found = prompt_of(record, "vicuna", tokenizer, length - 1)
-  assert found.example is None
-  assert found.counts == (1,)
+  encoded = prompt_of(record, "vicuna", tokenizer, length - 1)
+  assert encoded.example is None
+  assert encoded.counts == (1,)
 
 
 def test_earlier_questions_need_answers():
@@ -77,10 +77,10 @@ def test_stop_tokens_are_the_template_s_and_the_model_s(template, name):
   asked = "<image>\nA?" if template == "plain" else "A?"
   record = record_of([Turn(asked, "word")], template == "plain")
   example = encode(record, template, tokenizer, image, 1, 1000).example
-  learnt = example.targets[example.loss_mask > 0]
+  learned = example.targets[example.loss_mask > 0]
   special = {tokenizer.convert_tokens_to_ids(text) for text in ("<|eot_id|>", "</s>")}
   special |= {tokenizer.eos_token_id}
-  first_end = next(token for token in learnt.tolist() if token in special - {None})
+  first_end = next(token for token in learned.tolist() if token in special - {None})
   expected = {7, 9, tokenizer.eos_token_id, first_end}
   assert stop_tokens(source, template) == tuple(sorted(expected))
 
@@ -98,12 +98,12 @@ def test_the_record_of_each_row():
   order = np.array([6, 4, 2, 5, 1])
   options = {"batch_size": 3, "max_length": 128, "row_multiple": 4, "pack": False}
   plan = plan_batches(order, lengths, images, **options)
-  whole = [record_numbers(plan, step, tuple(range(4)), 4) for step in range(2)]
-  assert sorted(whole[0].tolist()) == [-1, 2, 4, 6]
-  assert sorted(whole[1].tolist()) == [-1, -1, 1, 5]
+  full = [record_numbers(plan, step, tuple(range(4)), 4) for step in range(2)]
+  assert sorted(full[0].tolist()) == [-1, 2, 4, 6]
+  assert sorted(full[1].tolist()) == [-1, -1, 1, 5]
   parts = [record_numbers(plan, 0, blocks, 4) for blocks in ((0, 3), (1,), (2,))]
-  assert parts[0].tolist() == whole[0][[0, 3]].tolist()
-  assert [parts[1][0], parts[2][0]] == whole[0][[1, 2]].tolist()
+  assert parts[0].tolist() == full[0][[0, 3]].tolist()
+  assert [parts[1][0], parts[2][0]] == full[0][[1, 2]].tolist()
 
 
 @pytest.mark.parametrize(

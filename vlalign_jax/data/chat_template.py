@@ -9,7 +9,7 @@ from vlalign_jax.data.records import IMAGE_PLACEHOLDER
 from vlalign_jax.data.tokens import vocabulary
 from vlalign_jax.errors import InputError
 
-TRIAL = "a trial conversation"  # what errors call it
+TRIAL = "a trial conversation"  # its name in errors
 _FIX = "choose another data.template"
 
 

@@ -148,10 +148,13 @@ def tokenize_turns(
 def tokenize_prompt(
   record: Record, answers: Sequence[str], *options
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-  """Tokenizes a prompt and answers to it: (int32[N] ids, int32[M] ids of each answer and its end).
+  """Tokenizes a record up to its last question, in one piece, and answers to that question.
 
   Args:
     record, answers, *options: as for `tokenize_turns`.
+
+  Returns:
+    (int32[N] ids of the prompt, int32[M] ids of each answer with what closes the example).
 
   Raises:
     InputError: as there, or the prompt is empty.
@@ -182,15 +185,15 @@ def branch(
   where: str,
   learned: np.ndarray | bool = False,
 ) -> Example:
-  """Returns the example of a prompt (branch 0) and answers to it (branches k > 0), all learned.
+  """Makes an example of a prompt (branch 0) and answers to it (branches k > 0).
 
   With answers, branch 0 stops one token short. Every other branch begins with a copy of the
   prompt's last token, at the same position, and goes on with its answer.
 
   Args:
     prompt: int32[N] ids of what all answers share; a whole conversation has no answers.
-    answers: int32[M] ids of each, its end included.
-    images, where: as of Example.
+    answers: int32[M] ids of each, with its end; all of them are learned.
+    images, where: as in Example.
     learned: which tokens of the prompt are learned: none, or bool[N] if there are no answers.
   """
   shared = len(prompt) - bool(answers)

@@ -1,4 +1,4 @@
-"""Reads and resizes images: from a path to the uint8 pixels that are rescaled for the vision tower.
+"""Reads images and resizes them, as uint8, to the size that the vision tower takes.
 
 Rescaling and normalization run on the device: (pixels * rescale_factor - mean) / std.
 """

@@ -215,7 +215,7 @@ def _load_in_worker(pool: ProcessPoolExecutor, element: int) -> _Row:
 class _Row:
   """One row, as a thread or a worker process returns it."""
 
-  arrays: dict[str, np.ndarray]  # as of `rows.build_row`
+  arrays: dict[str, np.ndarray]  # of `rows.build_row`
   images: np.ndarray  # uint8[n, H, W, 3], its n distinct images
   problems: tuple[str, ...]  # errors of the examples left out
 

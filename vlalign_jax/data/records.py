@@ -115,7 +115,7 @@ def parse_record(
 
   Args:
     entry: parsed JSON.
-    file, index: as of Record.
+    file, index: as in Record.
     answers, max_candidates: as for `scan_records`.
 
   Raises:

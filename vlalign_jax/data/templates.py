@@ -12,7 +12,7 @@ from vlalign_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Piece:
-  """A prompt or an answer. A user's word that looks like a control token has a `tokens.CUT`."""
+  """A prompt or an answer; `tokens.CUT` breaks up users' words that look like control tokens."""
 
   text: str
   learn: bool
@@ -167,7 +167,7 @@ def render(turns: Sequence[Turn], template: str, tokenizer, where: str) -> list[
   """Returns the `turn_pieces` of a whole example, with its final eos.
 
   Raises:
-    InputError: a turn has no answer, or as of `turn_pieces`.
+    InputError: a turn has no answer, or as for `turn_pieces`.
   """
   if turns[-1].gpt is None:
     raise InputError(f"{where}: the last turn has no answer to learn; give it one")

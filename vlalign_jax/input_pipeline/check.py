@@ -24,7 +24,7 @@ class MeasuredRecord:
 
   tokens: int = 0
   learned: int = 0
-  counts: tuple[int, ...] = ()  # as of `Encoded`
+  counts: tuple[int, ...] = ()  # of `Encoded`
   images: tuple[str, ...] = ()  # full paths
   problem: str | None = None
 

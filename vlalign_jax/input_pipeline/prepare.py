@@ -25,7 +25,7 @@ class Task:
 
   Attributes:
     answers: what a record's last question must have, see `records.scan_records`.
-    encode: encodes a record; arguments as of `encode.encode`.
+    encode: encodes a record; arguments as for `encode.encode`.
     describe: (Measured, max_length) -> what was kept and left out, for the log.
     needs: what a record needs so that it can be learned from, for errors.
   """

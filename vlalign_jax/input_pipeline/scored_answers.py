@@ -1,4 +1,4 @@
-"""The data of prediction with given answers: prompts with one or more answers; all are kept."""
+"""The data of predictions for existing answers: prompts with one or more answers."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def prepare_answers(
 
 
 def _split_units(load: prepare.LoadExample, units: list[Unit], measured: measure.Measured):
-  """Splits units of whole records: answers that do not fit with the others get their own unit."""
+  """Splits units of one record each: an answer that does not fit with others gets its own unit."""
   split = []
   for unit, (_, apart, too_long) in zip(units, measured.counts, strict=True):
     if not apart and not too_long:
