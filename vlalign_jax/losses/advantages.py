@@ -134,7 +134,7 @@ def grpo(scores, valid, *, scale_by_std: bool = True):
 
 
 def _center(scores, valid):
-  """Returns float32[B, n] scores minus their row's mean (0 if not valid), and int32[B, 1] counts."""
+  """Returns float32[B, n] scores minus the mean of their row, and int32[B, 1] numbers of scores."""
   scores = jnp.where(valid, scores, 0).astype(jnp.float32)
   count = jnp.sum(valid, axis=1, keepdims=True)
   mean = jnp.sum(scores, axis=1, keepdims=True) / jnp.maximum(count, 1)
