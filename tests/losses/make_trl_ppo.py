@@ -1,12 +1,12 @@
-"""Writes trl_ppo.json: what TRL's PPOTrainer makes of given rollouts.
+"""Writes trl_ppo.json: advantages and metrics that TRL's PPOTrainer computes from fixed rollouts.
 
-The TRL that the tests install has no PPOTrainer any more; 0.29.0 was among the last that had one.
+The TRL that the tests install no longer has a PPOTrainer; 0.29.0 was among the last with one.
 
   pip install --no-deps --target /tmp/trl trl==0.29.0
   PYTHONPATH=/tmp/trl python -m tests.losses.make_trl_ppo
 
-Its `train` runs as it is, in float64, on numbers in place of models: a model's logits are the
-log-probability of the token alone, and what reads it from them hands it on.
+Its `train` runs unchanged, in float64, with arrays in place of models: a model's logits are only
+the token's log-probability, and the function that would compute it from logits returns it.
 """
 
 import collections
@@ -33,7 +33,7 @@ ARGUMENTS = {
 
 
 def make_rollout() -> dict:
-  """Arrays that float32 holds exactly."""
+  """Returns random arrays that float32 represents exactly."""
   rng = np.random.default_rng(0)
   lengths = np.array([M, 1, 3, M, M - 1, 2])
   ended = np.array([True, True, True, False, True, True])
@@ -52,7 +52,7 @@ def make_rollout() -> dict:
 
 
 class Accelerator:
-  """What the trainer asks of it, for one process."""
+  """The part of accelerate's Accelerator that the trainer uses, for one process."""
 
   device = torch.device("cpu")
 
@@ -73,22 +73,22 @@ class Accelerator:
 
 
 def run(rollout: dict, kl_estimator: str) -> dict:
-  """What TRL computes and logs."""
+  """Returns what TRL computes and logs."""
   arrays = {key: torch.tensor(x) for key, x in rollout.items()}
   places = torch.arange(M)
   responses = torch.full((N, M), TOKEN)
   responses[places > arrays["lengths"][:, None] - 1] = PAD
   responses[torch.arange(N)[arrays["ended"]], arrays["lengths"][arrays["ended"]] - 1] = END
-  queries = torch.arange(2, 2 + N)[:, None].repeat(1, PROMPT) + 10  # tell the rows apart
-  whole = torch.cat([queries, responses], 1)
-  found = {"whitened": [], "permutations": []}
+  queries = torch.arange(2, 2 + N)[:, None].repeat(1, PROMPT) + 10  # identifies the row
+  sequences = torch.cat([queries, responses], 1)
+  recorded = {"whitened": [], "permutations": []}
   role = types.SimpleNamespace
   policy, reference, value_model, reward_model = role(), role(), role(), role()
   model = role(policy=policy, value_model=value_model, train=lambda: None)
   visits = collections.Counter()
 
   def shifted(x):
-    """[n, M] as what stands before each answer's token, [n, PROMPT + M, 1]."""
+    """Moves [n, M] to the positions before each answer's tokens, [n, PROMPT + M, 1]."""
     full = torch.zeros(len(x), PROMPT + M)
     full[:, PROMPT - 1 : -1] = x
     return full[:, :, None]
@@ -114,15 +114,15 @@ def run(rollout: dict, kl_estimator: str) -> dict:
 
   def recorded_whiten(values, mask, **options):
     result = whiten(values, mask, **options)
-    found["whitened"].append([values.tolist(), (result * mask).tolist()])
+    recorded["whitened"].append([values.tolist(), (result * mask).tolist()])
     return result
 
   def recorded_permutation(n):
     result = permutation(n)
-    found["permutations"].append(result.tolist())
+    recorded["permutations"].append(result.tolist())
     return result
 
-  ppo_trainer.batch_generation = lambda *_: (whole, arrays["logps"][:, :, None])
+  ppo_trainer.batch_generation = lambda *_: (sequences, arrays["logps"][:, :, None])
   ppo_trainer.selective_log_softmax = lambda logits, _: logits[..., 0].clone()
   ppo_trainer.forward, ppo_trainer.get_reward = forward, get_reward
   ppo_trainer.masked_whiten = recorded_whiten
@@ -134,10 +134,12 @@ def run(rollout: dict, kl_estimator: str) -> dict:
     is_deepspeed_enabled = False
 
     def __init__(self):
-      """Nothing of the real one's."""
+      """Does nothing, unlike the real one."""
 
-    def log(self, metrics):
-      found["metrics"] = {key: value for key, value in metrics.items() if key.split("/")[0] != key}
+    def log(self, logs):
+      recorded["metrics"] = {
+        name: value for name, value in logs.items() if name.split("/")[0] != name
+      }
 
   nothing = role(step=lambda: None, zero_grad=lambda: None, get_last_lr=lambda: [0.0])
   trainer = Trainer()
@@ -187,8 +189,8 @@ def run(rollout: dict, kl_estimator: str) -> dict:
     trainer.train()
   finally:
     np.random.permutation, ppo_trainer.masked_whiten = permutation, whiten
-  advantages, whitened = found.pop("whitened")[0]
-  return found | {"advantages": advantages, "whitened": whitened}
+  advantages, whitened = recorded.pop("whitened")[0]
+  return recorded | {"advantages": advantages, "whitened": whitened}
 
 
 def main():

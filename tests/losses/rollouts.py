@@ -1,4 +1,4 @@
-"""Answers of several lengths with random numbers for their tokens, and how numbers compare."""
+"""Rollouts of random numbers, with answers of several lengths, and how to compare with them."""
 
 import numpy as np
 
@@ -22,34 +22,34 @@ GROUP_LOGPS = -RNG.exponential(2.0, GROUP_MASK.shape).astype(np.float32)
 GROUP_REFERENCE = (GROUP_LOGPS + RNG.normal(size=GROUP_MASK.shape)).astype(np.float32)
 GROUP_OLD = (GROUP_LOGPS + 0.2 * RNG.normal(size=GROUP_MASK.shape)).astype(np.float32)
 GROUP_SCORES = (50 + 4 * RNG.normal(size=(B, GROUP))).astype(np.float32)
-GROUP_SCORES[1, 2] = np.nan  # one without a score, two without, none with one
+GROUP_SCORES[1, 2] = np.nan  # prompts with two scores, and with one
 GROUP_SCORES[2, :2] = np.nan
-GROUP_SCORES[3] = 7.0  # all alike
+GROUP_SCORES[3] = 7.0  # all equal
 GROUP_ARRAYS = {"logps": GROUP_LOGPS, "reference": GROUP_REFERENCE, "scores": GROUP_SCORES.ravel()}
 SCORED = ~np.isnan(GROUP_SCORES)
 
 
-def close(found, wanted, rel=1e-6):
-  """Whether arrays differ by no more than rel of the size of what is wanted."""
-  found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
-  assert found.shape == wanted.shape
-  np.testing.assert_allclose(found, wanted, rtol=rel, atol=rel * np.abs(wanted).max())
+def close(computed, expected, rel=1e-6):
+  """Asserts that arrays differ by at most `rel` of the greatest expected size."""
+  computed, expected = np.asarray(computed, np.float64), np.asarray(expected, np.float64)
+  assert computed.shape == expected.shape
+  np.testing.assert_allclose(computed, expected, rtol=rel, atol=rel * np.abs(expected).max())
 
 
 def dirty(x):
-  """x with nan where no token is, which must not matter."""
+  """Sets x to nan where there is no token, which must not change results."""
   return np.where(MASK, x, np.nan).astype(np.float32)
 
 
 def answers(*arrays):
-  """Of each answer that has tokens: its number and its tokens' numbers in float64."""
+  """Yields, for each answer with tokens, its index and its tokens' values in float64."""
   for n in range(N):
     if MASK[n].any():
       yield n, *(x[n, MASK[n]].astype(np.float64) for x in arrays)
 
 
 def placed(per_answer):
-  """[N, M] of each answer's numbers, 0 elsewhere."""
+  """Returns an array [N, M] with each answer's numbers, 0 elsewhere."""
   full = np.zeros((N, M))
   for n, numbers in per_answer.items():
     full[n, MASK[n]] = numbers

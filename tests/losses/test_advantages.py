@@ -1,4 +1,4 @@
-"""Rewards of tokens and advantages, against definitions in float64, DeepSpeed-Chat and TRL."""
+"""Rewards and advantages of tokens, against definitions in float64, DeepSpeed-Chat and TRL."""
 
 import functools
 
@@ -40,48 +40,48 @@ def test_estimates_of_kl(scale):
   reference = (OLD + scale * np.random.default_rng(5).normal(size=OLD.shape)).astype(np.float32)
   r = reference.astype(np.float64) - OLD
   assert np.array_equal(kl.estimate(OLD, reference, "k1"), (OLD - reference))
-  # Of float64, too, little is left where r is small; expm1 keeps 1e-16 of r.
+  # The difference loses digits of small r in float64, too; the series does not.
   k3 = np.where(np.abs(r) < 1e-3, r**2 / 2 * (1 + r / 3 + r**2 / 12), np.expm1(r) - r)
-  found = kl.estimate(OLD, reference, "k3")
-  # The difference of float32 log-probabilities is exact only where they are near.
-  np.testing.assert_allclose(found, k3, rtol=1e-6 if scale < 8 else 4e-6)
+  computed = kl.estimate(OLD, reference, "k3")
+  # The difference of float32 log-probabilities is exact only where they are close.
+  np.testing.assert_allclose(computed, k3, rtol=1e-6 if scale < 8 else 4e-6)
   gradient = jax.grad(lambda x: kl.estimate(x, reference, "k3").sum())(OLD)
   close(gradient, -np.expm1(r), 2e-6)
 
 
 def test_estimates_are_unbiased_where_the_policy_samples():
-  """The mean under the policy is the divergence, for both."""
+  """The mean of each estimate under the policy is the divergence."""
   logits = np.random.default_rng(5).normal(size=(2, 5)).astype(np.float32)
   policy, reference = np.asarray(jax.nn.log_softmax(logits, axis=1))
   exact = (np.exp(policy) * (policy - reference)).sum()
   for kind in kl.KINDS:
-    found = kl.estimate(policy[None], reference[None], kind)[0]
-    assert (np.exp(policy) * found).sum() == pytest.approx(exact, rel=1e-5)
+    computed = kl.estimate(policy[None], reference[None], kind)[0]
+    assert (np.exp(policy) * computed).sum() == pytest.approx(exact, rel=1e-5)
 
 
 @pytest.mark.parametrize("clip", [None, 2.0])
-def test_scores_stand_at_the_last_token(clip):
+def test_scores_are_placed_at_the_last_token(clip):
   estimates = (OLD - REFERENCE).astype(np.float32)
-  found = jax.jit(advantages.place_scores)(SCORES, dirty(estimates), MASK, kl_coef=0.1)
+  computed = jax.jit(advantages.place_scores)(SCORES, dirty(estimates), MASK, kl_coef=0.1)
   if clip is not None:
-    found = advantages.place_scores(SCORES, dirty(estimates), MASK, kl_coef=0.1, clip=clip)
+    computed = advantages.place_scores(SCORES, dirty(estimates), MASK, kl_coef=0.1, clip=clip)
     assert (np.abs(SCORES) > clip).any()
-  wanted = {}
+  expected = {}
   for n, k in answers(estimates):
-    wanted[n] = -0.1 * k
-    wanted[n][-1] += SCORES[n] if clip is None else min(max(SCORES[n], -clip), clip)
-  close(found, placed(wanted))
+    expected[n] = -0.1 * k
+    expected[n][-1] += SCORES[n] if clip is None else min(max(SCORES[n], -clip), clip)
+  close(computed, placed(expected))
 
 
-def test_a_missing_end_costs():
-  found = advantages.penalize_missing_eos(SCORES, ENDED, 1.5)
-  assert np.array_equal(found[ENDED], SCORES[ENDED])
-  assert np.array_equal(found[~ENDED], SCORES[~ENDED] - np.float32(1.5))
+def test_a_missing_end_token_is_penalized():
+  computed = advantages.penalize_missing_eos(SCORES, ENDED, 1.5)
+  assert np.array_equal(computed[ENDED], SCORES[ENDED])
+  assert np.array_equal(computed[~ENDED], SCORES[~ENDED] - np.float32(1.5))
   assert len(set(ENDED)) == 2
 
 
 def sum_of_errors(rewards, values, gamma, lam):
-  """Advantages by their definition (Schulman et al. 2016, equations 11 and 16)."""
+  """Computes advantages by definition (Schulman et al. 2016, equations 11 and 16)."""
   following = np.append(values[1:], 0.0)
   deltas = rewards + gamma * following - values
   return [
@@ -91,7 +91,7 @@ def sum_of_errors(rewards, values, gamma, lam):
 
 
 def reverse_loop(rewards, values, gamma, lam):
-  """Advantages as DeepSpeed-Chat computes them, from the last token to the first."""
+  """Computes advantages like DeepSpeed-Chat, from the last token to the first."""
   last, backwards = 0.0, []
   for t in reversed(range(len(rewards))):
     following = values[t + 1] if t + 1 < len(values) else 0.0
@@ -104,39 +104,39 @@ def reverse_loop(rewards, values, gamma, lam):
 @pytest.mark.parametrize("formula", [sum_of_errors, reverse_loop])
 def test_advantages_and_returns(gamma, lam, formula):
   compute = jax.jit(functools.partial(advantages.gae, gamma=gamma, lam=lam))
-  found = compute(dirty(RETURNS), dirty(VALUES), MASK)
-  wanted = {n: formula(r, v, gamma, lam) for n, r, v in answers(RETURNS, VALUES)}
-  close(found[0], placed(wanted))
-  close(found[1], placed({n: wanted[n] + v for n, v in answers(VALUES)}))
+  computed = compute(dirty(RETURNS), dirty(VALUES), MASK)
+  expected = {n: formula(r, v, gamma, lam) for n, r, v in answers(RETURNS, VALUES)}
+  close(computed[0], placed(expected))
+  close(computed[1], placed({n: expected[n] + v for n, v in answers(VALUES)}))
 
 
 def test_with_lambda_one_returns_are_discounted_sums():
-  _, found = advantages.gae(RETURNS, VALUES, MASK, gamma=0.9, lam=1.0)
-  wanted = {
+  _, computed = advantages.gae(RETURNS, VALUES, MASK, gamma=0.9, lam=1.0)
+  expected = {
     n: [sum(0.9**k * x for k, x in enumerate(r[t:])) for t in range(len(r))]
     for n, r in answers(RETURNS)
   }
-  close(found, placed(wanted))
+  close(computed, placed(expected))
 
 
 @pytest.mark.parametrize("offset", [0.0, 5.0])
 def test_whitening(offset):
   x = (3 * ADVANTAGES + offset).astype(np.float32)
   real = x[MASK].astype(np.float64)
-  wanted = np.zeros((N, M))
-  wanted[MASK] = (real - real.mean()) / np.sqrt(real.var(ddof=1) + 1e-8)
-  close(jax.jit(advantages.whiten)(dirty(x), MASK), wanted)
+  expected = np.zeros((N, M))
+  expected[MASK] = (real - real.mean()) / np.sqrt(real.var(ddof=1) + 1e-8)
+  close(jax.jit(advantages.whiten)(dirty(x), MASK), expected)
 
 
 def test_rloo_equals_trl_and_the_mean_of_the_others():
   estimates = kl.estimate(GROUP_LOGPS, GROUP_REFERENCE, "k1")
   rewards = advantages.place_scores(GROUP_SCORES.ravel(), estimates, GROUP_MASK, kl_coef=0.3).sum(1)
-  found = jax.jit(advantages.rloo)(rewards.reshape(B, GROUP), SCORED)
-  wanted = trl_groups.advantages(
+  computed = jax.jit(advantages.rloo)(rewards.reshape(B, GROUP), SCORED)
+  expected = trl_groups.advantages(
     trl_groups.RLOO, GROUP_MASK, GROUP_ARRAYS, GROUP, beta=0.3
   ).reshape(B, GROUP)
-  # Of rewards about 50, whose rounding is what differences of them have.
-  np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6 * 50)
+  # Rewards are about 50, and their differences have the rounding errors of 50.
+  np.testing.assert_allclose(computed, expected, rtol=1e-6, atol=1e-6 * 50)
   scores = GROUP_SCORES[0].astype(np.float64)
   others = [np.delete(scores, i).mean() for i in range(GROUP)]
   np.testing.assert_allclose(
@@ -148,22 +148,22 @@ def test_rloo_equals_trl_and_the_mean_of_the_others():
 def test_grpo_equals_trl(scale_by_std):
   compute = jax.jit(functools.partial(advantages.grpo, scale_by_std=scale_by_std))
   kind = "group" if scale_by_std else "none"
-  wanted = trl_groups.advantages(
+  expected = trl_groups.advantages(
     trl_groups.GRPO, GROUP_MASK, GROUP_ARRAYS, GROUP, scale_rewards=kind
   )
-  found = np.asarray(compute(GROUP_SCORES, SCORED)).ravel()
-  np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6 * 50)
+  computed = np.asarray(compute(GROUP_SCORES, SCORED)).ravel()
+  np.testing.assert_allclose(computed, expected, rtol=1e-6, atol=1e-6 * 50)
   compared = SCORED & np.array([[True], [True], [False], [False]])
-  assert np.array_equal(found != 0, compared.ravel())
+  assert np.array_equal(computed != 0, compared.ravel())
   near = np.where(SCORED, GROUP_SCORES - 50, 0).astype(np.float32)
-  wanted = trl_groups.advantages(
+  expected = trl_groups.advantages(
     trl_groups.GRPO,
     GROUP_MASK,
     GROUP_ARRAYS | {"scores": np.where(SCORED, near, np.nan).ravel()},
     GROUP,
     scale_rewards=kind,
   )
-  close(np.ravel(compute(near, SCORED)), wanted)
+  close(np.ravel(compute(near, SCORED)), expected)
 
 
 def test_a_single_token_and_equal_advantages_whiten_to_zero():

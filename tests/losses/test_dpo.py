@@ -18,7 +18,7 @@ K = max(ANSWERS)
 
 
 def make_pairs(seed: int = 0):
-  """(log-probabilities of tokens, which are an answer's: both [2, N, T], reference [2, N])."""
+  """Returns tokens' log-probabilities and answers' mask, both [2, N, T], and reference [2, N]."""
   rng = np.random.default_rng(seed)
   mask = np.arange(T) < rng.integers(1, T + 1, (2, N, 1))
   token_logps = -rng.exponential(2.0, (2, N, T)).astype(np.float32)
@@ -27,14 +27,14 @@ def make_pairs(seed: int = 0):
 
 
 def padded(x, fill=np.nan):
-  """[2, N] to [N + 1, K]: pairs among longer lists, and an example of one answer."""
+  """Pads pairs [2, N] to lists [N + 1, K]; the last example is for one answer."""
   full = np.full((N + 1, K), fill, np.float32)
   full[:N, :2] = x.T
   return full
 
 
 def arguments(token_logps, mask, reference):
-  """The same pairs as `dpo.loss` takes them."""
+  """Returns the arguments of `dpo.loss` for these pairs."""
   logps = padded((token_logps * mask).sum(-1))
   valid = ~np.isnan(logps)
   valid[N, 0], logps[N, 0] = True, -3.0
@@ -42,7 +42,7 @@ def arguments(token_logps, mask, reference):
 
 
 def make_rankings(seed: int = 0, scale: float = 1.0):
-  """Arguments of `dpo.loss`, with as many answers as ANSWERS says."""
+  """Returns arguments of `dpo.loss` for examples with ANSWERS answers."""
   rng = np.random.default_rng(seed)
   valid = np.arange(K) < np.array(ANSWERS)[:, None]
   lengths = rng.integers(1, 20, valid.shape)
@@ -60,20 +60,20 @@ def make_rankings(seed: int = 0, scale: float = 1.0):
 def test_losses_and_metrics_of_pairs_equal_trl(kind, label_smoothing, sft_weight):
   pairs = make_pairs()
   kinds, weights = ([kind, "sft"], [1.0, sft_weight]) if sft_weight else ([kind], [1.0])
-  wanted, wanted_metrics = trl_losses.dpo(
+  expected, expected_metrics = trl_losses.dpo(
     *pairs, kinds=kinds, weights=weights, beta=BETA, label_smoothing=label_smoothing
   )
-  given = arguments(*pairs)
+  inputs = arguments(*pairs)
   total, count = dpo.loss(
-    *given, kind=kind, beta=BETA, label_smoothing=label_smoothing, sft_weight=sft_weight
+    *inputs, kind=kind, beta=BETA, label_smoothing=label_smoothing, sft_weight=sft_weight
   )
   assert count == N
-  assert total / count == pytest.approx(wanted, rel=1e-5)
-  found = {key: s / c for key, (s, c) in dpo.metrics(*given, beta=BETA).items()}
-  compared = [key for key in wanted_metrics if key.startswith(("rewards/", "logps/"))]
+  assert total / count == pytest.approx(expected, rel=1e-5)
+  metrics = {key: s / c for key, (s, c) in dpo.metrics(*inputs, beta=BETA).items()}
+  compared = [key for key in expected_metrics if key.startswith(("rewards/", "logps/"))]
   assert len(compared) == 6
-  assert {key: found[key] for key in compared} == pytest.approx(
-    {key: wanted_metrics[key] for key in compared}, rel=1e-5
+  assert {key: metrics[key] for key in compared} == pytest.approx(
+    {key: expected_metrics[key] for key in compared}, rel=1e-5
   )
 
 
@@ -100,13 +100,13 @@ def test_label_smoothing_is_conservative_dpo():
 
 
 def ranking_loss(rewards):
-  """Plackett-Luce's negative log-likelihood of one example's float64 rewards, best first."""
+  """Returns Plackett-Luce's negative log-likelihood of one example's float64 rewards."""
   terms = [torch.logsumexp(rewards[i:], 0) - rewards[i] for i in range(len(rewards))]
   return sum(terms)
 
 
 def loss_of_one(logps, reference, lengths, kind, label_smoothing):
-  """The loss of one example of several answers, in float64."""
+  """Returns the loss of one example of several answers, in float64."""
   ratios = logps - reference
   pairs = list(itertools.combinations(range(len(logps)), 2))
   if kind == "hinge":
@@ -128,7 +128,7 @@ def loss_of_one(logps, reference, lengths, kind, label_smoothing):
 def test_rankings_and_their_gradients_equal_float64(kind, label_smoothing, scale):
   logps, reference, lengths, valid = make_rankings(scale=scale)
   variable = torch.tensor(np.where(valid, logps, 0).astype(np.float64), requires_grad=True)
-  wanted = sum(
+  expected = sum(
     loss_of_one(
       variable[n, :k],
       torch.tensor(reference[n, :k].astype(np.float64)),
@@ -139,7 +139,7 @@ def test_rankings_and_their_gradients_equal_float64(kind, label_smoothing, scale
     for n, k in enumerate(ANSWERS)
     if k > 1
   )
-  wanted.backward()
+  expected.backward()
 
   @jax.jit
   def compute(x):
@@ -149,29 +149,29 @@ def test_rankings_and_their_gradients_equal_float64(kind, label_smoothing, scale
 
   (total, count), gradient = jax.value_and_grad(compute, has_aux=True)(logps)
   assert count == sum(k > 1 for k in ANSWERS)
-  assert total == pytest.approx(wanted.item(), rel=1e-5)
+  assert total == pytest.approx(expected.item(), rel=1e-5)
   difference = np.linalg.norm(gradient - variable.grad.numpy())
   assert difference <= 1e-5 * np.linalg.norm(variable.grad)
   assert not gradient[~valid].any()
 
 
 def test_micro_batches_add_up_to_the_batch():
-  given = make_rankings()
-  whole, count = dpo.loss(*given, sft_weight=0.5)
-  _, _, lengths, valid = given
+  inputs = make_rankings()
+  batch_loss, count = dpo.loss(*inputs, sft_weight=0.5)
+  _, _, lengths, valid = inputs
   chosen_length = lengths[valid.sum(1) > 1, 0].mean()
   parts = [
-    dpo.loss(*(x[part] for x in given), sft_weight=0.5, chosen_length=chosen_length)
+    dpo.loss(*(x[part] for x in inputs), sft_weight=0.5, chosen_length=chosen_length)
     for part in (slice(0, 2), slice(2, None))
   ]
   assert [c for _, c in parts] == [2, 2]
-  assert sum(t for t, _ in parts) == pytest.approx(float(whole), rel=1e-6)
+  assert sum(t for t, _ in parts) == pytest.approx(float(batch_loss), rel=1e-6)
   assert sum(c for _, c in parts) == count
 
 
 def test_metrics_of_rankings():
   logps, reference, lengths, valid = make_rankings(1, 5.0)
-  found = {
+  metrics = {
     key: (float(s), float(c))
     for key, (s, c) in dpo.metrics(logps, reference, lengths, valid, beta=BETA).items()
   }
@@ -193,7 +193,7 @@ def test_metrics_of_rankings():
     return sum(x[n, i] > x[n, j] for n, i, j in pairs)
 
   tokens = sum(lengths[n, 0] for n in ranked)
-  wanted = {
+  expected = {
     "rewards/chosen": close(chosen(rewards), len(ranked)),
     "rewards/rejected": close(rejected(rewards), len(ranked)),
     "rewards/margins": close(chosen(rewards) - rejected(rewards), len(ranked)),
@@ -205,31 +205,31 @@ def test_metrics_of_rankings():
     "logps/reference_accuracies": (right(reference), len(pairs)),
     "nll_loss": close(-chosen(logps), tokens),
   }
-  assert found == wanted
-  accuracies = [found[key][0] for key in found if "accuracies" in key]
-  assert len(set(accuracies)) == 4  # else one could stand for the other
+  assert metrics == expected
+  accuracies = [metrics[key][0] for key in metrics if "accuracies" in key]
+  assert len(set(accuracies)) == 4  # otherwise the test would not notice if two were exchanged
 
 
 def test_nothing_to_compare_is_zero():
   logps, reference, lengths, valid = make_rankings()
   for kind in dpo.KINDS:
-    found = dpo.loss(logps, reference, lengths, np.zeros_like(valid), kind=kind, sft_weight=1.0)
-    assert found == (0, 0)
-  found = dpo.metrics(logps, reference, lengths, np.zeros_like(valid))
-  assert all((total, count) == (0, 0) for total, count in found.values())
+    loss = dpo.loss(logps, reference, lengths, np.zeros_like(valid), kind=kind, sft_weight=1.0)
+    assert loss == (0, 0)
+  metrics = dpo.metrics(logps, reference, lengths, np.zeros_like(valid))
+  assert all((total, count) == (0, 0) for total, count in metrics.values())
 
 
 @pytest.mark.parametrize(
-  ("settings", "said"),
+  ("settings", "message"),
   [
     ({"kind": "sigmoidal"}, "dpo.loss='sigmoidal': choose one of sigmoid"),
     ({"beta": 0.0}, "dpo.beta=0.0"),
     ({"beta": float("nan")}, "dpo.beta=nan"),
     ({"label_smoothing": 0.5}, "dpo.label_smoothing=0.5"),
-    ({"kind": "ipo", "label_smoothing": 0.1}, "dpo.loss='ipo' has none"),
+    ({"kind": "ipo", "label_smoothing": 0.1}, "dpo.loss='ipo' does not use it"),
     ({"sft_weight": -1.0}, "dpo.sft_weight=-1.0"),
   ],
 )
-def test_settings_that_mean_nothing_are_refused(settings, said):
-  with pytest.raises(InputError, match=said):
+def test_settings_out_of_range_are_refused(settings, message):
+  with pytest.raises(InputError, match=message):
     dpo.loss(*make_rankings(), **settings)

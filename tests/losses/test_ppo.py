@@ -1,4 +1,4 @@
-"""PPO's losses and what is reported, against TRL's trainers, DeepSpeed-Chat's formulas, float64."""
+"""PPO's losses and metrics, against TRL's trainers, DeepSpeed-Chat's formulas and float64."""
 
 import functools
 import json
@@ -40,13 +40,13 @@ RECORDED = json.loads((pathlib.Path(__file__).parent / "trl_ppo.json").read_text
 
 
 def clipped_policy_loss(new, old, gains, clip):
-  """DeepSpeed-Chat's actor loss (Schulman et al. 2017, equation 7), of each token."""
+  """Computes each token's actor loss as DeepSpeed-Chat (Schulman et al. 2017, equation 7)."""
   ratio = torch.exp(new - old)
   return torch.maximum(-gains * ratio, -gains * torch.clamp(ratio, 1 - clip, 1 + clip))
 
 
 def clipped_value_loss(new, old, returns, clip):
-  """DeepSpeed-Chat's critic loss, of each token."""
+  """Computes each token's critic loss as DeepSpeed-Chat."""
   clamped = torch.minimum(torch.maximum(new, old - clip), old + clip)
   return torch.maximum((new - returns) ** 2, (clamped - returns) ** 2) / 2
 
@@ -64,8 +64,8 @@ def clipped_value_loss(new, old, returns, clip):
 def test_clipped_losses_and_their_gradients(ours, formula, arrays, clip):
   new, *rest = (torch.tensor(x[MASK].astype(np.float64)) for x in arrays)
   new.requires_grad_()
-  wanted = formula(new, *rest, clip).sum()
-  wanted.backward()
+  expected = formula(new, *rest, clip).sum()
+  expected.backward()
 
   @functools.partial(jax.value_and_grad, has_aux=True)
   def compute(x, *others):
@@ -74,17 +74,17 @@ def test_clipped_losses_and_their_gradients(ours, formula, arrays, clip):
 
   (total, count), gradient = jax.jit(compute)(*map(dirty, arrays))
   assert count == MASK.sum()
-  assert total == pytest.approx(wanted.item(), rel=1e-6, abs=1e-6 * MASK.sum())
+  assert total == pytest.approx(expected.item(), rel=1e-6, abs=1e-6 * MASK.sum())
   full = np.zeros((N, M))
   full[MASK] = new.grad
-  # A ratio has the rounding of the difference of its log-probabilities: 6e-8 of 10.
+  # A ratio has the rounding error of its log-probabilities, 6e-8 of 10.
   close(gradient, full, 2e-6)
 
 
 @pytest.mark.parametrize("level", ["answer", "sequence"])
 def test_levels_and_their_metrics(level):
-  """Means over answers; the ratio of a whole answer is the product of its tokens' ratios."""
-  (total, count), found = ppo.policy_loss(
+  """Losses are means over answers; an answer's ratio is the product of its tokens' ratios."""
+  (total, count), pairs = ppo.policy_loss(
     dirty(NEW), dirty(OLD), ADVANTAGES[:, :1], MASK, clip=0.2, level=level
   )
   losses, ratios = [], []
@@ -95,31 +95,31 @@ def test_levels_and_their_metrics(level):
     ratios.extend(ratio)
   assert count == len(losses) == N - 1
   assert total == pytest.approx(sum(losses), rel=2e-6)
-  metrics = ppo.summary(sums.quotients(found))
+  metrics = ppo.summary(sums.quotients(pairs))
   assert metrics["val/ratio"] == pytest.approx(np.mean(ratios), rel=1e-6)
   assert metrics["val/ratio_var"] == pytest.approx(np.var(ratios), rel=1e-5)
   assert metrics["policy/approxkl_avg"] == pytest.approx(np.mean(np.log(ratios) ** 2) / 2, rel=1e-5)
 
 
-def test_the_variance_of_ratios_near_one_is_kept():
+def test_the_variance_of_ratios_near_one_is_accurate():
   new = (OLD + 1e-3 * np.random.default_rng(5).normal(size=OLD.shape)).astype(np.float32)
-  _, found = ppo.policy_loss(new, OLD, ADVANTAGES, MASK)
+  _, pairs = ppo.policy_loss(new, OLD, ADVANTAGES, MASK)
   ratios = np.exp(new.astype(np.float64) - OLD)[MASK]
-  metrics = ppo.summary(sums.quotients(found))
+  metrics = ppo.summary(sums.quotients(pairs))
   assert metrics["val/ratio_var"] == pytest.approx(ratios.var(), rel=1e-3)
 
 
 def test_micro_batches_add_up():
   for level in ppo.LEVELS:
     options = {"clip": 0.2, "level": level}
-    _, whole = ppo.policy_loss(NEW, OLD, ADVANTAGES, MASK, **options)
+    _, batch = ppo.policy_loss(NEW, OLD, ADVANTAGES, MASK, **options)
     parts = [
       ppo.policy_loss(NEW[part], OLD[part], ADVANTAGES[part], MASK[part], **options)[1]
       for part in (slice(0, 3), slice(3, None))
     ]
-    together = sums.combine(*parts)
-    for key, (total, count) in whole.items():
-      assert together[key] == (pytest.approx(float(total), rel=1e-5, abs=1e-6), count)
+    combined = sums.combine(*parts)
+    for key, (total, count) in batch.items():
+      assert combined[key] == (pytest.approx(float(total), rel=1e-5, abs=1e-6), count)
 
 
 @pytest.mark.parametrize(
@@ -133,13 +133,13 @@ def test_micro_batches_add_up():
 def test_losses_of_groups_equal_trl(kind, level, options):
   beta = 0.07 if kind is trl_groups.GRPO else 0.0
   each = np.random.default_rng(5).normal(size=B * GROUP).astype(np.float32)
-  wanted, wanted_gradient, metrics = trl_groups.loss(
+  expected, expected_gradient, trl_metrics = trl_groups.loss(
     kind, GROUP_MASK, GROUP_ARRAYS, GROUP_OLD, each, beta=beta, **options
   )
 
   @jax.jit
   def compute(logps):
-    (total, count), found = ppo.policy_loss(
+    (total, count), pairs = ppo.policy_loss(
       logps,
       GROUP_OLD,
       each[:, None],
@@ -151,15 +151,15 @@ def test_losses_of_groups_equal_trl(kind, level, options):
     if beta:
       penalties, count_again = ppo.average(penalty, GROUP_MASK, level=level)
       total += beta * penalties * count / count_again
-    return total / count, sums.quotients(found | {"kl": ppo.average(penalty, GROUP_MASK)})
+    return total / count, sums.quotients(pairs | {"kl": ppo.average(penalty, GROUP_MASK)})
 
-  (loss, found), gradient = jax.value_and_grad(compute, has_aux=True)(GROUP_LOGPS)
-  assert loss == pytest.approx(wanted, rel=1e-6, abs=1e-7)  # tokens' losses of both signs, about 1
-  close(gradient, wanted_gradient, 2e-6)
-  assert found["policy/clipfrac_avg"] == pytest.approx(metrics["clip_ratio/region_mean"])
-  assert found["policy/clipfrac_avg"] > 0
+  (loss, metrics), gradient = jax.value_and_grad(compute, has_aux=True)(GROUP_LOGPS)
+  assert loss == pytest.approx(expected, rel=1e-6, abs=1e-7)  # losses of tokens cancel
+  close(gradient, expected_gradient, 2e-6)
+  assert metrics["policy/clipfrac_avg"] == pytest.approx(trl_metrics["clip_ratio/region_mean"])
+  assert metrics["policy/clipfrac_avg"] > 0
   if beta:
-    assert found["kl"] == pytest.approx(metrics["kl"], rel=1e-6)
+    assert metrics["kl"] == pytest.approx(trl_metrics["kl"], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", kl.KINDS)
@@ -174,7 +174,7 @@ def test_a_rollout_and_its_updates_equal_trl(kind):
   lengths, ended = rollout["lengths"], rollout["ended"]
   n, longest = logps.shape
   mask = np.arange(longest) < lengths[:, None]
-  # TRL has the score one place behind the end where there is one, and a value of that place.
+  # TRL puts the score, and a value, one position after the end token where there is one.
   longer = np.arange(longest) < lengths[:, None] + 1
   estimates = np.where(mask, kl.estimate(logps, reference, kind), 0)
   scores = advantages.penalize_missing_eos(scores, ended, arguments["missing_eos_penalty"])
@@ -187,17 +187,17 @@ def test_a_rollout_and_its_updates_equal_trl(kind):
   close(whitened, run["whitened"])
 
   coefficients = dict.fromkeys(("kl_coef", "first_coefficient"), arguments["kl_coef"])
-  # TRL has the penalty of a missing end, which is none by default, in all that it calls scores.
+  # TRL's metrics of scores include the penalty of a missing end token, which is 0 by default.
   objective = sums.quotients(
     ppo.objective(scores, scores, estimates, logps, mask, ended, **coefficients)
   )
-  wanted = run["metrics"]
-  # TRL counts a log-probability of 1 for padding.
-  wanted["objective/entropy"] += (~mask).sum() / n
-  names = [key for key in wanted if key.startswith("objective/")] + ["val/num_eos_tokens"]
+  expected = run["metrics"]
+  # TRL adds log-probabilities of 1 for padding.
+  expected["objective/entropy"] += (~mask).sum() / n
+  names = [key for key in expected if key.startswith("objective/")] + ["val/num_eos_tokens"]
   assert len(names) == 6
   assert {key: float(objective[key]) for key in names} == pytest.approx(
-    {key: wanted[key] for key in names}, rel=1e-6
+    {key: expected[key] for key in names}, rel=1e-6
   )
 
   updates = []
@@ -212,16 +212,16 @@ def test_a_rollout_and_its_updates_equal_trl(kind):
       _, critic = ppo.value_loss(
         value, values[rows], returns[rows], longer[rows], clip=arguments["cliprange_value"]
       )
-      # These two TRL averages over padding, too, where the ratio is 1.
+      # TRL averages these two over padding, too, where the ratio is 1.
       padding = (~mask[rows]).sum()
       for key, extra in (("policy/approxkl_avg", 0), ("val/ratio", padding)):
         policy[key] = (policy[key][0] + extra, policy[key][1] + padding)
       updates.append(sums.quotients(policy | critic))
   names = ["loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/clipfrac_avg"]
   names += ["val/clipfrac_avg", "val/ratio"]
-  found = {key: np.mean([update[key] for update in updates]) for key in names}
-  # Relative to the losses of tokens, whose signs cancel.
-  assert found == pytest.approx({key: wanted[key] for key in names}, rel=1e-6, abs=2e-7)
+  averages = {key: np.mean([update[key] for update in updates]) for key in names}
+  # The absolute tolerance is for losses of tokens that cancel.
+  assert averages == pytest.approx({key: expected[key] for key in names}, rel=1e-6, abs=2e-7)
 
 
 def test_without_tokens_everything_is_zero():
@@ -232,8 +232,8 @@ def test_without_tokens_everything_is_zero():
   assert not np.any(advantages.place_scores(SCORES, nan, nothing, kl_coef=0.1))
 
   def policy(x, level):
-    found = ppo.policy_loss(x, nan, nan, nothing, level=level)
-    return found[0][0], found
+    result = ppo.policy_loss(x, nan, nan, nothing, level=level)
+    return result[0][0], result
 
   for level in ppo.LEVELS:
     gradient, (loss, metrics) = jax.grad(policy, has_aux=True)(nan, level)
@@ -243,8 +243,8 @@ def test_without_tokens_everything_is_zero():
   assert ppo.value_loss(nan, nan, nan, nothing)[0] == (0, 0)
   one = nan[:, 0]
   coefficients = {"kl_coef": 0.1, "first_coefficient": 0.2}
-  found = ppo.objective(one, one, nan, nan, nothing, ENDED, **coefficients)
-  assert not any(np.any(x) for x in found.values())
+  result = ppo.objective(one, one, nan, nan, nothing, ENDED, **coefficients)
+  assert not any(np.any(x) for x in result.values())
 
 
 def test_an_unknown_level_is_refused():

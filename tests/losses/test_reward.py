@@ -16,7 +16,7 @@ K = max(LENGTHS)
 
 
 def make_scores(seed: int = 0, scale: float = 2.0):
-  """(scores float32[N, K] with nan where no answer is, valid bool[N, K])."""
+  """Returns scores float32[N, K], nan where there is no answer, and valid bool[N, K]."""
   rng = np.random.default_rng(seed)
   valid = np.arange(K) < np.array(LENGTHS)[:, None]
   scores = (scale * rng.normal(size=valid.shape) + 1).astype(np.float32)
@@ -24,7 +24,7 @@ def make_scores(seed: int = 0, scale: float = 2.0):
 
 
 def plackett_luce(scores, margin=0.0):
-  """-log of the product of the chances to be drawn next, of one example's float64 scores."""
+  """Returns -log of the probability to draw answers in this order, from float64 scores."""
   total = torch.zeros((), dtype=torch.float64)
   for i in range(len(scores) - 1):
     rivals = scores[i + 1 :] + margin
@@ -36,10 +36,10 @@ def plackett_luce(scores, margin=0.0):
 @pytest.mark.parametrize("center_rewards_coefficient", [0.0, 0.01, 1.0])
 def test_pairs_equal_trl(margin, center_rewards_coefficient):
   scores = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32) * 3
-  wanted, wanted_metrics = trl_losses.reward(
+  expected, expected_metrics = trl_losses.reward(
     scores, margin=margin, center_rewards_coefficient=center_rewards_coefficient or None
   )
-  # Pairs among longer lists, and beside an example without a pair.
+  # Pairs padded to longer lists, and an example without a pair.
   padded = np.full((5, K), np.nan, np.float32)
   padded[:4, :2] = scores
   margins = None if margin is None else np.array([*margin, 7.0], np.float32)
@@ -47,12 +47,12 @@ def test_pairs_equal_trl(margin, center_rewards_coefficient):
     padded, ~np.isnan(padded), margin=margins, center_rewards_coefficient=center_rewards_coefficient
   )
   assert count == 4
-  assert total / count == pytest.approx(wanted, rel=1e-5)
-  found = {
+  assert total / count == pytest.approx(expected, rel=1e-5)
+  metrics = {
     key: total / count for key, (total, count) in reward.metrics(padded, padded == padded).items()
   } | reward.extremes(padded, padded == padded)
-  assert wanted_metrics.pop("num_tokens") == 8
-  assert found == pytest.approx(wanted_metrics, rel=1e-5)
+  assert expected_metrics.pop("num_tokens") == 8
+  assert metrics == pytest.approx(expected_metrics, rel=1e-5)
 
 
 @pytest.mark.parametrize("margins", [False, True])
@@ -61,18 +61,18 @@ def test_rankings_and_their_gradients_equal_float64(scale, margins):
   scores, valid = make_scores(scale=scale)
   margin = np.linspace(0, 2, len(scores)).astype(np.float32) if margins else np.zeros(len(scores))
   variable = torch.tensor(np.where(valid, scores, 0).astype(np.float64), requires_grad=True)
-  wanted = sum(
+  expected = sum(
     plackett_luce(row[:length], float(m))
     for row, length, m in zip(variable, LENGTHS, margin, strict=True)
   )
-  wanted.backward()
-  given = jnp.asarray(margin, jnp.float32) if margins else None
+  expected.backward()
+  margins_or_none = jnp.asarray(margin, jnp.float32) if margins else None
   value_and_grad = jax.jit(
-    jax.value_and_grad(lambda x: reward.loss(x, valid, margin=given), has_aux=True)
+    jax.value_and_grad(lambda x: reward.loss(x, valid, margin=margins_or_none), has_aux=True)
   )
   (total, count), gradient = value_and_grad(scores)
   assert count == sum(length > 1 for length in LENGTHS)
-  assert total == pytest.approx(wanted.item(), rel=1e-5)
+  assert total == pytest.approx(expected.item(), rel=1e-5)
   difference = np.linalg.norm(gradient - variable.grad.numpy())
   assert difference <= 1e-5 * np.linalg.norm(variable.grad)
   assert not gradient[~valid].any()
@@ -85,16 +85,16 @@ def test_a_ranking_is_as_likely_as_drawing_it_answer_by_answer():
   for chance in chances[:-1]:
     total *= chance / remaining
     remaining -= chance
-  found, _ = reward.loss(scores[None], np.ones((1, 4), bool))
-  assert found == pytest.approx(-np.log(total), rel=1e-5)
-  every = [
+  loss, _ = reward.loss(scores[None], np.ones((1, 4), bool))
+  assert loss == pytest.approx(-np.log(total), rel=1e-5)
+  likelihoods = [
     np.exp(-reward.loss(scores[None, list(order)], np.ones((1, 4), bool))[0])
     for order in itertools.permutations(range(4))
   ]
-  assert sum(every) == pytest.approx(1.0, rel=1e-5)
+  assert sum(likelihoods) == pytest.approx(1.0, rel=1e-5)
 
 
-def test_a_pair_told_well_apart_still_has_a_gradient():
+def test_a_pair_of_very_different_scores_still_has_a_gradient():
   # log(1 + x) of small x: 1 - sigmoid would be 0 in float32.
   scores = np.array([[30.0, 0.0]], np.float32)
   valid = np.ones((1, 2), bool)
@@ -103,12 +103,12 @@ def test_a_pair_told_well_apart_still_has_a_gradient():
   assert gradient[0] == pytest.approx([-np.exp(-30.0), np.exp(-30.0)], rel=1e-5)
 
 
-def test_centring_pulls_the_mean_alone():
+def test_centering_adds_the_squared_mean():
   scores, valid = make_scores()
   plain, _ = reward.loss(scores, valid)
-  centred, _ = reward.loss(scores, valid, center_rewards_coefficient=0.3)
+  centered, _ = reward.loss(scores, valid, center_rewards_coefficient=0.3)
   ranked = [row[:n].astype(np.float64) for row, n in zip(scores, LENGTHS, strict=True) if n > 1]
-  assert centred - plain == pytest.approx(0.3 * sum(4 * r.mean() ** 2 for r in ranked), rel=1e-5)
+  assert centered - plain == pytest.approx(0.3 * sum(4 * r.mean() ** 2 for r in ranked), rel=1e-5)
 
 
 def test_metrics_count_every_ordered_pair():
@@ -118,25 +118,25 @@ def test_metrics_count_every_ordered_pair():
     for row, length in zip(scores, LENGTHS, strict=True)
     for i, j in itertools.combinations(range(length), 2)
   ]
-  found = reward.metrics(scores, valid)
-  right = sum(x > 0 for x in differences)
-  assert 0 < right < len(differences)
-  assert found["accuracy"] == (right, len(differences))
-  assert found["margin"] == (pytest.approx(sum(differences), rel=1e-5), len(differences))
+  metrics = reward.metrics(scores, valid)
+  correct = sum(x > 0 for x in differences)
+  assert 0 < correct < len(differences)
+  assert metrics["accuracy"] == (correct, len(differences))
+  assert metrics["margin"] == (pytest.approx(sum(differences), rel=1e-5), len(differences))
   mean = scores[valid].astype(np.float64).sum()
-  assert found["mean_reward"] == (pytest.approx(mean, rel=1e-5), sum(LENGTHS))
+  assert metrics["mean_reward"] == (pytest.approx(mean, rel=1e-5), sum(LENGTHS))
   extremes = reward.extremes(scores, valid)
   assert extremes == {"min_reward": np.nanmin(scores), "max_reward": np.nanmax(scores)}
 
 
-def test_equal_scores_are_no_right_answer():
-  found = reward.metrics(np.ones((2, 3)), np.ones((2, 3), bool))
-  assert found["accuracy"] == (0, 6)
+def test_equal_scores_are_not_accurate():
+  metrics = reward.metrics(np.ones((2, 3)), np.ones((2, 3), bool))
+  assert metrics["accuracy"] == (0, 6)
 
 
 def test_nothing_to_compare_is_zero():
   valid = np.zeros((2, 3), bool)
   valid[0, 0] = True
-  found = reward.loss(np.full((2, 3), 5.0), valid, center_rewards_coefficient=1.0)
-  assert found == (0, 0)
+  loss = reward.loss(np.full((2, 3), 5.0), valid, center_rewards_coefficient=1.0)
+  assert loss == (0, 0)
   assert reward.metrics(np.full((2, 3), 5.0), valid)["accuracy"] == (0, 0)

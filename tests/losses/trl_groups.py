@@ -1,4 +1,4 @@
-"""TRL's RLOOTrainer and GRPOTrainer on given numbers: no generation, models or reward functions."""
+"""TRL's RLOOTrainer and GRPOTrainer on arrays: no generation, models or reward functions."""
 
 import collections
 import types
@@ -21,10 +21,10 @@ class GroupAccelerator(Accelerator):
 
 
 class Rollout:
-  """What the trainers would get from models and reward functions."""
+  """Stands in for the methods that call models and reward functions."""
 
   def _tokens(self):
-    """Of prompts and answers."""
+    """Returns the tokens of prompts and of answers."""
     return [[1]] * len(self.lengths), [[2] * int(n) for n in self.lengths]
 
   def _calculate_rewards(self, *_):
@@ -48,7 +48,7 @@ class GRPO(Rollout, GRPOTrainer):
 
 
 def make(kind, mask, arrays: dict, **attributes):
-  """A trainer of kind RLOO or GRPO.
+  """Makes a trainer of kind RLOO or GRPO.
 
   Args:
     mask: bool[N, M].
@@ -101,14 +101,14 @@ def make(kind, mask, arrays: dict, **attributes):
 
 
 def advantages(kind, mask, arrays: dict, group: int, **attributes):
-  """float64[N] that the trainer gives to answers, `group` of them to a prompt."""
+  """Returns the trainer's advantages of answers, float64[N], `group` of them to a prompt."""
   trainer = make(kind, mask, arrays, num_generations=group, **attributes)
   inputs = [{"prompt": str(n // group)} for n in range(len(mask))]
   return trainer._generate_and_score_completions(inputs)["advantages"].numpy()
 
 
 def loss(kind, mask, arrays: dict, old_logps, advantages, **attributes):
-  """(loss, gradient with respect to logps float64[N, M], metrics)."""
+  """Returns (loss, gradient with respect to logps float64[N, M], metrics)."""
   trainer = make(kind, mask, arrays, **attributes)
   trainer.logps.requires_grad_()
   mask, old_logps = torch.tensor(mask).long(), torch.tensor(old_logps, dtype=torch.float64)
@@ -122,7 +122,7 @@ def loss(kind, mask, arrays: dict, old_logps, advantages, **attributes):
     "old_logps": (old_logps * mask).sum(1),
     "ref_per_token_logps": trainer.reference,
   }
-  found = trainer._compute_loss(trainer.model, inputs)
-  found.backward()
+  loss_value = trainer._compute_loss(trainer.model, inputs)
+  loss_value.backward()
   metrics = {key: values[0] for key, values in trainer._metrics["train"].items()}
-  return found.item(), trainer.logps.grad.numpy(), metrics
+  return loss_value.item(), trainer.logps.grad.numpy(), metrics

@@ -1,4 +1,4 @@
-"""TRL's own losses and metrics, of given numbers: its trainers without model, data or optimizer."""
+"""Losses and metrics computed by TRL's trainers from arrays, without model, data or optimizer."""
 
 import collections
 import types
@@ -8,7 +8,7 @@ from trl import DPOTrainer, RewardTrainer
 
 
 class Accelerator:
-  """What the trainers ask of it, for one process."""
+  """The part of accelerate's Accelerator that the trainers use, for one process."""
 
   device = torch.device("cpu")
 
@@ -20,7 +20,7 @@ class Accelerator:
 
 
 def make_trainer(kind, **attributes):
-  """A trainer that has nothing but the attributes its loss looks at."""
+  """Makes a trainer that has only the attributes that its loss reads."""
   trainer = object.__new__(kind)
   trainer.__dict__ |= {
     "model": types.SimpleNamespace(training=True),
@@ -34,17 +34,17 @@ def make_trainer(kind, **attributes):
 
 
 def read(trainer, loss):
-  """(loss, metrics) as floats."""
+  """Returns (loss, metrics) as floats."""
   metrics = {key: values[0] for key, values in trainer._metrics["train"].items()}
   return float(loss), metrics
 
 
 def dpo(token_logps, mask, reference, *, kinds, weights, beta, label_smoothing):
-  """DPOTrainer's loss and metrics, of pairs.
+  """Computes DPOTrainer's loss and metrics of pairs.
 
   Args:
     token_logps: float[2, N, T], log-probabilities of tokens of the chosen and the rejected answers.
-    mask: bool[2, N, T], which tokens are an answer's.
+    mask: bool[2, N, T], which tokens belong to an answer.
     reference: float[2, N], summed log-probabilities by the reference model.
     kinds, weights: lists, TRL's loss types and the factor of each.
   """
@@ -81,7 +81,7 @@ def dpo(token_logps, mask, reference, *, kinds, weights, beta, label_smoothing):
 
 
 def reward(scores, *, margin=None, center_rewards_coefficient=None):
-  """RewardTrainer's loss and metrics of pairs with scores float[N, 2], chosen first."""
+  """Computes RewardTrainer's loss and metrics of pairs with scores float[N, 2], chosen first."""
   logits = torch.tensor(scores, dtype=torch.float32).T.reshape(-1, 1)
   trainer = make_trainer(
     RewardTrainer, args=types.SimpleNamespace(center_rewards_coefficient=center_rewards_coefficient)

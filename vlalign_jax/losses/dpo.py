@@ -1,4 +1,4 @@
-"""Direct preference optimisation (Rafailov et al. 2023): its losses, and what is reported."""
+"""Direct preference optimization (Rafailov et al. 2023): losses and metrics."""
 
 import jax.numpy as jnp
 
@@ -9,20 +9,20 @@ KINDS = ("sigmoid", "hinge", "ipo", "robust")
 
 
 def check_settings(kind: str, beta: float, label_smoothing: float, sft_weight: float) -> None:
-  """Raises InputError for settings, named as under `dpo.` of the config, that mean nothing."""
+  """Raises InputError for values of the config's `dpo` group that are out of range."""
   if kind not in KINDS:
     raise InputError(f"dpo.loss={kind!r}: choose one of {', '.join(KINDS)}")
   if not beta > 0:
     raise InputError(f"dpo.beta={beta}: must be above 0; 0.1 is usual")
   if not 0 <= label_smoothing < 0.5:
     raise InputError(
-      f"dpo.label_smoothing={label_smoothing}: the share of rankings taken to be the wrong way "
-      "round, so at least 0 and below 0.5"
+      f"dpo.label_smoothing={label_smoothing}: must be at least 0 and below 0.5; it is the share "
+      "of rankings assumed to be reversed"
     )
   if label_smoothing and kind not in ("sigmoid", "robust"):
     raise InputError(
-      f"dpo.label_smoothing={label_smoothing}: dpo.loss={kind!r} has none; set it to 0, or choose "
-      "dpo.loss=sigmoid or robust"
+      f"dpo.label_smoothing={label_smoothing}: dpo.loss={kind!r} does not use it; set it to 0, or "
+      "choose dpo.loss=sigmoid or robust"
     )
   if sft_weight < 0:
     raise InputError(f"dpo.sft_weight={sft_weight}: must be at least 0")
@@ -40,32 +40,32 @@ def loss(
   sft_weight: float = 0.0,
   chosen_length=None,
 ):
-  """Sum over examples of a DPO loss, and the number of examples.
+  """Returns the sum over examples of a DPO loss, and the number of examples.
 
   With r_k = logps - reference of answer k, d = r_0 - r_1 and e = label_smoothing, for two answers:
     sigmoid: -(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d) (Rafailov et al. 2023, equation
       7; Mitchell 2023, cDPO, equation 3).
     robust: (-(1 - e) log sigmoid(beta d) + e log sigmoid(-beta d)) / (1 - 2e) (Chowdhury et al.
       2024, "Provably robust DPO").
-    hinge: max(0, 1 - beta d) (Zhao et al. 2023, SLiC-HF; of these ratios Liu et al. 2024, RSO).
+    hinge: max(0, 1 - beta d) (Zhao et al. 2023, SLiC-HF; with these ratios Liu et al. 2024, RSO).
     ipo: (r_0 / length_0 - r_1 / length_1 - 1 / (2 beta))^2 (Azar et al. 2023, equation 17, per
-      token as TRL has it).
-  For more answers the first two take the Plackett-Luce likelihood of the ranking by beta r
-  (Rafailov et al. 2023, equation 20) and, for what e stands before, of the reversed ranking; the
-  others take the mean over the example's ordered pairs.
+      token as in TRL).
+  With more than two answers, the first two use the Plackett-Luce likelihood of beta r instead of
+  the sigmoid (Rafailov et al. 2023, equation 20), and that of the reversed ranking in the terms
+  with a factor e; the others take the mean over the example's ordered pairs.
 
   Args:
     logps: float32[N, K], log-probability of each answer (sum over its tokens), best first.
     reference: float32[N, K], the same by the reference model.
     lengths: int32 or float32[N, K], tokens of each answer.
-    valid: bool[N, K], false where an example has fewer answers; these values do not matter.
+    valid: bool[N, K], false where an example has fewer answers; values there are ignored.
     kind: one of KINDS.
-    beta: strength of the pull towards the reference; for ipo its tau.
-    label_smoothing: share of rankings taken to be the wrong way round; for sigmoid and robust.
-    sft_weight: of the mean cross-entropy per token of the best answers, added to the loss (Pang et
-      al. 2024; the `sft` among TRL's loss types).
-    chosen_length: float32[], mean number of tokens of the best answers in the batch that the loss
-      is to be the mean over; None if that is this very batch, not one of its micro-batches.
+    beta: strength of the pull toward the reference; for ipo its tau.
+    label_smoothing: share of rankings assumed to be reversed; for sigmoid and robust.
+    sft_weight: weight of the mean cross-entropy per token of the best answers, which is added to
+      the loss (Pang et al. 2024; `sft` among TRL's loss types).
+    chosen_length: float32[], mean number of tokens of the best answers in the batch that the caller
+      averages the loss over; None: this batch, which is then not a micro-batch of a larger one.
 
   Returns:
     (float32[] sum, float32[] number of examples with at least two answers).
@@ -92,7 +92,7 @@ def loss(
   total, count = jnp.sum(losses), jnp.sum(ranked).astype(jnp.float32)
   if sft_weight:
     nll, tokens = _cross_entropy_of_best(logps, lengths, ranked)
-    # The caller divides by the number of examples: tokens per example make of that tokens.
+    # The caller divides by the number of examples, which makes this nll / tokens.
     if chosen_length is None:
       chosen_length = tokens / jnp.maximum(count, 1.0)
     total += sft_weight * nll / jnp.maximum(chosen_length, 1.0)
@@ -100,11 +100,11 @@ def loss(
 
 
 def metrics(logps, reference, lengths, valid, *, beta: float = 0.1):
-  """What is reported of a batch, under the names of TRL's DPOTrainer.
+  """Computes a batch's metrics, under the names of TRL's DPOTrainer.
 
-  The reward of an answer is beta (logps - reference). Where an example has more than two answers,
-  `chosen` is its best one, `rejected` stands for the mean of the others and `margins` for the
-  difference of these two; accuracies are over all ordered pairs.
+  The reward of an answer is beta (logps - reference). With more than two answers, `chosen` is the
+  best one, `rejected` the mean of the others and `margins` the difference of the two; accuracies
+  are over all ordered pairs.
 
   Args:
     logps, reference, lengths, valid, beta: as in `loss`.
@@ -113,9 +113,9 @@ def metrics(logps, reference, lengths, valid, *, beta: float = 0.1):
     Dict of (float32[] sum, float32[] count): `rewards/chosen`, `rewards/rejected`,
     `rewards/margins`, `rewards/accuracies` (pairs whose better answer has the higher reward),
     `logps/chosen`, `logps/rejected`, `logps/accuracies` and `logps/accuracies_per_token` (pairs
-    whose better answer the policy itself finds likelier, as a whole or by the mean over tokens),
-    `logps/reference_accuracies` (the first of these two by the reference), `nll_loss` (mean
-    cross-entropy per token of the best answers).
+    whose better answer has the higher log-probability by the policy, in sum or per token),
+    `logps/reference_accuracies` (the same by the reference, in sum), `nll_loss` (mean cross-entropy
+    per token of the best answers).
   """
   logps, reference, lengths = _clean(logps, reference, lengths, valid)
   above, ranked = ranking.ordered_pairs(valid), ranking.is_ranked(valid)
@@ -124,12 +124,12 @@ def metrics(logps, reference, lengths, valid, *, beta: float = 0.1):
   others = jnp.maximum(jnp.sum(valid, axis=1) - 1, 1)
 
   def sums(x):
-    """Over examples, of the best answer and of the mean of the others."""
+    """Sums over examples the best answer's value, and the mean of the other answers' values."""
     return jnp.sum(x[:, 0] * ranked), jnp.sum(jnp.sum(x[:, 1:], axis=1) / others)
 
   def accuracy(x):
-    right = above & (ranking.differences(x) > 0)
-    return jnp.sum(right).astype(jnp.float32), jnp.sum(above).astype(jnp.float32)
+    correct = above & (ranking.differences(x) > 0)
+    return jnp.sum(correct).astype(jnp.float32), jnp.sum(above).astype(jnp.float32)
 
   chosen, rejected = sums(rewards)
   chosen_logps, rejected_logps = sums(logps)
@@ -148,17 +148,17 @@ def metrics(logps, reference, lengths, valid, *, beta: float = 0.1):
 
 
 def _clean(logps, reference, lengths, valid):
-  """float32[N, K] each, with 0, 0 and 1 where no answer is."""
+  """Returns float32[N, K] each; where there is no answer they are 0, 0 and 1."""
   logps, reference = (jnp.where(valid, x, 0).astype(jnp.float32) for x in (logps, reference))
   return logps, reference, jnp.where(valid, jnp.maximum(lengths, 1), 1).astype(jnp.float32)
 
 
 def _mean_over_pairs(values, above):
-  """float32[N] of values float32[N, K, K]; 0 where there is no pair."""
+  """Returns the mean [N] of values float32[N, K, K] over pairs; 0 without a pair."""
   total = jnp.sum(jnp.where(above, values, 0.0), axis=(1, 2))
   return total / jnp.maximum(jnp.sum(above, axis=(1, 2)), 1)
 
 
 def _cross_entropy_of_best(logps, lengths, ranked):
-  """(sum over tokens of the best answers, number of these tokens)."""
+  """Returns (sum over the best answers' tokens, number of these tokens)."""
   return -jnp.sum(logps[:, 0] * ranked), jnp.sum(lengths[:, 0] * ranked)

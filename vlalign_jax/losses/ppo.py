@@ -1,6 +1,6 @@
-"""Proximal policy optimisation (Schulman et al. 2017): losses of tokens, and what is reported.
+"""Proximal policy optimization (Schulman et al. 2017): losses of tokens, and metrics.
 
-Arrays are those of losses.advantages: [N, M], with `mask` bool[N, M] true for an answer's tokens.
+Arrays are [N, M], with `mask` bool[N, M] true for an answer's tokens, see `losses.advantages`.
 """
 
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def check_level(level: str) -> None:
 
 
 def policy_loss(logps, old_logps, advantages, mask, *, clip: float = 0.2, level: str = "token"):
-  """The clipped surrogate, to be minimised (Schulman et al. 2017, equation 7).
+  """Computes the clipped surrogate loss (Schulman et al. 2017, equation 7).
 
   max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), rho = exp(logps - old_logps).
 
@@ -26,17 +26,17 @@ def policy_loss(logps, old_logps, advantages, mask, *, clip: float = 0.2, level:
     old_logps: float32[N, M], the same when they were sampled.
     advantages: float32[N, M], or float32[N, 1] where an answer's tokens share one.
     mask: bool[N, M].
-    clip: how far rho may move from 1 and still be paid for.
-    level: what is averaged. token: all tokens alike. answer: the mean over each answer's tokens,
-      answers alike (Shao et al. 2024, equation 3). sequence: answers alike, rho that of a whole
-      answer (Ahmadian et al. 2024, whose action is the answer; TRL's RLOOTrainer); an answer's
-      advantage is then that of its first token.
+    clip: how far rho may move from 1; a larger gain does not count.
+    level: what is averaged. token: all tokens. answer: over answers, the mean of each answer's
+      tokens (Shao et al. 2024, equation 3). sequence: answers, with rho the product over an
+      answer's tokens (Ahmadian et al. 2024, where an answer is one action; TRL's RLOOTrainer) and
+      the advantage of its first token.
 
   Returns:
     ((float32[] sum, float32[] count), dict of such pairs): `loss/policy_avg` (the loss),
-    `policy/approxkl_avg` (mean of (log rho)^2 / 2), `policy/clipfrac_avg` (where the clipped one
-    is the greater), `val/ratio` (mean of rho) and `val/ratio_var` (mean of (rho - 1)^2, of which
-    `summary` makes the variance).
+    `policy/approxkl_avg` (mean of (log rho)^2 / 2), `policy/clipfrac_avg` (share where the clipped
+    term is greater), `val/ratio` (mean of rho) and `val/ratio_var` (mean of (rho - 1)^2, which
+    `summary` turns into the variance).
   """
   check_level(level)
   logps, old_logps = _clean(mask, logps, old_logps)
@@ -48,50 +48,50 @@ def policy_loss(logps, old_logps, advantages, mask, *, clip: float = 0.2, level:
     log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True)
     mask = jnp.any(mask, axis=1, keepdims=True)
   ratio = jnp.exp(log_ratio)
-  free = -advantages * ratio
+  unclipped = -advantages * ratio
   clipped = -advantages * jnp.clip(ratio, 1 - clip, 1 + clip)
-  loss = average(jnp.maximum(free, clipped), mask, level=level)
+  loss = average(jnp.maximum(unclipped, clipped), mask, level=level)
   return loss, {
     "loss/policy_avg": loss,
     "policy/approxkl_avg": average(log_ratio**2 / 2, mask),
-    "policy/clipfrac_avg": average(clipped > free, mask),
+    "policy/clipfrac_avg": average(clipped > unclipped, mask),
     "val/ratio": average(ratio, mask),
     "val/ratio_var": average((ratio - 1) ** 2, mask),
   }
 
 
 def value_loss(values, old_values, returns, mask, *, clip: float = 0.2):
-  """Half the squared error of the critic, clipped as the policy is (OpenAI's baselines, TRL).
+  """Computes half the critic's squared error, clipped like the policy (OpenAI's baselines, TRL).
 
   max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2.
 
   Args:
     values: float32[N, M], the critic's; gradients flow into these.
-    old_values: float32[N, M], the same when the rollout was made.
+    old_values: float32[N, M], the same during the rollout.
     returns: float32[N, M] of `advantages.gae`.
     mask: bool[N, M].
-    clip: how far a value may move in one rollout; in units of the rewards.
+    clip: how far a value may move per rollout, in units of the rewards.
 
   Returns:
     ((float32[] sum, float32[] count) over tokens, dict of such pairs): `loss/value_avg` (the loss)
-    and `val/clipfrac_avg` (where the clipped error is the greater).
+    and `val/clipfrac_avg` (share where the clipped error is greater).
   """
   values, old_values, returns = _clean(mask, values, old_values, returns)
-  free = (values - returns) ** 2
+  unclipped = (values - returns) ** 2
   clipped = (jnp.clip(values, old_values - clip, old_values + clip) - returns) ** 2
-  loss = average(jnp.maximum(free, clipped) / 2, mask)
-  return loss, {"loss/value_avg": loss, "val/clipfrac_avg": average(clipped > free, mask)}
+  loss = average(jnp.maximum(unclipped, clipped) / 2, mask)
+  return loss, {"loss/value_avg": loss, "val/clipfrac_avg": average(clipped > unclipped, mask)}
 
 
 def average(values, mask, *, level: str = "token"):
-  """What the mean of values is made of: (float32[] sum, float32[] count).
+  """Returns (float32[] sum, float32[] count), whose quotient is the mean of values.
 
-  So are the entropy bonus (`policy/entropy_avg`) and GRPO's penalty of KL, of values per token.
+  Also used for the entropy bonus (`policy/entropy_avg`) and GRPO's KL penalty.
 
   Args:
     values: [N, M].
     mask: bool[N, M].
-    level: "token" for the mean over tokens, else that over answers of the means over their tokens.
+    level: token: the mean over tokens; else over answers, of the means over their tokens.
   """
   check_level(level)
   values = jnp.where(mask, values, 0).astype(jnp.float32)
@@ -103,25 +103,25 @@ def average(values, mask, *, level: str = "token"):
 
 
 def objective(scores, shaped, kl, logps, mask, ended, *, kl_coef, first_coefficient):
-  """What is reported of a rollout, under the names of TRL's PPOTrainer.
+  """Computes a rollout's metrics, under the names of TRL's PPOTrainer.
 
   Args:
-    scores: float32[N], as the reward model or function gave them.
-    shaped: float32[N], as they are learnt from: normalised, without the penalty of a missing end,
-      and clipped.
+    scores: float32[N], from the reward model or function.
+    shaped: float32[N], as used for advantages: normalized, minus the penalty of a missing end
+      token, and clipped.
     kl: float32[N, M] of `kl.estimate`.
     logps: float32[N, M], log-probabilities of the sampled tokens.
     mask: bool[N, M].
-    ended: bool[N], whether the end token is there.
-    kl_coef: float or float32[], of this rollout.
-    first_coefficient: the config's, which stays where an adaptive one moves.
+    ended: bool[N], whether the answer has its end token.
+    kl_coef: float or float32[], during this rollout.
+    first_coefficient: the config's, which is constant even if kl_coef adapts.
 
   Returns:
     Dict of (float32[] sum over answers, float32[] answers): `objective/kl`, `objective/entropy`
     (both summed over an answer's tokens), `objective/scores`, `objective/shaped_scores`,
-    `objective/non_score_reward` (the penalty of KL that was learnt from) and
-    `objective/rlhf_reward` (the score less first_coefficient x KL, so that steps compare); and
-    float32[] `val/num_eos_tokens`. Evaluation reports the same quantities under the same names.
+    `objective/non_score_reward` (-kl_coef x KL) and `objective/rlhf_reward` (the score minus
+    first_coefficient x KL, comparable between steps); and float32[] `val/num_eos_tokens`.
+    Evaluation reports the same quantities under the same names.
   """
   kl, logps = _clean(mask, kl, logps)
   real = jnp.any(mask, axis=1)
@@ -140,18 +140,17 @@ def objective(scores, shaped, kl, logps, mask, ended, *, kl_coef, first_coeffici
 
 
 def summary(quotients: dict) -> dict:
-  """What is reported, of `sums.quotients` of the pairs above.
+  """Turns `val/ratio_var` of `sums.quotients` into the variance of the ratio; keeps the others.
 
-  `val/ratio_var` becomes the variance of the ratio over all that was averaged (TRL's is that
-  between the means of micro-batches). The mean was taken of squares around 1, where ratios are, so
-  that float32 does not lose them.
+  The variance is over all tokens or answers (TRL's is between the means of micro-batches). The
+  squares are around 1, where ratios are, so that float32 has digits for them.
   """
   if "val/ratio_var" not in quotients:
     return quotients
-  spread = quotients["val/ratio_var"] - (quotients["val/ratio"] - 1) ** 2
-  return quotients | {"val/ratio_var": spread}
+  variance = quotients["val/ratio_var"] - (quotients["val/ratio"] - 1) ** 2
+  return quotients | {"val/ratio_var": variance}
 
 
 def _clean(mask, *arrays):
-  """float32[N, M] each, 0 where no token is."""
+  """Returns float32[N, M] each, 0 where there is no token."""
   return tuple(jnp.where(mask, x, 0).astype(jnp.float32) for x in arrays)

@@ -1,4 +1,4 @@
-"""Reward model: the loss of scores of ranked answers, and what is reported of them."""
+"""Reward model: loss and metrics of the scores of ranked answers."""
 
 import jax.numpy as jnp
 
@@ -6,19 +6,18 @@ from vlalign_jax.losses import ranking
 
 
 def loss(scores, valid, *, margin=None, center_rewards_coefficient: float = 0.0):
-  """Sum over examples of the ranking's negative log-likelihood, and the number of examples.
+  """Returns the sum over examples of the ranking's negative log-likelihood, and their number.
 
-  See `ranking.plackett_luce`; two answers make Bradley-Terry. Centering adds, per example,
-  c * (2 * mean of its scores)^2 with c = center_rewards_coefficient; for two
-  answers c * (s_0 + s_1)^2
-  (Eisenstein et al. 2023, equation 2; TRL's `center_rewards_coefficient`): it chooses, among scores
-  that differ by a constant and rank alike, those around 0.
+  See `ranking.plackett_luce`; two answers make Bradley-Terry. A constant added to all scores does
+  not change that likelihood. Centering therefore adds, per example, c * (2 * mean of its scores)^2
+  with c = center_rewards_coefficient, which keeps scores around 0. For two answers it is
+  c * (s_0 + s_1)^2 (Eisenstein et al. 2023, equation 2; TRL has the same argument).
 
   Args:
     scores: float[N, K] in the order of the ranking, best first.
-    valid: bool[N, K], false where an example has fewer answers; these scores do not matter.
+    valid: bool[N, K], false where an example has fewer answers; scores there are ignored.
     margin: float32[N] or None, see `ranking.plackett_luce`.
-    center_rewards_coefficient: weight of the center_rewards_coefficient term.
+    center_rewards_coefficient: c.
 
   Returns:
     (float32[] sum, float32[] number of examples with at least two answers).
@@ -33,14 +32,14 @@ def loss(scores, valid, *, margin=None, center_rewards_coefficient: float = 0.0)
 
 
 def metrics(scores, valid):
-  """What is reported of a batch, under the names of TRL's RewardTrainer.
+  """Computes a batch's metrics, under the names of TRL's RewardTrainer.
 
   Args:
     scores, valid: as in `loss`.
 
   Returns:
-    Dict of (float32[] sum, float32[] count): `accuracy` (pairs whose better answer has the higher
-    score, of all ordered pairs), `margin` (by how much, over the same pairs), `mean_reward`.
+    Dict of (float32[] sum, float32[] count): `accuracy` (ordered pairs whose better answer has the
+    higher score), `margin` (the difference of scores over all pairs), `mean_reward`.
   """
   scores = jnp.where(valid, scores, 0).astype(jnp.float32)
   above = ranking.ordered_pairs(valid)
@@ -54,7 +53,7 @@ def metrics(scores, valid):
 
 
 def extremes(scores, valid):
-  """Dict of float32[]: `min_reward` and `max_reward`; inf and -inf where there is no answer.
+  """Returns `min_reward` and `max_reward`, float32[]; inf and -inf if there is no answer.
 
   Args:
     scores, valid: as in `loss`.

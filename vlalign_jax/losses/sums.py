@@ -1,7 +1,7 @@
-"""Sums that make up what is reported: how those of micro-batches and batches become one.
+"""Sums from which metrics are made, and how to combine them over micro-batches and batches.
 
-A value is a pair (sum, count), whose quotient is reported, or a sum alone. Names that begin with
-`min_` or `max_` are no sums: the least and the greatest counts.
+A value is a pair (sum, count), whose quotient is the metric, or a sum alone. A value whose name
+begins with `min_` or `max_` is a minimum or maximum instead.
 """
 
 from collections.abc import Iterable
@@ -12,51 +12,46 @@ _EXTREMES = {"min_": (min, jnp.minimum, jnp.inf), "max_": (max, jnp.maximum, -jn
 
 
 def start(shapes: dict) -> dict:
-  """What changes nothing when it is combined with values of these names, float32[] each.
+  """Returns the neutral element of `combine`, float32[] each, for values like `shapes`."""
 
-  Args:
-    shapes: dict like the values'.
-  """
+  def start_one(name, value):
+    neutral = _EXTREMES[name[:4]][2] if name[:4] in _EXTREMES else 0.0
+    neutral = jnp.full((), neutral, jnp.float32)
+    return (neutral, neutral) if isinstance(value, tuple) else neutral
 
-  def one(name, value):
-    first = _EXTREMES[name[:4]][2] if name[:4] in _EXTREMES else 0.0
-    zero = jnp.full((), first, jnp.float32)
-    return (zero, zero) if isinstance(value, tuple) else zero
-
-  return {name: one(name, value) for name, value in shapes.items()}
+  return {name: start_one(name, value) for name, value in shapes.items()}
 
 
 def combine(first: dict, second: dict) -> dict:
-  """The values of both together, on the devices."""
+  """Combines the values of two batches, on the devices."""
 
-  def one(name, a, b):
+  def combine_one(name, a, b):
     if name[:4] in _EXTREMES:
       return _EXTREMES[name[:4]][1](a, b)
     return (a[0] + b[0], a[1] + b[1]) if isinstance(a, tuple) else a + b
 
-  return {name: one(name, first[name], second[name]) for name in first}
+  return {name: combine_one(name, first[name], second[name]) for name in first}
 
 
 def total(parts: Iterable[dict]) -> dict:
-  """The values of all together, as floats: float32 could not count 17 million tokens.
+  """Combines the values of all batches on the host.
 
-  Args:
-    parts: dicts of numbers, from the devices.
+  The results are Python floats: float32 cannot count beyond 2^24, 17 million tokens.
   """
   parts = list(parts)
 
-  def one(name, values):
+  def combine_one(name, values):
     if name[:4] in _EXTREMES:
       return float(_EXTREMES[name[:4]][0](values))
     if isinstance(values[0], tuple):
-      return tuple(sum(float(value[place]) for value in values) for place in (0, 1))
-    return sum(float(value) for value in values)
+      return tuple(sum(map(float, column)) for column in zip(*values, strict=True))
+    return sum(map(float, values))
 
-  return {name: one(name, [part[name] for part in parts]) for name in parts[0]}
+  return {name: combine_one(name, [part[name] for part in parts]) for name in parts[0]}
 
 
 def quotients(values: dict) -> dict:
-  """What is reported: quotients of pairs (0 where nothing counts), the others as they are."""
+  """Divides each pair's sum by its count (0 if the count is 0); keeps the other values."""
   return {
     name: value[0] / (value[1] + (value[1] == 0)) if isinstance(value, tuple) else value
     for name, value in values.items()

@@ -1,4 +1,4 @@
-"""Which tokens a policy may say where: those that a sampler never chooses have no probability."""
+"""Which tokens a policy can choose at each position: the others have probability 0."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ FORBIDDEN = -1e30
 
 
 class Support(NamedTuple):
-  """What is left out of the softmax of each position.
+  """The tokens that the softmax of each position leaves out.
 
   Attributes:
-    forbidden: bool[V], tokens that no position may have.
-    forbidden_early: bool[V], tokens that only the positions in `early` may not have.
-    early: bool[B, T], positions within an answer's least number of tokens.
+    forbidden: bool[V], tokens left out at all positions.
+    forbidden_early: bool[V], tokens left out only at the positions in `early`.
+    early: bool[B, T], positions within an answer's minimum length.
   """
 
   forbidden: jax.Array
@@ -24,11 +24,11 @@ class Support(NamedTuple):
 
 
 def restrict(logits, support: Support | None):
-  """Logits with FORBIDDEN where a position may not have the token.
+  """Sets the logits of tokens that a position cannot have to FORBIDDEN.
 
   Args:
     logits: float32[..., V].
-    support: with `early` bool[...]; None: every token may be anywhere.
+    support: with `early` bool[...]; None: leaves all logits unchanged.
   """
   if support is None:
     return logits
