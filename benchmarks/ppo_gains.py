@@ -3,7 +3,7 @@
 JAX_PLATFORMS=cpu python -m benchmarks.ppo_gains --demo=runs/demo --output=DIR [--seeds=3]
 
 Trains the demo's preset from its short SFT run with its reward model, for each seed with each
-estimator, and with reward model and critic that see grey pictures. Afterwards the seeing reward
+estimator, and with reward model and critic that see gray pictures. Afterwards the seeing reward
 model scores answers that are sampled from the policies, at temperature 1, before and after. Prints
 mean gains, their standard errors over seeds and the KL divergence, and fails if an estimator's gain
 is not above three standard errors, or blind scorers gain as much. What is there already in the

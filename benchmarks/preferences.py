@@ -75,7 +75,7 @@ def make_examples(model: vlm.ModelConfig, K: int) -> tuple[list[Example], list[E
 
 
 def _example(tokens, positions, branches, ends, number: int) -> Example:
-  """All of a branch but its last token is learnt."""
+  """All of a branch but its last token is learned."""
   weights = branches > 0
   weights[ends] = False
   return Example(
@@ -135,11 +135,11 @@ def operations(stage: str, rows, *, shared: bool) -> tuple[float, float]:
   done = program.train_step.lower(
     program.state, program.frozen, shapes, program.reference
   ).compile()
-  learnt = int(np.sum(rows["loss_mask"] != 0))
+  learned = int(np.sum(rows["loss_mask"] != 0))
   key_tiles = -(-rows["tokens"].shape[1] // tiles.CPU_TILE)
   assert key_tiles % 2, "the mean over tiles of queries would be rounded"
   trips = loops.Trips(
-    to_unknown=-(-learnt // meshes.head_chunk(mesh)),  # the output head's
+    to_unknown=-(-learned // meshes.head_chunk(mesh)),  # the output head's
     from_unknown=(key_tiles + 1) // 2,  # attention's, over the keys up to a tile of queries
   )
   counted_once = done.cost_analysis()["flops"]

@@ -5,8 +5,8 @@
 A LLaVA of about 60M parameters in float32, its vision tower frozen, AdamW and clipping on both
 sides, both on all cores. The two run in processes of their own and take turns step by step, so that
 the machine's mood hits both. Two loads:
-  full     sequences of one length, every position learnt (image positions too): nothing to save
-  answers  lengths as in ScienceQA conversations, only answers learnt; torch pads to the longest of
+  full     sequences of one length, every position learned (image positions too): nothing to save
+  answers  lengths as in ScienceQA conversations, only answers learned; torch pads to the longest of
            the batch, ours packs
 Needs requirements-dev.txt.
 """
@@ -40,7 +40,7 @@ LENGTHS = (
 
 
 def make_examples(load: str, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-  """(tokens int32[N], learnt bool[N]) of each example: an image, then text."""
+  """(tokens int32[N], learned bool[N]) of each example: an image, then text."""
   rng = np.random.default_rng(seed)
   examples = []
   for prompt, answer in LENGTHS:
@@ -48,8 +48,8 @@ def make_examples(load: str, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
       prompt, answer = 0, FULL_LENGTH - IMAGE_TOKENS
     text = rng.integers(5, 31000, prompt + answer)
     tokens = np.concatenate([np.full(IMAGE_TOKENS, IMAGE_TOKEN), text]).astype(np.int32)
-    learnt = np.arange(len(tokens)) >= len(tokens) - answer
-    examples.append((tokens, learnt if load == "answers" else np.ones_like(learnt)))
+    learned = np.arange(len(tokens)) >= len(tokens) - answer
+    examples.append((tokens, learned if load == "answers" else np.ones_like(learned)))
   return examples
 
 
@@ -98,7 +98,7 @@ def torch_steps(directory: str, load: str, batch: int):
   model.model.vision_tower.requires_grad_(False)
   trained = [p for p in model.parameters() if p.requires_grad]
   optimizer = torch.optim.AdamW(trained, LEARNING_RATE, BETAS, EPSILON, weight_decay=0.0)
-  mean, std = (torch.tensor(x)[:, None, None] for x in normalisation())
+  mean, std = (torch.tensor(x)[:, None, None] for x in normalization())
   examples, pixels = make_examples(load, 0), pictures(batch)
   pixels = (torch.tensor(pixels).permute(0, 3, 1, 2) / 255 - mean) / std
   model.train()
@@ -109,11 +109,11 @@ def torch_steps(directory: str, load: str, batch: int):
       tokens = torch.zeros((len(part), longest), dtype=torch.long)
       labels = torch.full((len(part), longest), -100, dtype=torch.long)
       mask = torch.zeros((len(part), longest), dtype=torch.long)
-      for row, (ids, learnt) in enumerate(part):
+      for row, (ids, learned) in enumerate(part):
         ids = torch.tensor(ids, dtype=torch.long)
         tokens[row, : len(ids)] = ids
         mask[row, : len(ids)] = 1
-        labels[row, : len(ids)] = torch.where(torch.tensor(learnt), ids, -100)
+        labels[row, : len(ids)] = torch.where(torch.tensor(learned), ids, -100)
       # Without padding, torch's fused causal attention needs no mask: the faster of its ways.
       padded = bool((mask == 0).any())
       out = model(
@@ -130,7 +130,7 @@ def torch_steps(directory: str, load: str, batch: int):
       yield float(out.loss.detach())
 
 
-def normalisation():
+def normalization():
   """CLIP's mean and standard deviation."""
   return (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -157,7 +157,7 @@ def our_steps(directory: str, load: str, batch: int):
   c.train.vision = False
   c.optim.learning_rate, c.optim.schedule = LEARNING_RATE, "constant"
   vision, projector, language = hf_config.parts_of(hf_config.read_config(directory), directory)
-  mean, std = normalisation()
+  mean, std = normalization()
   config = vlm.ModelConfig(vision, projector, language, IMAGE_TOKEN, mean, std)
   opened = source.ModelSource(
     config=config,
@@ -174,8 +174,8 @@ def our_steps(directory: str, load: str, batch: int):
   state = program.init_state(params)
 
   examples = []
-  for number, (tokens, learnt) in enumerate(make_examples(load, 0)):
-    weights = np.append(learnt[1:], False)
+  for number, (tokens, learned) in enumerate(make_examples(load, 0)):
+    weights = np.append(learned[1:], False)
     examples.append(
       Example(
         tokens=tokens,

@@ -1,4 +1,4 @@
-"""Direct preference optimisation of a vision-language model on ranked answers.
+"""Direct preference optimization of a vision-language model on ranked answers.
 
   python scripts/train_dpo.py --config=configs/dpo.py:llava15_7b --workdir=runs/dpo \
     --config.model.init_from=runs/sft \

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation of a vision-language model: it answers, is scored, and learns.
+"""Proximal policy optimization of a vision-language model: it answers, is scored, and learns.
 
   python scripts/train_ppo.py --config=configs/ppo.py:llava15_7b --workdir=runs/ppo \
     --config.model.init_from=runs/sft --config.ppo.reward_model=runs/reward \

@@ -1,4 +1,4 @@
-"""Reward modelling of a vision-language model on ranked answers.
+"""Reward modeling of a vision-language model on ranked answers.
 
   python scripts/train_reward.py --config=configs/reward.py:llava15_7b --workdir=runs/reward \
     --config.model.init_from=runs/sft \

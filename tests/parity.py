@@ -64,7 +64,7 @@ def make_pictures(number: int, size: int, seed: int = 0) -> dict[str, np.ndarray
 def make_example(
   config: vlm.ModelConfig, length: int, images: tuple[str, ...] = (), seed: int = 0
 ) -> Example:
-  """Random text of `length` tokens with images between, of which about half is learnt."""
+  """Random text of `length` tokens with images between, of which about half is learned."""
   rng = np.random.default_rng(seed)
   tokens = rng.integers(0, config.image_token_id, length)  # <image> is the last token
   places = np.sort(rng.choice(length, len(images), replace=False))
@@ -114,7 +114,7 @@ def torch_logits(model, config: vlm.ModelConfig, example: Example, pictures) -> 
 
 
 def torch_loss(model, config: vlm.ModelConfig, examples, pictures):
-  """(mean cross-entropy over the learnt tokens of all examples, their number)."""
+  """(mean cross-entropy over the learned tokens of all examples, their number)."""
   total, count = 0.0, 0
   for example in examples:
     losses = torch.nn.functional.cross_entropy(

@@ -49,7 +49,7 @@ def make_records(directory: str, n: int) -> list[dict]:
 
 def ranked(records: list[dict]) -> list[dict]:
   """The records with two to four ranked answers to their last question, the best first."""
-  wrong = ("a cat", "grey as the sky", "no")
+  wrong = ("a cat", "gray as the sky", "no")
   found = []
   for number, record in enumerate(records):
     *turns, last = record["conversations"]

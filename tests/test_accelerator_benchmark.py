@@ -72,7 +72,7 @@ def test_rows_are_those_of_training(beside_the_script):
   B, image = 2 * mesh.size, models.TINY.tokens_per_image
   packed = models.packed_rows(models.TINY, mesh, B, 64, 2)
   shared, separate = models.pair_rows(models.TINY, mesh, B, 5, 7)
-  for arrays, parts, learnt in ((packed, 2, 64 - 2 * image), (shared, 1, 14), (separate, 1, 7)):
+  for arrays, parts, learned in ((packed, 2, 64 - 2 * image), (shared, 1, 14), (separate, 1, 7)):
     arrays = {name: np.asarray(x) for name, x in arrays.items()}
     for row in range(2):
       examples = []
@@ -88,7 +88,7 @@ def test_rows_are_those_of_training(beside_the_script):
         expected |= layouts.answer_places(examples, [row], 1, 2)
       for name, x in expected.items():
         np.testing.assert_array_equal(arrays[name][row], x, err_msg=name)
-      assert arrays["loss_mask"][row].sum() == learnt
+      assert arrays["loss_mask"][row].sum() == learned
 
 
 def test_kernels_of_a_trace_are_summed_once(tmp_path, beside_the_script):

@@ -1,4 +1,4 @@
-"""The demo deletes nothing of the user's, and says so when a stage has not learnt enough."""
+"""The demo deletes nothing of the user's, and says so when a stage has not learned enough."""
 
 import json
 import pathlib

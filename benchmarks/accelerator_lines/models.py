@@ -89,7 +89,7 @@ def copied(params, shapes):
 
 
 def sequence(model, rng, prompt: int, answers: list[int]) -> dict:
-  """Returns one example as a row holds it: an image, a prompt, and answers that are learnt.
+  """Returns one example as a row holds it: an image, a prompt, and answers that are learned.
 
   Args:
     model: the architecture.
@@ -144,7 +144,7 @@ def to_device(model, mesh, rows: list[list[dict]], pictures):
 
 
 def packed_rows(model, mesh, rows: int, length: int, examples: int):
-  """Returns rows on the device: so many examples each, an image and text that is learnt."""
+  """Returns rows on the device: so many examples each, an image and text that is learned."""
   rng = np.random.default_rng(0)
   text = length // examples - model.tokens_per_image
   assert text > 1, "an example holds an image and text"
@@ -178,10 +178,10 @@ def prompt_rows(rows: dict) -> dict:
   return {name: rows[name] for name in names}
 
 
-def step_flops(model, rows: int, length: int, images: int, learnt: int, trained: bool) -> float:
+def step_flops(model, rows: int, length: int, images: int, learned: int, trained: bool) -> float:
   """Returns a step's operations by the plain formula, without what remat computes again.
 
-  6 for each parameter and token (4 where the weights stay), the head's for learnt tokens; causal
+  6 for each parameter and token (4 where the weights stay), the head's for learned tokens; causal
   attention over whole rows, 6 B L T^2 W; and the frozen tower's forward pass.
 
   Args:
@@ -189,13 +189,13 @@ def step_flops(model, rows: int, length: int, images: int, learnt: int, trained:
     rows: B.
     length: T.
     images: of all rows.
-    learnt: tokens that the head sees.
+    learned: tokens that the head sees.
     trained: whether the decoder's weights are; else adapters are, which are not counted.
   """
   layer, head = decoder_sizes(model)
   language, vision = model.language, model.vision
   each = 6 if trained else 4
-  decoder = each * (language.layers * layer * rows * length + head * learnt)
+  decoder = each * (language.layers * layer * rows * length + head * learned)
   attention = 6 * rows * language.layers * length**2 * language.heads * language.head_dim
   tokens = vision.patches + 1
   tower = vision.layers * (4 * vision.width**2 + 2 * vision.width * vision.mlp_width)

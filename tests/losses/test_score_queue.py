@@ -16,7 +16,7 @@ def test_scores_are_normalized_by_the_last_ones():
     scores = (3 + 2 * rng.normal(size=n)).astype(np.float32)
     seen = (seen + scores.astype(np.float64).tolist())[-10:]
     expected = (scores - np.mean(seen)) / np.std(seen) * 10
-    normalized = queue.normalise(scores)
+    normalized = queue.normalize(scores)
     assert normalized.dtype == np.float32
     np.testing.assert_allclose(normalized, expected, rtol=1e-6)
     queue = ScoreQueue(10, 10.0, queue.scores.tolist())  # as saved and restored
@@ -24,16 +24,16 @@ def test_scores_are_normalized_by_the_last_ones():
 
 def test_scores_that_are_not_numbers_stay_out():
   queue = ScoreQueue()
-  normalized = queue.normalise(np.array([[1.0, np.nan], [np.inf, 3.0]]))
+  normalized = queue.normalize(np.array([[1.0, np.nan], [np.inf, 3.0]]))
   np.testing.assert_array_equal(normalized, np.float32([[-10, np.nan], [np.inf, 10]]))
   assert queue.scores.tolist() == [1, 3]
-  assert np.isnan(queue.normalise(np.array([np.nan]))).all()
+  assert np.isnan(queue.normalize(np.array([np.nan]))).all()
   assert queue.scores.tolist() == [1, 3]
 
 
 def test_equal_scores_are_zero():
-  assert not ScoreQueue().normalise(np.full(7, 0.1)).any()
-  assert ScoreQueue().normalise(np.array([5.0])) == 0
+  assert not ScoreQueue().normalize(np.full(7, 0.1)).any()
+  assert ScoreQueue().normalize(np.array([5.0])) == 0
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ VARIANTS = {
     {"r": 4, "lora_alpha": 8, "target_modules": peft_models.LANGUAGE},
     {"rank": 4, "alpha": 8.0},
   ),
-  "rank-stabilised, all parts, biases, tied embeddings": (
+  "rank-stabilized, all parts, biases, tied embeddings": (
     {
       "r": 4,
       "lora_alpha": 6,

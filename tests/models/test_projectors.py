@@ -35,9 +35,9 @@ def make_vision(image_size: int, keep_class_token: bool = False) -> clip.VisionC
 
 
 def layer_norm(x, params, epsilon):
-  centred = x - x.mean(-1)[..., None]
-  variance = (centred**2).mean(-1)[..., None]
-  return centred / (variance + epsilon) ** 0.5 * params["scale"] + params["bias"]
+  centered = x - x.mean(-1)[..., None]
+  variance = (centered**2).mean(-1)[..., None]
+  return centered / (variance + epsilon) ** 0.5 * params["scale"] + params["bias"]
 
 
 def linear(x, params):

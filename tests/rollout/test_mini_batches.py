@@ -1,4 +1,4 @@
-"""How a rollout is dealt out to updates: alike on every mesh, and only what is learnt from."""
+"""How a rollout is dealt out to updates: alike on every mesh, and only what is learned from."""
 
 import numpy as np
 import pytest
@@ -15,13 +15,13 @@ def files(tmp_path_factory, compile_cache):
 
 
 def test_rows_that_fill_up_change_nothing():
-  learnt = np.array([5, 2, 0, 7, 3])
-  exact = learn.mini_batches(learnt, 8, 2)
+  learned = np.array([5, 2, 0, 7, 3])
+  exact = learn.mini_batches(learned, 8, 2)
   assert [list(part) for part in exact] == [[5, 2, 0, 1], [7, 3, 4, 6]]
-  more = learn.mini_batches(learnt, 16, 2)  # as many devices more have
+  more = learn.mini_batches(learned, 16, 2)  # as many devices more have
   for few, many in zip(exact, more, strict=True):
     assert len(many) == 8
-    assert set(few) & set(learnt) == set(many) & set(learnt)
+    assert set(few) & set(learned) == set(many) & set(learned)
   assert sorted(np.concatenate(more)) == list(range(16))
 
 
@@ -30,7 +30,7 @@ def test_mini_batches_of_nothing_are_left_out():
   assert learn.mini_batches(np.array([], int), 4, 2) == []
 
 
-def test_a_last_step_of_few_prompts_is_reported_and_learnt_as_others(files, tmp_path):
+def test_a_last_step_of_few_prompts_is_reported_and_learned_as_others(files, tmp_path):
   settings = {
     "ppo.estimator": "rloo",
     "ppo.num_generations": 2,

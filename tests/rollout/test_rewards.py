@@ -160,9 +160,9 @@ def test_an_empty_answer_is_scored_as_any_other(files, tmp_path):
   reader = tiny_ppo.text_reader(run, images=2, answers=2)
   empty = reader.rows(records, [["", ""]] * len(records))
   assert (empty["answers"] >= 0).all()
-  grey = dataclasses.replace(reader, blank=True).rows(records, [["", ""]] * len(records))
+  gray = dataclasses.replace(reader, blank=True).rows(records, [["", ""]] * len(records))
   there = empty["images"].any(axis=(2, 3, 4), keepdims=True)
-  np.testing.assert_array_equal(grey["images"], np.broadcast_to(127 * there, grey["images"].shape))
+  np.testing.assert_array_equal(gray["images"], np.broadcast_to(127 * there, gray["images"].shape))
 
 
 def test_answers_of_which_none_ends_keep_their_scores(files, tmp_path):

@@ -28,7 +28,7 @@ def files(tmp_path_factory, compile_cache):
   records = sft_run.make_records(str(directory), 4)
   for record in records:
     right = record["conversations"][-1]["value"]
-    record["conversations"][-1]["value"] = [right, "grey as the sky"]
+    record["conversations"][-1]["value"] = [right, "gray as the sky"]
   config = reward.get_config("demo")
   config.update_from_flattened_dict(
     ADAPTERS

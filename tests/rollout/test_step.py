@@ -150,7 +150,7 @@ class Torch:
     return sum(terms)
 
   def sft_loss(self, conversations):
-    """Mean over the learnt tokens of all conversations."""
+    """Mean over the learned tokens of all conversations."""
     total = count = 0.0
     for example, given in conversations:
       logs = torch.log_softmax(self.actor(**given).logits[0], dim=-1)

@@ -83,7 +83,7 @@ def test_flags_that_do_not_fit(flags, expected):
     processes.start(*flags)
 
 
-# --- Recognised without flags ---
+# --- Recognized without flags ---
 
 
 class _Metadata(http.server.BaseHTTPRequestHandler):

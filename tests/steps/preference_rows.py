@@ -50,13 +50,13 @@ def make_preference(
 
 def _sequence(tokens: np.ndarray, prompt: int, images: tuple[str, ...]) -> Example:
   """Tokens of which all behind the first `prompt` are the answer."""
-  learnt = (np.arange(len(tokens)) >= prompt - 1) & (np.arange(len(tokens)) < len(tokens) - 1)
+  learned = (np.arange(len(tokens)) >= prompt - 1) & (np.arange(len(tokens)) < len(tokens) - 1)
   return Example(
     tokens=tokens,
     positions=np.arange(len(tokens), dtype=np.int32),
     branches=np.zeros(len(tokens), np.int32),
-    targets=np.where(learnt, np.roll(tokens, -1), 0).astype(np.int32),
-    loss_mask=learnt.astype(np.float32),
+    targets=np.where(learned, np.roll(tokens, -1), 0).astype(np.int32),
+    loss_mask=learned.astype(np.float32),
     images=images,
     where="drawn at random",
   )

@@ -65,7 +65,7 @@ def make_model(directory, projector: str = "mlp", mmca: bool = False, **override
 
 
 def gradients_in_torch(model):
-  """(loss, path -> gradient) of the mean over the learnt tokens of all examples."""
+  """(loss, path -> gradient) of the mean over the learned tokens of all examples."""
   model.torch.zero_grad()
   loss, _ = parity.torch_loss(model.torch, model.config, model.examples, model.pictures)
   loss.backward()
@@ -205,9 +205,9 @@ def test_unpacked_rows_give_the_same(model, packed_gradients):
 
 def test_accumulation_over_uneven_micro_batches_gives_the_same(model, packed_gradients):
   rows = planned_rows(model, pack=True, row_multiple=4)
-  learnt = rows["loss_mask"].sum(1)
-  assert min(learnt) == 0  # one micro-batch only pads
-  assert len(set(learnt)) == 4
+  learned = rows["loss_mask"].sum(1)
+  assert min(learned) == 0  # one micro-batch only pads
+  assert len(set(learned)) == 4
   check(gradients(model, rows, parts=4), packed_gradients, 1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The page of a run's first examples: what it says is learnt, is."""
+"""The page of a run's first examples: what it says is learned, is."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def prepared_of(directory, name, kind, **overrides):
 def parts_of(prepared, number):
   load = prepared.load_example
   return [
-    "".join(f"[{text}]" if learnt else text for text, learnt in parts)
+    "".join(f"[{text}]" if learned else text for text, learned in parts)
     for parts in examples.parts_of(
       load(number), load.tokenizer, load.image_token_id, load.tokens_per_image
     )
@@ -57,7 +57,7 @@ def test_the_page(directory):
   assert page.count("<img ") == 10 - 2 + 1
   assert page.count("<mark>") == 1 + 10 + 2
   assert "data/ten.json, record 0" in page
-  assert "grey" not in page
+  assert "gray" not in page
 
 
 def test_the_page_of_a_blind_run(directory):

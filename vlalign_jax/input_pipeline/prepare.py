@@ -96,7 +96,7 @@ class LoadImage:
   def __call__(self, path: str) -> np.ndarray:
     size = (self.preprocessor.height, self.preprocessor.width, 3)
     if self.blank:
-      return np.full(size, blank.GREY, np.uint8)
+      return np.full(size, blank.GRAY, np.uint8)
     return self.preprocessor.preprocess(
       images.open_image(os.path.dirname(path), os.path.basename(path))
     )

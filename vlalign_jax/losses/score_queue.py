@@ -20,7 +20,7 @@ class ScoreQueue:
     self.size, self.scale = size, scale
     self.scores = np.asarray(scores, np.float64)[-size:]
 
-  def normalise(self, scores):
+  def normalize(self, scores):
     """Adds scores to the queue, and returns (score - mean) / std * scale over the queue.
 
     Args:

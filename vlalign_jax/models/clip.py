@@ -122,7 +122,7 @@ class VisionTower(nnx.Module):
     """Features of images.
 
     Args:
-      pixels: float[N, H, W, 3], normalised, H = W = config.image_size.
+      pixels: float[N, H, W, 3], normalized, H = W = config.image_size.
       remat: see `stack.REMAT_NAMES`.
       mesh: over which N is split.
       attention: the kernel of attention, see `backends.ATTENTION_NAMES`.

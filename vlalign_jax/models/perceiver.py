@@ -95,7 +95,7 @@ def positions(width: int, side: int):
 def cubic_weights(source: int, target: int) -> np.ndarray:
   """float64[target, source], the resizing of a line by cubic convolution (Keys 1981), a = -0.75.
 
-  Pixels are areas (their centres at 0.5, 1.5, ...); the outermost goes on beyond the edge.
+  Pixels are areas (their centers at 0.5, 1.5, ...); the outermost goes on beyond the edge.
   """
   a = -0.75
   places = (np.arange(target) + 0.5) * source / target - 0.5

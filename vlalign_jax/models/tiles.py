@@ -1,7 +1,7 @@
 """Attention in tiles of some queries and some keys, on any platform.
 
 Running softmax statistics go over the tiles, and the backward pass computes a tile's weights again
-from the saved normaliser (Dao et al. 2022, FlashAttention), so that no more than a tile of scores
+from the saved normalizer (Dao et al. 2022, FlashAttention), so that no more than a tile of scores
 per head exists at a time. Multi-modal causal attention has two softmaxes, over text keys and over
 image keys: statistics are kept of each class of keys, and a tile's scores serve both.
 """
@@ -23,7 +23,7 @@ _LOWEST = _HIDDEN / 2
 class Layout(NamedTuple):
   """What decides who sees whom, see `models.attention`.
 
-  An example's tokens are neighbours in its row.
+  An example's tokens are neighbors in its row.
   """
 
   segments: jax.Array  # int32[B, T]
@@ -91,13 +91,13 @@ def _attend(query, key, value, layout, tile, row_shards, window):
 
 def _forward(query, key, value, layout, tile, row_shards, window):
   arrays, tiles = _padded((query, key, value), layout, tile, row_shards > 0, window)
-  mixed, normaliser = _by_row(functools.partial(_mix, tiles=tiles), row_shards, *arrays)
+  mixed, normalizer = _by_row(functools.partial(_mix, tiles=tiles), row_shards, *arrays)
   mixed = [of_class[:, :, :, : query.shape[3]] for of_class in mixed]
-  return sum(mixed[1:], mixed[0]), (query, key, value, layout, mixed, normaliser)
+  return sum(mixed[1:], mixed[0]), (query, key, value, layout, mixed, normalizer)
 
 
 def _backward(tile, row_shards, window, residuals, cotangent):
-  query, key, value, layout, mixed, normaliser = residuals
+  query, key, value, layout, mixed, normalizer = residuals
   T, S = query.shape[3], key.shape[2]
   # Row sums of weights * their gradients, without the weights (Dao et al. 2022, appendix B.2).
   inner = [
@@ -107,7 +107,7 @@ def _backward(tile, row_shards, window, residuals, cotangent):
   given = (query, key, value, cotangent, inner)
   arrays, tiles = _padded(given, layout, tile, row_shards > 0, window)
   gradients = functools.partial(_mix_gradients, tiles=tiles)
-  query_grad, key_grad, value_grad = _by_row(gradients, row_shards, normaliser, *arrays)
+  query_grad, key_grad, value_grad = _by_row(gradients, row_shards, normalizer, *arrays)
   return (
     query_grad[:, :, :, :T].astype(query.dtype),
     key_grad[:, :, :S].astype(key.dtype),
@@ -277,13 +277,13 @@ def _mix(query, key, value, layout, first_tiles, *, tiles: Tiles):
     zeros = jnp.zeros(own.shape[:-1], jnp.float32)
     start = [(zeros + _LOWEST, zeros, jnp.zeros(own.shape, jnp.float32))] * classes
     found = jax.lax.fori_loop(*_keys_of(i, layout, first_tiles, tiles), of_keys, start)
-    mixed, normaliser = carry
+    mixed, normalizer = carry
     for place, (highest, total, of_class) in enumerate(found):
       total = jnp.maximum(total, 1)  # the highest score alone gives 1
       of_class = (of_class / total[..., None]).astype(query.dtype)
       mixed[place] = cut.update(mixed[place], of_class, i, 3)
-      normaliser[place] = cut.update(normaliser[place], highest + jnp.log(total), i, 3)
-    return mixed, normaliser
+      normalizer[place] = cut.update(normalizer[place], highest + jnp.log(total), i, 3)
+    return mixed, normalizer
 
   carry = (
     [jnp.zeros_like(query)] * classes,
@@ -293,7 +293,7 @@ def _mix(query, key, value, layout, first_tiles, *, tiles: Tiles):
 
 
 def _mix_gradients(
-  normaliser, query, key, value, cotangent, inner, layout, first_tiles, *, tiles: Tiles
+  normalizer, query, key, value, cotangent, inner, layout, first_tiles, *, tiles: Tiles
 ):
   """float32 gradients by query, key and value."""
   scale = query.shape[-1] ** -0.5
@@ -301,8 +301,8 @@ def _mix_gradients(
 
   def of_queries(i, carry):
     query_grad, key_grad, value_grad = carry
-    own, out_grad, own_normaliser, own_inner = jax.tree.map(
-      lambda x: tiles.queries.slice(x, i, 3), (query, cotangent, normaliser, inner)
+    own, out_grad, own_normalizer, own_inner = jax.tree.map(
+      lambda x: tiles.queries.slice(x, i, 3), (query, cotangent, normalizer, inner)
     )
 
     def of_keys(j, carry):
@@ -315,7 +315,7 @@ def _mix_gradients(
         text, *image = (x[..., None] for x in by_class)
         return jnp.where(images, image[0], text) if image else text
 
-      weights = jnp.exp(_scores(own, keys, layout, tiles, i, j) - of_class(own_normaliser))
+      weights = jnp.exp(_scores(own, keys, layout, tiles, i, j) - of_class(own_normalizer))
       weights_grad = product("BKGTD,BKSD->BKGTS", out_grad, values)
       scores_grad = (weights * (weights_grad - of_class(own_inner)) * scale).astype(query.dtype)
       own_grad += product("BKGTS,BKSD->BKGTD", scores_grad, keys)

@@ -87,7 +87,7 @@ class VisionLanguageModel(nnx.Module):
     """What the vision tower makes of the images of rows.
 
     Args:
-      images: [B, I, H, W, 3]; uint8 as decoded and resized, or float already normalised.
+      images: [B, I, H, W, 3]; uint8 as decoded and resized, or float already normalized.
       dropout_key: see `__call__`.
 
     Returns:
@@ -199,7 +199,7 @@ def logits(model: VisionLanguageModel, rows):
 
 
 def init_params(config: ModelConfig, key: jax.Array, **options):
-  """(graphdef, nested dict of freshly initialised arrays); call under `jax.jit` to shard."""
+  """(graphdef, nested dict of freshly initialized arrays); call under `jax.jit` to shard."""
   model = VisionLanguageModel(config, rngs=nnx.Rngs(params=key), **options)
   graphdef, state = nnx.split(model)
   return graphdef, nnx.to_pure_dict(state)

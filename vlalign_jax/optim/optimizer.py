@@ -20,7 +20,7 @@ def is_trained(path: str, config) -> bool:
   """Whether a run moves a parameter.
 
   `train.*` says which parts are updated. Where a part has adapters (`lora.*`), they are what is
-  updated, and its own weights stay; the score head is always learnt.
+  updated, and its own weights stay; the score head is always learned.
 
   Args:
     path: of the parameter.

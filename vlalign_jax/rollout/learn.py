@@ -90,7 +90,7 @@ def _normalize(settings, rollout: collect.Rollout, order, scores) -> tuple[np.nd
     return rollout.scores, []
   queue = ScoreQueue(settings.score_queue, settings.score_scale, scores)
   ordered, has_answer = rollout.scores[order], rollout.lengths[order] > 0
-  ordered[has_answer] = queue.normalise(ordered[has_answer])
+  ordered[has_answer] = queue.normalize(ordered[has_answer])
   normalized = np.empty_like(ordered)
   normalized[order] = ordered
   return normalized, queue.scores.tolist()

@@ -52,7 +52,7 @@ def _sizes(wanted: dict[str, int], count: int) -> tuple[int, ...]:
 
 
 def _arrange(sizes: tuple[int, ...], devices):
-  """Devices as an array[data, fsdp, tensor]: `tensor` among neighbours, slices along the first."""
+  """Devices as an array[data, fsdp, tensor]: `tensor` among neighbors, slices along the first."""
   slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
   if len(slices) == 1:
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)

@@ -52,7 +52,7 @@ def start(
 
   Args:
     coordinator: "host:port" of process 0; with `processes` and `process`, or none of the three:
-      then a Slurm step of several tasks and a TPU pod are recognised.
+      then a Slurm step of several tasks and a TPU pod are recognized.
     processes: how many.
     process: which one this is, from 0.
     start_timeout: seconds to wait for the others.

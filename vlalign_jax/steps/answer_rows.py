@@ -9,7 +9,7 @@ its branch, after all that the answer may see.
 import jax.numpy as jnp
 import numpy as np
 
-from vlalign_jax.data.blank import GREY
+from vlalign_jax.data.blank import GRAY
 
 # The longest answer decides which share of max_new_tokens a rollout has room for: 1/4, 1/2 or all.
 SHARES = (4, 2, 1)
@@ -85,7 +85,7 @@ def batch_for_scorer(batch: dict, *, same_tower: bool, blank: bool) -> dict:
   """
   if not same_tower or blank:
     batch = {name: x for name, x in batch.items() if name != "vision_features"}
-  return batch | {"images": jnp.full_like(batch["images"], GREY)} if blank else batch
+  return batch | {"images": jnp.full_like(batch["images"], GRAY)} if blank else batch
 
 
 def select_answers(x, answers: int, length: int):
