@@ -89,7 +89,6 @@ def _critic(config: Config, actor: ModelSource, reward: ModelSource | None) -> M
     model = dataclasses.replace(actor.config, head=SCORE)
     return dataclasses.replace(actor, config=model, fresh=(*actor.fresh, "score/"))
   assert reward is not None  # the config is checked
-  assert reward is not None  # the config is checked
   if not same_tokens(actor, reward):
     raise InputError(
       f"config.ppo.reward_model={config.ppo.reward_model} has another tokenizer, or sees pictures "
