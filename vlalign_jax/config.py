@@ -115,7 +115,8 @@ def shared() -> Config:
   c.data.shuffle = True  # whether each epoch has an order of its own
   c.data.pack = True  # whether a row may hold several examples, which do not see each other
   c.data.workers = 0  # processes that decode pictures ahead; 0: threads of this process
-  # What to do with unreadable pictures: error, or skip (leave out and count; an error beyond 1 %).
+  # What to do with unreadable pictures: error, or skip (leave out and count them; training ends
+  # with an error beyond 1 %).
   c.data.on_bad_record = "error"
 
   c.optim = ConfigDict()
@@ -143,7 +144,9 @@ def shared() -> Config:
   # well.
   c.mesh.zero_stage = 0
   c.mesh.data = -1  # devices that split the batch; -1: those that the other axes leave
-  c.mesh.fsdp = 1  # devices that split the batch and the states that zero_stage names
+  # Devices that split the batch, and the states that mesh.zero_stage names (prediction: the
+  # parameters).
+  c.mesh.fsdp = 1
   c.mesh.tensor = 1  # devices that split attention heads, MLPs and the vocabulary
   # Keep the optimizer's state in the memory of the hosts, where devices reach it.
   c.mesh.offload_optimizer = False

@@ -25,7 +25,7 @@ def add_keys(c: Config) -> None:
   c.optim.schedule = "constant_with_warmup"  # TRL: linear; original: cosine
   ppo: Config = ConfigDict()
   c.ppo = ppo
-  # --- Scores. A reward model, a function, or the weighted sum of both scores answers.
+  # --- Scores. Answers are scored by a reward model, a function, or the weighted sum of both.
   ppo.reward_model = ""  # run of train_reward.py, or its export
   ppo.reward_weight = 1.0  # weight of the reward model's score
   ppo.reward_function = ""  # module:name, called with prompt, answer, reference and record
@@ -75,6 +75,7 @@ def add_keys(c: Config) -> None:
   # End the passes over a rollout when policy/approxkl_avg of one exceeds this; 0: never.
   ppo.stop_kl = 0.0
   # --- The critic.
+
   # What the critic starts from: reward (the reward model) or actor (the actor, with a new head of
   # zeros).
   ppo.critic_init = "reward"
