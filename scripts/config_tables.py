@@ -61,7 +61,7 @@ it. Each preset is described at the top of its file:
 {presets}
 
 The defaults below are those of a config file without a preset, which is its `llava15_7b`. A stage
-with another default is named in brackets. An empty cell is an empty text, and "none" is no value.
+with another default is named in brackets. An empty cell is an empty text, "none" a missing value.
 Some meanings mention the defaults of TRL and of Vision-LLM-Alignment ("original").
 
 `python scripts/config_tables.py` writes this page from the comments in the code.
