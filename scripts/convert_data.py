@@ -1,10 +1,10 @@
-"""Turns published preference data into records that reward models and DPO learn from.
+"""Converts published preference data to records that reward models and DPO learn from.
 
   python scripts/convert_data.py --input=FILE --output=FILE [--on_bad_record=skip]
 
-reads LLaVA-Human-Preference-10K, RLAIF-V or vision-feedback-mix-binarized (told by their keys) as
-JSON, or JSON lines if it ends with .jsonl, and writes LLaVA records whose last answer is a list,
-best first, likewise. Of data sets that the hub has as parquet, export the rows first:
+reads LLaVA-Human-Preference-10K, RLAIF-V or vision-feedback-mix-binarized (recognized by their
+keys) and writes LLaVA records whose last answer is a list, best first. Both files are JSON, or JSON
+lines if the name ends with .jsonl. If the hub has a data set as parquet, export its rows first:
 
   import datasets, json
   with open("rlaif_v.jsonl", "w") as file:
@@ -12,7 +12,7 @@ best first, likewise. Of data sets that the hub has as parquet, export the rows 
       row["image"].convert("RGB").save(f"images/{number}.jpg")
       file.write(json.dumps(row | {"image": f"{number}.jpg"}) + "\\n")
 
-Pictures are not looked at; scripts/check_data.py does that.
+Pictures are not read; scripts/check_data.py does that.
 """
 
 import json
@@ -27,10 +27,11 @@ from vlalign_jax.errors import InputError
 
 
 def convert_data(source: str, output: str, on_bad_record: str = "error") -> int:
-  """Converts a file; gives the number of records written.
+  """Converts a file and returns the number of records written.
 
   Raises:
-    InputError: for the file, its first bad record unless they are skipped, or the output.
+    InputError: the file cannot be read, a record is bad and not to be skipped, or the output
+      cannot be written.
   """
   for flag, path in (("input", source), ("output", output)):
     if not path:
@@ -66,5 +67,5 @@ def main(_):
 if __name__ == "__main__":
   flags.DEFINE_string("input", "", "The file to read.")
   flags.DEFINE_string("output", "", "The file to write; must not exist.")
-  flags.DEFINE_enum("on_bad_record", "error", ("error", "skip"), "What to do.")
+  flags.DEFINE_enum("on_bad_record", "error", ("error", "skip"), "What to do with one.")
   cli.run(main)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The whole road on a set that is drawn here: a tiny LLaVA checkpoint with random weights learns to
 # answer questions about pictures (and the same with the pictures blanked, for comparison). From
-# ranked answers a reward model and DPO learn; PPO improves a policy that has learnt for a shorter
+# ranked answers a reward model and DPO learn; PPO improves a policy that has learned for a shorter
 # time, as the other one leaves it nothing to gain.
-# Ends with exit code 1 if a stage has not learnt what it should.
+# Ends with exit code 1 if a stage has not learned what it should.
 # usage: bash scripts/demo.sh [DIRECTORY]     (default runs/demo, which is made anew)
 set -euo pipefail
 out=${1:-}

@@ -4,7 +4,7 @@
 
 writes OUTPUT/divergence.json, {"kl": nats per answer}: of answers sampled from the policy, one to a
 question, the mean of log(policy / start), both as scripts/predict.py gives them of these answers.
-The predictions lie beside it; the same command goes on where it stopped.
+The predictions are next to it; the same command resumes.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Shows what the demo's runs have learnt, and judges it.
+"""Shows what the demo's runs have learned, and judges it.
 
   python scripts/demo_result.py DIRECTORY
 
@@ -73,7 +73,7 @@ def faults(directory: str) -> Iterator[str]:
     if after < before - EXACT_NOISE:
       yield (
         f"{name.upper()} answers {after:.1%} word for word, and what it began as {before:.1%}: it"
-        " has lost what SFT learnt"
+        " has lost what SFT learned"
       )
   gain = answers["ppo"]["reward"] - answers["sft_short"]["reward"]
   if gain < LEAST_SCORE_GAIN:

@@ -3,19 +3,19 @@
   python scripts/export_hf.py --checkpoint=RUN_DIR --output=HF_DIR [--dtype=bfloat16] [--adapters]
 
 RUN_DIR stands for its newest checkpoint; RUN_DIR/checkpoints/STEP and RUN_DIR/checkpoints/best (by
-the run's config.metric_for_best_model) name others. A PEFT directory, whose base is merged in, and
-a model in the layout of LLaVA's own repository are taken, too.
+the run's config.metric_for_best_model) name others. --checkpoint also takes a PEFT directory, which
+is merged into its base, and a model in the layout of LLaVA's own repository.
 
 LlavaForConditionalGeneration.from_pretrained and AutoProcessor.from_pretrained load the result.
-What was not trained has the same bits as in the model that the run started from, the vision tower's
-layers and post_layernorm that are never run among it; --dtype converts all weights.
+Weights that were not trained, also those that never run, such as the vision tower's last layers and
+post_layernorm, have the bits of the model that the run started from; --dtype converts all weights.
 
 A LoRA run's adapters are merged into the weights. With --adapters they are written alone, for
 peft.PeftModel.from_pretrained on the model that the run started from.
 
 A model that transformers has no class for (see vlalign_jax/weights/export.py) is written in parts:
-its projector, and its towers as models of their own, as which transformers loads vision/ and
-language/; so are its adapters.
+its projector, and its towers in vision/ and language/, which transformers loads as models. Its
+adapters are written in the same parts.
 """
 
 import dataclasses
@@ -36,19 +36,19 @@ from vlalign_jax.weights import export, export_adapters, hf_config, load, runs, 
 
 
 def export_run(run: str, output: str, dtype: str | None, adapters: bool = False) -> None:
-  """Writes a checkpoint of a run, by default the newest, with the frozen weights it stands on."""
+  """Writes a checkpoint of a run, by default the newest, with its frozen weights."""
   storage.check(run, "--checkpoint")
-  found = checkpoints.find_run(run) if run else None
-  if run and not found and source.is_convertible(run):
+  checkpoint = checkpoints.find_run(run) if run else None
+  if run and not checkpoint and source.is_convertible(run):
     _export_directory(run, output, dtype, adapters)
     return
-  if not found:
+  if not checkpoint:
     raise InputError(f"--checkpoint {run!r} is not a run directory: it has no checkpoints/")
   if not output:
     raise InputError("--output is missing: the directory to write")
   export.check_output(output)
   opened = source.open_source(ConfigDict({**shared().model, "init_from": run}))
-  config = run_directory.stored_config(found[0])
+  config = run_directory.stored_config(checkpoint[0])
   model = opened.config
   if adapters:
     model = dataclasses.replace(model, lora=lora.from_group(config["lora"]))
@@ -63,12 +63,12 @@ def export_run(run: str, output: str, dtype: str | None, adapters: bool = False)
     leaves = trees.flatten(abstract)
     placement = {path: leaf.sharding for path, leaf in leaves.items()}
     trained = checkpoints.restore_params(directory, step, leaves, placement)
-    bases = _bases_of(config["model"], export.is_llava(model))
+    bases = _find_bases(config["model"], export.is_llava(model))
     export_adapters.export_adapters(model, trained, output, bases=bases, dtype=dtype)
   else:
-    changed = runs.trained_paths(opened)  # the rest is copied from file to file
+    trained = runs.trained_paths(opened)  # the rest is copied from file to file
     params = load.load_params(
-      opened, abstract, wanted=lambda path: path in changed or path.startswith(opened.fresh)
+      opened, abstract, wanted=lambda path: path in trained or path.startswith(opened.fresh)
     )
     export.export_model(opened, params, output, dtype=dtype)
   logging.info("exported step %d of %s to %s", step, run, output)
@@ -82,8 +82,8 @@ def _export_directory(directory: str, output: str, dtype: str | None, adapters: 
     raise InputError("--output is missing: the directory to write")
   export.check_output(output)
   opened = source.open_source(ConfigDict({**shared().model, "init_from": directory}))
-  kept = opened.tensors["language.norm.weight"].read().dtype
-  _, abstract = vlm.abstract_params(opened.config, param_dtype=kept)
+  stored = opened.tensors["language.norm.weight"].read().dtype
+  _, abstract = vlm.abstract_params(opened.config, param_dtype=stored)
   mesh = meshes.make_mesh(ConfigDict({"data": 1, "fsdp": -1, "tensor": 1}))
   abstract = meshes.place(abstract, zero.shardings(mesh, abstract, split=True))
   params = load.load_params(opened, abstract)
@@ -91,29 +91,29 @@ def _export_directory(directory: str, output: str, dtype: str | None, adapters: 
   logging.info("exported %s to %s", directory, output)
 
 
-def _bases_of(model: dict, is_llava: bool) -> dict[str, str]:
-  """Tower (or "": a LLaVA) -> the Hugging Face model that adapters belong to, if it is one."""
+def _find_bases(model: dict, is_llava: bool) -> dict[str, str]:
+  """Returns tower (or "" for a LLaVA) -> the Hugging Face model that adapters belong to, if any."""
   start = model["init_from"]
   if start and not checkpoints.find_run(start):
     return {"": start} | {tower: os.path.join(start, tower) for tower in hf_config.TOWERS}
   if not start and not is_llava:
     return {tower: model[tower] for tower in hf_config.TOWERS}
   logging.info(
-    "these adapters belong to what the run started from (%s), which is no Hugging Face model; "
-    "export without --adapters for a model that needs no other",
+    "these adapters belong to the model that the run started from (%s), which is not a Hugging "
+    "Face model; export without --adapters for a model that needs no other",
     start or f"{model['vision']} with {model['language']}",
   )
   return {}
 
 
 def main(_):
-  given = flags.FLAGS
-  export_run(given.checkpoint, given.output, given.dtype, given.adapters)
+  args = flags.FLAGS
+  export_run(args.checkpoint, args.output, args.dtype, args.adapters)
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("checkpoint", "", "A run directory, or a checkpoint of one.")
-  flags.DEFINE_string("output", "", "The directory to write; must not hold anything.")
-  flags.DEFINE_enum("dtype", None, DTYPES, "Of all weights; default: as trained, or as they were.")
-  flags.DEFINE_bool("adapters", False, "Write a LoRA run's adapters, as PEFT does.")
+  flags.DEFINE_string("output", "", "The directory to write; must be empty or missing.")
+  flags.DEFINE_enum("dtype", None, DTYPES, "Of all weights; default: as trained or stored.")
+  flags.DEFINE_bool("adapters", False, "Write only a LoRA run's adapters, in PEFT's format.")
   cli.run(main)

@@ -3,10 +3,10 @@
   python scripts/import_hf.py --from-original=DIR --output=HF_DIR --allow-pickle \
     --vision=models/clip-vit-large-patch14 --language=models/llama-3-8b-instruct
 
-DIR holds the pytorch_model.bin that the original saved, such as OUTPUT/epoch-2. It has no config of
-the towers, so their directories are named as in the original's commands; no weights are taken from
-them. What is written is what scripts/export_hf.py writes: model.init_from and, of reward models,
-ppo.reward_model take it. Takes PyTorch (pip install torch).
+DIR has the pytorch_model.bin that the original saved, such as OUTPUT/epoch-2. It has no config of
+the towers, so name their directories as in the original's commands; no weights are read from them.
+The output is as scripts/export_hf.py writes it: use it as model.init_from or, if it is a reward
+model, as ppo.reward_model. Needs PyTorch (pip install torch).
 """
 
 import os
@@ -45,11 +45,11 @@ def import_original(
     dtype: of the written weights; None: as in the checkpoint.
 
   Raises:
-    InputError: pickles are not allowed, or the checkpoint is none that can be imported.
+    InputError: pickles are not allowed, or the checkpoint cannot be imported.
   """
-  given = {"--from-original": directory, "--output": output}
-  given |= {"--vision": vision, "--language": language}
-  for flag, value in given.items():
+  required = {"--from-original": directory, "--output": output}
+  required |= {"--vision": vision, "--language": language}
+  for flag, value in required.items():
     if not value:
       raise InputError(f"{flag} is missing; --help says what it is")
   path = os.path.join(directory, original.WEIGHTS)
@@ -62,8 +62,7 @@ def import_original(
     )
   export.check_output(output)
   opened = original.open_original(directory, vision, language, lora=lora, mmca=mmca)
-  kept = original.dtype_of(opened)
-  _, abstract = vlm.abstract_params(opened.config, param_dtype=kept)
+  _, abstract = vlm.abstract_params(opened.config, param_dtype=original.dtype_of(opened))
   mesh = meshes.make_mesh(ConfigDict({"data": 1, "fsdp": -1, "tensor": 1}))
   abstract = meshes.place(abstract, zero.shardings(mesh, abstract, split=True))
   params = load.load_params(opened, abstract)
@@ -72,26 +71,26 @@ def import_original(
 
 
 def main(_):
-  given = flags.FLAGS
+  args = flags.FLAGS
   import_original(
-    given["from-original"].value,
-    given.output,
-    vision=given.vision,
-    language=given.language,
-    allow_pickle=given["allow-pickle"].value,
-    lora=given.lora,
-    mmca=given.mmca,
-    dtype=given.dtype,
+    args["from-original"].value,
+    args.output,
+    vision=args.vision,
+    language=args.language,
+    allow_pickle=args["allow-pickle"].value,
+    lora=args.lora,
+    mmca=args.mmca,
+    dtype=args.dtype,
   )
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("from-original", "", "The directory that Vision-LLM-Alignment saved.")
-  flags.DEFINE_string("output", "", "The directory to write; must not hold anything.")
-  flags.DEFINE_string("vision", "", "The CLIP directory that the model was made of.")
-  flags.DEFINE_string("language", "", "The language model's directory that it was made of.")
-  flags.DEFINE_bool("allow-pickle", False, "Read a pickle, which may hide code.")
-  flags.DEFINE_enum("lora", None, original.LORA, "What adapters beside the weights are.")
-  flags.DEFINE_bool("mmca", False, "It was trained with --enable_mmca_attention.")
+  flags.DEFINE_string("output", "", "The directory to write; must be empty or missing.")
+  flags.DEFINE_string("vision", "", "The CLIP directory that the model was built from.")
+  flags.DEFINE_string("language", "", "The language model's directory that it was built from.")
+  flags.DEFINE_bool("allow-pickle", False, "Read a pickle, which may have code.")
+  flags.DEFINE_enum("lora", None, original.LORA, "The kind of adapters in the checkpoint.")
+  flags.DEFINE_bool("mmca", False, "The model was trained with --enable_mmca_attention.")
   flags.DEFINE_enum("dtype", None, DTYPES, "Of the weights; default: as in the checkpoint.")
   cli.run(main)

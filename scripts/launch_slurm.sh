@@ -49,7 +49,7 @@ done
 [[ $nodes && $gpus && $time ]] || die "--nodes, --gpus-per-node and --time are needed; see --help"
 (($#)) || die "the training command is missing; it comes after --"
 for number in "$nodes" "$gpus" "$grace" "$restarts"; do
-  [[ $number =~ ^[0-9]+$ ]] || die "$number is no number"
+  [[ $number =~ ^[0-9]+$ ]] || die "$number is not a number"
 done
 printf -v command '%q ' "$@"
 cd "$(dirname "$0")/.."

@@ -8,7 +8,7 @@
 #   --project=ID       default: gcloud's
 #   --version=RUNTIME  TPU VM image; default v2-alpha-tpuv5-lite (v5e); v5p: v2-alpha-tpuv5
 #   --spot             cheaper, may be preempted at any time
-#   --queued           wait in line with a queued resource, rather than fail where there is no room
+#   --queued           wait in line with a queued resource, rather than fail if there are no free TPUs
 #   --setup=COMMAND    runs on every worker after the installation, such as a mount
 #   --restarts=N       how often to begin again at most; default 100
 #   --poll=SECONDS     between looks at the slice's state; default 30
@@ -55,7 +55,7 @@ while (($#)); do
 done
 [[ $name && $zone && $type ]] || die "--name, --zone and --type are needed; --help explains them"
 (($#)) || die "the training command is missing; it comes after --"
-[[ $restarts =~ ^[0-9]+$ ]] || die "--restarts=$restarts is no number"
+[[ $restarts =~ ^[0-9]+$ ]] || die "--restarts=$restarts is not a number"
 printf -v command '%q ' "$@"
 cd "$(dirname "$0")/.."
 

@@ -5,7 +5,7 @@
 writes DIR/train.json, DIR/eval.json (other pictures), DIR/images/*.png and DIR/model, a directory
 in the layout of LlavaForConditionalGeneration with a tokenizer trained on the set's own words.
 DIR/preferences_train.json and DIR/preferences_eval.json are about the same pictures: a question
-with its right answer, a wrong one, and often one beside the point, ranked in this order.
+with its right answer, a wrong one, and often one that misses the point, ranked in this order.
 """
 
 import json
@@ -88,9 +88,9 @@ def question_about(kind: str, scene: dict[str, str], rng: random.Random) -> tupl
 
 
 def ranked_answers(kind: str, scene: dict[str, str], rng: random.Random) -> list[str]:
-  """The right answer, a wrong one, and in two of three cases one that is beside the point.
+  """The right answer, a wrong one, and in two of three cases one that misses the point.
 
-  A wrong count is off by one in half of the cases: the others are easily told. Beside the point is
+  A wrong count is off by one in half of the cases: the others are easily told. Missing the point is
   the answer to another question, or a sentence that the other one's value does not fit. A reward
   model may like whatever it has never seen to be wrong, and a policy finds that out.
   """
@@ -112,7 +112,7 @@ def make_split(
 ) -> list[dict]:
   """Draws pictures and writes them with one record each, of one to three turns.
 
-  Of each there are records with ranked answers besides.
+  Each also has records with ranked answers.
   """
   records, preferences = [], []
   for number in range(size):

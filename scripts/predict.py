@@ -1,9 +1,9 @@
-"""Answers records, or scores the answers that they have. See configs/predict.py.
+"""Answers records, or scores their answers. See configs/predict.py.
 
 python scripts/predict.py --config=configs/predict.py --workdir=DIR [--config.KEY=VALUE ...]
 
-Writes DIR/predictions.jsonl as answers come, a line each, then DIR/metrics.json and
-DIR/gallery.html. The same command goes on where it stopped.
+Writes a line for each answer to DIR/predictions.jsonl, then DIR/metrics.json and DIR/gallery.html.
+The same command resumes where it stopped.
 """
 
 from absl import flags
@@ -19,5 +19,5 @@ def main(_):
 
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "configs/predict.py")
-  flags.DEFINE_string("workdir", "", "The directory that predictions are written to.")
+  flags.DEFINE_string("workdir", "", "The directory to write predictions to.")
   cli.run(main)

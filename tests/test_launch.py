@@ -242,7 +242,7 @@ def test_slurm_job_that_fails_is_not_repeated(launch):
   [
     (TPU[:2], "--name, --zone and --type are needed"),
     ([*TPU, "--spott"], "unknown option --spott"),
-    ([*TPU, "--restarts=x"], "--restarts=x is no number"),
+    ([*TPU, "--restarts=x"], "--restarts=x is not a number"),
     (SLURM[:2], "--nodes, --gpus-per-node and --time are needed"),
   ],
 )

@@ -5,6 +5,7 @@ import runpy
 import sys
 import traceback
 from logging import WARNING, LogRecord
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
@@ -41,7 +42,8 @@ def run(main, several_hosts: bool = False) -> None:
     logging.get_absl_handler().addFilter(_is_logged)
     try:
       if several_hosts:
-        processes.start(**{name: flags.FLAGS[name].value for name in processes.FLAGS})
+        values: Any = {name: flags.FLAGS[name].value for name in processes.FLAGS}
+        processes.start(**values)
       config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
       with out_of_memory.explained(out_of_memory.script(), config):
         return main(argv)
@@ -123,7 +125,7 @@ def _load_config(path: str) -> ConfigDict:
   return config
 
 
-def _key_types(config: ConfigDict, prefix: str = "config") -> dict[str, type]:
+def _key_types(config: Any, prefix: str = "config") -> dict[str, type]:
   """Returns dotted key -> type of its values."""
   types = {}
   for key in config:

@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
@@ -182,13 +183,13 @@ def unknown_key(name: str, known: list[str]) -> str:
   return f"unknown key {name}; did you mean {near[0]}?"
 
 
-def _check_type(name: str, given, kind: type, default) -> None:
+def _check_type(name: str, given: Any, kind: type, default) -> None:
   if given is None and default is None:  # a placeholder, which stays empty
     return
-  # type() and not isinstance(): True is no number here.
+  # type(), not isinstance(): True is not a number here.
   if type(given) is not kind and (kind, type(given)) != (float, int):
     raise InputError(f"{name} is {given!r}; it must be of type {kind.__name__}")
-  if kind is float and not math.isfinite(given):
+  if kind is float and given is not None and not math.isfinite(given):
     raise InputError(f"{name} is {given}; give a finite number")
 
 

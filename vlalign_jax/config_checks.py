@@ -1,5 +1,6 @@
 """Checks of single values of a config, whatever the stage."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from vlalign_jax.errors import InputError
@@ -15,7 +16,7 @@ def check_choices(config: Config, choices: dict[str, tuple]) -> None:
       raise InputError(f"config.{key} is {value(config, key)!r}; choose from {shown}")
 
 
-def check_at_least(config: Config, at_least: dict[str, float]) -> None:
+def check_at_least(config: Config, at_least: Mapping[str, float]) -> None:
   """Refuses a key whose value is too low; at_least: dotted key -> the lowest it may have."""
   for key, least in at_least.items():
     given = value(config, key)

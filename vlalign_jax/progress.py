@@ -23,12 +23,13 @@ class _Compilation:
     self._spans, self._lock = collections.deque(maxlen=10_000), threading.Lock()
     jax.monitoring.register_event_duration_secs_listener(self._add)
 
-  def _add(self, event: str, seconds: float, **_) -> None:
+  def _add(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+    del kwargs
     if not event.startswith("/jax/core/compile/"):
       return
     with self._lock:
       end = time.perf_counter()
-      start = end - seconds
+      start = end - duration_secs
       while self._spans and self._spans[-1][1] > start:
         start = min(start, self._spans.pop()[0])
       self._spans.append((start, end))
@@ -119,7 +120,7 @@ class Bar(tqdm):
   @property
   def format_dict(self):
     """Returns what tqdm shows, with the rate of the pace; tqdm shows 0 as "?"."""
-    return super().format_dict | {"rate": self.pace.rate()}
+    return {**super().format_dict, "rate": self.pace.rate()}
 
   def advance(self, units: int = 1) -> None:
     """Moves the bar by units that are done."""

@@ -7,6 +7,7 @@ from vlalign_jax import config as configs
 from vlalign_jax.config_checks import Config
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline.prepare import Task
+from vlalign_jax.losses import sums
 from vlalign_jax.models.vlm import LANGUAGE, SCORE
 
 
@@ -42,7 +43,7 @@ class Stage:
   check_keys: Callable[[Config], None]
   head: str = LANGUAGE
   make_program: Callable | None = None
-  summary: Callable | None = None
+  summary: Callable = sums.quotients
   eval_options: Callable = lambda held_out: {}
   prepare_batches: Callable | None = None
   planned_fields: Callable = lambda config, sizes: ({}, ())

@@ -77,7 +77,7 @@ BAD_FILES = {
   "empty list": (lambda records: [], ["train.json", "list of records is empty", "at least one"]),
   "malformed JSON": (
     lambda records: json.dumps(records, indent=1)[:-30],
-    ["train.json", "malformed JSON at line", "mend it"],
+    ["train.json", "malformed JSON at line", "fix it"],
   ),
   "JSON lines named .json": (
     lambda records: "\n".join(map(json.dumps, records)),

@@ -202,7 +202,7 @@ BAD = {
   ),
   "a part of another kind": (
     pair(prompt=[user([{"type": "video"}])]),
-    "prompt[0]: content[0] is neither a text nor an image part; mend it",
+    "prompt[0]: content[0] is neither a text nor an image part; fix it",
   ),
   "more pictures than named": (
     pair(prompt=[user(PICTURE)]),

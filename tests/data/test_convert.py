@@ -130,7 +130,7 @@ BAD = {
   ),
   "malformed conversation": (
     feedback_mix(conversations="[{"),
-    ['"conversations" holds malformed JSON', "mend it"],
+    ['"conversations" holds malformed JSON', "fix it"],
   ),
   "no conversation": (
     feedback_mix(conversations=[]),

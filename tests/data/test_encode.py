@@ -8,7 +8,7 @@ from transformers import ByT5Tokenizer
 from tests.data.tokenizers import byte_level_tokenizer, sentencepiece_style_tokenizer
 from vlalign_jax.data.encode import Example, encode
 from vlalign_jax.data.records import Record, Turn
-from vlalign_jax.data.templates import prompt_pieces, render
+from vlalign_jax.data.templates import render, turn_pieces
 from vlalign_jax.errors import InputError
 
 TOKENIZERS = {
@@ -132,7 +132,7 @@ def test_equals_whole_text_tokenisation(template, name, count):
   whole = tokenizer("".join(piece.text for piece in pieces))["input_ids"]
   encoded = encode_with(tokenizer, turns, template)
   assert encoded.example.tokens.tolist() == whole
-  assert encoded.dropped_turns == 0
+  assert encoded.counts == (0,)
   assert learnt_texts(encoded.example, tokenizer) == [piece.text for piece in pieces if piece.learn]
   check_shift(encoded.example)
 
@@ -154,7 +154,7 @@ def test_mask_never_drifts(template, name):
     assert np.count_nonzero(example.tokens == image) == 5
     assert not np.any((example.targets == image) & (example.loss_mask == 1))
     # What the model reads before its first answer is what it reads when asked for one.
-    prompt = prompt_pieces(turns[:1], template, tokenizer, "here")[0].text
+    prompt = turn_pieces(turns[:1], template, tokenizer, "here")[0].text
     ids = tokenizer(prompt)["input_ids"]
     one = encode_with(tokenizer, turns[:1], template).example
     assert one.tokens[: len(ids)].tolist() == ids
@@ -170,7 +170,7 @@ def test_turns_that_do_not_fit_are_dropped_whole(template, name):
     too_long = [*lengths, 100_000][kept] - 1
     for max_length in (length, too_long):
       encoded = encode_with(tokenizer, NORMAL, template, 7, max_length)
-      assert encoded.dropped_turns == 3 - kept
+      assert encoded.counts == (3 - kept,)
       assert np.array_equal(encoded.example.tokens, part.tokens)
       assert np.array_equal(encoded.example.loss_mask, part.loss_mask)
       assert np.array_equal(encoded.example.targets, part.targets)
@@ -179,7 +179,7 @@ def test_turns_that_do_not_fit_are_dropped_whole(template, name):
       assert encoded.example.loss_mask[-2] == 1
   nothing = encode_with(tokenizer, NORMAL, template, 7, lengths[0] - 1)
   assert nothing.example is None
-  assert nothing.dropped_turns == 3
+  assert nothing.counts == (3,)
 
 
 @pytest.mark.parametrize("name", list(TOKENIZERS))

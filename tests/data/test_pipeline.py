@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from vlalign_jax.data.encode import Example
-from vlalign_jax.data.pipeline import batches
+from vlalign_jax.data.pipeline import Prepared
 from vlalign_jax.data.plan import ImageSets, plan_batches
 from vlalign_jax.data.workers import SharedList, StoredList
 from vlalign_jax.errors import InputError
@@ -87,15 +87,7 @@ def random_run(n=22, **keywords):
 
 
 def run(plan, load, **keywords):
-  return batches(
-    plan,
-    load,
-    load_image,
-    image_token_id=IMAGE,
-    tokens_per_image=PATCHES,
-    image_size=SIZE,
-    **keywords,
-  )
+  return Prepared(plan, load, load_image, IMAGE, PATCHES, SIZE).batches(**keywords)
 
 
 def expected(plan, load, step):
@@ -195,7 +187,7 @@ def test_worker_processes_skip_and_hand_any_other_error_over(caplog):
     with pytest.raises(RuntimeError, match=rf"examples \[{second}\]: TwoPartError: odd") as info:
       next(pipeline)
     assert "raise TwoPartError" in "\n".join(info.value.__notes__)
-    with pytest.raises(InputError, match="want of memory"):
+    with pytest.raises(InputError, match="lack of memory"):
       next(pipeline)
 
 

@@ -92,7 +92,7 @@ def test_json_lines(write, name):
   assert [(one.index, one.id) for one in records] == [(1, "x\u2028y"), (3, "7")]
   assert records[1].where == f'{path}, line 3 ("id": "7")'
   assert [str(error) for error in errors] == [
-    f"{path}, line 4: malformed JSON at column 8 (Expecting value); mend it"
+    f"{path}, line 4: malformed JSON at column 8 (Expecting value); fix it"
   ]
 
 

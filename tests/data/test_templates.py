@@ -9,7 +9,6 @@ from vlalign_jax.data.templates import (
   Piece,
   check_template,
   closing,
-  prompt_pieces,
   render,
   turn_pieces,
 )
@@ -123,20 +122,22 @@ def alternating(texts: list[str]) -> list[Piece]:
   return [Piece(text, learn=bool(number % 2)) for number, text in enumerate(texts)]
 
 
+def unanswered(turns) -> tuple[Turn, ...]:
+  return (*turns[:-1], Turn(turns[-1].human, None))
+
+
 @pytest.mark.parametrize(("template", "turns"), list(EXPECTED))
 def test_text_is_the_one_written_out(template, turns):
   expected = alternating(EXPECTED[template, turns])
   assert render(turns, template, LLAMA_2, WHERE) == expected
-  assert prompt_pieces(turns, template, LLAMA_2, WHERE) == expected[:-1]
-  unanswered = (*turns[:-1], Turn(turns[-1].human, None))
-  assert prompt_pieces(unanswered, template, LLAMA_2, WHERE) == expected[:-1]
+  assert turn_pieces(unanswered(turns), template, LLAMA_2, WHERE) == expected[:-1]
 
 
 @pytest.mark.parametrize("turns", list(EXPECTED_LLAMA_3))
 def test_llama_3_text_is_the_one_written_out(turns):
   expected = alternating(EXPECTED_LLAMA_3[turns])
   assert render(turns, "llama_3", LLAMA_3, WHERE) == expected
-  assert prompt_pieces(turns, "llama_3", LLAMA_3, WHERE) == expected[:-1]
+  assert turn_pieces(unanswered(turns), "llama_3", LLAMA_3, WHERE) == expected[:-1]
 
 
 def test_llama_3_end_is_not_doubled_where_it_is_the_eos():
@@ -183,7 +184,7 @@ def test_errors_name_the_mend():
   with pytest.raises(InputError, match=r"record 3 .*last turn has no answer"):
     render((Turn("Who?", None),), "vicuna", LLAMA_2, WHERE)
   with pytest.raises(InputError, match=r"record 3 .*turn 1 of 2 has no answer"):
-    prompt_pieces((Turn("Who?", None), Turn("Why?", None)), "vicuna", LLAMA_2, WHERE)
+    turn_pieces((Turn("Who?", None), Turn("Why?", None)), "vicuna", LLAMA_2, WHERE)
   tokenizer = byte_level_tokenizer()
   tokenizer.eos_token = None
   with pytest.raises(InputError, match="no eos token"):
@@ -245,7 +246,7 @@ def test_auto_with_string_content():
       "No<|im_end|>",
     ]
   )
-  assert prompt_pieces(TEXT_ONLY, "auto", tokenizer, WHERE) == alternating(
+  assert turn_pieces(unanswered(TEXT_ONLY), "auto", tokenizer, WHERE) == alternating(
     ["<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"]
   )
 
@@ -293,8 +294,8 @@ def test_auto_with_a_template_that_writes_bos_and_a_space_before_the_end():
   ("chat_template", "message"),
   [
     (None, r"no chat template.*another data.template"),
-    ("{{ raise_exception('only tools') }}", r"of no use here.*only tools"),
-    ("{{ messages[-1]['role'] }}", r"of no use here \(given text: it loses"),
+    ("{{ raise_exception('only tools') }}", r"cannot be used.*only tools"),
+    ("{{ messages[-1]['role'] }}", r"cannot be used \(with text: it loses"),
     # Only the prompt has <think>: the prompt is rewritten once it is answered.
     (
       CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>'"),
@@ -312,7 +313,7 @@ def test_auto_with_a_template_that_writes_bos_and_a_space_before_the_end():
       CHATML.replace("message['content']", "message['content'].replace('Sam', 'sam')"),
       "changes the",
     ),
-    (CHATML.replace("<|im_start|>'", "<image>'"), r"of no use here \(given text: it loses"),
+    (CHATML.replace("<|im_start|>'", "<image>'"), r"cannot be used \(with text: it loses"),
     (
       CHATML.replace("message['content']", "message['content'].replace('<image>\n<', '<')"),
       "for a turn",

@@ -49,7 +49,7 @@ def test_counts_of_good_data(model, tmp_path, data, capsys):
   text = f"{system}USER: <image>\nWhat color is it? ASSISTANT:"
   learnt = len(tokenizer(" red", add_special_tokens=False).input_ids) + 1  # and the eos
   expected = len(tokenizer(text).input_ids) + patches - 1 + learnt
-  assert (found.measured[0].tokens, found.measured[0].learnt) == (expected, learnt)
+  assert (found.measured[0].tokens, found.measured[0].learned) == (expected, learnt)
 
   steps, rows, length, images, used = re.search(
     r"packed: (\d+) steps of (\d+) rows x (\d+) tokens, (\d+) pictures a row; ([\d.]+)%", printed
@@ -114,7 +114,7 @@ def test_unusable_files_do_not_hide_others(model, tmp_path, data):
 
 def test_nothing_to_learn_is_a_problem(model, tmp_path, data):
   (found,) = _check(model, tmp_path, data, **{"data.max_length": 16})
-  assert found.problems == ("data.train: nothing can be learnt from any record",)
+  assert found.problems == ("data.train: nothing can be learned from any record",)
 
 
 def test_template_without_its_tokens_is_an_error(model, tmp_path, data):

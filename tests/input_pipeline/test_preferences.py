@@ -158,8 +158,8 @@ def test_evaluation_shows_every_record_once(model, tmp_path, records):
   with prepared.batches() as batches:
     numbers = np.concatenate([batch["examples"].reshape(-1) for batch in batches])
   assert sorted(numbers[numbers >= 0]) == list(range(16))
-  in_a_worker = pickle.loads(pickle.dumps(prepared.pipeline["load_example"]))
-  np.testing.assert_array_equal(in_a_worker(6).tokens, prepared.pipeline["load_example"](6).tokens)
+  in_a_worker = pickle.loads(pickle.dumps(prepared.load_example))
+  np.testing.assert_array_equal(in_a_worker(6).tokens, prepared.load_example(6).tokens)
   assert preferences.prepare_eval(config, None, (), 1) is None
 
 

@@ -1,4 +1,4 @@
-"""What tests of prediction share."""
+"""Fixtures of the tests of prediction."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from tests.prediction import policy_and_reward
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory, compile_cache) -> policy_and_reward.Tiny:
-  """A policy, a reward model and records; what is compiled for them is kept."""
+  """Returns a policy, a reward model and records; their compiled programs are cached."""
   return policy_and_reward.make(str(tmp_path_factory.mktemp("prediction")))

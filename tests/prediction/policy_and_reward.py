@@ -46,16 +46,16 @@ RECORDS = (
 class Tiny:
   directory: str
   policy: torch.nn.Module
-  scorer: torch.nn.Module  # its language head does not count
+  scorer: torch.nn.Module  # its language head is not used
   kernel: torch.Tensor  # float32[D]
-  opened: source.ModelSource  # the policy; the reward model has the same tokenizer and pictures
+  opened: source.ModelSource  # the policy; the reward model has its tokenizer and image processor
 
   @property
   def data(self) -> str:
     return os.path.join(self.directory, "records.json")
 
   def config(self, **overrides) -> ConfigDict:
-    """Of prediction in float32 from the policy; overrides by dotted keys."""
+    """Returns a config of prediction with the policy in float32, with dotted keys overridden."""
     config = predict.get_config()
     settings = {
       "model.init_from": f"{self.directory}/policy",
@@ -72,7 +72,7 @@ class Tiny:
     return config
 
   def example(self, record: Record, answer: str):
-    """What SFT makes of the record with this answer, nothing left out."""
+    """Returns the record with this answer as SFT encodes it, without a limit of length."""
     *before, last = record.turns
     record = dataclasses.replace(
       record, turns=(*before, dataclasses.replace(last, gpt=answer)), answers=()
@@ -82,27 +82,27 @@ class Tiny:
     return encode(record, "vicuna", self.opened.tokenizer, *sizes).example
 
   def inputs(self, example) -> dict:
-    """What the torch models take of an example."""
-    shown = [
+    """Returns the torch models' inputs for an example."""
+    arrays = [
       self.opened.images.preprocess(images.open_image(self.directory, path))
       for path in example.images
     ]
-    pixels = parity.pixel_values(self.opened.config, shown) if shown else None
+    pixels = parity.pixel_values(self.opened.config, arrays) if arrays else None
     return {"input_ids": torch.tensor(example.tokens)[None].long(), "pixel_values": pixels}
 
   def torch_log_probabilities(self, record: Record, answer: str) -> np.ndarray:
-    """float32[M], of the last answer's tokens and its end."""
+    """Returns float32[M], of the last answer's tokens and its end."""
     example = self.example(record, answer)
     with torch.no_grad():
-      found = torch.log_softmax(self.policy(**self.inputs(example)).logits[0], dim=-1)
-    found = found.gather(1, torch.tensor(example.targets)[:, None].long())[:, 0].numpy()
-    # The last answer's are the last ones without a gap.
-    learnt = np.flatnonzero(example.loss_mask)
-    gaps = np.flatnonzero(np.diff(learnt) > 1)
-    return found[learnt[gaps[-1] + 1 if len(gaps) else 0 :]]
+      logps = torch.log_softmax(self.policy(**self.inputs(example)).logits[0], dim=-1)
+    logps = logps.gather(1, torch.tensor(example.targets)[:, None].long())[:, 0].numpy()
+    # The tokens of the last answer come after the last gap.
+    indices = np.flatnonzero(example.loss_mask)
+    gaps = np.flatnonzero(np.diff(indices) > 1)
+    return logps[indices[gaps[-1] + 1 if len(gaps) else 0 :]]
 
   def torch_score(self, record: Record, answer: str) -> float:
-    """The last token's hidden state times the score weights."""
+    """Returns the last token's hidden state times the score weights."""
     with torch.no_grad():
       hidden = self.scorer.model(**self.inputs(self.example(record, answer))).last_hidden_state
     return float(hidden[0, -1] @ self.kernel)
@@ -122,7 +122,7 @@ def make(directory: str) -> Tiny:
 
 
 def make_reward_model(directory: str, seed: int = 5, **overrides):
-  """(torch model, score weights) of a directory as `weights.export` writes one."""
+  """Writes a directory as `weights.export` does, and returns (torch model, score weights)."""
   model = tiny_models.make_llava(directory, seed=seed, **overrides)
   path = os.path.join(directory, "model.safetensors")
   tensors = {name: tensor for name, tensor in load_file(path).items() if "lm_head" not in name}

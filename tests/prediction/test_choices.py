@@ -1,11 +1,11 @@
-"""Options of questions and the choices of answers, as ScienceQA and its imitators write them."""
+"""Options of questions and choices of answers, as ScienceQA and similar data sets write them."""
 
 import pytest
 
 from vlalign_jax.prediction.choices import choice, options
 
 SCIENCE_QA = "<image>\nIs it one?\nOptions: \n(A) yes \n(B) no \nHint: It is\nmade\n\nOption:"
-GIVEN = {"A": "an apple", "B": "a pear", "C": "a green pear"}
+OPTIONS = {"A": "an apple", "B": "a pear", "C": "a green pear"}
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ GIVEN = {"A": "an apple", "B": "a pear", "C": "a green pear"}
     ("Figure (A) shows it. Options: (A) x (B) y (C) z", {"A": "x", "B": "y", "C": "z"}),
     ("(A) or (B)?\nOptions: (A) x (B) y", {"A": "x", "B": "y"}),
     (
-      "Context: (A) is red, (B) blue, (C) grey.\nOptions: (A) one (B) two",
+      "Context: (A) is red, (B) blue, (C) gray.\nOptions: (A) one (B) two",
       {"A": "one", "B": "two"},
     ),
     ("Options: (A) x (B) y (C) z\nSay (A) or (B).", {"A": "x", "B": "y", "C": "z"}),
@@ -75,4 +75,4 @@ def test_options(question, expected):
   ],
 )
 def test_choice(answer, expected):
-  assert choice(answer, GIVEN) == expected
+  assert choice(answer, OPTIONS) == expected

@@ -1,4 +1,4 @@
-"""Pages show text as text, and need nothing beside them."""
+"""Pages escape all text, and refer to no other files."""
 
 import html.parser
 
@@ -13,7 +13,7 @@ VOID = ("meta", "img")
 
 
 class Page(html.parser.HTMLParser):
-  """Tags, sources and text; every tag closed."""
+  """Collects tags, links and text, and checks that every tag is closed."""
 
   def __init__(self, content: str):
     super().__init__()
@@ -51,12 +51,12 @@ def records(models):
       {"from": "gpt", "value": [f"{EVIL}1", f"{EVIL}2"]},
     ],
   }
-  found = parse_record(entry, models.data, 0, "optional", None)
+  record = parse_record(entry, models.data, 0, "optional", None)
   broken = parse_record({**entry, "image": "missing.png"}, models.data, 1, "optional", None)
-  return found, broken
+  return record, broken
 
 
-def lines_of(records, **values) -> list[dict]:
+def make_lines(records, **values) -> list[dict]:
   return [
     data.shown(number, record) | {"rank": rank, "answer": answer, "reward": float(rank)} | values
     for number, record in enumerate(records)
@@ -76,34 +76,34 @@ def check(content: str) -> Page:
 
 
 def test_gallery(models, records):
-  lines = lines_of(records, reference=f"{EVIL}1", reason=EVIL)
+  lines = make_lines(records, reference=f"{EVIL}1", reason=EVIL)
   page = check(gallery.gallery(models.config(), lines, records, {EVIL: 1.5}))
   for text in (f"{EVIL}?", f"{EVIL}!", f"{EVIL}??", f"{EVIL}1", f"{EVIL}2", f"({EVIL})", "1.5"):
     assert text in page.text
   assert page.tags.count("section") == 2
-  assert 'image "missing.png" under' in page.text  # named, and the page goes on
+  assert 'image "missing.png" under' in page.text  # its name, and the page continues
 
 
 def test_number_of_records(models, records):
-  page = check(gallery.gallery(models.config(gallery=1), lines_of(records), records, {}))
+  page = check(gallery.gallery(models.config(gallery=1), make_lines(records), records, {}))
   assert page.tags.count("section") == 1
   assert "1 of 2 records" in page.text
 
 
 def test_reward_page(models, records):
-  lines = lines_of(records)
+  lines = make_lines(records)
   pairs = metrics.ranked_pairs(lines)
-  found = reward_accuracy.evaluate(lines, pairs)
+  numbers = reward_accuracy.evaluate(lines, pairs)
   config = models.config(**{"data.eval": EVIL})
-  page = check(reward_page.page(config, found, lines, pairs, records, 5))
+  page = check(reward_page.page(config, numbers, pairs, records, 5))
   assert f"{EVIL}1" in page.text
   assert page.tags.count("section") == 2
   assert page.tags.count("circle") == 1
 
 
 def test_one_score_for_all(models, records):
-  """A histogram without a range, and no pair that is wrong but by a tie."""
-  lines = [line | {"reward": 0.25} for line in lines_of(records)]
+  """Draws a histogram without a range, and calls only ties wrong."""
+  lines = [line | {"reward": 0.25} for line in make_lines(records)]
   pairs = metrics.ranked_pairs(lines)
-  found = reward_accuracy.evaluate(lines, pairs)
-  check(reward_page.page(models.config(), found, lines, pairs, records, 1))
+  numbers = reward_accuracy.evaluate(lines, pairs)
+  check(reward_page.page(models.config(), numbers, pairs, records, 1))

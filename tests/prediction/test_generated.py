@@ -1,4 +1,4 @@
-"""Generated answers as lines: goes on where it stopped, best of n, records without an answer."""
+"""Generated answers as lines: best of n, records without an answer, resumed predictions."""
 
 import json
 import os
@@ -15,7 +15,7 @@ SAMPLES = 3
 
 @pytest.fixture(scope="module")
 def config(models):
-  """Best of 3; the prompt of "turns" does not fit."""
+  """Returns a function that makes configs of best of 3; the prompt of "turns" does not fit."""
   settings = {
     "data.max_length": 67,
     "batch_size": 2,
@@ -28,7 +28,7 @@ def config(models):
 
 @pytest.fixture(scope="module")
 def predicted(config, tmp_path_factory):
-  """(workdir, lines, records)."""
+  """Returns (workdir, lines, records)."""
   workdir = str(tmp_path_factory.mktemp("generated"))
   return workdir, *predict(config(), workdir)
 
@@ -44,7 +44,7 @@ def test_lines(predicted):
   assert os.listdir(workdir).count("rewards.jsonl") == 0
   places = [(line["record"], line.get("sample")) for line in lines]
   samples = [[None] if record.id == "turns" else range(SAMPLES) for record in records]
-  assert places == [(number, n) for number, of_record in enumerate(samples) for n in of_record]
+  assert places == [(number, n) for number, group in enumerate(samples) for n in group]
   for line in lines:
     if line["id"] == "turns":
       assert line["answer"] is None
@@ -69,21 +69,21 @@ def test_scores_and_the_best(models, predicted):
 
 def test_metrics(predicted):
   workdir, lines, _ = predicted
-  found = json.loads(read(workdir, "metrics.json"))
+  numbers = json.loads(read(workdir, "metrics.json"))
   answered = [line for line in lines if line["answer"] is not None]
-  assert found["records"] == 6
-  assert found["unanswered"] == 1
-  assert found["answers"] == len(answered) == 15
-  assert found["choices"] == SAMPLES
-  assert found["reward"] == pytest.approx(np.mean([line["reward"] for line in answered]))
+  assert numbers["records"] == 6
+  assert numbers["unanswered"] == 1
+  assert numbers["answers"] == len(answered) == 15
+  assert numbers["choices"] == SAMPLES
+  assert numbers["reward"] == pytest.approx(np.mean([line["reward"] for line in answered]))
   best = [line["reward"] for line in answered if line["best"]]
-  assert found["best/reward"] == pytest.approx(np.mean(best))
-  assert found["best/reward"] > found["reward"]
+  assert numbers["best/reward"] == pytest.approx(np.mean(best))
+  assert numbers["best/reward"] > numbers["reward"]
 
 
 @pytest.mark.parametrize("share", [0.4, 1.0])
-def test_goes_on_where_it_stopped(config, predicted, tmp_path, share):
-  """Killed while it wrote answers, and while it wrote scores."""
+def test_resumes_where_it_stopped(config, predicted, tmp_path, share):
+  """Resumes after it was killed as it wrote answers, and as it wrote scores."""
   workdir, lines, _ = predicted
   for name in ("config.json", "inputs.json"):
     (tmp_path / name).write_bytes(read(workdir, name))
@@ -111,7 +111,7 @@ def test_finished(config, predicted, monkeypatch):
   assert read(workdir, "predictions.jsonl") == before
 
 
-def test_unreadable_picture_is_left_out(models, tmp_path):
+def test_unreadable_image_is_left_out(models, tmp_path):
   (tmp_path / "bad.png").write_bytes(b"no picture")
   records = [{**policy_and_reward.RECORDS[0], "image": "bad.png"}, policy_and_reward.RECORDS[1]]
   (tmp_path / "records.json").write_text(json.dumps(records))

@@ -62,7 +62,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(files, tmp_path):
         opened.config.tokens_per_image,
         10_000,
       ).example
-      load_image = run.train.pipeline["load_image"]
+      load_image = run.train.load_image
       shown = [load_image(os.path.join(files.directory, path)) for path in record.images]
       pixels = parity.pixel_values(opened.config, shown) if shown else None
       tokens = torch.tensor(example.tokens)[None].long()

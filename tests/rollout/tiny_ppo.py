@@ -152,7 +152,7 @@ def text_reader(run: Run, images: int, answers: int) -> TextReader:
 
 def examples_of(prepared, step: int = 0) -> list:
   """(Example, its pictures) of all rows of a step, in order."""
-  load_example, load_image = (prepared.pipeline[name] for name in ("load_example", "load_image"))
+  load_example, load_image = prepared.load_example, prepared.load_image
   plan = prepared.plan
   numbers = [number for row in range(plan.rows) for number in plan.rows_of(step, row)]
   examples = [load_example(int(number)) for number in numbers]

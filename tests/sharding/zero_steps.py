@@ -20,8 +20,7 @@ from vlalign_jax.models import lora
 from vlalign_jax.optim import optimizer
 from vlalign_jax.sharding import hosts, rules
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.stages import defaults
-from vlalign_jax.steps import sft
+from vlalign_jax.stages import defaults, sft
 from vlalign_jax.weights import load, source
 
 STEPS, ROWS, LENGTH = 10, 16, 52

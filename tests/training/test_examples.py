@@ -25,7 +25,7 @@ def prepared_of(directory, name, kind, **overrides):
 
 
 def parts_of(prepared, number):
-  load = prepared.pipeline["load_example"]
+  load = prepared.load_example
   return [
     "".join(f"[{text}]" if learnt else text for text, learnt in parts)
     for parts in examples.parts_of(

@@ -1,3 +1,3 @@
-"""What stands for a picture that a model does not see."""
+"""The picture that a model sees in place of one that is hidden from it."""
 
-GREY = 127  # of every pixel of a blanked picture
+GREY = 127  # the value of every pixel

@@ -1,4 +1,4 @@
-"""The template `auto`: a conversation, as the tokenizer itself renders it, cut into turns."""
+"""The template `auto`: cuts what the tokenizer's chat template renders into prompts and answers."""
 
 import functools
 import re
@@ -9,15 +9,16 @@ from vlalign_jax.data.records import IMAGE_PLACEHOLDER
 from vlalign_jax.data.tokens import vocabulary
 from vlalign_jax.errors import InputError
 
-_MEND = "choose another data.template"
+TRIAL = "a trial conversation"  # what errors call it
+_FIX = "choose another data.template"
 
 
 class CleanTurn(NamedTuple):
-  """A turn as templates take it."""
+  """A turn as templates take it; its texts are stripped and cannot write control tokens."""
 
-  question: str  # without placeholders, stripped, unable to write control tokens
+  question: str  # without placeholders
   images: int  # number of placeholders it had
-  answer: str | None  # stripped, unable to write control tokens; None where it is asked for
+  answer: str | None  # None if it is to be generated
 
 
 def cut_conversation(
@@ -25,9 +26,9 @@ def cut_conversation(
 ) -> list[tuple[str, str | None]]:
   """Renders the conversation's prefixes and cuts where the answers begin and end.
 
-  An answer is learnt with the end token that the template puts behind it, or with the tokenizer's
-  eos where it puts none; what else follows an answer opens the next prompt, and is dropped at the
-  end.
+  An answer is learned with the end token that the template writes after it, or with the
+  tokenizer's eos if it writes none. Other text after an answer begins the next prompt; after the
+  last answer it is dropped.
 
   Args:
     turns: the conversation; only the last turn may lack its answer.
@@ -35,7 +36,7 @@ def cut_conversation(
     where: names the record in error messages.
 
   Returns:
-    Per turn its prompt and its answer with the end token (None where there is no answer).
+    For each turn its prompt and its answer with the end token (None if there is no answer).
 
   Raises:
     InputError: there is no chat template, it fails, or it rewrites earlier text when a message is
@@ -49,12 +50,12 @@ def cut_conversation(
     messages.append(_message("user", turn.question, turn.images, typed))
     asked = _render(messages, tokenizer, where, ask=True)
     if not asked.startswith(done):
-      raise InputError(f"{cannot}: a new question changes what stands before it; {_MEND}")
+      raise InputError(f"{cannot}: a new question changes the text before it; {_FIX}")
     prompt = asked[len(done) :]
     if prompt.count(IMAGE_PLACEHOLDER) != turn.images:
       raise InputError(
         f"{where}: the tokenizer's chat template writes {prompt.count(IMAGE_PLACEHOLDER)} <image>"
-        f" for a turn with {turn.images}; {_MEND}"
+        f" for a turn with {turn.images}; {_FIX}"
       )
     if turn.answer is None:
       pairs.append((prompt, None))
@@ -62,10 +63,10 @@ def cut_conversation(
     messages.append(_message("assistant", turn.answer, 0, typed))
     answered = _render(messages, tokenizer, where, ask=False)
     if not answered.startswith(asked):
-      raise InputError(f"{cannot}: an answer changes the prompt that it follows; {_MEND}")
+      raise InputError(f"{cannot}: an answer changes the prompt before it; {_FIX}")
     tail = answered[len(asked) :]
     if turn.answer not in tail:
-      raise InputError(f"{where}: the tokenizer's chat template changes the answer's text; {_MEND}")
+      raise InputError(f"{where}: the tokenizer's chat template changes the answer's text; {_FIX}")
     end, closed = _answer_end(tail, turn.answer, control)
     answer = tail[:end]
     pairs.append((prompt, answer if closed else answer + tokenizer.eos_token))
@@ -74,10 +75,10 @@ def cut_conversation(
 
 
 def _answer_end(tail: str, answer: str, control: re.Pattern) -> tuple[int, bool]:
-  """Where in `tail` the answer ends, with its end token if there is one, and whether there is one.
+  """Returns where in `tail` the answer and its end token end, and whether there is an end token.
 
-  The template may put words before the answer, and those may contain the answer's: what an end
-  token follows is the answer, else what closes the tail.
+  The template may put words before the answer, and they may contain the answer's text. The answer
+  is the occurrence before an end token, else the one that closes the tail.
   """
   place = tail.find(answer)
   while place >= 0:
@@ -92,14 +93,24 @@ def _answer_end(tail: str, answer: str, control: re.Pattern) -> tuple[int, bool]
   return tail.index(answer) + len(answer), False
 
 
+def writes_end_tokens(tokenizer) -> bool:
+  """Returns whether the chat template itself writes an end token after an answer."""
+  turns = [CleanTurn("question", 0, "answer"), CleanTurn("again", 0, None)]
+  pieces = [piece for pair in cut_conversation(turns, tokenizer, TRIAL) for piece in pair if piece]
+  typed = takes_typed_content(tokenizer)
+  texts = (("user", "question"), ("assistant", "answer"), ("user", "again"))
+  messages = [_message(role, text, 0, typed) for role, text in texts]
+  return _render(messages, tokenizer, TRIAL, ask=True) == "".join(pieces)
+
+
 def takes_typed_content(tokenizer) -> bool:
-  """Whether the chat template wants messages as lists of typed parts, and not as text.
+  """Returns whether the chat template takes messages as lists of typed parts, not as text.
 
   Raises:
-    InputError: there is no chat template, or it is of no use either way.
+    InputError: there is no chat template, or it can use neither.
   """
   if not tokenizer.chat_template:
-    raise InputError(f"the tokenizer has no chat template for data.template auto; {_MEND}")
+    raise InputError(f"the tokenizer has no chat template for data.template auto; {_FIX}")
   return _takes_typed_content(tokenizer, str(tokenizer.chat_template))
 
 
@@ -116,7 +127,7 @@ def _takes_typed_content(tokenizer, template: str) -> bool:
       _message("user", words[3], 0, typed),
     ]
     try:
-      text = _render(messages, tokenizer, "a trial conversation", ask=True)
+      text = _render(messages, tokenizer, TRIAL, ask=True)
     except InputError as error:
       failures.append(str(error.__cause__))
       continue
@@ -125,8 +136,8 @@ def _takes_typed_content(tokenizer, template: str) -> bool:
       return typed
     failures.append("it loses or doubles a turn's text or its <image>")
   raise InputError(
-    f"the tokenizer's chat template is of no use here (given text: {failures[0]}; given typed"
-    f" parts: {failures[1]}); {_MEND}"
+    f"the tokenizer's chat template cannot be used (with text: {failures[0]}; with typed parts:"
+    f" {failures[1]}); {_FIX}"
   )
 
 
@@ -139,5 +150,5 @@ def _message(role: str, text: str, images: int, typed: bool) -> dict:
 def _render(messages: list[dict], tokenizer, where: str, ask: bool) -> str:
   try:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-  except Exception as error:  # a template is a program and fails as it likes
-    raise InputError(f"{where}: the tokenizer's chat template fails: {error}; {_MEND}") from error
+  except Exception as error:  # a template is a program and may raise anything
+    raise InputError(f"{where}: the tokenizer's chat template fails: {error}; {_FIX}") from error

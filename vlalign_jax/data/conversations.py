@@ -1,4 +1,4 @@
-"""The messages of a record: LLaVA's `conversations`, or `chosen` and `rejected` as TRL has them."""
+"""Parses a record's messages: LLaVA's `conversations`, or TRL's `chosen` and `rejected`."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +10,7 @@ IMAGE_PLACEHOLDER = "<image>"
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 _LAST = '"chosen" and "rejected"'
 
-# What the last question must have: one answer, a ranked list of at least two, or what there is.
+# What the last question must have: one answer, a ranked list of at least two, or anything.
 Answers = Literal["one", "ranked", "optional"]
 
 
@@ -24,12 +24,12 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-  """What a record says.
+  """The messages of a record.
 
   Attributes:
-    turns: at least one; the last lacks its answer where there are ranked ones or none.
-    answers: ranked answers to the last question, best first; one may be empty or twice there.
-    places: what errors call each question.
+    turns: at least one; the last lacks its answer if there are ranked ones or none.
+    answers: ranked answers to the last question, best first; they may be empty or equal.
+    places: how errors name each question.
   """
 
   turns: tuple[Turn, ...]
@@ -38,21 +38,22 @@ class Conversation:
 
 
 def parse(entry: dict[str, Any], answers: Answers, max_candidates: int | None) -> Conversation:
-  """The conversation of a record in any of the forms that README.md, "Data", has.
+  """Returns the conversation of a record in any of the forms in README.md, "Data".
 
   Args:
-    entry: the record as JSON has it.
+    entry: the parsed JSON of the record.
     answers: what the last question must have.
     max_candidates: the most ranked answers of a record; None for no limit.
 
   Raises:
-    InputError: says what is wrong, but not where the record is.
+    InputError: the record is bad; the message does not name it.
   """
   if "conversations" not in entry and ("chosen" in entry or "rejected" in entry):
-    found, last = _pair(entry), _LAST
+    conversation, last = _pair(entry), _LAST
   else:
-    found, last = _llava(entry)
-  number = len(found.answers)
+    conversation, last = _llava(entry)
+  number = len(conversation.answers)
+  unanswered = conversation.turns[-1].gpt is None
   if answers == "one" and number:
     state = (
       f"{_LAST} are" if last == _LAST else f'{last}: "value" is a list of answers, best first,'
@@ -60,10 +61,10 @@ def parse(entry: dict[str, Any], answers: Answers, max_candidates: int | None) -
     raise InputError(
       f'{state} for reward models and DPO; give one answer as text in "conversations"'
     )
-  if answers == "one" and found.turns[-1].gpt is None:
+  if answers == "one" and unanswered:
     raise InputError(f"{last}: the last question has no answer; add it")
   if answers == "ranked" and number < 2:
-    state = "no answer" if not number and found.turns[-1].gpt is None else "one answer only"
+    state = "no answer" if not number and unanswered else "one answer only"
     raise InputError(
       f"{last}: {state}; give a list of at least two, best first, or drop the record"
     )
@@ -72,11 +73,11 @@ def parse(entry: dict[str, Any], answers: Answers, max_candidates: int | None) -
       f"{last}: {number} answers, data.max_candidates is {max_candidates};"
       " raise it or leave answers out"
     )
-  return found
+  return conversation
 
 
 def _llava(entry: dict[str, Any]) -> tuple[Conversation, str]:
-  """(the conversation, what errors call its last message)."""
+  """Returns (the conversation, how errors name its last message)."""
   messages = entry.get("conversations")
   if not isinstance(messages, list) or not messages:
     state = kind(messages) if messages else "empty" if "conversations" in entry else "missing"
@@ -88,7 +89,7 @@ def _llava(entry: dict[str, Any]) -> tuple[Conversation, str]:
     ranked = final["value"]
     if not ranked:
       raise InputError(f"{last}: the list of answers is empty; give at least two, best first")
-    answers = tuple(_answer(one, f'{last}: "value"[{k}]') for k, one in enumerate(ranked))
+    answers = tuple(_answer(text, f'{last}: "value"[{k}]') for k, text in enumerate(ranked))
     _check_role(final, last, "from", 1)
     messages = messages[:-1]
   turns, places = _turns(messages, "conversations", "from", "value")
@@ -96,7 +97,7 @@ def _llava(entry: dict[str, Any]) -> tuple[Conversation, str]:
 
 
 def _pair(entry: dict[str, Any]) -> Conversation:
-  """TRL's forms (with a prompt or an implicit one, in messages or plain text) and RLAIF-V's."""
+  """Parses TRL's forms (explicit or implicit prompt, messages or plain text) and RLAIF-V's."""
   shared, answers = [], []
   for key in ("chosen", "rejected"):
     if key not in entry:
@@ -137,7 +138,7 @@ def _pair(entry: dict[str, Any]) -> Conversation:
 def _turns(
   messages: list[Any], name: str, role_key: str, text_key: str
 ) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-  """(turns, what errors call each question) of messages that take turns."""
+  """Returns (turns, how errors name each question) of alternating messages."""
   values = []
   for number, message in enumerate(messages):
     place = f"{name}[{number}]"
@@ -157,7 +158,7 @@ def _turns(
 
 
 def _check_role(message: Any, place: str, key: str, side: int) -> None:
-  """Refuses what is no message, or of another than the human (side 0) or the model (side 1)."""
+  """Raises an InputError unless this is a message of the human (side 0) or the model (side 1)."""
   if not isinstance(message, dict):
     text_key = "value" if key == "from" else "content"
     raise InputError(f'{place} is {kind(message)}; give {{"{key}": ..., "{text_key}": ...}}')
@@ -171,19 +172,19 @@ def _check_role(message: Any, place: str, key: str, side: int) -> None:
 
 
 def _content(value: Any, place: str) -> Any:
-  """Text of typed parts, such as [{"type": "image"}, {"type": "text", "text": "What?"}]."""
+  """Returns the text of [{"type": "image"}, {"type": "text", "text": "What?"}] or plain text."""
   if not isinstance(value, list):
     return value
-  written = ""
+  text = ""
   for number, part in enumerate(value):
     form = part.get("type") if isinstance(part, dict) else None
     if form == "image":
-      written += f"{IMAGE_PLACEHOLDER}\n"
+      text += f"{IMAGE_PLACEHOLDER}\n"
     elif form == "text":
-      written += as_text(part.get("text"), f'{place}: content[{number}]: "text"')
+      text += as_text(part.get("text"), f'{place}: content[{number}]: "text"')
     else:
-      raise InputError(f"{place}: content[{number}] is neither a text nor an image part; mend it")
-  return written
+      raise InputError(f"{place}: content[{number}] is neither a text nor an image part; fix it")
+  return text
 
 
 def _answer(value: Any, place: str) -> str:

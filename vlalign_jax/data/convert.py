@@ -1,10 +1,10 @@
-"""Published preference data sets, as LLaVA records whose last answer is a ranked list.
+"""Converts published preference data sets to LLaVA records whose last answer is a ranked list.
 
-- LLaVA-Human-Preference-10K (llava_7b_v1_preference.json): `conversations`, whose last answer gives
-  way to `output_1` and `output_2`, the better of which `preference` (1 or 2) names.
+- LLaVA-Human-Preference-10K (llava_7b_v1_preference.json): `output_1` and `output_2` replace the
+  last answer of `conversations`; `preference` (1 or 2) names the better one.
 - RLAIF-V: `question`, `chosen`, `rejected`, `image` or `image_path`.
-- vision-feedback-mix-binarized: `conversations`, also as a text of JSON, whose last message has
-  `preference_values`: the better answer, then the worse.
+- vision-feedback-mix-binarized: the last message of `conversations` (a list, or its JSON as text)
+  has `preference_values`: the better answer, then the worse.
 """
 
 import json
@@ -26,14 +26,13 @@ _PARQUET = (
 
 
 def convert(path: str) -> tuple[list[dict[str, Any]], list[InputError]]:
-  """Reads a file in one of the layouts above.
+  """Converts a file in one of the layouts above; whether its images exist is not checked.
 
   Args:
     path: a JSON array, or JSON lines if it ends with .jsonl or .ndjson.
 
   Returns:
-    (records that preference stages read; an error for every other), in file order. Pictures are
-    not looked for.
+    (records for reward models and DPO, an error for every bad entry), both in file order.
 
   Raises:
     InputError: the file as a whole is unusable.
@@ -84,7 +83,7 @@ def _human_preference(entry: dict[str, Any]) -> list[Any]:
     raise InputError(f'"preference" is {quote(entry.get("preference"))}; it must be 1 or 2')
   if entry["preference"] == 2:
     outputs.reverse()
-  if len(messages) % 2 == 0:  # the answer that both were to be measured by
+  if len(messages) % 2 == 0:  # a reference answer, which both outputs replace
     messages = messages[:-1]
   return [*messages, {"from": "gpt", "value": outputs}]
 
@@ -97,23 +96,23 @@ def _feedback_mix(entry: dict[str, Any]) -> list[Any]:
 
 
 def _pair(entry: dict[str, Any]) -> list[Any]:
-  found = parse(entry, "ranked", None)
+  conversation = parse(entry, "ranked", None)
   messages = []
-  for turn in found.turns:
+  for turn in conversation.turns:
     messages.append({"from": "human", "value": turn.human})
     messages.append({"from": "gpt", "value": turn.gpt})
-  messages[-1]["value"] = list(found.answers)
+  messages[-1]["value"] = list(conversation.answers)
   return messages
 
 
 def _messages(entry: dict[str, Any]) -> list[Any]:
-  """The conversation, unwrapped from a text of JSON, and from a list that holds nothing else."""
+  """Returns the conversation, also from JSON as text, or from a list of one conversation."""
   messages = entry.get("conversations")
   if isinstance(messages, str):
     try:
       messages = json.loads(messages)
     except (ValueError, RecursionError) as error:
-      raise InputError(f'"conversations" holds malformed JSON ({error}); mend it') from error
+      raise InputError(f'"conversations" holds malformed JSON ({error}); fix it') from error
   if isinstance(messages, list) and len(messages) == 1 and isinstance(messages[0], list):
     messages = messages[0]
   if not isinstance(messages, list) or not messages:
@@ -121,20 +120,20 @@ def _messages(entry: dict[str, Any]) -> list[Any]:
   return messages
 
 
-def _path(found: Any) -> Any:
-  """A picture's path as `datasets` writes it; a picture itself, or a path, as it is."""
-  return found.get("path") if isinstance(found, dict) and not found.get("bytes") else found
+def _path(image: Any) -> Any:
+  """Unwraps the path in an object that `datasets` writes; returns anything else unchanged."""
+  return image.get("path") if isinstance(image, dict) and not image.get("bytes") else image
 
 
 def _image(entry: dict[str, Any]) -> Any:
-  """The picture's path, or list of paths; None where there is none."""
-  found = entry.get("image") or entry.get("images")
-  found = [_path(one) for one in found] if isinstance(found, list) else _path(found)
-  if isinstance(found, list) and any(isinstance(one, dict) for one in found):
+  """Returns the image's path, or a list of paths, or None."""
+  image = entry.get("image") or entry.get("images")
+  image = [_path(item) for item in image] if isinstance(image, list) else _path(image)
+  if isinstance(image, list) and any(isinstance(item, dict) for item in image):
     raise InputError('"images" has a picture, not its path; save it as a file and give the path')
-  if isinstance(found, dict) or found is None:
+  if isinstance(image, dict) or image is None:
     path = entry.get("image_path")
-    if found is not None and not path:
+    if image is not None and not path:
       raise InputError('"image" is a picture, not its path; save it as a file and give the path')
     return path or None
-  return found
+  return image

@@ -1,29 +1,33 @@
-"""One record to one training example: token ids, image positions, targets and what is learnt."""
+"""Encodes records as examples: token ids, positions, targets and which tokens are learned.
 
+A record is a prompt, which includes the earlier turns, and answers to its last question: one in
+SFT, several in rankings, none where the model is to generate it.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from vlalign_jax.data.records import IMAGE_PLACEHOLDER, Record
+from vlalign_jax.data.records import IMAGE_PLACEHOLDER, Record, Turn
 from vlalign_jax.data.templates import closing, turn_pieces
-from vlalign_jax.data.tokens import tokenize_pieces, vocabulary
+from vlalign_jax.data.tokens import tokenize_branches, vocabulary
 from vlalign_jax.errors import InputError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-  """One tokenised training example; rows are packed from these.
+  """One tokenized example; rows are packed from these.
 
-  tokens: int32[N] ids; an image stands as its tokens_per_image image token ids.
+  tokens: int32[N] ids; an image takes tokens_per_image positions, each with the image token id.
   positions: int32[N] RoPE positions.
   branches: int32[N] 0 for what all answers share; k > 0 for the k-th ranked answer.
   targets: int32[N] id of the next token where loss_mask is 1, else 0.
   loss_mask: float32[N] 1 where the next token belongs to an answer or its end, else 0.
   images: paths in the order in which their tokens appear.
   where: names the record in error messages.
-  answers: int32[K] where the last token of each ranked answer is, best first; none in SFT.
+  answers: int32[K] position of the last token of each ranked answer, best first; empty in SFT.
   """
 
   tokens: np.ndarray
@@ -33,20 +37,24 @@ class Example:
   loss_mask: np.ndarray
   images: tuple[str, ...]
   where: str
-  answers: np.ndarray = field(default_factory=functools.partial(np.zeros, 0, np.int32))
+  answers: np.ndarray = dataclasses.field(default_factory=functools.partial(np.zeros, 0, np.int32))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Encoded:
-  """What became of a record; `example` is None where not even its first turn fits."""
+  """The result of encoding a record.
+
+  Attributes:
+    example: None if nothing that fits is left to learn.
+    counts: numbers for the log, such as turns dropped; each encoder says which.
+    kept: which of the record's ranked answers are branches of the example, from 0, in order.
+    apart: answers that fit after the prompt, but not together with those kept.
+  """
 
   example: Example | None
-  dropped_turns: int
-
-  @property
-  def counts(self) -> tuple[int]:
-    """Turns dropped, as `prepare.Task` has them."""
-    return (self.dropped_turns,)
+  counts: tuple[int, ...]
+  kept: tuple[int, ...] = ()
+  apart: tuple[int, ...] = ()
 
 
 def encode(
@@ -57,10 +65,10 @@ def encode(
   tokens_per_image: int,
   max_length: int,
 ) -> Encoded:
-  """Encodes a record whose every turn is answered, for supervised fine-tuning.
+  """Encodes a conversation whose every turn has an answer; `counts` is (turns dropped,).
 
-  Nothing is ever cut: turns that do not fit are dropped whole from the end, with their images, and
-  the eos still closes what is left.
+  Text is never cut: turns that do not fit are dropped as a whole from the end, with their images,
+  and the eos still closes the rest.
 
   Args:
     record: the conversation; its last turn needs an answer too.
@@ -68,75 +76,152 @@ def encode(
     tokenizer: a fast Hugging Face tokenizer.
     image_token_id: id of the tokenizer's `<image>`.
     tokens_per_image: positions that an image takes.
-    max_length: the largest number of positions, image positions included.
+    max_length: the most positions of an example, image positions included.
+
+  Raises:
+    InputError: the template, the tokenizer and the record do not go together.
+  """
+  turns, last = record.turns, record.turns[-1].gpt
+  if last is None:
+    raise InputError(f"{record.where}: the last turn has no answer to learn; give it one")
+  pieces, [(answer, final)] = tokenize_turns(
+    record, [last], template, tokenizer, image_token_id, tokens_per_image
+  )
+  pieces.append(answer)
+  ends = np.cumsum([len(piece) for piece in pieces])[1::2]  # of each turn's answer
+  kept = int(np.searchsorted(ends, max_length - len(final), side="right"))
+  if kept == 0:
+    return Encoded(None, (len(turns),))
+  pieces = [*pieces[: 2 * kept], final]
+  learned = np.repeat([False, True] * kept + [True], [len(piece) for piece in pieces])
+  num_images = sum(turn.human.count(IMAGE_PLACEHOLDER) for turn in turns[:kept])
+  images = record.images[:num_images]
+  example = branch(np.concatenate(pieces), [], images, record.where, learned)
+  return Encoded(example, (len(turns) - kept,))
+
+
+def tokenize_turns(
+  record: Record,
+  answers: Sequence[str],
+  template: str,
+  tokenizer,
+  image_token_id: int,
+  tokens_per_image: int,
+) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+  """Tokenizes a record up to its last question, and each of `answers` to that question.
+
+  Args:
+    record: its last turn's own answer, if any, is not read.
+    answers: may be empty.
+    template, tokenizer, image_token_id, tokens_per_image: as for `encode`.
+
+  Returns:
+    (int32[N] ids of each prompt and earlier answer in turn, [ids with the end token, ids of what
+    closes the example] of each of `answers`); images take all their positions.
 
   Raises:
     InputError: the template, the tokenizer and the record do not go together.
   """
   check_image_token(tokenizer, image_token_id)
-  turns, where = record.turns, record.where
-  if turns[-1].gpt is None:
-    raise InputError(f"{where}: the last turn has no answer to learn; give it one")
-  pieces = turn_pieces(turns, template, tokenizer, where)
-  texts = [piece.text for piece in pieces]
-  *ids, final = tokenize_pieces([*texts, closing(template, tokenizer)], tokenizer)
+  *before, last = record.turns
+  prompt, written = [], []
+  for answer in answers or [None]:
+    turns = [*before, Turn(last.human, answer)]
+    texts = [piece.text for piece in turn_pieces(turns, template, tokenizer, record.where)]
+    prompt = texts[: 2 * len(before) + 1]  # the same each time
+    written += texts[len(prompt) :]
+  end = closing(template, tokenizer)
+  pieces, branches = tokenize_branches(prompt, [(text, end) for text in written], tokenizer)
 
-  image_counts = [turn.human.count(IMAGE_PLACEHOLDER) for turn in turns]
-  check_placed(ids, image_counts, image_token_id, where)
-  sizes = [len(expand(piece, image_token_id, tokens_per_image)) for piece in ids]
-  ends = np.cumsum(sizes)[1::2]  # where each turn's answer ends
-  kept = int(np.searchsorted(ends, max_length - len(final), side="right"))
-  if kept == 0:
-    return Encoded(None, len(turns))
-
-  parts = [*ids[: 2 * kept], final]
-  learnt = [*(piece.learn for piece in pieces[: 2 * kept]), True]
-  parts = [expand(part, image_token_id, tokens_per_image) for part in parts]
-  tokens = np.concatenate(parts)
-  learn = np.repeat(learnt, [len(part) for part in parts])
-  loss_mask = np.append(learn[1:], False)
-  example = Example(
-    tokens=tokens,
-    positions=np.arange(len(tokens), dtype=np.int32),
-    branches=np.zeros(len(tokens), np.int32),
-    targets=np.where(loss_mask, np.roll(tokens, -1), 0).astype(np.int32),
-    loss_mask=loss_mask.astype(np.float32),
-    images=record.images[: sum(image_counts[:kept])],
-    where=where,
-  )
-  return Encoded(example, len(turns) - kept)
+  images = [turn.human.count(IMAGE_PLACEHOLDER) for turn in record.turns]
+  placed = [np.count_nonzero(ids == image_token_id) for ids in pieces]
+  in_answers = [np.count_nonzero(ids == image_token_id) for ids, _ in branches]
+  if placed[0::2] != images or any(placed[1::2]) or any(in_answers):
+    raise InputError(
+      f"{record.where}: {sum(placed + in_answers)} image tokens were written for {sum(images)}"
+      " images; choose another data.template"
+    )
+  repeats = [np.where(ids == image_token_id, tokens_per_image, 1) for ids in pieces]
+  return list(map(np.repeat, pieces, repeats)), branches
 
 
-def check_placed(
-  pieces: Sequence[np.ndarray], images: Sequence[int], image_token_id: int, where: str
-) -> None:
-  """Raises an InputError unless the template has written every image where its question is.
+def tokenize_prompt(
+  record: Record, answers: Sequence[str], *options
+) -> tuple[np.ndarray, list[np.ndarray]]:
+  """Tokenizes a prompt and answers to it: (int32[N] ids, int32[M] ids of each answer and its end).
 
   Args:
-    pieces: ids of the prompts and answers in turn, an image as one token.
-    images: of each question.
-    image_token_id: id of `<image>`.
-    where: names the record.
+    record, answers, *options: as for `tokenize_turns`.
+
+  Raises:
+    InputError: as there, or the prompt is empty.
   """
-  placed = [int(np.count_nonzero(piece == image_token_id)) for piece in pieces]
-  if placed[0::2] != list(images) or any(placed[1::2]):
-    raise InputError(
-      f"{where}: {sum(placed)} image tokens were written for {sum(images)} images;"
-      " choose another data.template"
-    )
+  pieces, branches = tokenize_turns(record, answers, *options)
+  prompt = np.concatenate(pieces)
+  if not len(prompt):
+    raise InputError(f"{record.where}: the prompt has no token; choose another data.template")
+  return prompt, [np.concatenate(ids) for ids in branches]
 
 
-def expand(ids: np.ndarray, image_token_id: int, tokens_per_image: int) -> np.ndarray:
-  """int32[N], every image token repeated for each of the image's positions."""
-  return np.repeat(ids, np.where(ids == image_token_id, tokens_per_image, 1))
+def fit_answers(
+  prompt: np.ndarray, answers: dict[int, np.ndarray], max_length: int
+) -> tuple[int, ...]:
+  """Returns the keys of the answers that fit in one example, chosen in order; none is cut."""
+  length, kept = len(prompt) - 1, []
+  for key, ids in answers.items():
+    if length + 1 + len(ids) <= max_length:
+      kept.append(key)
+      length += 1 + len(ids)
+  return tuple(kept)
+
+
+def branch(
+  prompt: np.ndarray,
+  answers: Sequence[np.ndarray],
+  images: tuple[str, ...],
+  where: str,
+  learned: np.ndarray | bool = False,
+) -> Example:
+  """Returns the example of a prompt (branch 0) and answers to it (branches k > 0), all learned.
+
+  With answers, branch 0 stops one token short. Every other branch begins with a copy of the
+  prompt's last token, at the same position, and goes on with its answer.
+
+  Args:
+    prompt: int32[N] ids of what all answers share; a whole conversation has no answers.
+    answers: int32[M] ids of each, its end included.
+    images, where: as of Example.
+    learned: which tokens of the prompt are learned: none, or bool[N] if there are no answers.
+  """
+  shared = len(prompt) - bool(answers)
+  sizes = np.array([shared, *(1 + len(answer) for answer in answers)])
+  starts = np.cumsum(sizes) - sizes
+  tokens = [prompt[:shared], *(part for answer in answers for part in (prompt[-1:], answer))]
+  tokens = np.concatenate(tokens).astype(np.int32)
+  offsets = np.append(0, starts[1:] - shared)  # place - position
+  positions = np.arange(len(tokens)) - np.repeat(offsets, sizes)
+  is_learned = np.ones(len(tokens), bool)
+  is_learned[:shared] = learned
+  is_learned[starts[1:]] = False
+  loss_mask = np.append(is_learned[1:], False)
+  return Example(
+    tokens=tokens,
+    positions=positions.astype(np.int32),
+    branches=np.repeat(np.arange(len(sizes)), sizes).astype(np.int32),
+    targets=np.where(loss_mask, np.roll(tokens, -1), 0).astype(np.int32),
+    loss_mask=loss_mask.astype(np.float32),
+    images=images,
+    where=where,
+    answers=(starts + sizes - 1)[1:].astype(np.int32),
+  )
 
 
 @functools.lru_cache(maxsize=16)
 def check_image_token(tokenizer, image_token_id: int) -> None:
   """Raises an InputError unless the tokenizer reads `<image>` as the one token image_token_id."""
-  found = vocabulary(tokenizer).ids(IMAGE_PLACEHOLDER)
-  if found != [image_token_id]:
+  ids = vocabulary(tokenizer).ids(IMAGE_PLACEHOLDER)
+  if ids != [image_token_id]:
     raise InputError(
-      f"the tokenizer reads <image> as {found}, not as the image token {image_token_id};"
+      f"the tokenizer reads <image> as {ids}, not as the image token {image_token_id};"
       " add <image> to it as one special token with this id"
     )

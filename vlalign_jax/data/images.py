@@ -1,6 +1,6 @@
-"""From an image's path to the uint8 pixels that the vision tower's processor sees before rescaling.
+"""Reads and resizes images: from a path to the uint8 pixels that are rescaled for the vision tower.
 
-Rescaling and normalising run on the device: (pixels * rescale_factor - mean) / std.
+Rescaling and normalization run on the device: (pixels * rescale_factor - mean) / std.
 """
 
 import math
@@ -14,9 +14,9 @@ from PIL import ExifTags, Image
 from vlalign_jax import json_files
 from vlalign_jax.errors import InputError
 
-MAX_PIXELS = 89_478_485  # where PIL itself starts to warn: 1 GiB / 4 / 3
+MAX_PIXELS = 89_478_485  # PIL warns above this: 1 GiB / 4 / 3
 ASPECTS = ("auto", "crop", "pad")
-_TRANSPOSE = {  # EXIF orientation -> what turns the stored image upright
+_TRANSPOSE = {  # EXIF orientation -> transposition that turns the image upright
   2: Image.Transpose.FLIP_LEFT_RIGHT,
   3: Image.Transpose.ROTATE_180,
   4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -28,9 +28,9 @@ _TRANSPOSE = {  # EXIF orientation -> what turns the stored image upright
 
 
 def image_path(root: str, relative_path: str) -> str:
-  """The normalised path below `root`, without looking at the disk.
+  """Returns the normalized path below `root`, without access to the disk.
 
-  `..` is resolved by name only, so that a symbolic link inside the root may lead elsewhere.
+  `..` is resolved by name only, so a symbolic link inside the root may lead elsewhere.
 
   Raises:
     InputError: the path is empty, absolute or leaves the root.
@@ -47,16 +47,17 @@ def image_path(root: str, relative_path: str) -> str:
 
 
 def open_image(root: str, relative_path: str) -> Image.Image:
-  """Decodes an image (the first frame of several) upright and as RGB; transparency is dropped.
+  """Decodes an image (or its first frame), upright and as RGB; transparency is dropped.
 
   Raises:
-    InputError: outside the root, missing, more than MAX_PIXELS pixels, truncated or not an image.
+    InputError: the file is outside the root, missing, truncated or not an image, or it has more
+      than MAX_PIXELS pixels.
   """
   path = image_path(root, relative_path)
   shown = f'image "{relative_path}" under {root or "."}'
   try:
     with Image.open(path) as image:
-      if math.prod(image.size) > MAX_PIXELS:  # the header's claim; nothing is decoded yet
+      if math.prod(image.size) > MAX_PIXELS:  # by the header; nothing is decoded yet
         raise Image.DecompressionBombError(f"it claims {image.size[0]} x {image.size[1]}")
       image.load()
       return _to_rgb(_upright(image))
@@ -65,7 +66,7 @@ def open_image(root: str, relative_path: str) -> Image.Image:
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     message = f"has more than {MAX_PIXELS:,} pixels ({error}); shrink it or drop its record"
     raise InputError(f"{shown} {message}") from error
-  except Exception as error:  # decoders raise nearly anything on a broken file
+  except Exception as error:  # decoders raise almost any exception on a broken file
     reason = " ".join(str(error).split()) or type(error).__name__
     message = f"cannot be decoded ({reason}); replace it or drop its record"
     raise InputError(f"{shown} {message}") from error
@@ -73,8 +74,8 @@ def open_image(root: str, relative_path: str) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
   try:
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
-  except Exception:  # broken EXIF, again of any kind: shown as stored, as image viewers do
+    orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+  except Exception:  # broken EXIF raises any exception too; image viewers then do not rotate
     orientation = None
   method = _TRANSPOSE.get(orientation)
   return image if method is None else image.transpose(method)
@@ -84,23 +85,23 @@ def _to_rgb(image: Image.Image) -> Image.Image:
   if image.mode.startswith("I") or image.mode == "F":
     image = _to_8_bit(image)
   rgb = image.convert("RGB")
-  # PIL carries the transparent colour along, and transformers would paint it white.
+  # PIL keeps the transparent color, which transformers would paint white.
   rgb.info.pop("transparency", None)
   return rgb
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-  """Scales 16-bit, 32-bit or float grayscale to 8 bits, where PIL's convert may clip."""
+  """Scales 16-bit, 32-bit or float grayscale to 8 bits, without the clipping of PIL's convert."""
   values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
   low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
-  if values.min() < low or values.max() > high:  # no fixed range to go by
+  if values.min() < low or values.max() > high:  # the range of the mode does not hold
     low, high = float(values.min()), float(values.max())
   scaled = (values - low) * (255.0 / max(high - low, 1e-30))
   return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-  """LLaVA's expand2square: the image centred on a square of `color`, as wide as its longer side."""
+  """Centers an image on a square of `color` with its longer side, like LLaVA's expand2square."""
   width, height = image.size
   if width == height:
     return image
@@ -112,11 +113,12 @@ def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Imag
 
 @dataclass(frozen=True, eq=False)
 class ImagePreprocessor:
-  """What a Hugging Face image processor does before it rescales; picklable.
+  """The steps of a Hugging Face image processor before it rescales; picklable.
 
   Attributes:
-    aspect: "crop" (shorter side to size, then the centre) or "pad" (to a square, then to size).
-    mean, std: per channel, on the scale of `pixels * rescale_factor`; 0 and 1 if not normalised.
+    aspect: "crop" (shorter side to size, then the center) or "pad" (to a square, then to size).
+    mean, std: per channel, on the scale of `pixels * rescale_factor`; 0 and 1 if it does not
+      normalize.
     height, width: of every output, in pixels.
     rescale_factor: 1 if the processor does not rescale.
   """
@@ -129,7 +131,7 @@ class ImagePreprocessor:
   rescale_factor: float
   pad_color: tuple[int, int, int]
   processor: Any  # transformers' CLIPImageProcessorPil, without its float steps
-  config: dict[str, Any]  # what `save` writes
+  config: dict[str, Any]  # the JSON that `save` writes
 
   @classmethod
   def from_directory(cls, path: str, aspect: str = "auto") -> "ImagePreprocessor":
@@ -137,10 +139,11 @@ class ImagePreprocessor:
 
     Args:
       path: a Hugging Face directory.
-      aspect: "crop", "pad", or "auto": the config's own `do_pad`, crop where it has none.
+      aspect: "crop", "pad", or "auto": by the config's `do_pad`; crop if it has none.
 
     Raises:
-      InputError: no such file, not a CLIP or LLaVA processor, or no fixed output size.
+      InputError: there is no such file, or it is not a CLIP or LLaVA processor, or its output has
+        no fixed size.
     """
     for name in ("processor_config.json", "preprocessor_config.json"):  # transformers' precedence
       config, where = json_files.read(os.path.join(path, name)), os.path.join(path, name)
@@ -157,19 +160,21 @@ class ImagePreprocessor:
   def from_config(
     cls, config: dict[str, Any], aspect: str = "auto", where: str = "image processor"
   ) -> "ImagePreprocessor":
-    """As `from_directory`, from the parsed JSON; `where` names it in errors."""
-    # transformers takes seconds to import, and who only opens images does without it.
+    """Reads the parsed JSON, as `from_directory` does; `where` names it in errors."""
+    # transformers takes seconds to import, and opening images does not need it.
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     kind = _processor_type(config, where)
     aspect = _resolve_aspect(config, aspect, kind, where)
     names = CLIPImageProcessorPil.valid_kwargs.__annotations__
-    given = {key: config[key] for key in names if config.get(key) is not None}
+    settings: Any = {key: config[key] for key in names if config.get(key) is not None}
     try:
-      full = CLIPImageProcessorPil(**{**given, "do_pad": aspect == "pad"})
-      # Padding is ours (transformers pads with a LLaVA class only), float steps are the device's.
-      steps = {"do_pad": False, "do_rescale": False, "do_normalize": False, "do_convert_rgb": False}
-      processor = CLIPImageProcessorPil(**{**given, **steps})
+      padding: Any = {"do_pad": aspect == "pad"}
+      full = CLIPImageProcessorPil(**{**settings, **padding})
+      # `pad_to_square` pads (in transformers, only LLaVA does); float steps run on the device.
+      off = ("do_pad", "do_rescale", "do_normalize", "do_convert_rgb")
+      steps: Any = dict.fromkeys(off, False)
+      processor = CLIPImageProcessorPil(**{**settings, **steps})
       mean, std = _per_channel(full.image_mean), _per_channel(full.image_std)
       preprocessor = cls(
         aspect=aspect,
@@ -178,31 +183,31 @@ class ImagePreprocessor:
         height=0,
         width=0,
         rescale_factor=float(full.rescale_factor) if full.do_rescale else 1.0,
-        pad_color=tuple(int(value * 255) for value in mean),
+        pad_color=(int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)),
         processor=processor,
         config={
           **full.to_dict(),
           "image_processor_type": "LlavaImageProcessor" if aspect == "pad" else kind,
         },
       )
-      # What comes out for images of several shapes says more than a reading of the size rules.
+      # The rules for sizes are many, so look at the outputs for images of several shapes.
       probes = [Image.new("RGB", size) for size in ((3, 2), (2, 3), (5, 4))]
       shapes = {preprocessor._pixels(image).shape for image in probes}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
       reason = " ".join(str(error).split())
-      raise InputError(f"{where}: not a usable image processor ({reason}); mend it") from error
+      raise InputError(f"{where}: not a usable image processor ({reason}); fix it") from error
     if len(shapes) > 1:
       raise InputError(
-        f"{where}: images of different shapes come out with different sizes; set do_center_crop,"
+        f"{where}: images of different shapes have outputs of different sizes; set do_center_crop,"
         ' give size as {"height", "width"}, or pad'
       )
     height, width, _ = shapes.pop()
     return replace(preprocessor, height=height, width=width)
 
   def preprocess(self, image: Image.Image) -> np.ndarray:
-    """RGB image of any size -> uint8[height, width, 3]."""
+    """Returns uint8[height, width, 3] of an RGB image of any size."""
     if image.mode != "RGB":
-      raise ValueError(f"expected an RGB image as open_image gives it, not {image.mode}")
+      raise ValueError(f"expected an RGB image as open_image returns it, not {image.mode}")
     return self._pixels(image)
 
   def _pixels(self, image: Image.Image) -> np.ndarray:
@@ -213,7 +218,7 @@ class ImagePreprocessor:
     return np.ascontiguousarray(np.moveaxis(pixels, 0, -1))
 
   def _bounded(self, image: Image.Image) -> Image.Image:
-    """Keeps the intermediate image of an extreme aspect ratio (1 x 50000) below MAX_PIXELS."""
+    """Crops or reduces an extreme shape (1 x 50000), so that no step exceeds MAX_PIXELS."""
     short, long = sorted(image.size)
     if self.aspect == "pad":
       factor = math.ceil(long / math.isqrt(MAX_PIXELS))
@@ -224,23 +229,23 @@ class ImagePreprocessor:
     surplus = long - short * MAX_PIXELS // size.shortest_edge**2
     if size.longest_edge or surplus <= 0:
       return image
-    cut = (surplus + 1) // 2  # the same at both ends, so that the centre stays
+    cut = (surplus + 1) // 2  # the same at both ends, so that the center stays
     width, height = image.size
     box = (cut, 0, width - cut, height) if width > height else (0, cut, width, height - cut)
     return image.crop(box)
 
   def save(self, directory: str) -> None:
-    """Writes preprocessor_config.json, from which transformers loads a processor doing the same.
+    """Writes preprocessor_config.json, from which transformers loads an equal processor.
 
-    An `image_processor` entry in a processor_config.json already there would win over that file,
-    so it is replaced too.
+    transformers prefers an `image_processor` entry in processor_config.json, so an existing one is
+    replaced too.
     """
     os.makedirs(directory, exist_ok=True)
     json_files.write(os.path.join(directory, "preprocessor_config.json"), self.config)
     path = os.path.join(directory, "processor_config.json")
-    whole = json_files.read(path)
-    if whole is not None and "image_processor" in whole:
-      json_files.write(path, {**whole, "image_processor": self.config})
+    existing = json_files.read(path)
+    if existing is not None and "image_processor" in existing:
+      json_files.write(path, {**existing, "image_processor": self.config})
 
 
 def _processor_type(config: dict[str, Any], where: str) -> str:
@@ -263,7 +268,7 @@ def _resolve_aspect(config: dict[str, Any], aspect: str, kind: str, where: str) 
   if aspect != "auto":
     return aspect
   if config.get("do_pad") and kind == "CLIPImageProcessor":
-    # There it pads a batch to its largest image, and only a LlavaImageProcessor to a square.
+    # This class pads a batch to its largest image; only a LlavaImageProcessor pads to a square.
     raise InputError(
       f"{where}: do_pad of a CLIPImageProcessor does not say whether images are padded to a"
       " square; choose the aspect crop or pad"
@@ -272,7 +277,7 @@ def _resolve_aspect(config: dict[str, Any], aspect: str, kind: str, where: str) 
 
 
 def _per_channel(value: Any) -> tuple[float, float, float]:
-  values = (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
+  values = [value] * 3 if isinstance(value, (int, float)) else [*value]
   if len(values) != 3:
     raise ValueError(f"image_mean and image_std need 3 values, not {len(values)}")
-  return tuple(float(number) for number in values)
+  return float(values[0]), float(values[1]), float(values[2])

@@ -1,10 +1,9 @@
-"""A named prompt template as a chat template: exported models are prompted as they were trained."""
+"""Prompt templates as Jinja chat templates: servers prompt an exported model as in training."""
 
 import re
 
-from vlalign_jax.data.chat_template import CleanTurn, cut_conversation, takes_typed_content
-from vlalign_jax.data.records import IMAGE_PLACEHOLDER, Turn
-from vlalign_jax.data.templates import closing, named_parts, turn_pieces
+from vlalign_jax.data.chat_template import writes_end_tokens
+from vlalign_jax.data.templates import closing, named_parts, trial_pieces
 from vlalign_jax.data.tokens import tokenize_pieces, vocabulary
 from vlalign_jax.errors import InputError
 
@@ -28,14 +27,9 @@ _CHAT_TEMPLATE = """
 {%- endif -%}
 {%- if message['role'] == 'user' -%}
 {%- if start.first -%}
-{{- SYSTEM -}}
+{{- FIRST_WITH_IMAGE if ns.images else FIRST -}}
 {%- else -%}
-{{- RESTART -}}
-{%- endif -%}
-{%- if ns.images -%}
-{{- WITH_IMAGE -}}
-{%- else -%}
-{{- WITHOUT_IMAGE -}}
+{{- NEXT_WITH_IMAGE if ns.images else NEXT -}}
 {%- endif -%}
 {%- set start.first = false -%}
 {%- elif message['role'] == 'assistant' -%}
@@ -52,24 +46,7 @@ _CHAT_TEMPLATE = """
 """.strip()
 
 
-def _quote(text: str) -> str:
-  escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-  return f"'{escaped}'"
-
-
-def _wording(text: str, first_drops: str) -> str:
-  """Returns a Jinja expression with `{images}`, `{question}` and `{system}` filled in."""
-  expression = _quote(text)
-  expression = expression.replace("{images}", "' + ns.images + '")
-  expression = expression.replace("{question}", "' + (ns.text | trim) + '")
-  expression = expression.replace("{system}", "' + start.system + '")
-  if not first_drops:
-    return f"({expression})"
-  quoted = _quote(first_drops)
-  return f"(({expression}).replace({quoted}, '', 1) if start.first else {expression})"
-
-
-# What training writes behind an answer to which the tokenizer's own template puts no end token.
+# Appends the eos to answers, for a tokenizer's own template that writes no end token after them.
 _CLOSE_ANSWERS = """
 {%- set closed = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -88,29 +65,33 @@ _CLOSE_ANSWERS = """
 
 
 def chat_template(template: str, tokenizer) -> str:
-  """Returns the Jinja text that renders conversations as training did, bos included.
+  """Returns the Jinja text that renders conversations as training does, bos included.
 
-  Servers tokenize what it renders without adding special tokens, and get the ids of training. A
-  system message takes the place of the template's own. Every user message is followed by what
-  stands before an answer, whether one follows or not.
+  Servers tokenize its output without adding special tokens, and get the ids of training. A system
+  message replaces the template's own. Every user message is followed by what stands before an
+  answer, even if no answer follows.
 
   Args:
-    template: one of `templates.TEMPLATES`; `auto` is the tokenizer's chat template, with a bos and
-      end tokens where training has them and it has none.
-    tokenizer: whose bos and end tokens are used.
+    template: one of `templates.TEMPLATES`. `auto` is the tokenizer's chat template; the bos and
+      end tokens of training are added if it lacks them.
+    tokenizer: its bos and end tokens are used.
   """
+  bos = _bos(template, tokenizer)
   if template == "auto":
-    return _auto(tokenizer)
+    text = str(tokenizer.chat_template)
+    if not writes_end_tokens(tokenizer):
+      text = _CLOSE_ANSWERS.replace("EOS", _quote(tokenizer.eos_token)) + text
+    return "{{- " + _quote(bos) + " -}}" + text if bos else text
   parts = named_parts(template, tokenizer)
   only = "" if parts.system else "; the template plain takes no system message"
   fills = {
-    "WITHOUT_IMAGE": _wording(parts.without_image, parts.first_drops),
-    "WITH_IMAGE": _wording(parts.with_image, parts.first_drops),
-    "BOS": _quote(_bos(template, tokenizer)),
+    "FIRST_WITH_IMAGE": _expression(parts.prompt(first=True, has_images=True)),
+    "FIRST": _expression(parts.prompt(first=True, has_images=False)),
+    "NEXT_WITH_IMAGE": _expression(parts.prompt(first=False, has_images=True)),
+    "NEXT": _expression(parts.prompt(first=False, has_images=False)),
+    "BOS": _quote(bos),
     "DEFAULT": _quote(parts.default_system),
     "TAKES_SYSTEM": "true" if parts.system else "false",
-    "SYSTEM": _wording(parts.system, ""),
-    "RESTART": _quote(parts.restart),
     "ANSWER": _quote(parts.answer),
     "END": _quote(parts.end),
     "CLOSING": _quote(closing(template, tokenizer)),
@@ -120,38 +101,27 @@ def chat_template(template: str, tokenizer) -> str:
   return names.sub(lambda match: fills[match[0]], _CHAT_TEMPLATE)
 
 
-def _auto(tokenizer) -> str:
-  """Returns the tokenizer's chat template with the bos and the end tokens of training."""
-  text = tokenizer.chat_template
-  answered = [CleanTurn("question", 0, "answer"), CleanTurn("again", 0, None)]
-  where = "a trial conversation"
-  pairs = cut_conversation(answered, tokenizer, where)
-  eos = tokenizer.eos_token
-  # The cut adds the eos to the answer where the template, which goes on with the prompt, does not.
-  messages = [("user", "question"), ("assistant", "answer"), ("user", "again")]
-  rendered = _rendered(messages, tokenizer)
-  if rendered != "".join(part for pair in pairs for part in pair if part):
-    text = _CLOSE_ANSWERS.replace("EOS", _quote(eos)) + text
-  bos = _bos("auto", tokenizer)
-  return "{{- " + _quote(bos) + " -}}" + text if bos else text
+def _quote(text: str) -> str:
+  escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+  return f"'{escaped}'"
 
 
-def _rendered(messages, tokenizer) -> str:
-  typed = takes_typed_content(tokenizer)
-  wrap = (lambda text: [{"type": "text", "text": text}]) if typed else str
-  content = [{"role": role, "content": wrap(text)} for role, text in messages]
-  return tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=True)
+def _expression(wording: str) -> str:
+  """Returns a Jinja expression that fills in `{images}`, `{question}` and `{system}`."""
+  expression = _quote(wording)
+  expression = expression.replace("{images}", "' + ns.images + '")
+  expression = expression.replace("{question}", "' + (ns.text | trim) + '")
+  expression = expression.replace("{system}", "' + start.system + '")
+  return f"({expression})"
 
 
 def _bos(template: str, tokenizer) -> str:
-  """Returns what has to stand before the first prompt so that its ids are those of training.
+  """Returns the text to put before the first prompt so that its ids are those of training.
 
   Raises:
     InputError: no text has these ids.
   """
-  image = f"{IMAGE_PLACEHOLDER}\n" if template == "plain" else ""
-  turns = [Turn(f"{image}question", None)]
-  prompt = turn_pieces(turns, template, tokenizer, "a trial conversation")[0].text
+  prompt = trial_pieces(template, tokenizer)[0].text
   words = vocabulary(tokenizer)
   expected = tokenize_pieces([prompt], tokenizer)[0].tolist()
   bos = "".join(tokenizer.convert_ids_to_tokens(words.prefix))

@@ -1,4 +1,4 @@
-"""The objects in a JSON array or JSON lines, and words for what is wrong with one."""
+"""Reads the values in a JSON array or JSON lines, and words what is wrong with one."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from vlalign_jax.errors import InputError
 
 
 def entries(path: str) -> Iterator[tuple[int, Any]]:
-  """(index, parsed JSON) of every record; an InputError in place of a malformed line.
+  """Yields (index, parsed JSON) for every record; an InputError in place of a malformed line.
 
   Args:
     path: a JSON array, or JSON lines if it ends with .jsonl or .ndjson.
@@ -21,18 +21,18 @@ def entries(path: str) -> Iterator[tuple[int, Any]]:
     raise InputError(f"{path}: the file is empty; give a list of records")
   if not is_json_lines(path):
     try:
-      found = json.loads(text)
+      array = json.loads(text)
     except json.JSONDecodeError as error:
-      hint = "; name it .jsonl if it holds JSON lines" if error.msg == "Extra data" else "; mend it"
+      hint = "; name it .jsonl if it holds JSON lines" if error.msg == "Extra data" else "; fix it"
       place = f"line {error.lineno}, column {error.colno}"
       raise InputError(f"{path}: malformed JSON at {place} ({error.msg}){hint}") from error
     except (ValueError, RecursionError) as error:
-      raise InputError(f"{path}: malformed JSON ({error}); mend it") from error
-    if not isinstance(found, list):
-      raise InputError(f"{path}: holds {kind(found)}, not a list of records; wrap it in [ ]")
-    if not found:
+      raise InputError(f"{path}: malformed JSON ({error}); fix it") from error
+    if not isinstance(array, list):
+      raise InputError(f"{path}: holds {kind(array)}, not a list of records; wrap it in [ ]")
+    if not array:
       raise InputError(f"{path}: the list of records is empty; give at least one")
-    yield from enumerate(found)
+    yield from enumerate(array)
     return
   if text.lstrip().startswith("["):
     raise InputError(f"{path}: holds a JSON array, not JSON lines; name it .json")
@@ -42,10 +42,10 @@ def entries(path: str) -> Iterator[tuple[int, Any]]:
     try:
       yield number, json.loads(line)
     except json.JSONDecodeError as error:
-      reason = f"malformed JSON at column {error.colno} ({error.msg}); mend it"
+      reason = f"malformed JSON at column {error.colno} ({error.msg}); fix it"
       yield number, InputError(f"{path}, line {number}: {reason}")
     except (ValueError, RecursionError) as error:
-      yield number, InputError(f"{path}, line {number}: malformed JSON ({error}); mend it")
+      yield number, InputError(f"{path}, line {number}: malformed JSON ({error}); fix it")
 
 
 def _read_text(path: str) -> str:
@@ -64,15 +64,15 @@ def _read_text(path: str) -> str:
 
 
 def is_json_lines(path: str) -> bool:
-  """Whether a file is read line by line; by its name."""
+  """Returns whether a file's name says that it holds JSON lines."""
   return path.lower().endswith((".jsonl", ".ndjson"))
 
 
 def as_text(value: Any, name: str) -> str:
-  """`value`, if it is text that tokenizers can take.
+  """Returns `value` if it is text that tokenizers accept.
 
   Raises:
-    InputError: it is not; `name` says what it is of.
+    InputError: it is not; the message calls it `name`.
   """
   if not isinstance(value, str):
     raise InputError(f"{name} is {kind(value)}; give text")
@@ -84,13 +84,13 @@ def as_text(value: Any, name: str) -> str:
 
 
 def kind(value: Any) -> str:
-  """What a JSON value is, such as "a list"."""
+  """Returns words for the type of a JSON value, such as "a list"."""
   names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
   return names.get(type(value), "a number")
 
 
 def quote(value: Any) -> str:
-  """A JSON value as an error shows it: on one line, not long, printable."""
+  """Returns a JSON value as an error shows it: short, printable, on one line."""
   shown = json.dumps(value, ensure_ascii=False)
   shown = shown if len(shown) <= 100 else f"{shown[:97]}..."
   return shown.encode(errors="backslashreplace").decode()

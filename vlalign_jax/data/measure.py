@@ -1,4 +1,4 @@
-"""Lengths and images of all records, measured once before the run; the plan is made of these."""
+"""Measures the lengths and images of all records before the run; the plan is made from these."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from vlalign_jax.errors import InputError
 
 # Below this many records, worker processes take longer to start than they save.
 POOL_FROM = 20_000
-# Each worker process takes seconds to start, and its own copy of the tokenizer.
+# Each worker process takes seconds to start, and holds its own copy of the tokenizer.
 MAX_WORKERS = 32
 _CHUNK = 500
 
-# What `measure` is given: record number -> (tokens, C numbers of its own, image paths).
+# Record number -> (tokens, C counts, image paths).
 LoadEncoded = Callable[[int], tuple[int, Sequence[int], Sequence[str]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measured:
-  """What N records come to once tokenised.
+  """The sizes of N tokenized records.
 
   Attributes:
     lengths: int32[N], tokens.
-    counts: int32[N, C], what else is counted of each, such as what was left out.
+    counts: int32[N, C], other counts of each record, such as turns dropped.
     images: distinct images of each record.
   """
 
@@ -46,23 +46,28 @@ def measure(
   """Calls `load_encoded` for the records 0 to n - 1, in worker processes if there are many.
 
   Args:
-    load_encoded: record number -> (tokens, as many counts for each, image paths); can be pickled.
-      Hold the records in a `workers.SharedList`, else each process gets a copy of them all.
+    load_encoded: record number -> (tokens, C counts, image paths); can be pickled. Hold the records
+      in a `workers.SharedList`, else each process gets a copy of them all.
     n: N, the number of records.
-    workers: the most processes to use; fewer than 2 measure in this one. There are never more than
-      MAX_WORKERS = 32, nor than they get work.
+    workers: the most processes to use; with fewer than 2, this process measures. There are never
+      more than MAX_WORKERS = 32, nor more than there is work for.
     pool_from: the number of records from which worker processes are started.
 
   Raises:
-    InputError: from `load_encoded`, whichever process it ran in; the first record's.
+    InputError: the first one that `load_encoded` raises, in whichever process.
   """
-  return _join(map_records(load_encoded, n, workers, pool_from))
+  records = map_records(load_encoded, n, workers, pool_from)
+  return Measured(
+    lengths=np.array([length for length, _, _ in records], np.int32),
+    counts=np.array([counts for _, counts, _ in records], np.int32),
+    images=ImageSets.from_paths(images for _, _, images in records),
+  )
 
 
 def map_records(
   function: Callable[[int], Any], n: int, workers: int = 0, pool_from: int = POOL_FROM
 ) -> list[Any]:
-  """[function(0), ..., function(n - 1)]; arguments and errors as in `measure`."""
+  """Returns [function(0), ..., function(n - 1)]; arguments and errors as in `measure`."""
   chunks = [range(start, min(start + _CHUNK, n)) for start in range(0, n, _CHUNK)]
   workers = min(workers, MAX_WORKERS, len(chunks))
   if workers < 2 or n < pool_from:
@@ -84,11 +89,3 @@ def map_records(
 
 def _map_chunk(function: Callable[[int], Any], chunk: range) -> list[Any]:
   return [function(index) for index in chunk]
-
-
-def _join(records: list[tuple[int, Sequence[int], Sequence[str]]]) -> Measured:
-  return Measured(
-    lengths=np.array([length for length, _, _ in records], np.int32),
-    counts=np.array([counts for _, counts, _ in records], np.int32),
-    images=ImageSets.from_paths(images for _, _, images in records),
-  )

@@ -1,4 +1,4 @@
-"""Which records a run sees: files, how many records of each, and how often an epoch shows them."""
+"""Selects the records of a run: files, samples of each, and how often an epoch shows them."""
 
 import itertools
 import math
@@ -12,19 +12,19 @@ from vlalign_jax.data.conversations import Answers
 from vlalign_jax.data.records import Record, load_records
 from vlalign_jax.errors import InputError
 
-# What a generator is for, so that no two uses share a stream.
+# The use of a random generator, part of its seed so that no two uses share a stream.
 _SAMPLE, _EXTRA, _SHUFFLE, _SPLIT, _JOIN = range(1, 6)
 
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-  """Records and how an epoch shows them.
+  """Records and how often an epoch shows them.
 
   Attributes:
     records: N records, file by file.
     file_of: int32[N] the position of each record's file in `repeats`.
     repeats: how many times an epoch shows each file.
-    seed: of every choice made from this mixture.
+    seed: for every random choice from this mixture.
   """
 
   records: tuple[Record, ...]
@@ -46,23 +46,23 @@ def load_mixture(
 
   Args:
     files: comma-separated paths.
-    image_root: of all files; empty: the directory of each.
-    samples: records to choose of each file, without replacement; empty or 0: all. One number for
-      each file, comma-separated, or one for all.
-    repeats: how many times an epoch shows each file; empty: once. 2.5 is twice and half of it
-      again, another half in each epoch. One number for each file or one for all.
-    seed: of the choice of samples, and of the epochs.
+    image_root: the directory of all images; empty: the directory of each file.
+    samples: number of records to draw from each file, without replacement; empty or 0: all. One
+      number for each file, comma-separated, or one for all.
+    repeats: how many times an epoch shows each file; empty: once. 2.5 shows it twice and then half
+      of it, another half in each epoch. One number for each file or one for all.
+    seed: for the samples and the epochs.
     answers, max_candidates: as for `load_records`.
 
   Raises:
-    InputError: for a file, a record or one of these arguments.
+    InputError: a file, a record or one of these arguments is bad.
   """
   shares = _numbers(repeats, len(files.split(",")), 1.0, float, "data.repeats")
   if not any(shares):
     raise InputError("data.repeats is 0 for every file; give at least one a positive weight")
-  found = load_samples(files, image_root, samples, seed, "train", answers, max_candidates)
-  file_of = np.repeat(np.arange(len(found), dtype=np.int32), [len(records) for records in found])
-  return Mixture(tuple(itertools.chain(*found)), file_of, tuple(shares), seed)
+  by_file = load_samples(files, image_root, samples, seed, "train", answers, max_candidates)
+  file_of = np.repeat(np.arange(len(by_file), dtype=np.int32), [len(part) for part in by_file])
+  return Mixture(tuple(itertools.chain(*by_file)), file_of, tuple(shares), seed)
 
 
 def load_samples(
@@ -74,14 +74,14 @@ def load_samples(
   answers: Answers = "one",
   max_candidates: int | None = None,
 ) -> list[list[Record]]:
-  """The records of each file of data.train or data.eval, those that were not chosen left out.
+  """Returns the records drawn from each file of data.train or data.eval, in file order.
 
   Args:
     files, image_root, samples, seed, answers, max_candidates: as for `load_mixture`.
-    split: "train" or "eval"; says which keys errors name.
+    split: "train" or "eval"; errors name its keys.
 
   Raises:
-    InputError: for a file, a record, `samples` or `seed`.
+    InputError: a file, a record, `samples` or `seed` is bad.
   """
   key = "data.samples" if split == "train" else f"data.{split}_samples"
   if seed < 0:
@@ -90,7 +90,7 @@ def load_samples(
   if not all(paths):
     raise InputError(f'data.{split} "{files}" has an empty path; give comma-separated files')
   counts = _numbers(samples, len(paths), 0, int, key)
-  found = []
+  by_file = []
   for position, (path, count) in enumerate(zip(paths, counts, strict=True)):
     records = load_records(path, image_root, answers, max_candidates)
     if count > len(records):
@@ -100,21 +100,21 @@ def load_samples(
     if count:
       chosen = _generator(seed, _SAMPLE, position).choice(len(records), count, replace=False)
       records = [records[index] for index in np.sort(chosen)]
-    found.append(records)
-  return found
+    by_file.append(records)
+  return by_file
 
 
 def epoch_order(mixture: Mixture, epoch: int, shuffle: bool) -> np.ndarray:
-  """int64[M] indices into `mixture.records` in the order that this epoch shows them.
+  """Returns int64[M] indices into `mixture.records`, in the order in which an epoch shows them.
 
-  A function of (mixture, epoch) alone; M is the same for every epoch. Unshuffled, a file's whole
-  passes follow each other, then its part, then the next file.
+  They depend on (mixture, epoch) alone; M is the same for every epoch. Unshuffled, the complete
+  passes over a file come first, then its partial pass, then the next file.
   """
   order = [np.zeros(0, np.int64)]
   for position, weight in enumerate(mixture.repeats):
     indices = np.flatnonzero(mixture.file_of == position)
     passes = int(weight)
-    # Rounded up, so that no file with a weight goes unseen; 1e-9 forgives 2.1 - 2 > 0.1.
+    # Rounded up, so that an epoch shows some of every such file; 1e-9 allows for 2.1 - 2 > 0.1.
     part = math.ceil(len(indices) * (weight - passes) - 1e-9)
     extra = _generator(mixture.seed, _EXTRA, position, epoch).permutation(indices)[:part]
     order += [np.tile(indices, passes), np.sort(extra)]
@@ -123,15 +123,15 @@ def epoch_order(mixture: Mixture, epoch: int, shuffle: bool) -> np.ndarray:
 
 
 def split_eval(mixture: Mixture, fraction: float) -> tuple[Mixture, tuple[Record, ...]]:
-  """Holds out a seeded share of the records that an epoch shows, at least one on each side.
+  """Holds out a random share of the records that an epoch shows, at least one on each side.
 
-  A record that two entries of data.train name goes to one side whole.
+  A record of a file that data.train names twice is on one side only.
 
   Returns:
-    (the mixture without them, the held-out records in file order, each once)
+    (the mixture without the held-out records, these in file order, each once).
 
   Raises:
-    InputError: no fraction between 0 and 1, or fewer than two different records.
+    InputError: the fraction is not between 0 and 1, or there are fewer than two distinct records.
   """
   if not 0 < fraction < 1:
     raise InputError(f"the evaluation fraction is {fraction}; give one between 0 and 1")
@@ -157,12 +157,12 @@ def split_eval(mixture: Mixture, fraction: float) -> tuple[Mixture, tuple[Record
 
 
 def concatenate(mixture: Mixture, count: int) -> Mixture:
-  """Joins records of a file into conversations of `count`, each with the images of all.
+  """Joins records of a file, `count` each, into conversations with the images of all.
 
-  Which ones is chosen once, by the mixture's seed; a file's last conversation may hold fewer.
+  The mixture's seed chooses which ones, once; a file's last conversation may have fewer.
 
   Args:
-    mixture: of records whose every turn is answered.
+    mixture: its records must have answers to all turns.
     count: records of each conversation, at least 1.
   """
   joined, file_of = [], []
@@ -185,7 +185,7 @@ def _joined(records: list[Record]) -> Record:
 
 
 def _numbers(text: str, files: int, default: float, read: Callable, name: str) -> list:
-  """One non-negative number for each file from "", "5" or "5,0,3"; an empty entry is `default`."""
+  """Parses "", "5" or "5,0,3" as one non-negative number per file; an empty one is `default`."""
   entries = [entry.strip() for entry in text.split(",")]
   if len(entries) not in (1, files):
     raise InputError(f"{name} has {len(entries)} numbers for {files} files; give one for each")

@@ -1,4 +1,4 @@
-"""The input pipeline: a plan's batches, tokenised and decoded ahead of the step by grain."""
+"""The input pipeline: batches of a plan, tokenized and decoded by grain ahead of their step."""
 
 from __future__ import annotations
 
@@ -20,90 +20,110 @@ from vlalign_jax.data.workers import call, lost_worker, start_pool
 from vlalign_jax.errors import InputError
 
 
-def batches(
-  plan: BatchPlan,
-  load_example: Callable[[int], Example],
-  load_image: Callable[[str], np.ndarray],
-  *,
-  image_token_id: int,
-  tokens_per_image: int,
-  image_size: tuple[int, int],
-  pad_id: int = 0,
-  max_segments: int = 0,
-  max_answers: int = 0,
-  blocks: Sequence[int] = (0,),
-  block_count: int = 1,
-  start_step: int = 0,
-  on_bad_record: str = "error",
-  workers: int = 0,
-  threads: int = 8,
-  prefetch: int = 2,
-) -> Batches:
-  """One batch of this host's rows a step, made ahead of time; use it in a `with`, or close it.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+  """Planned data, whose batches can be made from any step on; can be pickled.
 
-  The rows of a step are cut into block_count equal blocks of consecutive rows. A batch holds those
-  of `blocks`, in this order, B rows together: the arrays of `rows.empty_row` with a leading B;
-  images uint8[B, I, H, W, 3], zeros where a row has fewer; skipped int32[B], examples left out of
-  each row; with max_answers those of `rows.answer_places`, too. I is `plan.images`; B and T may
-  change from step to step (`plan.row_counts`, `plan.lengths`).
-
-  Args:
-    plan: what to learn at which step.
-    load_example: example number -> Example; can be pickled. Hold the records in a
-      `workers.SharedList`, else each worker process gets a copy of them all.
-    load_image: path -> uint8[H, W, 3]; can be pickled.
+  Attributes:
+    plan: which examples share which row at which step.
+    load_example: example number -> Example. It should hold the records in a `workers.SharedList`,
+      else each worker process gets a copy of them all.
+    load_image: path -> uint8[H, W, 3].
     image_token_id: the id that marks image positions.
     tokens_per_image: P, image tokens of one image.
     image_size: (H, W) in pixels.
     pad_id: the token id of padding.
-    max_segments, max_answers: the most examples of a row and the most ranked answers of an example,
-      where examples have ranked answers; else 0.
-    blocks, block_count: which share of the rows is this host's.
-    start_step: the first step to give, counted from 0.
+    records: the number of distinct records in the plan.
+    max_answers: K, the most ranked answers of an example; 0 if examples have none.
     on_bad_record: "error": an InputError of `load_example` or `load_image` reaches the caller at
       its step; "skip": the example is left out, its tokens become padding, a warning names it.
     workers: processes that make rows (see `workers.start_pool`); 0 for threads of this process.
-    threads: threads of this process that make rows if `workers` is 0.
-    prefetch: steps to be ahead.
-
-  Raises:
-    ValueError: a step's rows are no multiple of block_count, or an argument is out of range.
   """
-  known = blocks and set(blocks) <= set(range(block_count))
-  if not known or np.any(plan.row_counts % block_count):
-    counts = np.unique(plan.row_counts).tolist()
-    raise ValueError(f"no share {tuple(blocks)} of {block_count} of {counts} rows")
-  if on_bad_record not in ("error", "skip"):
-    raise ValueError(f'on_bad_record "{on_bad_record}" is neither "error" nor "skip"')
-  load_row = _LoadRow(
-    plan=plan,
-    load_example=load_example,
-    load_image=load_image,
-    image_token_id=image_token_id,
-    tokens_per_image=tokens_per_image,
-    image_size=image_size,
-    pad_id=pad_id,
-    max_segments=max_segments,
-    max_answers=max_answers,
-    skip=on_bad_record == "skip",
-    blocks=tuple(blocks),
-    block_count=block_count,
-  )
-  return Batches(load_row, start_step, workers, threads, max(prefetch, 1))
+
+  plan: BatchPlan
+  load_example: Callable[[int], Example]
+  load_image: Callable[[str], np.ndarray]
+  image_token_id: int
+  tokens_per_image: int
+  image_size: tuple[int, int]
+  pad_id: int = 0
+  records: int = 0
+  max_answers: int = 0
+  on_bad_record: str = "error"
+  workers: int = 0
+
+  def batches(
+    self,
+    *,
+    blocks: Sequence[int] = (0,),
+    block_count: int = 1,
+    start_step: int = 0,
+    threads: int = 8,
+    prefetch: int = 2,
+    **changes,
+  ) -> Batches:
+    """Returns an iterator over this host's batches, made ahead of time; close it, or use `with`.
+
+    The rows of a step are cut into block_count equal blocks of consecutive rows. A batch has those
+    of `blocks`, in this order, B rows together: the arrays of `rows.empty_row` with a leading B;
+    images uint8[B, I, H, W, 3], zeros where a row has fewer; skipped int32[B], examples left out of
+    each row; with max_answers also those of `rows.answer_places`. I is `plan.images`; B and T may
+    change from step to step (`plan.row_counts`, `plan.lengths`).
+
+    Args:
+      blocks, block_count: this host's share of the rows.
+      start_step: the step of the first batch, counted from 0.
+      threads: threads of this process that make rows if there are no worker processes.
+      prefetch: number of steps to make ahead.
+      **changes: attributes to use in place of this object's, such as `workers`.
+
+    Raises:
+      ValueError: a step's rows are not a multiple of block_count, or an argument is out of range.
+    """
+    prepared = dataclasses.replace(self, **changes)
+    known = blocks and set(blocks) <= set(range(block_count))
+    if not known or np.any(self.plan.row_counts % block_count):
+      counts = np.unique(self.plan.row_counts).tolist()
+      raise ValueError(f"no share {tuple(blocks)} of {block_count} of {counts} rows")
+    if prepared.on_bad_record not in ("error", "skip"):
+      raise ValueError(f'on_bad_record "{prepared.on_bad_record}" is neither "error" nor "skip"')
+    load_row = _LoadRow(prepared, tuple(blocks), block_count)
+    return Batches(load_row, start_step, threads, max(prefetch, 1))
+
+  def read(self, **options) -> list[dict[str, np.ndarray]]:
+    """Makes every batch once, so that a bad record raises its InputError.
+
+    Returns:
+      `segments` and `skipped` of each batch, see `batches`, which also takes the options.
+    """
+    with self.batches(**options) as batches:
+      return [{name: batch[name] for name in ("segments", "skipped")} for batch in batches]
+
+  @property
+  def identity(self) -> dict[str, int]:
+    """Returns numbers that a resumed run compares to know that its plan is the same; for JSON."""
+    return {
+      "steps": self.plan.steps,
+      "records": self.records,
+      "examples": int(self.plan.fingerprints[-1]),
+    }
+
+  @property
+  def max_segments(self) -> int:
+    """Returns S, the most examples in a row."""
+    return self.plan.max_segments
 
 
 class Batches:
-  """Iterator over batches; its state is the next step, whatever makes the rows.
+  """Iterator over batches whose state is the next step only.
 
-  A run may therefore go on with another number of hosts, workers or threads.
+  So a run can resume with another number of hosts, workers or threads.
   """
 
-  def __init__(
-    self, load_row: _LoadRow, start_step: int, workers: int, threads: int, prefetch: int
-  ):
-    self._load_row = load_row
-    self._workers, self._threads, self._prefetch = workers, threads, prefetch
-    self._made = None  # grain's iterator, from the first batch on
+  def __init__(self, load_row: _LoadRow, start_step: int, threads: int, prefetch: int):
+    self._load_row, self._data, self._plan = load_row, load_row.data, load_row.data.plan
+    self._threads, self._prefetch = threads, prefetch
+    self._iterator = None  # grain's, from the first batch on
     self._pool = None
     self._closed = False
     self._seek(start_step)
@@ -114,17 +134,17 @@ class Batches:
   def __next__(self) -> dict[str, np.ndarray]:
     if self._closed:
       raise ValueError("these batches are closed")
-    if self._step == self._load_row.plan.steps:
+    if self._step == self._plan.steps:
       raise StopIteration
-    if self._made is None:
-      self._made = self._start()
+    if self._iterator is None:
+      self._iterator = self._start()
     try:
-      batch, problems = next(self._made)
+      batch, problems = next(self._iterator)
     except BrokenProcessPool:
       self.close()
       raise lost_worker() from None
     for problem in problems:
-      if not self._load_row.skip:
+      if self._data.on_bad_record == "error":
         self.close()
         raise InputError(problem)
       logging.warning("Left out of step %d: %s", self._step + 1, problem)
@@ -132,19 +152,16 @@ class Batches:
     return batch
 
   def get_state(self) -> dict[str, int]:
-    """{"step": steps given so far, "examples": checksum of theirs}; goes through JSON."""
-    return {
-      "step": self._step,
-      "examples": int(self._load_row.plan.fingerprints[self._step]),
-    }
+    """Returns {"step": number of batches so far, "examples": their checksum}, for JSON."""
+    return {"step": self._step, "examples": int(self._plan.fingerprints[self._step])}
 
   def set_state(self, state: dict[str, int]) -> None:
-    """Goes on after the steps of `state`.
+    """Continues after the steps of `state`.
 
     Raises:
       InputError: those steps had other examples than the plan's.
     """
-    step, fingerprints = state["step"], self._load_row.plan.fingerprints
+    step, fingerprints = state["step"], self._plan.fingerprints
     if step >= len(fingerprints) or state["examples"] != fingerprints[step]:
       raise InputError(
         f"the checkpoint's first {step} steps had other examples than the data files and settings "
@@ -167,27 +184,27 @@ class Batches:
     self.close()
 
   def _seek(self, step: int) -> None:
-    if not 0 <= step <= self._load_row.plan.steps:
-      raise ValueError(f"step {step} of a plan of {self._load_row.plan.steps}")
+    if not 0 <= step <= self._plan.steps:
+      raise ValueError(f"step {step} of a plan of {self._plan.steps}")
     self._stop()
     self._step = step
 
   def _stop(self) -> None:
-    if self._made is not None:
-      self._made.close()
-      self._made = None
+    if self._iterator is not None:
+      self._iterator.close()
+      self._iterator = None
 
   def _start(self) -> grain.DatasetIterator:
-    rows, load, threads = self._load_row.rows, self._load_row, self._threads
-    ahead = self._prefetch * rows
-    if self._workers:
+    load, num_rows, threads = self._load_row, self._load_row.num_rows, self._threads
+    ahead, workers = self._prefetch * num_rows, self._data.workers
+    if workers:
       # grain's threads then only wait for processes. Its own mp_prefetch leaves processes behind
-      # when this one is killed, and takes 25 s to close where a worker's last rows fill a pipe.
-      self._pool = self._pool or start_pool(self._load_row, self._workers)
-      load, threads = functools.partial(_load_in_worker, self._pool), 2 * self._workers
-    elements = grain.MapDataset.range(self._step * rows, self._load_row.plan.steps * rows)
-    made = elements.map(load).to_iter_dataset(grain.ReadOptions(min(threads, ahead), ahead))
-    return iter(made.batch(rows, batch_fn=self._load_row.stack))
+      # when this one is killed, and takes 25 s to close if a worker's last rows fill a pipe.
+      self._pool = self._pool or start_pool(load, workers)
+      load, threads = functools.partial(_load_in_worker, self._pool), 2 * workers
+    elements = grain.MapDataset.range(self._step * num_rows, self._plan.steps * num_rows)
+    rows = elements.map(load).to_iter_dataset(grain.ReadOptions(min(threads, ahead), ahead))
+    return iter(rows.batch(num_rows, batch_fn=self._load_row.stack))
 
 
 def _load_in_worker(pool: ProcessPoolExecutor, element: int) -> _Row:
@@ -196,86 +213,78 @@ def _load_in_worker(pool: ProcessPoolExecutor, element: int) -> _Row:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Row:
-  """One row, on its way from the thread or process that made it."""
+  """One row, as a thread or a worker process returns it."""
 
   arrays: dict[str, np.ndarray]  # as of `rows.build_row`
   images: np.ndarray  # uint8[n, H, W, 3], its n distinct images
-  problems: tuple[str, ...]  # of the examples that were left out
+  problems: tuple[str, ...]  # errors of the examples left out
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _LoadRow:
-  """Makes the elements of a host: element s * rows + b is row b of its share of step s.
+  """Makes the rows of a host: element s * num_rows + b is row b of its share of step s.
 
   A step with fewer rows than the fullest has rows without arrays in place of the last ones (grain
   would leave out None, and batches would shift).
   """
 
-  plan: BatchPlan
-  load_example: Callable[[int], Example]
-  load_image: Callable[[str], np.ndarray]
-  image_token_id: int
-  tokens_per_image: int
-  image_size: tuple[int, int]
-  pad_id: int
-  max_segments: int
-  max_answers: int
-  skip: bool
+  data: Prepared
   blocks: tuple[int, ...]
   block_count: int
 
   @property
-  def rows(self) -> int:
-    """The most rows of this host in a step."""
-    return self.plan.rows // self.block_count * len(self.blocks)
+  def num_rows(self) -> int:
+    """Returns the most rows of this host in a step."""
+    return self.data.plan.rows // self.block_count * len(self.blocks)
 
   def __call__(self, element: int) -> _Row:
-    step, row = divmod(int(element), self.rows)
-    per_block = int(self.plan.row_counts[step]) // self.block_count
+    plan = self.data.plan
+    step, row = divmod(int(element), self.num_rows)
+    per_block = int(plan.row_counts[step]) // self.block_count
     if row >= per_block * len(self.blocks):
       return _Row({}, np.zeros(0), ())
     block, row = divmod(row, per_block)
-    numbers = self.plan.rows_of(step, self.blocks[block] * per_block + row)
+    numbers = plan.rows_of(step, self.blocks[block] * per_block + row)
     try:
-      return self._load(numbers, int(self.plan.lengths[step]))
+      return self._load(numbers, int(plan.lengths[step]))
     except Exception as error:
-      # An exception that cannot be unpickled would break the pool and not be shown.
+      # An exception that cannot be unpickled would break the pool without being shown.
       failure = RuntimeError(f"examples {numbers.tolist()}: {type(error).__name__}: {error}")
       failure.add_note(traceback.format_exc())
       raise failure from None
 
   def _load(self, numbers: np.ndarray, length: int) -> _Row:
-    examples, held, problems, pixels = [], [], [], {}
+    data, examples, loaded, problems, pixels = self.data, [], [], [], {}
     for number in numbers:
       try:
-        example = self.load_example(int(number))
-      except InputError as error:  # these name the record themselves
+        example = data.load_example(int(number))
+      except InputError as error:  # its message names the record
         problems.append(str(error))
         continue
       try:
         for path in example.images:
           if path not in pixels:
-            pixels[path] = self.load_image(path)
+            pixels[path] = data.load_image(path)
       except InputError as error:
         problems.append(f"{example.where}: {error}")
         continue
       examples.append(example)
-      held.append(int(number))
-    arrays, paths = build_row(
-      examples, length, self.plan.images, self.image_token_id, self.tokens_per_image, self.pad_id
-    )
-    if self.max_answers:
-      arrays |= answer_places(examples, held, self.max_segments, self.max_answers)
-    images = np.zeros((len(paths), *self.image_size, 3), np.uint8)
+      loaded.append(int(number))
+    sizes = data.plan.images, data.image_token_id, data.tokens_per_image
+    arrays, paths = build_row(examples, length, *sizes, data.pad_id)
+    if data.max_answers:
+      arrays |= answer_places(examples, loaded, data.max_segments, data.max_answers)
+    images = np.zeros((len(paths), *data.image_size, 3), np.uint8)
     for slot, path in enumerate(paths):
       images[slot] = pixels[path]
     return _Row(arrays, images, tuple(problems))
 
-  def stack(self, rows: list[_Row]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """(the batch of these rows, the problems of all of them)."""
+  def stack(self, rows: Sequence[_Row]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns (the batch of these rows, the problems of all of them)."""
     rows = [row for row in rows if row.arrays]
     batch = {name: np.stack([row.arrays[name] for row in rows]) for name in rows[0].arrays}
-    batch["images"] = np.zeros((len(rows), self.plan.images, *self.image_size, 3), np.uint8)
+    shape = len(rows), self.data.plan.images, *self.data.image_size, 3
+    batch["images"] = np.zeros(shape, np.uint8)
     for place, row in zip(batch["images"], rows, strict=True):
       place[: len(row.images)] = row.images
     batch["skipped"] = np.array([len(row.problems) for row in rows], np.int32)

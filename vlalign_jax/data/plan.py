@@ -1,12 +1,13 @@
 """The plan: which examples share which row at which step, decided before the first step.
 
-Every host computes the same plan from the same numbers, so hosts agree without talking and a
-resumed run goes on where it stopped. Packing never changes which examples a step learns from.
+Every host computes the same plan from the same numbers, so hosts agree without communication and
+a resumed run continues where it stopped. Packing never changes which examples a step learns from.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Iterable, Sequence
 
@@ -14,8 +15,8 @@ import numpy as np
 
 # Row lengths are multiples of this, which suits the tiles of attention kernels.
 LENGTH_MULTIPLE = 64
-# A packed run has at most this many numbers of rows, and so compilations: steps differ in tokens,
-# and all taking the rows of the fullest would waste a fifth of the work.
+# The steps of a packed run have at most this many different numbers of rows, each of which is
+# compiled. With one for all, that of the fullest step, a fifth of the work would be padding.
 ROW_COUNTS = 3
 
 
@@ -25,7 +26,7 @@ class ImageSets:
 
   Attributes:
     offsets: int64[N+1].
-    ids: int32[K], an image's number is the same in every example that shows it.
+    ids: int32[K], an image has the same number in every example that shows it.
   """
 
   offsets: np.ndarray
@@ -43,15 +44,15 @@ class ImageSets:
 
   @property
   def counts(self) -> np.ndarray:
-    """int64[N], distinct images of each example."""
+    """Returns int64[N], the number of distinct images of each example."""
     return np.diff(self.offsets)
 
   def gather(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The images of `examples` in a row: (int64[K'] which of `examples`, int32[K'] image)."""
+    """Lists the images of `examples`: (int64[K'] index into `examples`, int32[K'] image)."""
     counts = self.counts[examples]
-    owner = np.repeat(np.arange(len(examples)), counts)
-    within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return owner, self.ids[self.offsets[examples][owner] + within]
+    index = np.repeat(np.arange(len(examples)), counts)
+    within = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return index, self.ids[self.offsets[examples][index] + within]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,14 +63,14 @@ class BatchPlan:
     batch_size: examples of a step (the last step may have fewer).
     rows: R, the most rows of a step, over all hosts.
     row_counts: int32[S], rows of each step; few distinct numbers.
-    images: I, images of every row; 0 if there is no image at all.
+    images: I, image places of every row; 0 if there is no image at all.
     lengths: int32[S], T of each step.
     examples: int64[M], example numbers, row by row.
     offsets: int64[S*R+1], row r of step s holds examples[offsets[s*R+r]:offsets[s*R+r+1]].
     tokens: int64[S], tokens of each step that are not padding.
     row_images: int32[S*R], distinct images of each row.
-    fingerprints: uint32[S+1], a checksum of the examples of the steps before each step; it does
-      not depend on how they are packed.
+    fingerprints: uint32[S+1], a checksum of the examples before each step; packing does not
+      change it.
   """
 
   batch_size: int
@@ -87,15 +88,15 @@ class BatchPlan:
   def steps(self) -> int:
     return len(self.lengths)
 
-  @property
+  @functools.cached_property
   def max_segments(self) -> int:
-    """Most examples in a row."""
+    """Returns the most examples in a row."""
     return int(np.diff(self.offsets).max())
 
   def rows_of(self, step: int, row: int) -> np.ndarray:
-    """int64[n], the examples of a row (both count from 0 here); empty for a row that pads."""
-    at = step * self.rows + row
-    return self.examples[self.offsets[at] : self.offsets[at + 1]]
+    """Returns int64[n], the examples of a row of a step, both from 0; none for a padding row."""
+    place = step * self.rows + row
+    return self.examples[self.offsets[place] : self.offsets[place + 1]]
 
 
 def plan_batches(
@@ -112,9 +113,9 @@ def plan_batches(
 ) -> BatchPlan:
   """Plans a run: a step takes the next `batch_size` examples of `order`, the last one the rest.
 
-  Packed, they go by first-fit decreasing into rows of one length, the one of the buckets that
-  makes the fewest tokens in all, cut down to the fullest row. Unpacked, each has its own row, and
-  a step's length is the smallest bucket that holds its longest example.
+  With `pack`, first-fit decreasing puts them into rows of one length: of the buckets, the one with
+  the fewest tokens in all, reduced to the fullest row. Without, each example has its own row, and a
+  step's length is the smallest bucket that holds its longest example.
 
   Args:
     order: int64[M], example numbers of all epochs, one after the other.
@@ -151,7 +152,7 @@ def plan_batches(
   stream = np.full((steps, batch_size), -1, np.int64)
   stream.flat[: order.size] = order
   sizes = np.where(stream >= 0, lengths[stream], 0)
-  by_length = np.argsort(-sizes, axis=1, kind="stable")  # what is missing of the last step is last
+  by_length = np.argsort(-sizes, axis=1, kind="stable")  # the last step's empty places come last
   stream = np.take_along_axis(stream, by_length, 1)
   sizes = np.take_along_axis(sizes, by_length, 1)
 
@@ -166,7 +167,7 @@ def plan_batches(
     step_lengths = np.array(buckets, np.int32)[np.searchsorted(buckets, sizes[:, 0])]
   rows = int(row_counts.max())
 
-  # Rows come fullest first: dealing them out like cards gives every block of rows a like load.
+  # Rows come fullest first: dealing them like cards gives every block of rows a similar load.
   place = np.zeros((rows + 1, rows), np.int64)
   for count in np.unique(row_counts):
     dealt = np.arange(count).reshape(-1, row_multiple).T.reshape(-1)
@@ -193,57 +194,57 @@ def plan_batches(
 
 
 def default_buckets(max_length: int) -> list[int]:
-  """An eighth, a quarter, a half and all of `max_length`, rounded up; at most four lengths."""
+  """Returns an eighth, a quarter, a half and all of `max_length`, rounded up, without repeats."""
   return sorted({_round_up(-(-max_length // part), LENGTH_MULTIPLE) for part in (8, 4, 2, 1)})
 
 
 def statistics(plan: BatchPlan) -> dict[str, float]:
-  """How well a plan uses its rows, for the log.
+  """Measures how well a plan uses its rows, for the log.
 
   Returns:
     steps, rows (the most of a step), images_per_row; shapes, the number of distinct batch shapes
-    (compilations); tokens, not counting padding; packing_efficiency, tokens over all tokens of all
-    rows; image_efficiency, images over all image places; empty_rows, the fraction of rows that only
-    pad; examples_per_row, over rows that do not.
+    (compilations); tokens, without padding; packing_efficiency, tokens over token places;
+    image_efficiency, images over image places; empty_rows, the fraction of rows of padding;
+    examples_per_row, over the other rows.
   """
   per_row = np.diff(plan.offsets)
-  rows, places = int(plan.row_counts.sum()), int(plan.row_counts.sum()) * plan.images
-  places_of_tokens = int(np.sum(plan.row_counts * plan.lengths, dtype=np.int64))
-  used = int(np.sum(per_row > 0))
+  num_rows, used_rows = int(plan.row_counts.sum()), int(np.sum(per_row > 0))
+  image_places = num_rows * plan.images
+  token_places = int(np.sum(plan.row_counts * plan.lengths, dtype=np.int64))
   return {
     "steps": plan.steps,
     "rows": plan.rows,
     "images_per_row": plan.images,
     "shapes": len(np.unique(np.stack([plan.row_counts, plan.lengths]), axis=1).T),
     "tokens": int(plan.tokens.sum()),
-    "packing_efficiency": float(plan.tokens.sum() / places_of_tokens),
-    "image_efficiency": float(plan.row_images.sum() / places) if places else 1.0,
-    "empty_rows": 1 - used / rows,
-    "examples_per_row": float(per_row.sum() / used),
+    "packing_efficiency": float(plan.tokens.sum() / token_places),
+    "image_efficiency": float(plan.row_images.sum() / image_places) if image_places else 1.0,
+    "empty_rows": 1 - used_rows / num_rows,
+    "examples_per_row": float(per_row.sum() / used_rows),
   }
 
 
 def _pack(stream, sizes, images, candidates, row_multiple, max_images_per_row):
-  """Tries each row length; (row of each example, rows of each step, row length) of the cheapest."""
+  """Returns (row of each example, rows of each step, row length) with the cheapest row length."""
   best = None
   for candidate in candidates:
     row_of, fullest = _first_fit(stream, sizes, images, candidate, max_images_per_row)
     length = _round_up(fullest, LENGTH_MULTIPLE)
     needed = row_of.max(axis=1) + 1
-    row_counts = _few(-(-needed // row_multiple) * row_multiple)
+    row_counts = _raise_to_few(-(-needed // row_multiple) * row_multiple)
     cost = int(row_counts.sum()) * length
     if best is None or cost < best[0]:
       best = cost, row_of, row_counts.astype(np.int32), length
   return best[1:]
 
 
-def _few(counts: np.ndarray) -> np.ndarray:
+def _raise_to_few(counts: np.ndarray) -> np.ndarray:
   """Raises counts to at most ROW_COUNTS = 3 distinct ones, adding as little as possible."""
   distinct, times = np.unique(counts, return_counts=True)
   if len(distinct) <= ROW_COUNTS:
     return counts
   below, total = np.cumsum(times), counts.size
-  # Raised to distinct[a], distinct[b] or the highest: what remains for each pair a < b.
+  # The sum if all are raised to distinct[a], distinct[b] or the highest, for each pair a < b.
   a, b = np.triu_indices(len(distinct) - 1, 1)
   cost = below[a] * distinct[a] + (below[b] - below[a]) * distinct[b]
   cost = cost + (total - below[b]) * distinct[-1]
@@ -259,7 +260,7 @@ def _first_fit(
   length: int,
   max_images: int | None,
 ) -> tuple[np.ndarray, int]:
-  """First-fit decreasing of every step at once: one example of each step at a time.
+  """Packs all steps at once by first-fit decreasing, one example of each step at a time.
 
   Args:
     stream: int64[S, B], examples of each step, longest first; -1 where there is none.
@@ -272,70 +273,70 @@ def _first_fit(
     (int64[S, B] row of each example, -1 where there is none; tokens of the fullest row).
   """
   steps, batch_size = stream.shape
-  everyone = np.arange(steps)
+  all_steps = np.arange(steps)
   limited = max_images is not None
   counts = np.where(stream >= 0, images.counts[stream], 0)
   shared = _shared_images(stream, images) if limited else {}
-  held: dict[tuple[int, int], set[int]] = {}  # (step, shared image) -> rows that have it
-  free = np.full((steps, batch_size), length, np.int64)
-  room = np.full((steps, batch_size), max_images if limited else 0, np.int64)
+  rows_with: dict[tuple[int, int], set[int]] = {}  # (step, shared image) -> rows that have it
+  free_tokens = np.full((steps, batch_size), length, np.int64)
+  free_images = np.full((steps, batch_size), max_images if limited else 0, np.int64)
   row_of = np.full((steps, batch_size), -1, np.int64)
-  columns = 1  # rows that any step has opened, and one more
+  columns = 1  # the most rows that a step has opened, and one more
   for k in range(batch_size):
-    fits = free[:, :columns] >= sizes[:, k, None]
+    fits = free_tokens[:, :columns] >= sizes[:, k, None]
     added = counts[:, k].copy()
     if limited:
-      fits_tokens, fits = fits, fits & (room[:, :columns] >= added[:, None])
+      fits_tokens, fits = fits, fits & (free_images[:, :columns] >= added[:, None])
     row = np.argmax(fits, axis=1)
     for s, ids in shared.get(k, ()):
       saved = np.zeros(columns, np.int64)
       for image in ids:
-        saved[list(held.get((s, image), ()))] += 1
-      row[s] = np.argmax(fits_tokens[s] & (room[s, :columns] + saved >= counts[s, k]))
+        saved[list(rows_with.get((s, image), ()))] += 1
+      row[s] = np.argmax(fits_tokens[s] & (free_images[s, :columns] + saved >= counts[s, k]))
       added[s] -= saved[row[s]]
       for image in ids:
-        held.setdefault((s, image), set()).add(int(row[s]))
-    free[everyone, row] -= sizes[:, k]
+        rows_with.setdefault((s, image), set()).add(int(row[s]))
+    free_tokens[all_steps, row] -= sizes[:, k]
     if limited:
-      room[everyone, row] -= added
+      free_images[all_steps, row] -= added
     row_of[:, k] = np.where(stream[:, k] >= 0, row, -1)
     columns = min(max(columns, int(row.max()) + 2), batch_size)
-  return row_of, length - int(free.min())
+  return row_of, length - int(free_tokens.min())
 
 
 def _shared_images(stream: np.ndarray, images: ImageSets) -> dict[int, list[tuple[int, list[int]]]]:
-  """Images that several examples of one step show: column -> [(step, its shared images)]."""
+  """Finds images that several examples of a step show: column -> [(step, its shared images)]."""
   step_of, column = np.nonzero(stream >= 0)
-  owner, image = images.gather(stream[step_of, column])
-  pair = step_of[owner] * (int(images.ids.max(initial=0)) + 1) + image
+  index, image = images.gather(stream[step_of, column])
+  pair = step_of[index] * (int(images.ids.max(initial=0)) + 1) + image
   _, inverse, times = np.unique(pair, return_inverse=True, return_counts=True)
   shared: dict[int, list[tuple[int, list[int]]]] = {}
   last = None
-  for at in np.flatnonzero(times[inverse] > 1):
-    if owner[at] != last:
-      last = owner[at]
+  for place in np.flatnonzero(times[inverse] > 1):
+    if index[place] != last:
+      last = index[place]
       ids: list[int] = []
       shared.setdefault(int(column[last]), []).append((int(step_of[last]), ids))
-    ids.append(int(image[at]))
+    ids.append(int(image[place]))
   return shared
 
 
 def _distinct_images(
   row: np.ndarray, examples: np.ndarray, images: ImageSets, num_rows: int
 ) -> np.ndarray:
-  """int32[num_rows], distinct images of each row, given the row of each of `examples`."""
-  owner, image = images.gather(examples)
-  number = int(images.ids.max(initial=0)) + 1
-  pairs = np.unique(row[owner] * number + image)
-  return np.bincount(pairs // number, minlength=num_rows).astype(np.int32)
+  """Returns int32[num_rows], distinct images of each row, from the row of each of `examples`."""
+  index, image = images.gather(examples)
+  num_images = int(images.ids.max(initial=0)) + 1
+  pairs = np.unique(row[index] * num_images + image)
+  return np.bincount(pairs // num_images, minlength=num_rows).astype(np.int32)
 
 
 def _fingerprints(order: np.ndarray, sizes: np.ndarray, batch_size: int) -> np.ndarray:
-  """uint32[S+1], checksum of the numbers and lengths of the examples before each step."""
-  both = np.stack([order, sizes], axis=1).astype("<i8")
+  """Returns uint32[S+1], checksums of the numbers and lengths of the examples before each step."""
+  pairs = np.stack([order, sizes], axis=1).astype("<i8")
   sums = [0]
-  for start in range(0, len(both), batch_size):
-    sums.append(zlib.crc32(both[start : start + batch_size].tobytes(), sums[-1]))
+  for start in range(0, len(pairs), batch_size):
+    sums.append(zlib.crc32(pairs[start : start + batch_size].tobytes(), sums[-1]))
   return np.array(sums, np.uint32)
 
 

@@ -1,4 +1,4 @@
-"""Records, one conversation each (JSON array or JSON lines), checked on reading."""
+"""Reads records, one conversation each, from a JSON array or JSON lines, and checks them."""
 
 import json
 import os
@@ -20,12 +20,12 @@ class Record:
   """One conversation; its questions hold as many `<image>` as it has images.
 
   Attributes:
-    file: the file it is from, as given.
+    file: the path of its file, as in the config.
     index: its place in the JSON array, from 0; in JSON lines the line number, from 1.
-    id: its `id` as text; the index where it has none.
-    images: normalised paths below the image root, in the order of their placeholders.
+    id: its `id` as text; the index if it has none.
+    images: normalized paths below the image root, in the order of their placeholders.
     turns: at least one; only the last may lack its answer.
-    answers: ranked answers to the last question, best first, which then has no answer of its own.
+    answers: ranked answers to the last question, best first; the last turn then has no answer.
   """
 
   file: str
@@ -37,7 +37,7 @@ class Record:
 
   @property
   def where(self) -> str:
-    """Such as `data/train.json, record 17 ("id": "000123")`."""
+    """Returns a name such as `data/train.json, record 17 ("id": "000123")`."""
     return _where(self.file, self.index, self.id)
 
 
@@ -47,10 +47,10 @@ def load_records(
   answers: Answers = "one",
   max_candidates: int | None = None,
 ) -> list[Record]:
-  """As `scan_records`, for training: the first bad record is an error.
+  """Returns the records of a file for training; arguments as for `scan_records`.
 
   Raises:
-    InputError: for the file or its first bad record, with the number of the others.
+    InputError: the file or a record is bad; names the first bad record and counts the others.
   """
   records, errors = scan_records(path, image_root, answers, max_candidates)
   if not errors:
@@ -68,13 +68,13 @@ def scan_records(
   answers: Answers = "one",
   max_candidates: int | None = None,
 ) -> tuple[list[Record], list[InputError]]:
-  """Reads every usable record, and one error for every other, both in file order.
+  """Returns every usable record and one error for every bad one, both in file order.
 
   Args:
     path: a JSON array, or JSON lines if it ends with .jsonl or .ndjson.
     image_root: the directory that image paths are relative to; empty: that of `path`.
     answers: what the last question must have: "one" answer, "ranked" ones (at least two), or
-      what there is ("optional").
+      anything ("optional").
     max_candidates: the most ranked answers of a record; None for no limit.
 
   Raises:
@@ -90,48 +90,48 @@ def scan_records(
       parsed.append(error)
 
   root = image_root or os.path.dirname(path)
-  good = [one for one in parsed if isinstance(one, Record)]
-  missing = _missing({image for record in good for image in record.images}, root)
+  images = {image for item in parsed if isinstance(item, Record) for image in item.images}
+  missing = _missing(images, root)
   records, errors = [], []
-  for one in parsed:
-    if isinstance(one, InputError):
-      errors.append(one)
-    elif gone := [image for image in one.images if image in missing]:
+  for item in parsed:
+    if isinstance(item, InputError):
+      errors.append(item)
+    elif absent := [image for image in item.images if image in missing]:
       errors.append(
         InputError(
-          f"{one.where}: image {quote(gone[0])} not found under {root or '.'};"
+          f"{item.where}: image {quote(absent[0])} not found under {root or '.'};"
           " put it there or set data.images"
         )
       )
     else:
-      records.append(one)
+      records.append(item)
   return records, errors
 
 
 def parse_record(
   entry: Any, file: str, index: int, answers: Answers, max_candidates: int | None
 ) -> Record:
-  """One entry of the file -> a Record, its images not looked for yet.
+  """Returns the record that an entry of a file holds; whether its images exist is not checked.
 
   Args:
-    entry: as JSON has it.
+    entry: parsed JSON.
     file, index: as of Record.
     answers, max_candidates: as for `scan_records`.
 
   Raises:
-    InputError: names the record and what is wrong with it.
+    InputError: the record is bad; the message names it.
   """
-  given = entry.get("id") if isinstance(entry, dict) else None
-  if given is None or isinstance(given, (dict, list)):
+  value = entry.get("id") if isinstance(entry, dict) else None
+  if value is None or isinstance(value, (dict, list)):
     identity = str(index)
   else:
-    identity = given if isinstance(given, str) else json.dumps(given)
+    identity = value if isinstance(value, str) else json.dumps(value)
   where = _where(file, index, identity)
   try:
     if not isinstance(entry, dict):
       raise InputError(f"is {kind(entry)}, not an object")
-    if isinstance(given, (dict, list)):
-      raise InputError(f'"id" is {kind(given)}; give text or a number')
+    if isinstance(value, (dict, list)):
+      raise InputError(f'"id" is {kind(value)}; give text or a number')
     as_text(identity, '"id"')
     images = _images(entry)
     conversation = parse(entry, answers, max_candidates)
@@ -154,10 +154,10 @@ def parse_record(
 
 
 def _images(entry: dict[str, Any]) -> tuple[str, ...]:
-  both = [key for key in ("image", "images") if entry.get(key)]
-  if len(both) > 1:
+  keys = [key for key in ("image", "images") if entry.get(key)]
+  if len(keys) > 1:
     raise InputError('has "image" and "images"; keep one of them')
-  key = both[0] if both else "image"
+  key = keys[0] if keys else "image"
   images = entry.get(key)
   if images is None:
     return ()
@@ -170,7 +170,7 @@ def _images(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _missing(images: Iterable[str], root: str) -> set[str]:
-  """Those of `images` that are no file below `root`."""
+  """Returns the images that are not files below `root`."""
   images = sorted(images)
   if images and not os.path.isdir(root or "."):
     raise InputError(f"{root}: no such directory; set data.images to where the images are")

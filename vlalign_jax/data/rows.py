@@ -1,4 +1,4 @@
-"""Rows: several tokenised examples, and their distinct images, in one row of fixed length."""
+"""Packs several tokenized examples and their distinct images into one row of fixed length."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 
 def empty_row(length: int, pad_id: int = 0) -> dict[str, np.ndarray]:
-  """A row that only pads.
-
+  """Returns a row of padding.
   Args:
     length: T, tokens in the row.
     pad_id: the token id of padding.
@@ -21,7 +20,7 @@ def empty_row(length: int, pad_id: int = 0) -> dict[str, np.ndarray]:
   Returns:
     tokens, positions, segments, branches, targets, image_slots: int32[T]; loss_mask: float32[T].
   """
-  row = {
+  row: dict[str, np.ndarray] = {
     name: np.zeros(length, np.int32) for name in ("positions", "segments", "branches", "targets")
   }
   row["tokens"] = np.full(length, pad_id, np.int32)
@@ -38,14 +37,14 @@ def build_row(
   tokens_per_image: int,
   pad_id: int = 0,
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-  """Concatenates examples into one row; an image that several of them show is kept once.
+  """Concatenates examples into one row; an image that several of them show is stored once.
 
   The n-th image token of an example belongs to its image n // P, where P is `tokens_per_image`,
-  and points at slot j * P + n % P, where j is the place of that image in the returned paths. The
-  last token of a prompt that ends with an image begins every answer's branch, and counts once.
+  and points at slot j * P + n % P, where j is the index of that image in the returned paths. If a
+  prompt ends with an image, its last token begins every answer's branch, and is counted once.
 
   Args:
-    examples: what the row holds, in order; may be empty.
+    examples: the examples of the row, in order; may be empty.
     length: T, tokens in the row.
     num_images: I, the most distinct images that the row may have.
     image_token_id: the id that marks image positions in `tokens`.
@@ -90,7 +89,7 @@ def build_row(
 def _slots(
   example: Example, is_image: np.ndarray, images: list[int], tokens_per_image: int
 ) -> np.ndarray:
-  """int[n], the slot of each image token of an example, given the place of each of its images."""
+  """Returns int[n], the slot of each image token, from the index of each image of the example."""
   shared = example.branches[is_image] == 0
   copies = example.branches[is_image][~shared]
   count = int(np.sum(shared)) + bool(len(copies))
@@ -105,23 +104,23 @@ def _slots(
 def answer_places(
   examples: Sequence[Example], numbers: Sequence[int], max_segments: int, max_answers: int
 ) -> dict[str, np.ndarray]:
-  """What a row of preference examples has besides: where its answers end.
+  """Returns the fields of a row of ranked answers that other rows lack.
 
   Args:
-    examples: what the row holds, in order, as given to `build_row`.
+    examples: the examples of the row, in order, as for `build_row`.
     numbers: the number of each example.
     max_segments: S, the most examples of a row.
     max_answers: K, the most answers of an example.
 
   Returns:
     answers: int32[S, K], the place in the row of the last token of the answer of rank k (0 is the
-    best) to segment s + 1; examples: int32[S], its number. -1 where there is none.
+    best) of segment s + 1; examples: int32[S], the number of its example; -1 where there is none.
   """
-  places = np.full((max_segments, max_answers), -1, np.int32)
-  which = np.full(max_segments, -1, np.int32)
-  which[: len(examples)] = numbers
+  answers = np.full((max_segments, max_answers), -1, np.int32)
+  padded = np.full(max_segments, -1, np.int32)
+  padded[: len(examples)] = numbers
   start = 0
   for segment, example in enumerate(examples):
-    places[segment, : len(example.answers)] = start + example.answers
+    answers[segment, : len(example.answers)] = start + example.answers
     start += len(example.tokens)
-  return {"answers": places, "examples": which}
+  return {"answers": answers, "examples": padded}

@@ -1,10 +1,10 @@
-"""Prompt templates: a conversation becomes pieces of text, prompts and learnt answers in turn."""
+"""Prompt templates: they cut a conversation into pieces of text, prompts and answers in turn."""
 
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vlalign_jax.data.chat_template import CleanTurn, cut_conversation, takes_typed_content
+from vlalign_jax.data.chat_template import TRIAL, CleanTurn, cut_conversation, takes_typed_content
 from vlalign_jax.data.records import IMAGE_PLACEHOLDER, Turn
 from vlalign_jax.data.tokens import plain_text, vocabulary
 from vlalign_jax.errors import InputError
@@ -12,10 +12,7 @@ from vlalign_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Piece:
-  """A stretch of the example's text that is learnt as a whole or not at all.
-
-  `text` may contain `tokens.CUT` where the user's own words look like a control token.
-  """
+  """A prompt or an answer. A user's word that looks like a control token has a `tokens.CUT`."""
 
   text: str
   learn: bool
@@ -23,17 +20,24 @@ class Piece:
 
 @dataclass(frozen=True)
 class Template:
-  """Texts of one named template; `{images}` stands for one `<image>` line per image."""
+  """The texts of a named template; `{images}` stands for one `<image>` line per image."""
 
-  system: str  # how a system message is written: {system}
+  system: str  # around the system message: {system}
   with_image: str
   without_image: str
-  answer: str  # the space, if any, that stands before an answer and is learnt with it
+  answer: str  # the space, if any, before an answer; it is learned with the answer
   end: str = ""  # the literal after an answer; empty: the tokenizer's eos
   restart: str = ""  # the literal between that end and the next turn
-  first_drops: str = ""  # what the first turn's own text loses because the system text has it
-  needs: tuple[str, ...] = ()  # tokens without which the template means nothing
+  first_drops: str = ""  # what the first turn leaves out because the system text has it
+  needs: tuple[str, ...] = ()  # tokens that the tokenizer must have
   default_system: str = ""  # the system message of training
+
+  def prompt(self, first: bool, has_images: bool) -> str:
+    """Returns the text before an answer, with {system} (in a first turn), {images}, {question}."""
+    wording = self.with_image if has_images else self.without_image
+    if first:
+      return self.system + wording.replace(self.first_drops, "", 1)
+    return self.restart + wording
 
 
 _SYSTEM = (
@@ -99,19 +103,19 @@ TEMPLATES = (*_TEMPLATES, "auto")
 
 
 def turn_pieces(turns: Sequence[Turn], template: str, tokenizer, where: str) -> list[Piece]:
-  """Two pieces per turn, the prompt up to the answer and the learnt answer with its end token.
+  """Returns two pieces per turn: the prompt up to the answer, and the answer with its end token.
 
-  The pieces of a turn do not depend on the turns after it. Where the last turn has no answer, the
+  The pieces of a turn do not depend on the turns after it. If the last turn has no answer, the
   last piece is its prompt.
 
   Args:
     turns: the conversation, with `<image>` in the human texts.
     template: one of `TEMPLATES`.
-    tokenizer: a fast Hugging Face tokenizer; `auto` takes its chat template.
+    tokenizer: a fast Hugging Face tokenizer; `auto` uses its chat template.
     where: names the record in error messages.
 
   Raises:
-    InputError: unknown template, a tokenizer that lacks its tokens, or a conversation that does
+    InputError: the template is unknown, the tokenizer lacks its tokens, or the conversation does
       not fit it.
   """
   check_template(template, tokenizer)
@@ -128,16 +132,18 @@ def turn_pieces(turns: Sequence[Turn], template: str, tokenizer, where: str) -> 
     pairs = cut_conversation(clean, tokenizer, where)
   else:
     pairs = _fill(clean, named_parts(template, tokenizer))
-  pieces = []
-  for prompt, answer in pairs:
-    pieces.append(Piece(prompt, learn=False))
-    if answer is not None:
-      pieces.append(Piece(answer, learn=True))
-  return pieces
+  texts = [text for pair in pairs for text in pair if text is not None]
+  return [Piece(text, learn=number % 2 == 1) for number, text in enumerate(texts)]
+
+
+def trial_pieces(template: str, tokenizer) -> list[Piece]:
+  """Returns the pieces of a conversation that asks "question" and answers "answer"."""
+  image = f"{IMAGE_PLACEHOLDER}\n" if template == "plain" else ""
+  return turn_pieces([Turn(f"{image}question", "answer")], template, tokenizer, TRIAL)
 
 
 def closing(template: str, tokenizer) -> str:
-  """What follows the last answer's end token: the eos, or nothing where that token is the eos."""
+  """Returns what follows the last answer's end token: the eos, or "" if that token is the eos."""
   if template == "auto":
     return ""  # the tokenizer's chat template knows best
   literal = _TEMPLATES[template].end
@@ -146,35 +152,27 @@ def closing(template: str, tokenizer) -> str:
 
 
 def end_tokens(template: str, tokenizer) -> tuple[int, ...]:
-  """Returns the ids that end an answer by training: the template's end token and the eos.
+  """Returns the ids that end an answer in training: the template's end token and the eos.
 
   Raises:
     InputError: the template does not suit the tokenizer.
   """
-  image = f"{IMAGE_PLACEHOLDER}\n" if template == "plain" else ""
-  turns = [Turn(f"{image}question", "answer")]
-  last = turn_pieces(turns, template, tokenizer, "a trial conversation")[-1]
-  end = last.text.rpartition("answer")[2]
+  end = trial_pieces(template, tokenizer)[-1].text.rpartition("answer")[2]
   special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
   written = [token for token in vocabulary(tokenizer).ids(end) if token in special]
   return tuple(sorted({*written[:1], tokenizer.eos_token_id}))
 
 
 def render(turns: Sequence[Turn], template: str, tokenizer, where: str) -> list[Piece]:
-  """The whole example: `turn_pieces` with the final eos; every turn needs an answer."""
+  """Returns the `turn_pieces` of a whole example, with its final eos.
+
+  Raises:
+    InputError: a turn has no answer, or as of `turn_pieces`.
+  """
   if turns[-1].gpt is None:
     raise InputError(f"{where}: the last turn has no answer to learn; give it one")
   *pieces, last = turn_pieces(turns, template, tokenizer, where)
-  return [*pieces, Piece(last.text + closing(template, tokenizer), learn=True)]
-
-
-def prompt_pieces(turns: Sequence[Turn], template: str, tokenizer, where: str) -> list[Piece]:
-  """What a prediction starts from: the example up to where the last turn's answer begins.
-
-  Whether that turn has an answer does not matter.
-  """
-  asked = [*turns[:-1], Turn(turns[-1].human, None)]
-  return turn_pieces(asked, template, tokenizer, where)
+  return [*pieces, replace(last, text=last.text + closing(template, tokenizer))]
 
 
 def check_template(template: str, tokenizer) -> None:
@@ -197,6 +195,14 @@ def check_template(template: str, tokenizer) -> None:
     )
 
 
+def named_parts(template: str, tokenizer) -> Template:
+  """Returns a named template whose end and restart are tokens of this tokenizer."""
+  parts, eos = _TEMPLATES[template], tokenizer.eos_token
+  end = _literal(parts.end, eos, tokenizer) if parts.end else eos
+  restart = _literal(parts.restart, tokenizer.bos_token, tokenizer) if parts.restart else ""
+  return replace(parts, end=end, restart=restart)
+
+
 def _clean(turn: Turn, tokenizer) -> CleanTurn:
   question = plain_text(turn.human.replace(IMAGE_PLACEHOLDER, "").strip(), tokenizer)
   answer = None if turn.gpt is None else plain_text(turn.gpt.strip(), tokenizer)
@@ -207,25 +213,14 @@ def _literal(literal: str, fallback: str | None, tokenizer) -> str:
   return literal if literal in vocabulary(tokenizer).added else fallback or ""
 
 
-def named_parts(template: str, tokenizer) -> Template:
-  """A named template's texts, its end and restart as this tokenizer writes them."""
-  parts, eos = _TEMPLATES[template], tokenizer.eos_token
-  end = _literal(parts.end, eos, tokenizer) if parts.end else eos
-  restart = _literal(parts.restart, tokenizer.bos_token, tokenizer) if parts.restart else ""
-  return replace(parts, end=end, restart=restart)
-
-
 def _fill(turns: list[CleanTurn], template: Template) -> list[tuple[str, str | None]]:
   pairs = []
   for number, turn in enumerate(turns):
-    wording = template.with_image if turn.images else template.without_image
-    if number == 0:
-      system = template.system.format(system=template.default_system)
-      wording = system + wording.replace(template.first_drops, "", 1)
-    else:
-      wording = template.restart + wording
-    prompt = wording.format(images=f"{IMAGE_PLACEHOLDER}\n" * turn.images, question=turn.question)
-    pairs.append(
-      (prompt, None if turn.answer is None else template.answer + turn.answer + template.end)
+    prompt = template.prompt(number == 0, turn.images > 0).format(
+      system=template.default_system,
+      images=f"{IMAGE_PLACEHOLDER}\n" * turn.images,
+      question=turn.question,
     )
+    answer = None if turn.answer is None else template.answer + turn.answer + template.end
+    pairs.append((prompt, answer))
   return pairs

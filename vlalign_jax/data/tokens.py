@@ -1,4 +1,4 @@
-"""Text to token ids, piece by piece: what is learnt and what is not can never share a token."""
+"""Tokenizes text piece by piece, so that learned and other text never share a token."""
 
 import copy
 import functools
@@ -12,19 +12,19 @@ from tokenizers import Tokenizer
 from vlalign_jax.data.records import IMAGE_PLACEHOLDER
 from vlalign_jax.errors import InputError
 
-# A Unicode noncharacter: the text on its two sides is tokenised separately, itself never.
+# A Unicode noncharacter: the texts on its two sides are tokenized separately, and it is not.
 CUT = "\ufdd0"
 
-# What may stand before a piece while it is tokenised where what really does would merge with it.
+# Stand-ins for the text before a piece, for when the piece would merge with the real text.
 ANCHORS = (":", "\n", "a", "1", ".", " ")
 
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-  """What is asked of a tokenizer again and again, computed once."""
+  """Facts about a tokenizer that encoding needs for every record, computed once."""
 
-  backend: Tokenizer  # our own copy: nobody sets truncation or padding on it
-  added: frozenset[str]  # tokens that are found in the text before anything else, special or not
+  backend: Tokenizer  # a copy, without truncation and padding
+  added: frozenset[str]  # tokens, special or not, that are split off before the rest is tokenized
   endings: tuple[str, ...]  # the same texts, longest first
   control: re.Pattern  # tokens that only a template may write
   prefix: list[int]  # what the tokenizer itself puts before a text: bos or nothing
@@ -32,12 +32,12 @@ class Vocabulary:
   anchors: dict[str, list[int]] = field(default_factory=dict)
 
   def ids(self, text: str) -> list[int]:
-    """Ids of `text` as a text of its own, without bos and eos."""
+    """Returns the ids of `text` alone, without bos and eos."""
     return self.backend.encode(text, add_special_tokens=False).ids
 
 
 def vocabulary(tokenizer) -> Vocabulary:
-  """The `Vocabulary` of a fast Hugging Face tokenizer, cached until tokens are added to it."""
+  """Returns the `Vocabulary` of a fast tokenizer, cached until tokens are added to it."""
   return _vocabulary(tokenizer, len(tokenizer))
 
 
@@ -46,7 +46,7 @@ def _vocabulary(tokenizer, size: int) -> Vocabulary:
   del size  # only a part of the cache's key
   if not getattr(tokenizer, "is_fast", False):
     raise InputError(
-      f"{tokenizer.name_or_path or 'the tokenizer'} has no fast tokenizer; save one beside it"
+      f"{tokenizer.name_or_path or 'the tokenizer'} has no fast tokenizer; save one next to it"
       " (tokenizer.json)"
     )
   backend = copy.deepcopy(tokenizer.backend_tokenizer)
@@ -54,7 +54,7 @@ def _vocabulary(tokenizer, size: int) -> Vocabulary:
   backend.no_padding()
   tokens = tokenizer.added_tokens_decoder.values()
   added = frozenset(token.content for token in tokens)
-  # Added tokens that are not special (runs of spaces, <think>) are ordinary words of the user.
+  # Added tokens that are not special (runs of spaces, <think>) are ordinary words.
   control = {token.content for token in tokens if token.special}
   control |= {*tokenizer.all_special_tokens, IMAGE_PLACEHOLDER}
   probe = backend.encode("a", add_special_tokens=True)
@@ -72,41 +72,31 @@ def _vocabulary(tokenizer, size: int) -> Vocabulary:
 
 
 def plain_text(text: str, tokenizer) -> str:
-  """The user's text, made unable to write control tokens.
+  """Returns a question or an answer so that no word of it becomes a control token.
 
   Data from the web contains `</s>` and the like as words. Each such word gets a `CUT` after its
-  first character, so that it is tokenised as the characters that it is written with.
-
-  Args:
-    text: a question or an answer.
-    tokenizer: the tokenizer whose control tokens are meant.
-
-  Returns:
-    The text, nearly always unchanged.
+  first character, so that it is tokenized as separate characters.
   """
   text = text.replace(CUT, "")
   control = vocabulary(tokenizer).control
   if control.search(text) is None:
     return text
-  return re.sub(
-    f"(?=(?:{control.pattern}))(.)", lambda found: found[1] + CUT, text, flags=re.DOTALL
-  )
+  return re.sub(f"(?=(?:{control.pattern}))(.)", rf"\1{CUT}", text, flags=re.DOTALL)
 
 
 def tokenize_pieces(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
-  """Tokenises the consecutive pieces of one running text, each exactly once.
+  """Tokenizes the consecutive pieces of one text, each exactly once.
 
   The first piece gets what the tokenizer itself puts before a text (bos), unless it begins with it.
-  A later piece is tokenised as the continuation of what precedes it: behind an anchor, whose ids
-  are then taken off. Without one, tokenizers in sentencepiece's style would put a space before
-  every piece.
+  A later piece is tokenized as a continuation: after an anchor, whose ids are then removed.
+  Without one, SentencePiece-style tokenizers would put a space before every piece.
 
   Args:
     texts: the pieces, in order.
     tokenizer: a fast Hugging Face tokenizer.
 
   Returns:
-    One int32[N] array of ids per piece; concatenated they are the running text's ids.
+    One int32[N] array of ids per piece; concatenated they are the ids of the text.
   """
   return _tokenize(texts, None, vocabulary(tokenizer))[0]
 
@@ -114,11 +104,11 @@ def tokenize_pieces(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
 def tokenize_branches(
   trunk: Sequence[str], branches: Sequence[Sequence[str]], tokenizer
 ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-  """As `tokenize_pieces`, of several texts that begin alike: what they share is tokenised once.
+  """Tokenizes texts that begin alike, as `tokenize_pieces` does; the shared beginning only once.
 
   Args:
     trunk: the pieces that all texts begin with.
-    branches: the pieces that each text goes on with.
+    branches: the pieces after the trunk, for each text.
     tokenizer: a fast Hugging Face tokenizer.
 
   Returns:
@@ -132,7 +122,7 @@ def tokenize_branches(
 def _tokenize(
   texts: Sequence[str], before: str | None, words: Vocabulary
 ) -> tuple[list[np.ndarray], str | None]:
-  """(ids of each piece, the text that the next one continues), given what precedes them."""
+  """Returns (ids of each piece, the last text), after the text `before` if there is one."""
   arrays = []
   for text in texts:
     ids = []
@@ -156,7 +146,7 @@ def _continuation(text: str, before: str, words: Vocabulary) -> list[int]:
     if head is None:
       head = words.anchors[anchor] = words.ids(anchor)
     if anchor != special and words.unknown in head:
-      continue  # unknown characters may be fused with the ones that follow
+      continue  # unknown characters may be fused with the next ones
     ids = words.ids(anchor + text)
     if ids[: len(head)] == head:
       return ids[len(head) :]

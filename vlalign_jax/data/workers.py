@@ -1,4 +1,4 @@
-"""Worker processes, and sequences that reach them without being copied."""
+"""Starts worker processes, and shares sequences with them without a copy for each."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from vlalign_jax.errors import InputError
 
 
 def start_pool(function: Callable[[Any], Any], workers: int) -> ProcessPoolExecutor:
-  """Worker processes that hold `function`, for `pool.submit(call, x)` to give function(x).
+  """Starts processes that compute function(x) for `pool.submit(call, x)`.
 
-  They are spawned: a fork of a process that runs JAX's threads may hang. The main module must
-  therefore be importable, and `function`, what it is given and what it returns picklable.
+  They are spawned, as a fork of a process that runs JAX's threads may hang. So the main module must
+  be importable, and `function`, its arguments and its results picklable.
   """
   pool = ProcessPoolExecutor(workers, _Spawn(), _start_worker, (function,))
-  # Ctrl-C and a SIGTERM to the whole process group or job are this process's to handle. Children
-  # inherit what is blocked while they are spawned, which happens on the first calls.
+  # This process handles Ctrl-C and a SIGTERM to the process group or job. Children inherit the
+  # blocked signals when they are spawned, on the first calls.
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
   try:
     for _ in range(workers):
@@ -40,7 +40,7 @@ def start_pool(function: Callable[[Any], Any], workers: int) -> ProcessPoolExecu
 
 class _Worker(SpawnProcess):
   def terminate(self) -> None:
-    """Called where another worker has died: SIGTERM would not end this one."""
+    """Kills the worker when another one has died; SIGTERM would not end it."""
     self.kill()
 
 
@@ -49,20 +49,20 @@ class _Spawn(SpawnContext):
 
 
 def lost_worker() -> InputError:
-  """What a BrokenProcessPool of such a pool means to the user."""
+  """Returns the error to show the user for a BrokenProcessPool."""
   return InputError(
-    "a worker process ended abruptly; if no error of its own is shown above, it was killed for "
-    "want of memory: use fewer workers"
+    "a worker process ended abruptly; if it shows no error above, it was killed for lack of "
+    "memory: use fewer workers"
   )
 
 
 def call(argument: Any) -> Any:
-  """Runs the pool's function, in a worker."""
+  """Runs the pool's function in a worker."""
   return _function(argument)
 
 
 def _start_worker(function: Callable[[Any], Any]) -> None:
-  """Only a parent that exits in order ends its workers; after a SIGKILL they would wait forever."""
+  """Sets the worker's function, and ends the worker when its parent ends, even by SIGKILL."""
   global _function
   _function = function
   sentinel = multiprocessing.parent_process().sentinel
@@ -77,13 +77,13 @@ def _exit_with(sentinel: int) -> None:
 class SharedList(Sequence):
   """A sequence that worker processes read from one memory-mapped file.
 
-  To pickle a million records once per worker takes minutes and as many copies in memory. This is
-  pickled as the path of a file, written when the first worker asks for it, from which a worker
-  unpickles the items that it needs. The file goes when this object or its process does.
+  Pickling a million records for each worker would take minutes and a copy in memory each. This is
+  pickled as the path of a file, written when first needed; a worker unpickles from it the items
+  that it uses. The file is deleted with this object or its process.
   """
 
   def __init__(self, items: Sequence[Any]):
-    """Keeps `items`, which must not change, and each of which can be pickled."""
+    """Keeps `items`, which must not change and can be pickled."""
     self._items = items
     self._file = None
     self._lock = threading.Lock()
@@ -105,7 +105,7 @@ class SharedList(Sequence):
 
 
 class StoredList(Sequence):
-  """A SharedList as a worker process sees it."""
+  """A SharedList in a worker process."""
 
   def __init__(self, path: str):
     self._path = path
@@ -118,24 +118,24 @@ class StoredList(Sequence):
     return len(self._offsets) - 1
 
   def __getitem__(self, index: int):
-    at = range(len(self))[index]  # negative ones, and an IndexError past the end
-    return pickle.loads(self._bytes[self._offsets[at] : self._offsets[at + 1]])
+    place = range(len(self))[index]  # also of negative ones; IndexError past the end
+    return pickle.loads(self._bytes[self._offsets[place] : self._offsets[place + 1]])
 
   def __reduce__(self):
     return StoredList, (self._path,)
 
 
 def _write(items: Sequence[Any]):
-  """Writes the items' pickles, int64 offsets, and the int64 number of items."""
+  """Writes the pickled items, int64 offsets, and the int64 number of items."""
   file = tempfile.TemporaryFile(prefix="vlalign_jax_")  # noqa: SIM115 (kept by the SharedList)
   path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
-  if not os.path.exists(path):  # not Linux: a named file, which a SIGKILL leaves behind
+  if not os.path.exists(path):  # not Linux: a named file, which remains after a SIGKILL
     file = tempfile.NamedTemporaryFile(prefix="vlalign_jax_")  # noqa: SIM115
     path = file.name
   offsets = np.zeros(len(items) + 1, np.int64)
   for i, item in enumerate(items):
     offsets[i + 1] = offsets[i] + file.write(pickle.dumps(item, pickle.HIGHEST_PROTOCOL))
-  file.write(b"\0" * (-int(offsets[-1]) % 8))  # numpy wants the offsets aligned
+  file.write(b"\0" * (-int(offsets[-1]) % 8))  # numpy needs aligned offsets
   file.write(offsets.tobytes() + np.int64(len(items)).tobytes())
   file.flush()
   return file, path

@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -43,7 +43,7 @@ def generate_answers(
   config,
   source: ModelSource,
   params,
-  records: list[Record],
+  records: Sequence[Record],
   sampling: Sampling,
   mesh: Mesh,
   *,
@@ -116,7 +116,8 @@ def generate_answers(
       if pending is not None:
         yield from _read(source, *pending)
       pending = wanted[step], running
-  yield from _read(source, *pending)
+  if pending is not None:
+    yield from _read(source, *pending)
 
 
 def _stream(record: Record) -> int:
@@ -138,7 +139,7 @@ def _read(source: ModelSource, numbers: np.ndarray, generated: Generated) -> Ite
         record=int(record),
         sample=sample,
         text=source.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-        tokens=tokens,
+        tokens=np.asarray(tokens),
         log_probability=float(generated.log_probabilities[row, sample, :length].sum(dtype=float)),
         ended=bool(generated.ended[row, sample]),
       )

@@ -147,7 +147,9 @@ def generate(
 
   x = model.embed(batch)
   options = {"images": images, "mesh": mesh, "attention": model.options["attention"]}
-  hidden, prompt_cache = model.language.prefill(x, batch["positions"], batch["segments"], **options)
+  hidden, (prompt_keys, prompt_values) = model.language.prefill(
+    x, batch["positions"], batch["segments"], **options
+  )
   last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
   zeros = jnp.zeros((B, N), jnp.int32)
   zeros_of_tokens = jnp.zeros((B, N, M), jnp.float32)
@@ -156,7 +158,7 @@ def generate(
     newest=zeros,
     done=jnp.broadcast_to(lengths[:, None] == 0, (B, N)),
     seen=_seen(batch, N, V) if sampling.repetition_penalty != 1 else None,
-    cache=cache.extend(*prompt_cache, N, max(M - 1, 1), mesh),
+    cache=cache.extend(prompt_keys, prompt_values, N, max(M - 1, 1), mesh),
     answers=Generated(
       jnp.full((B, N, M), pad_id), zeros, zeros > 0, zeros_of_tokens, zeros_of_tokens
     ),

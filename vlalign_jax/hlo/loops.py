@@ -7,7 +7,7 @@ which follows from the start, the step and the limit of the loop's counter.
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vlalign_jax.hlo.parser import Computation, HloProgram, Instruction
 
@@ -37,7 +37,7 @@ ONCE = Trips()
 class _Element(NamedTuple):
   """An element of a loop's tuple plus a constant; index None: read from an array at an element."""
 
-  index: int | None
+  index: Any  # int or None; `tuple.index` is a method, so that types do not fit
   offset: int = 0
 
 

@@ -65,9 +65,9 @@ def _moved_by_fusion(fused: Computation, operands: list[float]) -> float:
   total = sum(_written(fused, name) for name in results)
   for instruction in fused.instructions.values():
     if instruction.opcode == "parameter":
-      reads = list(_reads(instruction, users))
       size = operands[int(instruction.operands[0])]
-      total += min(size, sum(reads)) if reads and None not in reads else size
+      reads = [size if read is None else read for read in _reads(instruction, users)]
+      total += min(size, sum(reads)) if reads else size
   return total
 
 

@@ -59,7 +59,8 @@ def _flops(instruction: Instruction, computation: Computation) -> float:
     return _attention(instruction, operands)
   output = arrays(instruction.shape)[0][1]
   if opcode == "convolution":
-    return _convolution(rest, *operands, output)
+    left, kernel = operands
+    return _convolution(rest, left, kernel, output)
   contracted = _CONTRACTED.search(rest)
   axes = map(int, re.findall(r"\d+", contracted[1])) if contracted else ()
   return 2.0 * math.prod(output) * math.prod(operands[0][axis] for axis in axes)

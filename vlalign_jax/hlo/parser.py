@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from typing import Any
 
 _HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.+?) ([\w\-]+)\(")
@@ -74,7 +75,8 @@ def parse(text: str) -> HloProgram:
   Raises:
     ValueError: it is not the text of a program.
   """
-  computations, entry, name = {}, None, None
+  computations, instructions, entry, name = {}, {}, None, None
+  root: Any = None
   for line in text.splitlines():
     if name is None:
       if header := _HEADER.match(line):

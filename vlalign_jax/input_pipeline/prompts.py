@@ -1,32 +1,16 @@
 """The data of generation: records up to where their last answer begins, one prompt a row."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from vlalign_jax.data import measure, plan
-from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER
-from vlalign_jax.data.encode import Example, check_image_token, check_placed, expand
+from vlalign_jax.data.encode import Encoded, branch, tokenize_prompt
 from vlalign_jax.data.records import Record
-from vlalign_jax.data.templates import end_tokens, prompt_pieces
-from vlalign_jax.data.tokens import tokenize_pieces
+from vlalign_jax.data.templates import end_tokens
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline import prepare
 from vlalign_jax.weights.source import ModelSource
 
 LENGTH_MULTIPLE = 16
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedPrompt:
-  """What became of a record; `example` is None where its prompt does not fit."""
-
-  example: Example | None
-
-  @property
-  def counts(self) -> tuple[int]:
-    """Prompts too long, as `prepare.Task` has them."""
-    return (int(self.example is None),)
 
 
 def encode_prompt(
@@ -36,40 +20,29 @@ def encode_prompt(
   image_token_id: int,
   tokens_per_image: int,
   max_length: int,
-) -> EncodedPrompt:
-  """Encodes a record up to its last answer, which may be absent, one, or ranked ones: none is read.
+) -> Encoded:
+  """Encodes a record up to its last answer or answers, which are not read.
 
-  The tokens are those that training on the record puts before that answer. A prompt is never cut.
+  The tokens are those that training on the record puts before that answer. A prompt is never cut:
+  `counts` is (1 if it does not fit, else 0,).
 
   Args:
-    record, template, tokenizer, image_token_id, tokens_per_image: as of `encode.encode`.
-    max_length: the largest number of positions, image positions included.
+    record, template, tokenizer, image_token_id, tokens_per_image, max_length: as for
+      `encode.encode`.
 
   Raises:
     InputError: the template, the tokenizer and the record do not go together.
   """
-  check_image_token(tokenizer, image_token_id)
-  pieces = prompt_pieces(record.turns, template, tokenizer, record.where)
-  ids = tokenize_pieces([piece.text for piece in pieces], tokenizer)
-  images = [turn.human.count(IMAGE_PLACEHOLDER) for turn in record.turns]
-  check_placed(ids, images, image_token_id, record.where)
-  tokens = expand(np.concatenate(ids), image_token_id, tokens_per_image)
-  if not len(tokens):
-    raise InputError(f"{record.where}: the prompt has no token; choose another data.template")
-  if len(tokens) > max_length:
-    return EncodedPrompt(None)
-  nothing = np.zeros(len(tokens), np.int32)
-  positions = np.arange(len(tokens), dtype=np.int32)
-  loss_mask = nothing.astype(np.float32)
-  return EncodedPrompt(
-    Example(tokens, positions, nothing, nothing, loss_mask, record.images, record.where)
-  )
+  prompt, _ = tokenize_prompt(record, [], template, tokenizer, image_token_id, tokens_per_image)
+  if len(prompt) > max_length:
+    return Encoded(None, (1,))
+  return Encoded(branch(prompt, [], record.images, record.where), (0,))
 
 
 def _describe(measured: measure.Measured, max_length: int) -> str:
-  long = int(measured.counts[:, 0].sum())
+  too_long = int(measured.counts[:, 0].sum())
   return (
-    f"{len(measured.lengths)} records; {long} skipped, their prompt does not fit "
+    f"{len(measured.lengths)} records; {too_long} skipped, their prompt does not fit "
     f"data.max_length={max_length}"
   )
 
@@ -78,13 +51,13 @@ TASK = prepare.Task("optional", encode_prompt, _describe, "a prompt that fits")
 
 
 def prepare_prompts(config, source: ModelSource, records, row_multiple: int) -> prepare.Prepared:
-  """Plans one pass over records, prompts of like lengths together, in at most four row lengths.
+  """Plans one pass over records by length, in batches of at most four row lengths.
 
   Args:
     config: has `batch_size` and the `data` group.
     source: the model.
     records: the prompts.
-    row_multiple: rows of a batch are a multiple of this.
+    row_multiple: the number of rows of a batch is a multiple of this.
 
   Raises:
     InputError: no prompt fits.
@@ -107,7 +80,7 @@ def prepare_prompts(config, source: ModelSource, records, row_multiple: int) -> 
 
 
 def row_lengths(lengths: np.ndarray) -> list[int]:
-  """At most four row lengths, each for a quarter of the prompts: padding is read at every token.
+  """Returns at most four row lengths, each for a quarter of the prompts: little padding is read.
 
   Args:
     lengths: int[N], tokens of each prompt, ascending.
@@ -119,20 +92,20 @@ def row_lengths(lengths: np.ndarray) -> list[int]:
 def record_numbers(
   planned: plan.BatchPlan, step: int, blocks: tuple[int, ...] = (0,), block_count: int = 1
 ) -> np.ndarray:
-  """int32[B], the record of each row of a host's share of a step; -1 for rows that only pad."""
+  """Returns int32[B], the record of each row of a host's share of a step; -1 for padding rows."""
   per_block = int(planned.row_counts[step]) // block_count
   rows = [block * per_block + row for block in blocks for row in range(per_block)]
-  found = [planned.rows_of(step, row) for row in rows]
-  return np.array([numbers[0] if len(numbers) else -1 for numbers in found], np.int32)
+  examples = [planned.rows_of(step, row) for row in rows]
+  return np.array([numbers[0] if len(numbers) else -1 for numbers in examples], np.int32)
 
 
 def stop_tokens(source: ModelSource, template: str) -> tuple[int, ...]:
-  """The ids that end an answer: what the template puts behind one, and the model's own ends.
+  """Returns the ids that end an answer: the template's and those of the model's generation config.
 
   Raises:
     InputError: the template does not suit the tokenizer.
   """
-  own = source.generation.eos_token_id
-  own = own if isinstance(own, list) else [own]
-  ends = [*end_tokens(template, source.tokenizer), *own]
+  eos = source.generation.eos_token_id
+  eos = eos if isinstance(eos, list) else [eos]
+  ends = [*end_tokens(template, source.tokenizer), *eos]
   return tuple(sorted({end for end in ends if end is not None}))

@@ -1,4 +1,4 @@
-"""What `check` found, as lines of text; and examples as the model reads them."""
+"""Writes the results of `check` as lines of text, and examples as the model reads them."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from vlalign_jax.input_pipeline.prepare import LoadExample
 
 
 def describe(config, report: check.Report) -> list[str]:
-  """The report as lines of text."""
+  """Returns the report as lines of text."""
   lines = [report.name]
   width = max(map(len, report.files))
   for path, (total, bad) in report.files.items():
@@ -20,34 +20,35 @@ def describe(config, report: check.Report) -> list[str]:
   turns = sum(len(record.turns) for record in report.records)
   text_only = sum(not record.images for record in report.records)
   lines.append(f"  {turns:,} turns, {report.images:,} pictures, {text_only:,} records without one")
-  sound = [one for one in measured if not one.problem]
-  if sound:
-    found = Measured(
-      np.array([one.tokens for one in sound]),
-      np.array([one.counts for one in sound]),
-      plan.ImageSets.from_paths(one.images for one in sound),
+  good = [record for record in measured if not record.problem]
+  if good:
+    usable = Measured(
+      np.array([record.tokens for record in good]),
+      np.array([record.counts for record in good]),
+      plan.ImageSets.from_paths(record.images for record in good),
     )
-    lines.append(f"  {report.load.task.describe(found, config.data.max_length)}")
+    lines.append(f"  {report.load.task.describe(usable, config.data.max_length)}")
   if not lengths.any():
     return lines
-  total, learnt = int(lengths.sum()), sum(one.learnt for one in measured)
-  lines.append(f"  {total:,} tokens, {learnt:,} of them learnt ({learnt / total:.1%})")
+  total, learned = int(lengths.sum()), sum(record.learned for record in measured)
+  lines.append(f"  {total:,} tokens, {learned:,} of them learned ({learned / total:.1%})")
   lines += ["  tokens of a record", *(f"    {line}" for line in histogram(lengths[lengths > 0]))]
-  how = check.packing(config, report)
+  packing = check.packing(config, report)
   lines.append(
-    f"  packed: {how['steps']:,} steps of {how['rows']:,} rows x {how['row_length']:,} tokens,"
-    f" {how['images_per_row']} pictures a row; {how['packing_efficiency']:.1%} of the tokens and"
-    f" {how['image_efficiency']:.1%} of the picture places are used"
+    f"  packed: {packing['steps']:,} steps of {packing['rows']:,} rows x"
+    f" {packing['row_length']:,} tokens, {packing['images_per_row']} pictures a row;"
+    f" {packing['packing_efficiency']:.1%} of the tokens and"
+    f" {packing['image_efficiency']:.1%} of the picture places are used"
   )
   return lines
 
 
 def histogram(lengths: np.ndarray, bins: int = 12, width: int = 40) -> list[str]:
-  """Percentiles and bars of positive numbers, as lines of text.
+  """Draws percentiles and bars of positive numbers as lines of text.
 
   Args:
     lengths: int[N], N at least 1.
-    bins: at most so many bars.
+    bins: the most bars.
     width: characters of the longest bar.
   """
   shares = (0, 10, 50, 90, 99, 100)
@@ -67,26 +68,26 @@ def histogram(lengths: np.ndarray, bins: int = 12, width: int = 40) -> list[str]
 
 
 def render(load: LoadExample, number: int) -> str:
-  """An example as the model reads it: learnt parts as «...», an image as <image x N>.
+  """Returns an example as the model reads it: learned parts as «...», an image as <image x N>.
 
-  Ranked answers follow their prompt, a line each.
+  Ranked answers follow their prompt, one line each.
   """
   example = load(number)
   if example is None:
     return f"(skipped: it lacks {load.task.needs})"
-  learnt = np.concatenate([[False], example.loss_mask[:-1] > 0])
+  learned = np.concatenate([[False], example.loss_mask[:-1] > 0])
   if not len(example.answers):
-    return _text(load, example.tokens, learnt)
-  shared = example.tokens[: np.argmax(example.branches == 1) + 1]  # with the copy of its last
-  lines = [_text(load, shared, np.zeros(len(shared), bool))]
+    return _text(load, example.tokens, learned)
+  prompt = example.tokens[: np.argmax(example.branches == 1) + 1]  # with its last token's copy
+  lines = [_text(load, prompt, np.zeros(len(prompt), bool))]
   for rank in range(1, len(example.answers) + 1):
-    answer = example.tokens[(example.branches == rank) & learnt]
+    answer = example.tokens[(example.branches == rank) & learned]
     lines.append(f"{rank}: {_text(load, answer, np.ones(len(answer), bool))}")
   return "\n".join(lines)
 
 
-def _text(load: LoadExample, tokens: np.ndarray, learnt: np.ndarray) -> str:
-  kinds = np.where(tokens == load.image_token_id, 2, learnt)
+def _text(load: LoadExample, tokens: np.ndarray, learned: np.ndarray) -> str:
+  kinds = np.where(tokens == load.image_token_id, 2, learned)
   starts = np.flatnonzero(np.diff(kinds, prepend=-1))
   parts = []
   for start, part in zip(starts, np.split(tokens, starts[1:]), strict=True):
@@ -99,7 +100,7 @@ def _text(load: LoadExample, tokens: np.ndarray, learnt: np.ndarray) -> str:
 
 
 def summary(reports: Sequence[check.Report]) -> list[str]:
-  """Every problem of all reports, or that there is none."""
+  """Returns lines with every problem of all reports, or one that says that there is none."""
   problems = [problem for report in reports for problem in report.problems]
   if not problems:
     return ["no bad record"]

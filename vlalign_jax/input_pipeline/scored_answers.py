@@ -1,4 +1,4 @@
-"""The data of prediction from given answers: prompts with one answer or more, none of them lost."""
+"""The data of prediction with given answers: prompts with one or more answers; all are kept."""
 
 from __future__ import annotations
 
@@ -7,42 +7,16 @@ import dataclasses
 import numpy as np
 
 from vlalign_jax.data import measure
-from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER
-from vlalign_jax.data.encode import Example, check_image_token, check_placed, expand
-from vlalign_jax.data.encode_preferences import answer_texts, branch
+from vlalign_jax.data.encode import Encoded, branch, fit_answers, tokenize_prompt
 from vlalign_jax.data.records import Record
-from vlalign_jax.data.templates import closing
-from vlalign_jax.data.tokens import tokenize_branches
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline import prepare
 from vlalign_jax.weights.source import ModelSource
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class EncodedAnswers:
-  """What became of a record's answers, each named by its place among them.
-
-  Attributes:
-    example: None where no answer fits.
-    kept: the answers that are its branches, in order.
-    apart: answers that fit behind the prompt, but not beside those.
-    too_long: answers that do not fit even alone.
-  """
-
-  example: Example | None
-  kept: tuple[int, ...]
-  apart: tuple[int, ...]
-  too_long: tuple[int, ...]
-
-  @property
-  def counts(self) -> tuple[int, int, int]:
-    """Answers kept, apart and too long, as `prepare.Task` has them."""
-    return len(self.kept), len(self.apart), len(self.too_long)
-
-
 @dataclasses.dataclass(frozen=True)
 class Unit:
-  """Answers to a record that share an example: its prompt is computed once for them.
+  """Answers to a record that share an example, so that its prompt is computed once for them.
 
   Attributes:
     record: its number.
@@ -60,37 +34,28 @@ def encode_answers(
   image_token_id: int,
   tokens_per_image: int,
   max_length: int,
-) -> EncodedAnswers:
-  """Encodes `record.answers` as `encode_preferences` does; one is enough, equal ones all count.
+) -> Encoded:
+  """Encodes `record.answers` as branches; one is enough, and equal or empty ones are kept.
 
   Args:
-    record, template, tokenizer, image_token_id, tokens_per_image, max_length: as there.
+    record, template, tokenizer, image_token_id, tokens_per_image, max_length: as for
+      `encode_preferences`.
+
+  Returns:
+    `counts` is the number of answers (kept, apart, too long even alone).
 
   Raises:
     InputError: the template, the tokenizer and the record do not go together.
   """
-  check_image_token(tokenizer, image_token_id)
-  prompt, answers = answer_texts(record, range(len(record.answers)), template, tokenizer)
-  end = closing(template, tokenizer)
-  pieces, branches = tokenize_branches(prompt, [(answer, end) for answer in answers], tokenizer)
-  images = [turn.human.count(IMAGE_PLACEHOLDER) for turn in record.turns]
-  for answer, _ in branches:
-    check_placed([*pieces, answer], images, image_token_id, record.where)
-  trunk = expand(np.concatenate(pieces), image_token_id, tokens_per_image)
-  if not len(trunk):
-    raise InputError(f"{record.where}: the prompt has no token; choose another data.template")
-
-  length, kept, apart, too_long = len(trunk) - 1, {}, [], []
-  for place, ids in enumerate(map(np.concatenate, branches)):
-    if len(trunk) + len(ids) > max_length:
-      too_long.append(place)
-    elif length + 1 + len(ids) > max_length:
-      apart.append(place)
-    else:
-      kept[place] = ids
-      length += 1 + len(ids)
-  example = branch(trunk, list(kept.values()), record.images, record.where) if kept else None
-  return EncodedAnswers(example, tuple(kept), tuple(apart), tuple(too_long))
+  options = template, tokenizer, image_token_id, tokens_per_image
+  prompt, answers = tokenize_prompt(record, record.answers, *options)
+  kept = fit_answers(prompt, dict(enumerate(answers)), max_length)
+  fit = [n for n, ids in enumerate(answers) if len(prompt) + len(ids) <= max_length]
+  apart = tuple(n for n in fit if n not in kept)
+  example = None
+  if kept:
+    example = branch(prompt, [answers[n] for n in kept], record.images, record.where)
+  return Encoded(example, (len(kept), len(apart), len(answers) - len(fit)), kept, apart)
 
 
 def _describe(measured: measure.Measured, max_length: int) -> str:
@@ -110,10 +75,10 @@ def prepare_answers(
     config: has `batch_size` (units) and the `data` group.
     source: the model.
     records: each with one or more in `answers`.
-    row_multiple: rows of a batch are a multiple of this.
+    row_multiple: the number of rows of a batch is a multiple of this.
 
   Returns:
-    What makes rows with `answers` and `examples`, which are the numbers of units; the units.
+    (planned data, whose batches have `answers` and, as `examples`, the numbers of units; units).
 
   Raises:
     InputError: no answer fits.
@@ -126,7 +91,7 @@ def prepare_answers(
       f"data.max_length={config.data.max_length}; raise it"
     )
   if measured.counts[:, 1:].any():
-    units = _fitting(load, units, measured)
+    units = _split_units(load, units, measured)
     parts = [_part(records[unit.record], unit) for unit in units]
     load, measured = prepare.measure_records(TASK, config, source, parts, "answers, some apart")
   prepared = prepare.lay_out(
@@ -142,17 +107,17 @@ def prepare_answers(
   return prepared, units
 
 
-def _fitting(load: prepare.LoadExample, units: list[Unit], measured: measure.Measured):
-  """Units that fit, given one of each record: what does not fit beside other answers is alone."""
-  found = []
+def _split_units(load: prepare.LoadExample, units: list[Unit], measured: measure.Measured):
+  """Splits units of whole records: answers that do not fit with the others get their own unit."""
+  split = []
   for unit, (_, apart, too_long) in zip(units, measured.counts, strict=True):
     if not apart and not too_long:
-      found.append(unit)
+      split.append(unit)
       continue
     encoded = load.encoded(unit.record)
     groups = [encoded.kept, *((place,) for place in encoded.apart)]
-    found += [Unit(unit.record, group) for group in groups if group]
-  return found
+    split += [Unit(unit.record, group) for group in groups if group]
+  return split
 
 
 def _part(record: Record, unit: Unit) -> Record:

@@ -1,4 +1,4 @@
-"""The data of supervised fine-tuning: conversations whose every question has one answer."""
+"""The data of supervised fine-tuning: conversations with one answer to every question."""
 
 import functools
 

@@ -9,6 +9,8 @@ of keys, text and images, each with a softmax of its own; what the two give is a
 sees no other image token. A query that sees no key of a class gets zero of it.
 """
 
+from typing import Any
+
 import jax
 from jax.sharding import Mesh
 
@@ -65,7 +67,7 @@ def attend(
   query = query.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
   key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
   on_cpu = platform == "cpu"
-  attended = tiles.attend(
+  attended: Any = tiles.attend(
     query,
     key,
     value,

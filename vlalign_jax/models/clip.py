@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -143,8 +144,9 @@ class VisionTower(nnx.Module):
     x = self.input_norm(x)
 
     several = len(config.feature_layers) > 1
-    hidden = [x] if 0 in config.feature_layers else [None]
+    hidden: list[Any] = [x] if 0 in config.feature_layers else [None]
     if config.layers:
+      outputs: Any
       last, outputs = stack.run_stack(
         self.layers,
         x,

@@ -7,6 +7,7 @@ time and changes nothing.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,8 @@ def attend(
   Returns:
     [B, T, H, D] in the query's dtype.
   """
-  kernel = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+  options: Any = {"implementation": implementation}
+  kernel = functools.partial(jax.nn.dot_product_attention, **options)
   attend = functools.partial(_attend, kernel=kernel, window=window)
   if mesh is not None:
     heads, rows = PartitionSpec(ROWS, None, "tensor"), PartitionSpec(ROWS)

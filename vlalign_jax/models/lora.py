@@ -7,10 +7,12 @@ A model is built first and adapters are attached to it, so that it is the same w
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
@@ -111,7 +113,7 @@ class AdaptedLinear(nnx.Module):
   def __init__(self, linear: nnx.Linear, rank: int, scale: float, dropout: float, rngs: nnx.Rngs):
     self.kernel, self.bias = linear.kernel, linear.bias
     self.dtype, self.scale, self.dropout = linear.dtype, scale, dropout
-    self.dropout_key = nnx.data(None)
+    self.dropout_key: Any = nnx.data(None)
     *stack, width, out = linear.kernel.shape
     dtype, bound = linear.param_dtype, width**-0.5
     uniform = jax.random.uniform(rngs.params(), (*stack, width, rank), dtype, -bound, bound)
@@ -119,7 +121,7 @@ class AdaptedLinear(nnx.Module):
     self.lora_b = nnx.Param(jnp.zeros((*stack, rank, out), dtype))
 
   def __call__(self, x):
-    x, kernel, a, b = nnx.nn.dtypes.promote_dtype(
+    x, kernel, a, b = promote_dtype(
       (x, self.kernel[...], self.lora_a[...], self.lora_b[...]), dtype=self.dtype
     )
     y = x @ kernel

@@ -1,6 +1,7 @@
 """Attention on TPUs: JAX's Pallas kernel, for rows whose examples have one answer each."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,7 @@ def _softmax(query, key, value, query_segments, key_segments, *, window, mesh, i
     local = jax.shard_map(
       local, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
     )
-  mixed = local(query, key, value, ids)
+  mixed: Any = local(query, key, value, ids)
   return mixed.transpose(0, 2, 1, 3)[:, :T]
 
 

@@ -7,7 +7,7 @@ image keys: statistics are kept of each class of keys, and a tile's scores serve
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +181,7 @@ def _first_tiles(layout: Layout | None, tiles: Tiles):
   index = jnp.arange(segments.shape[1])
   changes = jnp.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
   first = jax.lax.cummax(jnp.where(changes, index, 0), axis=1)
-  if tiles.window is not None:
+  if tiles.window is not None and layout.positions is not None:
     # Branches only push tokens further behind than their positions say.
     first += jnp.maximum(layout.positions - tiles.window + 1, 0)
   return first.reshape(len(first), -1, tiles.queries.size).min(axis=2) // tiles.keys.size
@@ -308,12 +308,12 @@ def _mix_gradients(
     def of_keys(j, carry):
       own_grad, key_grad, value_grad = carry
       keys, values = tiles.keys.slice(key, j, 2), tiles.keys.slice(value, j, 2)
-      images = _image_keys(layout, tiles, j)
+      images: Any = _image_keys(layout, tiles, j)
 
       def of_class(by_class):
         """What is known of each class of keys, for every key: [B, K, G, T, S or 1]."""
         text, *image = (x[..., None] for x in by_class)
-        return jnp.where(images, *image, text) if image else text
+        return jnp.where(images, image[0], text) if image else text
 
       weights = jnp.exp(_scores(own, keys, layout, tiles, i, j) - of_class(own_normaliser))
       weights_grad = product("BKGTD,BKSD->BKGTS", out_grad, values)

@@ -29,8 +29,8 @@ def scale(optimizer: optax.GradientTransformation) -> optax.GradientTransformati
   def init(params):
     return Scaled(jnp.float32(FIRST), jnp.zeros((), jnp.int32), optimizer.init(params))
 
-  def update(gradients, state, params=None):
-    updates, inner = optimizer.update(gradients, state.inner, params)
+  def update(updates, state: Any, params=None):
+    updates, inner = optimizer.update(updates, state.inner, params)
     return updates, state._replace(inner=inner)
 
   return optax.GradientTransformation(init, update)

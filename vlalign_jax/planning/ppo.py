@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from vlalign_jax import trees
+from vlalign_jax.config_checks import Config
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import cache
 from vlalign_jax.planning import ppo_models, train_step
@@ -35,9 +37,9 @@ class Sizes(NamedTuple):
 class RolloutShapes:
   """A run's programs, and the shapes of the batches that a rollout gives them."""
 
-  config: object
+  config: Config
   models: ppo_models.Models
-  mesh: object
+  mesh: Mesh
   program: ppo_program.PPOProgram
 
   @property

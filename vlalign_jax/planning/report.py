@@ -16,7 +16,8 @@ def as_json(plan: StepPlan) -> dict:
     numbers = {"times": program.times, "device_bytes": plan.total(program), "time": None}
     if time:
       numbers["time"] = dataclasses.asdict(time) | {"total": time.total, "bound": time.bound}
-    programs[program.name] = dataclasses.asdict(program.compiled) | numbers
+    compiled = dataclasses.asdict(program.compiled) if program.compiled else {}
+    programs[program.name] = compiled | numbers
   return {
     "topology": plan.topology.name,
     "chip": dataclasses.asdict(plan.topology.chip),

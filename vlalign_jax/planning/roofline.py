@@ -34,12 +34,12 @@ class Time:
   def bound(self) -> str:
     """Returns which of the three takes the longest."""
     times = dataclasses.asdict(self)
-    return max(times, key=times.get)
+    return max(times, key=lambda name: times[name])
 
 
 def estimate(chip: Chip, program: Compiled) -> Time | None:
   """Returns the time of a program on one device; None if the chip's speed is not known."""
-  if chip.flops is None:
+  if chip.flops is None or chip.bandwidth is None or chip.interconnect is None:
     return None
   return Time(
     compute=program.flops / (chip.flops * UTILIZATION["compute"]),

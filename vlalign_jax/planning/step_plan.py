@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 
+from vlalign_jax.config_checks import Config
 from vlalign_jax.hlo.loops import Trips
 from vlalign_jax.planning import roofline
 from vlalign_jax.planning.compiled import Compiled, compile_program
@@ -50,9 +51,9 @@ class StepPlan:
     assumptions: sentences for the reader.
   """
 
-  config: object
+  config: Config
   topology: Topology
-  mesh: object
+  mesh: jax.sharding.Mesh
   programs: tuple[StepProgram, ...]
   resident: dict[str, float]
   parameters: dict[str, dict[str, int]]
@@ -94,9 +95,10 @@ class StepPlan:
   @property
   def utilization(self) -> float | None:
     """Returns MFU: the model's operations over those that all chips could do in a step's time."""
-    if self.seconds is None or self.model_flops is None:
+    flops = self.topology.chip.flops
+    if self.seconds is None or self.model_flops is None or flops is None:
       return None
-    return self.model_flops / (self.seconds * self.mesh.size * self.topology.chip.flops)
+    return self.model_flops / (self.seconds * self.mesh.size * flops)
 
 
 def compile_plan(plan: StepPlan, show: Callable[[str], None] = lambda line: None) -> StepPlan:

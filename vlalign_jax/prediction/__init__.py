@@ -1,1 +1,1 @@
-"""Prediction: answers, log-probabilities and scores of records, written down as they come."""
+"""Prediction: answers to records, or their log-probabilities or scores, written line by line."""

@@ -1,4 +1,4 @@
-"""Best of n: what a reward model thinks of generated answers."""
+"""Best of n: the scores of generated answers by a reward model."""
 
 import os
 
@@ -13,11 +13,11 @@ from vlalign_jax.weights.source import ModelSource
 
 
 def reward_config(config: Config) -> Config:
-  """The config by which the reward model reads prompts and answers.
+  """Returns the config by which the reward model reads prompts and answers.
 
-  It goes by text, so its tokenizer may be another one; it reads in the template that it was trained
-  in, sees the pictures even if the policy does not, and has room for all that was generated. An
-  answer that was cut is read as if it had ended there.
+  It reads text, so its tokenizer may be another one. It uses the template that it was trained with,
+  sees the images even if the policy does not, and has room for all generated tokens. An answer that
+  was cut is scored as if it had ended there.
   """
   c = config.copy_and_resolve_references()
   c.data.template = models.trained_template(c.reward_model) or c.data.template
@@ -37,7 +37,7 @@ def add_rewards(
   records: tuple[Record, ...],
   mesh: Mesh,
 ) -> list[dict]:
-  """Scores answers that have no score yet, writing each score as it comes.
+  """Scores the answers that have no score yet, and writes each score at once.
 
   Args:
     config: of the prediction.
@@ -45,12 +45,12 @@ def add_rewards(
     lines: of mode `generate`.
     source: the reward model.
     load: see scored.Load.
-    records: those that the lines are about.
-    mesh: over which rows are split.
+    records: the records of the lines.
+    mesh: the mesh that rows are split over.
 
   Returns:
-    The lines with "reward", and with "best" where a record has several answers: true for the one
-    that scores the highest, of equal ones the first.
+    The lines with "reward", and with "best" if a record has several answers: true for the one with
+    the highest score, the first of equal ones.
   """
   path = os.path.join(workdir, directory.REWARDS)
   answers: dict[int, list[dict]] = {}
@@ -58,36 +58,35 @@ def add_rewards(
     if line["answer"] is not None:
       answers.setdefault(line["record"], []).append(line)
   numbers = sorted(answers)
-  known = {(line["record"], line["sample"]): line["reward"] for line in directory.read_lines(path)}
-  known |= {(x["record"], x["sample"]): x["reward"] for x in lines if "reward" in x}
+  scores = {(line["record"], line["sample"]): line["reward"] for line in directory.read_lines(path)}
+  scores |= {(x["record"], x["sample"]): x["reward"] for x in lines if "reward" in x}
   if answers:
-    directory.write_lines(path, [_score(*key, reward) for key, reward in known.items()])
-    asked = [
+    directory.write_lines(path, [_score_line(*key, reward) for key, reward in scores.items()])
+    answered = [
       scored.with_answers(records[number], [line["answer"] for line in answers[number]])
       for number in numbers
     ]
-    place = {number: at for at, number in enumerate(numbers)}
-    done = {(place[number], sample) for number, sample in known}
-    found = scored.evaluate(reward_config(config), source, load, asked, mesh, done)
+    indices = {number: index for index, number in enumerate(numbers)}
+    done = {(indices[number], sample) for number, sample in scores}
+    results = scored.score(reward_config(config), source, load, answered, mesh, done)
     total = sum(map(len, answers.values()))
-    with directory.appended(path) as add:
-      for at, sample, values in progress.shown(found, "reward", total, len(done)):
-        known[numbers[at], sample] = values["reward"]
-        add(_score(numbers[at], sample, values["reward"]))
+    with directory.append_lines(path) as append:
+      for index, sample, values in progress.shown(results, "reward", total, len(done)):
+        scores[numbers[index], sample] = values["reward"]
+        append(_score_line(numbers[index], sample, values["reward"]))
         if "reason" in values:
-          logging.warning("%s: no score, %s", records[numbers[at]].where, values["reason"])
-  for line in lines:
-    if line["answer"] is not None:
-      line["reward"] = known[line["record"], line["sample"]]
-  for of_record in answers.values():
-    _mark_best(of_record)
+          logging.warning("%s: no score, %s", answered[index].where, values["reason"])
+  for group in answers.values():
+    for line in group:
+      line["reward"] = scores[line["record"], line["sample"]]
+    _mark_best(group)
   directory.write_lines(os.path.join(workdir, directory.PREDICTIONS), lines)
   if os.path.exists(path):
     os.remove(path)
   return lines
 
 
-def _score(number: int, sample: int, reward: float | None) -> dict:
+def _score_line(number: int, sample: int, reward: float | None) -> dict:
   return {"record": number, "sample": sample, "reward": reward}
 
 

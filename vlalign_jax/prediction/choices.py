@@ -1,7 +1,7 @@
-"""Multiple choice: the options of a question, and which of them an answer chooses.
+"""Multiple choice: the options of a question, and the option that an answer chooses.
 
-As ScienceQA has it: the question lists options such as "(A) yes" or "B. no", and an answer names
-the letter ("B", "The answer is B: no") or says the option's text.
+As in ScienceQA, a question lists options such as "(A) yes" or "B. no", and an answer names the
+letter ("B", "The answer is B: no") or repeats the option's text.
 """
 
 import re
@@ -13,7 +13,7 @@ _MARKS = (
 )
 _HEADING = re.compile(r"\b(?:options|choices)[ \t]*:", re.IGNORECASE)
 
-# How an answer names a letter, the surest way first. "A" and "I" before a space may be words.
+# Ways to name a letter, the surest first. "A" and "I" before a space may be words.
 _ALONE = re.compile(r"\(?([A-Za-z])\)?\.?$")
 _FIRST = re.compile(r"\(?([A-Z])(?:\)|[.:,;](?=\s|$)|$)", re.MULTILINE)
 _NAMED = re.compile(
@@ -27,8 +27,8 @@ _ANYWHERE = re.compile(
 
 
 def options(question: str) -> dict[str, str]:
-  """Letter -> text of the options that a question lists, A first; empty if it lists none."""
-  heading = max((found.end() for found in _HEADING.finditer(question)), default=0)
+  """Returns letter -> text of the options that a question lists, A first; empty if none."""
+  heading = max((match.end() for match in _HEADING.finditer(question)), default=0)
   for marks in _MARKS:
     runs: list[list[re.Match]] = []
     for mark in marks.finditer(question):
@@ -38,46 +38,46 @@ def options(question: str) -> dict[str, str]:
         runs[-1].append(mark)
     runs = [run for run in runs if len(run) > 1]
     if runs:
-      # The question itself may speak of (A) and (B), too.
-      listed = (run for run in runs if heading and run[0].start() >= heading)
-      return _texts(question, next(listed, max(reversed(runs), key=len)))
+      # Text before the heading may mention (A) and (B), too.
+      below = (run for run in runs if heading and run[0].start() >= heading)
+      return _texts(question, next(below, max(reversed(runs), key=len)))
   return {}
 
 
 def _texts(question: str, run: list[re.Match]) -> dict[str, str]:
   ends = [*(mark.start() for mark in run[1:]), len(question)]
   texts = (question[mark.end() : end].strip() for mark, end in zip(run, ends, strict=True))
-  # Behind the last option the question may go on in the next line.
+  # After the last option the question may continue on the next line.
   return {
     mark[1].upper(): text.split("\n")[0].strip() for mark, text in zip(run, texts, strict=True)
   }
 
 
-def choice(answer: str, given: dict[str, str]) -> str | None:
-  """The letter that an answer chooses.
+def choice(answer: str, listed: dict[str, str]) -> str | None:
+  """Returns the letter that an answer chooses.
 
   Args:
     answer: the text.
-    given: of `options`.
+    listed: letter -> text, from `options`.
 
   Returns:
-    The option that it names by its letter, or else the one whose text it is, or else the only one
-    whose text is in it (of texts that contain each other the longest), or else the only one whose
-    letter is in it; None if there is none.
+    The letter that the answer names; or else the one whose text equals the answer; or else the only
+    one whose text is in it (of texts that contain each other, the longest); or else the only letter
+    in it; None if there is none.
   """
   answer = answer.replace("*", "").strip()
-  for found in (_ALONE.match(answer), _FIRST.match(answer), _NAMED.search(answer)):
-    if found and found[1].upper() in given:
-      return found[1].upper()
+  for match in (_ALONE.match(answer), _FIRST.match(answer), _NAMED.search(answer)):
+    if match and match[1].upper() in listed:
+      return match[1].upper()
   plain = _plain(answer)
-  texts = {letter: _plain(text) for letter, text in given.items() if _plain(text)}
-  same = [letter for letter, text in texts.items() if text == plain]
-  if same:
-    return same[0]
+  texts = {letter: _plain(text) for letter, text in listed.items() if _plain(text)}
+  for letter, text in texts.items():
+    if text == plain:
+      return letter
   first = _BEFORE_WORDS.match(answer)
-  if first and first[1] in given:
+  if first and first[1] in listed:
     return first[1]
-  letters = {"".join(filter(None, found)) for found in _ANYWHERE.findall(answer)} & given.keys()
+  letters = {"".join(groups) for groups in _ANYWHERE.findall(answer)} & listed.keys()
   inside = {
     letter: text
     for letter, text in texts.items()
@@ -88,7 +88,7 @@ def choice(answer: str, given: dict[str, str]) -> str | None:
     for letter, text in inside.items()
     if not any(text != other and text in other for other in inside.values())
   }
-  return next((min(found) for found in (longest, letters) if len(found) == 1), None)
+  return next((min(group) for group in (longest, letters) if len(group) == 1), None)
 
 
 def _plain(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The directory of a prediction: what it was asked, and a line for each answer as it comes."""
+"""The directory of a prediction: its config and inputs, and a line for each answer."""
 
 import contextlib
 import json
@@ -11,8 +11,8 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.prediction import settings
 
 PREDICTIONS, INPUTS, CONFIG = "predictions.jsonl", "inputs.json", "config.json"
-REWARDS = "rewards.jsonl"  # scores of predictions while they come
-# What may change before a prediction goes on: no answer depends on it, but for rounding.
+REWARDS = "rewards.jsonl"  # scores, until all are there
+# Keys that may change when a prediction resumes: answers depend on them only by rounding.
 _HARMLESS = (
   "batch_size",
   "gallery",
@@ -25,12 +25,12 @@ _HARMLESS = (
 
 
 def open_directory(workdir: str, config, inputs: dict) -> None:
-  """Makes the directory, or checks that what is there was asked of the same models and records.
+  """Makes the directory, or checks that its lines are of the same config, models and records.
 
   Args:
     workdir: the directory.
     config: of this command.
-    inputs: name -> what tells it from another one, as JSON has it.
+    inputs: config key -> JSON value that identifies the content that the key names.
 
   Raises:
     InputError: it cannot be used, or has lines of another config or other inputs.
@@ -39,8 +39,8 @@ def open_directory(workdir: str, config, inputs: dict) -> None:
     raise InputError("--workdir is missing: the directory that predictions are written to")
   if storage.is_url(workdir):
     raise InputError(
-      f"--workdir {workdir}: predictions are written line by line, which buckets do not do; give "
-      "a directory of this machine and copy it"
+      f"--workdir {workdir}: predictions are written line by line, which buckets do not support; "
+      "give a local directory and copy it"
     )
   try:
     os.makedirs(workdir, exist_ok=True)
@@ -50,7 +50,7 @@ def open_directory(workdir: str, config, inputs: dict) -> None:
     if read_lines(os.path.join(workdir, PREDICTIONS)):
       _check_same(workdir, stored or {}, config.to_dict(), inputs)
     elif os.path.exists(rewards := os.path.join(workdir, REWARDS)):
-      os.remove(rewards)  # of answers that are gone
+      os.remove(rewards)  # its answers no longer exist
     storage.write(os.path.join(workdir, CONFIG), json.dumps(config.to_dict(), indent=2) + "\n")
     storage.write(os.path.join(workdir, INPUTS), json.dumps(inputs, indent=2) + "\n")
   except OSError as error:
@@ -72,37 +72,36 @@ def _check_stage(stored, workdir: str) -> None:
   stage = stored.get("stage") if isinstance(stored, dict) else None
   if stage != settings.STAGE:
     raise InputError(
-      f"{workdir} holds a run of the stage {stage!r}; choose another --workdir for predictions"
+      f"{workdir} has a run of the stage {stage!r}; choose another --workdir for predictions"
     )
 
 
-def _check_same(workdir: str, stored: dict, now: dict, inputs: dict) -> None:
-  then, now = (
+def _check_same(workdir: str, stored: dict, config: dict, inputs: dict) -> None:
+  before, now = (
     {path.replace("/", "."): value for path, value in trees.flatten(values).items()}
-    for values in (stored, now)
+    for values in (stored, config)
   )
-  differing = [
-    f"{key}: {then.get(key)!r} there, {now.get(key)!r} now"
-    for key in sorted(then.keys() | now.keys())
-    if then.get(key) != now.get(key) and key not in _HARMLESS
+  changes = [
+    f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+    for key in sorted(before.keys() | now.keys())
+    if before.get(key) != now.get(key) and key not in _HARMLESS
   ]
-  if differing:
+  if changes:
     raise InputError(
-      f"{workdir} holds predictions of another config ({'; '.join(differing)}); repeat its command "
-      "to go on, or choose another --workdir"
+      f"{workdir} has predictions of another config ({'; '.join(changes)}); repeat its command to "
+      "resume, or choose another --workdir"
     )
   before = _read(workdir, INPUTS)
-  now = json.loads(json.dumps(inputs))
-  changed = [name for name in now if not isinstance(before, dict) or before.get(name) != now[name]]
-  if changed:
-    raise InputError(
-      f"{workdir} holds predictions with another content of config.{changed[0]} than is there now; "
-      "restore it (of a run, name RUN_DIR/checkpoints/STEP), or choose another --workdir"
-    )
+  for key, value in json.loads(json.dumps(inputs)).items():
+    if not isinstance(before, dict) or before.get(key) != value:
+      raise InputError(
+        f"{workdir} has predictions with another content of config.{key} than is there now; "
+        "restore it (of a run, name RUN_DIR/checkpoints/STEP), or choose another --workdir"
+      )
 
 
 def read_lines(path: str) -> list[dict]:
-  """The lines of a file, without a half-written last one; none if there is no file.
+  """Returns the lines of a file, without a half-written last one; [] if there is no file.
 
   Raises:
     InputError: a line before the last is damaged.
@@ -112,39 +111,38 @@ def read_lines(path: str) -> list[dict]:
       content = file.read()
   except FileNotFoundError:
     return []
-  lines = content.split(b"\n")
-  found = []
-  for number, line in enumerate(lines[:-1], start=1):
+  lines = []
+  for number, text in enumerate(content.split(b"\n")[:-1], start=1):
     try:
-      found.append(json.loads(line))
-      if not (isinstance(found[-1], dict) and isinstance(found[-1].get("record"), int)):
-        raise ValueError("no object with the number of a record")
+      lines.append(json.loads(text))
+      if not (isinstance(lines[-1], dict) and isinstance(lines[-1].get("record"), int)):
+        raise ValueError("not an object with the number of a record")
     except ValueError as error:
       raise InputError(
         f"{path}, line {number}: damaged ({error}); delete this line, and it is computed again"
       ) from error
-  return found
+  return lines
 
 
 def write_lines(path: str, lines: list[dict]) -> None:
-  """Writes a whole file, which has its old or its new content whenever the process dies."""
+  """Writes a file at once: if the process dies, it has its old or its new content."""
   storage.write(path, "".join(_as_line(line) for line in lines))
 
 
 @contextlib.contextmanager
-def appended(path: str) -> Iterator:
-  """A function that adds a line to a file, which is there for readers at once."""
+def append_lines(path: str) -> Iterator:
+  """Yields a function that appends a line to a file and flushes it."""
   with open(path, "a", encoding="utf-8") as file:
 
-    def add(line: dict) -> None:
+    def append(line: dict) -> None:
       file.write(_as_line(line))
       file.flush()
 
-    yield add
+    yield append
 
 
 def number(value) -> float | None:
-  """A number as JSON can say it; None for what is not finite."""
+  """Returns a number for JSON; None if it is not finite."""
   return float(value) if math.isfinite(value) else None
 
 

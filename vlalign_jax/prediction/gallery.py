@@ -1,10 +1,10 @@
-"""gallery.html: pictures, prompts, answers, references and what they are worth."""
+"""gallery.html: images, prompts, answers, references and numbers."""
 
 import os
 
 from vlalign_jax import html
 from vlalign_jax.data.records import Record
-from vlalign_jax.prediction.metrics import normalised
+from vlalign_jax.prediction.metrics import normalize_spaces
 
 _VALUES = ("reward", "logprob", "num_tokens")
 
@@ -12,23 +12,23 @@ _VALUES = ("reward", "logprob", "num_tokens")
 def gallery(
   config, lines: list[dict], records: tuple[Record, ...], metrics: dict[str, float | int]
 ) -> str:
-  """The page of a prediction, with its first `config.gallery` records.
+  """Returns the page of a prediction, with its first `config.gallery` records.
 
   Args:
     config: of the prediction.
     lines: of predictions.jsonl, in order.
-    records: that they are about.
+    records: the records of the lines.
     metrics: of metrics.json.
   """
-  of_record: dict[int, list[dict]] = {}
+  groups: dict[int, list[dict]] = {}
   for line in lines:
-    of_record.setdefault(line["record"], []).append(line)
-  shown = [*of_record.items()][: config.gallery]
+    groups.setdefault(line["record"], []).append(line)
+  shown = [*groups.items()][: config.gallery]
   body = [
     html.table(
       ("", ""), [("mode", config.mode), ("model", config.model.init_from), *metrics.items()]
     ),
-    f'<p class="label">{len(shown)} of {len(of_record)} records</p>',
+    f'<p class="label">{len(shown)} of {len(groups)} records</p>',
   ]
   for number, answers in shown:
     body.append(section(config.data.images, records[number], answers))
@@ -38,13 +38,13 @@ def gallery(
 def section(
   images: str, record: Record, lines: list[dict], values: tuple[str, ...] = _VALUES
 ) -> str:
-  """The part of a page that shows a record and what was answered.
+  """Returns the part of a page that shows a record and its answers.
 
   Args:
     images: the config's data.images.
-    record: what the lines are about.
-    lines: its answers, with what `records.shown` gives and maybe a "reference".
-    values: names of the numbers that they may have.
+    record: the record of the lines.
+    lines: its answers, with the fields of `records.shown` and maybe a "reference".
+    values: names of numbers that the lines may have.
   """
   root = images or os.path.dirname(record.file)
   parts = [f'<p class="label">{html.text(record.where)}</p>']
@@ -54,18 +54,19 @@ def section(
   reference = lines[0].get("reference")
   if reference is not None:
     parts.append(f'<p><span class="label">reference</span> {html.text(reference)}</p>')
-  values = [name for name in values if any(name in line for line in lines)]
+  values = tuple(name for name in values if any(name in line for line in lines))
   head = "".join(f'<th class="number">{name}</th>' for name in values)
   rows = "".join(_row(line, values, reference) for line in lines)
   parts.append(f"<table><tr><th>answer</th>{head}</tr>{rows}</table>")
   return f"<section>{html.pictures(root, record.images)}<div>{''.join(parts)}</div></section>"
 
 
-def _row(line: dict, values: list[str], reference: str | None) -> str:
+def _row(line: dict, values: tuple[str, ...], reference: str | None) -> str:
   answer, classes = line["answer"], ["text"]
   if line.get("best"):
     classes.append("best")
-  if None not in (answer, reference) and normalised(answer) == normalised(reference):
+  texts = [None if text is None else normalize_spaces(text) for text in (answer, reference)]
+  if None not in texts and texts[0] == texts[1]:
     classes.append("right")
   content = html.text(answer) if answer is not None else ""
   if "rank" in line:

@@ -1,4 +1,4 @@
-"""Mode `generate`: samples of answers to records, as lines."""
+"""Mode `generate`: sampled answers to records, as lines."""
 
 import collections
 import os
@@ -16,7 +16,7 @@ from vlalign_jax.weights.source import ModelSource
 
 
 def finished(lines: list[dict], samples: int) -> list[dict]:
-  """The lines of records that have all their samples, or one that says why they have none."""
+  """Returns the lines of records that have all their samples, or a line with the reason why not."""
   counts = collections.Counter(line["record"] for line in lines)
   return [line for line in lines if "reason" in line or counts[line["record"]] == samples]
 
@@ -31,20 +31,20 @@ def generate(
   sampling: Sampling,
   mesh,
 ) -> list[dict]:
-  """Answers all records that have no lines yet, writing each answer as it comes.
+  """Answers all records that have no lines yet, and writes each answer at once.
 
   Args:
     config: of the prediction.
     workdir: its directory.
     source: the policy.
-    load: `() -> (graphdef, params)` of it over the mesh; called if anything is to be generated.
+    load: () -> (graphdef, params) on the mesh; called only if there is something to generate.
     records: all of them.
-    sampling: what is asked for.
-    mesh: over which prompts are split.
+    sampling: how tokens are chosen.
+    mesh: the mesh that prompts are split over.
 
   Returns:
-    The lines of all answers in the order of records and samples, and one with the answer null and
-    a "reason" for each record that cannot be answered.
+    The lines of all answers in the order of records and samples; for a record that cannot be
+    answered, one line whose answer is null, with a "reason".
 
   Raises:
     InputError: see `generate_answers`.
@@ -54,16 +54,16 @@ def generate(
   directory.write_lines(path, lines)
   done = {line["record"] for line in lines}
   if done:
-    logging.info("%s: going on, %d of %d records have answers", path, len(done), len(records))
+    logging.info("%s: resumed, %d of %d records have answers", path, len(done), len(records))
   missing = set(range(len(records))) - done
   if missing:
     options = {"gather": config.generation.gather, "done": done}
     answers = generate_answers(config, source, load()[1], records, sampling, mesh, **options)
     total = len(missing) * sampling.num_return_sequences
-    with directory.appended(path) as add:
+    with directory.append_lines(path) as append:
       for answer in progress.shown(answers, "generate", total):
         lines.append(_line(answer, records[answer.record]))
-        add(lines[-1])
+        append(lines[-1])
   for number in sorted(missing - {line["record"] for line in lines}):
     lines.append(_unanswered(number, records[number], _reason(config, source, records[number])))
   lines.sort(key=lambda line: (line["record"], line.get("sample", 0)))
@@ -73,19 +73,13 @@ def generate(
 
 
 def _reason(config, source: ModelSource, record: Record) -> str:
-  """Why a record was not answered."""
-  length = config.data.max_length
-  found = prompts.encode_prompt(
-    record,
-    config.data.template,
-    source.tokenizer,
-    source.config.image_token_id,
-    source.config.tokens_per_image,
-    length,
-  )
-  if found.example is None:
+  """Returns why a record was not answered."""
+  length, model = config.data.max_length, source.config
+  sizes = model.image_token_id, model.tokens_per_image, length
+  encoded = prompts.encode_prompt(record, config.data.template, source.tokenizer, *sizes)
+  if encoded.example is None:
     return f"its prompt does not fit config.data.max_length={length}"
-  return "its pictures cannot be read"
+  return "its images cannot be read"
 
 
 def _line(answer: Answer, record: Record) -> dict:
@@ -99,6 +93,6 @@ def _line(answer: Answer, record: Record) -> dict:
   }
 
 
-def _unanswered(place: int, record: Record, reason: str) -> dict:
+def _unanswered(number: int, record: Record, reason: str) -> dict:
   empty = {"answer": None, "reference": data.reference(record), "logprob": None, "num_tokens": 0}
-  return data.shown(place, record) | empty | {"ended": False, "reason": reason}
+  return data.shown(number, record) | empty | {"ended": False, "reason": reason}

@@ -1,4 +1,4 @@
-"""Models that only predict: opened, checked, and loaded in the dtype that they compute in."""
+"""Models for prediction: opened, checked, and loaded in the dtype that they compute in."""
 
 import jax
 from absl import logging
@@ -18,10 +18,10 @@ def open_model(config: Config, key: str, head: str) -> source.ModelSource:
   """Opens a model directory or a run, whose adapters are merged into the weights.
 
   Args:
-    config: of the prediction; data.image_aspect counts, but for a reward model that is a run: it
-      sees pictures as it was trained to.
+    config: of the prediction. A reward model that is a run sees images as it was trained to;
+      data.image_aspect applies to all others.
     key: the config key that names the model.
-    head: what it must have, one of models.vlm's LANGUAGE and SCORE.
+    head: the head that it must have, models.vlm's LANGUAGE or SCORE.
 
   Raises:
     InputError: it cannot be used, or has the other head.
@@ -30,10 +30,8 @@ def open_model(config: Config, key: str, head: str) -> source.ModelSource:
   trained = trained_template(where)
   if key == "model.init_from" and trained not in (None, config.data.template):
     logging.warning(
-      "%s was trained with config.data.template=%s, and is asked with %s",
-      where,
-      trained,
-      config.data.template,
+      "%s was trained with config.data.template=%s, and is prompted with %s",
+      *(where, trained, config.data.template),
     )
   if key == "reward_model" and trained:
     aspect = "auto"
@@ -44,7 +42,7 @@ def open_model(config: Config, key: str, head: str) -> source.ModelSource:
 
 
 def trained_template(where: str) -> str | None:
-  """The template that a run was trained with; None for a Hugging Face directory."""
+  """Returns the template that a run was trained with; None for a Hugging Face directory."""
   run = checkpoints.find_run(where)
   return run_directory.stored_config(run[0])["data"]["template"] if run else None
 
@@ -52,7 +50,7 @@ def trained_template(where: str) -> str | None:
 def load_model(
   opened: source.ModelSource, dtype: str, mesh: jax.sharding.Mesh, attention: str = backends.AUTO
 ):
-  """(graphdef, params split over `fsdp` and `tensor`), all in `dtype`.
+  """Returns (graphdef, params split over `fsdp` and `tensor`), all in `dtype`.
 
   Raises:
     InputError: the model's heads do not divide over the mesh, or a file cannot be read.
@@ -63,11 +61,7 @@ def load_model(
   )
   shapes = meshes.place(shapes, zero.shardings(mesh, shapes, split=True))
   params = load.load_params(opened, shapes)
-  logging.info(
-    "%.1f M parameters in %s; %d devices (%s)",
-    trees.size(params) / 1e6,
-    dtype,
-    mesh.size,
-    mesh.local_devices[0].device_kind,
-  )
+  kind = mesh.local_devices[0].device_kind
+  size = trees.size(params) / 1e6
+  logging.info("%.1f M parameters in %s; %d devices (%s)", size, dtype, mesh.size, kind)
   return graphdef, params

@@ -1,4 +1,4 @@
-"""A prediction from a config to a directory: answers, metrics and a page to look at."""
+"""Predicts from a config into a directory: answers, metrics and an HTML page."""
 
 import functools
 import json
@@ -25,19 +25,19 @@ from vlalign_jax.sharding import mesh as meshes
 
 
 def predict(c, workdir: str) -> tuple[list[dict], tuple]:
-  """Predicts by a config, or goes on with the prediction that is there.
+  """Predicts by a config, or resumes the prediction that the directory has.
 
   Args:
-    c: of `settings.defaults`; paths in it become absolute.
-    workdir: the directory that all is written to.
+    c: a config with the keys of `settings.defaults`; its paths become absolute.
+    workdir: the directory to write to.
 
   Returns:
-    (lines of predictions.jsonl, records that they are about).
+    (lines of predictions.jsonl, their records).
 
   Raises:
-    InputError: names the first thing that is wrong.
+    InputError: names the first mistake.
   """
-  # --- What is asked for, checked before anything is computed ---
+  # --- Config, models and records, checked before anything is computed ---
   settings.check(c)
   if jax.process_count() > 1:
     raise InputError("prediction runs in one process, on all devices that it sees; start only one")
@@ -46,31 +46,32 @@ def predict(c, workdir: str) -> tuple[list[dict], tuple]:
   opened = {"model.init_from": models.open_model(c, "model.init_from", head)}
   if c.reward_model:
     opened["reward_model"] = models.open_model(c, "reward_model", SCORE)
-  model, judge = opened["model.init_from"], opened.get("reward_model")
+  model, reward_model = opened["model.init_from"], opened.get("reward_model")
   records = data.load_records(c)
   sampling = settings.sampling(c, model)
   directory.open_directory(workdir, c, data.inputs(records, opened))
 
-  # --- Answers, one line each; a model is on the devices only while it is asked ---
+  # --- Answers, one line each; only one model is on the devices at a time ---
   def make_load(opened):
     load = functools.partial(models.load_model, opened, c.model.dtype, mesh, c.model.attention)
     return out_of_memory.explained(out_of_memory.LOADING, c)(load)
 
   load = make_load(model)
-  if c.mode == settings.GENERATE:
+  if sampling is not None:
     lines = generated.generate(c, workdir, model, load, records, sampling, mesh)
-    if judge:
-      lines = best.add_rewards(c, workdir, lines, judge, make_load(judge), records, mesh)
-    found = metrics.of_generated(lines)
+    if reward_model:
+      load = make_load(reward_model)
+      lines = best.add_rewards(c, workdir, lines, reward_model, load, records, mesh)
+    numbers = metrics.summarize_generated(lines)
   else:
-    lines = scored.predict_given(c, workdir, model, load, records, mesh)
-    found = metrics.of_given(lines, settings.KEYS[c.mode])
+    lines = scored.predict_scores(c, workdir, model, load, records, mesh)
+    numbers = metrics.summarize_scored(lines, settings.KEYS[c.mode])
 
-  # --- What they are worth ---
-  storage.write(os.path.join(workdir, "metrics.json"), json.dumps(found, indent=2) + "\n")
+  # --- Metrics ---
+  storage.write(os.path.join(workdir, "metrics.json"), json.dumps(numbers, indent=2) + "\n")
   if c.gallery:
-    page = gallery.gallery(c, lines, records, found)
+    page = gallery.gallery(c, lines, records, numbers)
     storage.write(os.path.join(workdir, "gallery.html"), page)
-  for name, value in found.items():
+  for name, value in numbers.items():
     logging.info("%s: %s", name, f"{value:.4g}" if isinstance(value, float) else value)
   return lines, records

@@ -1,4 +1,4 @@
-"""The records of `data.eval`, what they show in predictions, and what tells them from others."""
+"""The records of `data.eval`, their fields in predictions, and digests that identify them."""
 
 import hashlib
 import itertools
@@ -10,35 +10,35 @@ from vlalign_jax.data.records import Record
 from vlalign_jax.weights import provenance
 from vlalign_jax.weights.source import ModelSource
 
-SHOWN = 10  # warnings about single lines
+SHOWN = 10  # the most warnings about single lines
 
 
 def load_records(config) -> tuple[Record, ...]:
-  """The records of `data.eval`, whose last question has one answer, ranked ones, or none.
+  """Loads the records of `data.eval`, whose last question has one answer, ranked ones, or none.
 
   Raises:
     InputError: a file or record is bad.
   """
   data = config.data
-  found = mixture.load_samples(
+  samples = mixture.load_samples(
     data.eval, data.images, data.eval_samples, config.seed, "eval", "optional"
   )
-  return tuple(itertools.chain(*found))
+  return tuple(itertools.chain(*samples))
 
 
-def given_answers(record: Record) -> tuple[str, ...]:
-  """The answers to the last question, the best first; none if they are absent."""
+def record_answers(record: Record) -> tuple[str, ...]:
+  """Returns the record's answers to the last question, the best first; () if it has none."""
   last = record.turns[-1].gpt
   return record.answers if last is None else (last,)
 
 
 def reference(record: Record) -> str | None:
-  """The answer that others are compared with."""
-  return next(iter(given_answers(record)), None)
+  """Returns the answer that others are compared with; None if there is none."""
+  return next(iter(record_answers(record)), None)
 
 
 def shown(number: int, record: Record) -> dict:
-  """What a line of predictions says of its record."""
+  """Returns the fields of a line that describe its record."""
   *before, last = record.turns
   line = {"record": number, "id": record.id, "images": list(record.images), "prompt": last.human}
   if before:
@@ -47,17 +47,17 @@ def shown(number: int, record: Record) -> dict:
 
 
 def warn_left_out(lines: list[dict], records: tuple[Record, ...]) -> None:
-  """Says in the log which lines have no answer or nothing about it, and why; at most SHOWN."""
+  """Logs which lines have no answer, or no score, and why; at most SHOWN of them."""
   left_out = [line for line in lines if "reason" in line]
   for line in left_out[:SHOWN]:
-    which = f", answer of rank {line['rank']}" if "rank" in line else ""
-    logging.warning("%s%s: left out, %s", records[line["record"]].where, which, line["reason"])
+    answer = f", answer of rank {line['rank']}" if "rank" in line else ""
+    logging.warning("%s%s: left out, %s", records[line["record"]].where, answer, line["reason"])
   if left_out:
-    logging.warning("%d of %d lines are left out, each says why", len(left_out), len(lines))
+    logging.warning("%d of %d lines are left out; each has a reason", len(left_out), len(lines))
 
 
 def inputs(records: tuple[Record, ...], models: dict[str, ModelSource]) -> dict:
-  """What predictions depend on besides the config, by the key that names it.
+  """Returns config key -> digest of the content that predictions depend on.
 
   Args:
     records: of `data.eval`.

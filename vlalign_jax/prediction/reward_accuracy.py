@@ -8,29 +8,30 @@ BINS = 10
 
 
 def evaluate(lines: list[dict], pairs: Sequence[tuple[dict, dict]]) -> dict:
-  """What reward.json says.
+  """Returns the numbers of reward.json.
 
   Args:
-    lines: of mode `reward`, whose rewards are known.
-    pairs: (better, worse) of them, at least one pair; see `metrics.ranked_pairs`.
+    lines: of mode `reward`; all have a reward.
+    pairs: (better, worse) lines, at least one pair; see `metrics.ranked_pairs`.
 
   Returns:
-    answers and records; `pair_numbers` of all pairs, and the same by_answers, the number of a
-    record's answers in pairs, and by_distance, the ranks between the two; record_accuracy, the mean
-    over records of the accuracy of their pairs; best_first, the share of records whose best answer
-    scores higher than all others; score_mean and score_deviation; calibration, of `calibrate`.
+    answers and records; `pair_numbers` of all pairs, and the same by_answers (the number of a
+    record's answers in pairs) and by_distance (the difference of the two ranks); record_accuracy,
+    the mean over records of the accuracy of their pairs; best_first, the share of records whose
+    best answer scores higher than all others; score_mean and score_deviation; calibration, see
+    `calibrate`.
   """
   differences = np.array([better["reward"] - worse["reward"] for better, worse in pairs])
   records, record = np.unique([better["record"] for better, _ in pairs], return_inverse=True)
   distance = np.array([worse["rank"] - better["rank"] for better, worse in pairs])
   counts = np.bincount(record)  # K (K - 1) / 2 pairs of K answers
   answers = np.round((1 + np.sqrt(1 + 8 * counts)) / 2).astype(int)
-  right = np.bincount(record, differences > 0)
-  top = np.array([better["rank"] for better, _ in pairs])
-  best = np.full(len(records), np.iinfo(int).max)
-  np.minimum.at(best, record, top)
-  of_best = top == best[record]
-  first = np.bincount(record, of_best & (differences > 0)) == np.bincount(record, of_best)
+  correct = np.bincount(record, differences > 0)
+  rank = np.array([better["rank"] for better, _ in pairs])
+  best_rank = np.full(len(records), np.iinfo(int).max)
+  np.minimum.at(best_rank, record, rank)
+  has_best = rank == best_rank[record]
+  first = np.bincount(record, has_best & (differences > 0)) == np.bincount(record, has_best)
   scores = np.array([line["reward"] for line in lines])
   return {
     "answers": len(lines),
@@ -38,7 +39,7 @@ def evaluate(lines: list[dict], pairs: Sequence[tuple[dict, dict]]) -> dict:
     **pair_numbers(differences),
     "by_answers": _by(answers[record], differences),
     "by_distance": _by(distance, differences),
-    "record_accuracy": float(np.mean(right / counts)),
+    "record_accuracy": float(np.mean(correct / counts)),
     "best_first": float(np.mean(first)),
     "score_mean": float(scores.mean()),
     "score_deviation": float(scores.std()),
@@ -47,12 +48,12 @@ def evaluate(lines: list[dict], pairs: Sequence[tuple[dict, dict]]) -> dict:
 
 
 def pair_numbers(differences: np.ndarray) -> dict[str, float | int]:
-  """Of pairs, given by how much each better answer scores higher, float[N].
+  """Summarizes pairs by float[N], the score of each better answer minus that of the worse one.
 
   Returns:
-    pairs; accuracy, the share of them with a positive difference; accuracy_error, its standard
-    error as if pairs were independent; ties, the share with none; loss, the mean of -log sigmoid;
-    margin, the mean difference.
+    pairs, their number; accuracy, the share with a positive difference; accuracy_error, its
+    standard error as if pairs were independent; ties, the share with difference 0; loss, the mean
+    of -log sigmoid; margin, the mean difference.
   """
   accuracy = float(np.mean(differences > 0))
   return {
@@ -70,38 +71,31 @@ def _by(groups: np.ndarray, differences: np.ndarray) -> dict[str, dict]:
 
 
 def calibrate(differences: np.ndarray, bins: int = BINS) -> dict:
-  """Whether the probabilities that scores stand for come true.
+  """Compares the probabilities that scores predict with the observed shares.
 
   By Bradley-Terry, the answer that scores higher by d is the better one with probability
-  sigmoid(d): from 0.5 to 1. Pairs are put in bins of equal width by it.
+  sigmoid(d), from 0.5 to 1. This probability puts pairs into bins of equal width.
 
   Args:
-    differences: float[N], by how much each better answer scores higher.
-    bins: how many.
+    differences: float[N], see `pair_numbers`.
+    bins: their number.
 
   Returns:
-    error, the expected calibration error (Guo et al. 2017, equation 3): the mean over pairs of the
-    distance between predicted and observed of their bin; bins, of those that have any pair: low,
-    high, pairs, predicted (mean probability) and observed (share of pairs in which the answer that
-    scores higher is the better one; ties count half).
+    error, the expected calibration error (Guo et al. 2017, equation 3): the mean over pairs of
+    |predicted - observed| of their bin; bins, of those that have pairs: low, high, pairs, predicted
+    (mean probability) and observed (share of pairs in which the answer that scores higher is the
+    better one; ties count half).
   """
   predicted = 1 / (1 + np.exp(-np.abs(differences)))
   observed = np.where(differences == 0, 0.5, differences > 0)
   width = 0.5 / bins
-  which = np.minimum(((predicted - 0.5) / width).astype(int), bins - 1)
-  found, error = [], 0.0
-  for number in np.unique(which):
-    inside = which == number
+  indices = np.minimum(((predicted - 0.5) / width).astype(int), bins - 1)
+  groups, error = [], 0.0
+  for index in np.unique(indices):
+    inside = indices == index
     mean, share = float(predicted[inside].mean()), float(observed[inside].mean())
     error += inside.sum() / len(differences) * abs(mean - share)
-    low = 0.5 + width * int(number)
-    found.append(
-      {
-        "low": round(low, 6),
-        "high": round(low + width, 6),
-        "pairs": int(inside.sum()),
-        "predicted": mean,
-        "observed": share,
-      }
-    )
-  return {"error": float(error), "bins": found}
+    low = 0.5 + width * int(index)
+    group = {"low": round(low, 6), "high": round(low + width, 6), "pairs": int(inside.sum())}
+    groups.append(group | {"predicted": mean, "observed": share})
+  return {"error": float(error), "bins": groups}

@@ -7,29 +7,29 @@ from vlalign_jax.data.records import Record
 from vlalign_jax.prediction import plots
 
 _HEAD = ("", "pairs", "accuracy", "standard error", "ties", "loss", "margin")
+_NAMES = ("pairs", "accuracy", "accuracy_error", "ties", "loss", "margin")
 
 
 def page(
   config,
-  found: dict,
-  lines: list[dict],
+  numbers: dict,
   pairs: list[tuple[dict, dict]],
   records: tuple[Record, ...],
   shown: int,
 ) -> str:
-  """The page of an evaluation.
+  """Returns the page of an evaluation.
 
   Args:
     config: of the prediction.
-    found: of `reward_accuracy.evaluate`.
-    lines, pairs: that it was made of.
-    records: that these are about.
-    shown: the most wrong pairs to show.
+    numbers: from `reward_accuracy.evaluate`.
+    pairs: (better, worse) lines that it evaluated.
+    records: the records of the lines.
+    shown: how many of the most wrong pairs to show.
   """
-  groups = [("all", found)]
-  groups += [(f"of {size} answers", group) for size, group in found["by_answers"].items()]
-  groups += [(f"{ranks} ranks apart", group) for ranks, group in found["by_distance"].items()]
-  calibration = found["calibration"]
+  groups = [("all", numbers)]
+  groups += [(f"of {size} answers", group) for size, group in numbers["by_answers"].items()]
+  groups += [(f"{ranks} ranks apart", group) for ranks, group in numbers["by_distance"].items()]
+  calibration = numbers["calibration"]
   better, worse = ([pair[side]["reward"] for pair in pairs] for side in (0, 1))
   bins = [
     (f"{one['low']:.3g} to {one['high']:.3g}", one["pairs"], one["predicted"], one["observed"])
@@ -41,21 +41,20 @@ def page(
       [
         ("model", config.model.init_from),
         ("data", config.data.eval),
-        *((name, found[name]) for name in ("records", "answers", "left_out") if name in found),
-        ("best answer first", found["best_first"]),
-        ("accuracy, mean of records", found["record_accuracy"]),
-        ("mean score", found["score_mean"]),
-        ("standard deviation of scores", found["score_deviation"]),
+        *((name, numbers[name]) for name in ("records", "answers", "left_out") if name in numbers),
+        ("best answer first", numbers["best_first"]),
+        ("accuracy, mean of records", numbers["record_accuracy"]),
+        ("mean score", numbers["score_mean"]),
+        ("standard deviation of scores", numbers["score_deviation"]),
       ],
     ),
     "<h2>Accuracy of pairs</h2>",
-    html.table(_HEAD, [(name, *_numbers(group)) for name, group in groups]),
+    html.table(_HEAD, [(name, *(group[key] for key in _NAMES)) for name, group in groups]),
     "<h2>Scores</h2>",
     plots.histogram({"better of a pair": better, "worse of a pair": worse}),
     "<h2>Calibration</h2>",
-    "<p>The probability that the answer that scores higher is the better one, by its lead, and how "
-    "often it is. Expected calibration error: "
-    f"{calibration['error']:.4f}.</p>",
+    "<p>The predicted probability that the answer with the higher score is the better one, and the "
+    f"observed share. Expected calibration error: {calibration['error']:.4f}.</p>",
     plots.calibration(calibration["bins"]),
     html.table(("predicted", "pairs", "mean predicted", "observed"), bins),
   ]
@@ -66,10 +65,6 @@ def page(
   body.append(f"<h2>The most wrong pairs ({min(shown, len(wrong))} of {len(wrong)})</h2>")
   body += [_pair(config, records[pair[0]["record"]], pair) for pair in wrong[:shown]]
   return html.page("Reward model", body)
-
-
-def _numbers(group: dict) -> list:
-  return [group[name] for name in ("pairs", "accuracy", "accuracy_error", "ties", "loss", "margin")]
 
 
 def _pair(config, record: Record, pair: tuple[dict, dict]) -> str:

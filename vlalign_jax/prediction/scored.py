@@ -1,4 +1,4 @@
-"""Given answers: their log-probabilities under a policy, or their scores by a reward model."""
+"""Answers of records: their log-probabilities under a policy, or their reward model's scores."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import answers as steps
 from vlalign_jax.weights.source import ModelSource
 
-TOO_LONG, UNREADABLE = "it does not fit behind its prompt", "its pictures cannot be read"
-# () -> (graphdef, params), called if there is anything to compute.
+TOO_LONG, UNREADABLE = "it does not fit behind its prompt", "its images cannot be read"
+# () -> (graphdef, params); called only if there is something to compute.
 Load = Callable[[], tuple]
 
 
 def with_answers(record: Record, answers: Sequence[str]) -> Record:
-  """The record with these answers to its last question."""
+  """Returns the record with these answers to its last question."""
   *before, last = record.turns
   return replace(record, turns=(*before, replace(last, gpt=None)), answers=tuple(answers))
 
 
-def evaluate(
+def score(
   config,
   source: ModelSource,
   load: Load,
@@ -43,20 +43,20 @@ def evaluate(
   mesh: Mesh,
   done: Collection[tuple[int, int]] = (),
 ) -> Iterator[tuple[int, int, dict]]:
-  """Computes what a model says of answers; several to one prompt share it.
+  """Computes the log-probabilities or scores of answers; answers to one prompt share it.
 
   Args:
     config: has `batch_size` (records) and the `data` group.
     source: a policy or a reward model.
-    load: see Load; of `source`, over the mesh.
-    records: each with one or more in `answers`.
-    mesh: over which rows are split.
-    done: (record, answer) of what is known already; batches are as they would be with these.
+    load: see Load; loads `source` onto the mesh.
+    records: each with at least one of `answers`.
+    mesh: the mesh that rows are split over.
+    done: (record, answer) that already have values; they count in the plan of batches.
 
   Yields:
-    (number of the record, place of the answer in it, found): found has `reward`, or `logprob`,
-    `num_tokens` and `token_logprobs`; each is null where it is not finite. Of an answer that cannot
-    be evaluated it has these as null, and the `reason`. An answer's end token counts.
+    (number of the record, index of the answer, values). Values are `reward`, or `logprob`,
+    `num_tokens` and `token_logprobs`; an answer's end token counts. A value that is not finite is
+    null. An answer that cannot be scored has null values and a `reason`.
 
   Raises:
     InputError: nothing fits, or a record is bad.
@@ -67,13 +67,12 @@ def evaluate(
   missing -= {*done}
   if not missing:
     return
-  scores = source.config.head == SCORE
-  prepared, units = prepare_answers(config, source, records, meshes.row_blocks(mesh))
+  is_reward = source.config.head == SCORE
+  prepared, units = prepare_answers(config, source, list(records), meshes.row_blocks(mesh))
   planned = {(unit.record, n) for unit in units for n in unit.answers}
-  unknown = dict.fromkeys(["reward"] if scores else ["logprob", "num_tokens", "token_logprobs"])
-  for number, n in sorted(missing - planned):
-    reason = f"{TOO_LONG} in {config.data.max_length} tokens"
-    yield number, n, unknown | {"reason": reason}
+  nulls = dict.fromkeys(["reward"] if is_reward else ["logprob", "num_tokens", "token_logprobs"])
+  for key in sorted(missing - planned):
+    yield *key, nulls | {"reason": f"{TOO_LONG} in {config.data.max_length} tokens"}
   missing &= planned
   keys = [[(unit.record, n) for n in unit.answers] for unit in units]
   needed = [
@@ -81,14 +80,14 @@ def evaluate(
     for step in range(prepared.plan.steps)
   ]
   if any(needed):
-    program = _make_program(load, mesh, scores)
-    for rows, values in _run(program, prepared, needed, mesh):
-      for unit, n, found in _read(rows, values, scores):
+    program = _make_program(load, mesh, is_reward)
+    for batch, results in _run(program, prepared, needed, mesh):
+      for unit, n, values in _read(batch, results, is_reward):
         if keys[unit][n] in missing:
           missing.remove(keys[unit][n])
-          yield *keys[unit][n], found
-  for number, n in sorted(missing):
-    yield number, n, unknown | {"reason": UNREADABLE}
+          yield *keys[unit][n], values
+  for key in sorted(missing):
+    yield *key, nulls | {"reason": UNREADABLE}
 
 
 def _units_of(plan, step: int) -> np.ndarray:
@@ -96,97 +95,91 @@ def _units_of(plan, step: int) -> np.ndarray:
   return plan.examples[plan.offsets[first] : plan.offsets[last]]
 
 
-def _make_program(load: Load, mesh: Mesh, scores: bool):
-  """rows -> float32[B, S, K] scores, or float32[B, T] log-probabilities of the tokens."""
+def _make_program(load: Load, mesh: Mesh, is_reward: bool):
+  """Returns batch -> float32[B, S, K] scores, or float32[B, T] log-probabilities of the tokens."""
   graphdef, params = load()
 
-  def of_rows(params, rows):
+  def compute(params, batch):
     model = nnx.merge(graphdef, params)
-    if scores:
-      return steps.scores(model, rows)
-    return steps.token_log_probabilities(model, rows, mesh=mesh, chunk=meshes.head_chunk(mesh))
+    if is_reward:
+      return steps.scores(model, batch)
+    return steps.token_log_probabilities(model, batch, mesh=mesh, chunk=meshes.head_chunk(mesh))
 
-  program = jax.jit(of_rows, out_shardings=meshes.batch_sharding(mesh))
-  return lambda rows: program(params, rows)
+  program = jax.jit(compute, out_shardings=meshes.batch_sharding(mesh))
+  return lambda batch: program(params, batch)
 
 
 def _run(program, prepared, needed: list[bool], mesh: Mesh):
-  """(host rows, host results) of the needed steps; the next step runs while one is read."""
+  """Yields (batch, result) of the needed steps; the next step runs while one is read."""
   first, pending = needed.index(True), None
   with prepared.batches(start_step=first) as batches:
-    for step, rows in enumerate(batches, start=first):
+    for step, batch in enumerate(batches, start=first):
       if not needed[step]:
         continue
-      rows = {name: rows[name] for name in rows if name != "skipped"}
-      running = program(hosts.to_device(mesh, rows))
-      del rows["images"]
+      batch = {name: batch[name] for name in batch if name != "skipped"}
+      running = program(hosts.to_device(mesh, batch))
+      del batch["images"]
       if pending is not None:
         yield pending[0], jax.device_get(pending[1])
-      pending = rows, running
+      pending = batch, running
   yield pending[0], jax.device_get(pending[1])
 
 
-def _read(rows, values, scores: bool) -> Iterator[tuple[int, int, dict]]:
-  """(unit, place among its answers, what was found) of a batch."""
-  for b, s, k in np.argwhere(rows["answers"] >= 0):
-    unit = int(rows["examples"][b, s])
-    if scores:
-      yield unit, int(k), {"reward": directory.number(values[b, s, k])}
+def _read(batch, results, is_reward: bool) -> Iterator[tuple[int, int, dict]]:
+  """Yields (unit, index among its answers, values) of a batch."""
+  for b, s, k in np.argwhere(batch["answers"] >= 0):
+    unit = int(batch["examples"][b, s])
+    if is_reward:
+      yield unit, int(k), {"reward": directory.number(results[b, s, k])}
       continue
-    branch = (rows["segments"][b] == s + 1) & (rows["branches"][b] == k + 1)
-    found = values[b][branch & (rows["loss_mask"][b] != 0)]
-    total = found.sum(dtype=np.float64)
-    yield (
-      unit,
-      int(k),
-      {
-        "logprob": directory.number(total),
-        "num_tokens": len(found),
-        "token_logprobs": [directory.number(value) for value in found],
-      },
-    )
+    branch = (batch["segments"][b] == s + 1) & (batch["branches"][b] == k + 1)
+    logps = results[b][branch & (batch["loss_mask"][b] != 0)]
+    values = {"logprob": directory.number(logps.sum(dtype=np.float64)), "num_tokens": len(logps)}
+    yield unit, int(k), values | {"token_logprobs": [directory.number(value) for value in logps]}
 
 
 @out_of_memory.names(out_of_memory.SCORING)
-def predict_given(
+def predict_scores(
   config, workdir: str, source: ModelSource, load: Load, records, mesh
 ) -> list[dict]:
-  """Modes `logprobs` and `reward`: a line for every answer that the records have.
+  """Runs the modes `logprobs` and `reward`: writes a line for each answer of the records.
 
   Args:
     config: of the prediction.
     workdir: its directory.
-    source, load, mesh: as of `evaluate`.
+    source, load, mesh: as in `score`.
     records: all of them.
 
   Returns:
     The lines in the order of records and ranks.
 
   Raises:
-    InputError: a record has no answer, or see `evaluate`.
+    InputError: a record has no answer; see also `score`.
   """
+  answered = []
   for record in records:
-    if not data.given_answers(record):
+    answers = data.record_answers(record)
+    if not answers:
       raise InputError(
-        f"{record.where}: no answer is given, and config.mode={config.mode} is about given "
-        'answers; add it, or use config.mode="generate"'
+        f"{record.where}: it has no answer, and config.mode={config.mode} scores the answers of "
+        'records; add one, or use config.mode="generate"'
       )
+    answered.append(with_answers(record, answers))
   path = os.path.join(workdir, directory.PREDICTIONS)
   lines = directory.read_lines(path)
   directory.write_lines(path, lines)
   done = {(line["record"], line.get("rank", 0)) for line in lines}
-  total = sum(len(data.given_answers(record)) for record in records)
+  total = sum(len(record.answers) for record in answered)
   if done:
-    logging.info("%s: %d of %d answers are there", path, len(done), total)
-  asked = [with_answers(record, data.given_answers(record)) for record in records]
-  found = evaluate(config, source, load, asked, mesh, done)
-  with directory.appended(path) as add:
-    for number, place, values in progress.shown(found, config.mode, total, len(done)):
+    logging.info("%s: resumed, %d of %d answers have values", path, len(done), total)
+  results = score(config, source, load, answered, mesh, done)
+  with directory.append_lines(path) as append:
+    for number, index, values in progress.shown(results, config.mode, total, len(done)):
       line = data.shown(number, records[number])
       if records[number].answers:
-        line["rank"] = place
-      lines.append(line | {"answer": asked[number].answers[place]} | values)
-      add(lines[-1])
+        line["rank"] = index
+      lines.append(line | {"answer": answered[number].answers[index]} | values)
+      append(lines[-1])
   lines.sort(key=lambda line: (line["record"], line.get("rank", 0)))
   directory.write_lines(path, lines)
   data.warn_left_out(lines, records)

@@ -1,4 +1,4 @@
-"""The configuration of prediction: all keys with their defaults, and their checks."""
+"""The config of prediction: all keys with their defaults, and their checks."""
 
 from ml_collections import ConfigDict
 
@@ -14,19 +14,12 @@ from vlalign_jax.weights.source import ModelSource
 STAGE = "predict"
 GENERATE, LOG_PROBABILITIES, REWARD = "generate", "logprobs", "reward"
 MODES = (GENERATE, LOG_PROBABILITIES, REWARD)
-# What a line says of a given answer.
+# Mode -> the field of a line with its result.
 KEYS = {LOG_PROBABILITIES: "logprob", REWARD: "reward"}
-_NAMES = (
-  "max_new_tokens",
-  "num_return_sequences",
-  "repetition_penalty",
-  "min_new_tokens",
-  "temperature",
-)
 
 
 def defaults() -> Config:
-  """Returns all keys of prediction; those that training also has mean the same."""
+  """Returns all keys of prediction; keys that training also has mean the same."""
   shared = configs.shared()
   c: Config = ConfigDict()
   c.stage = STAGE
@@ -51,8 +44,7 @@ def defaults() -> Config:
   c.generation.min_new_tokens = 0  # tokens before which no answer may end
   # Tokens or ids that end an answer, comma-separated; empty: those of the template and the model.
   c.generation.stop_tokens = ""
-  # Whether to bring parameters that are split over fsdp together once per batch, not at every
-  # token.
+  # Gather parameters that are split over fsdp once a batch instead of at every token.
   c.generation.gather = False
 
   c.data = ConfigDict()
@@ -67,32 +59,20 @@ def defaults() -> Config:
 
 
 def check(config: Config) -> None:
-  """Refuses a config with unknown keys, or with values that make no sense; paths become absolute.
+  """Checks a config's keys and values, and makes its paths absolute.
 
   Raises:
-    InputError: names the first such key and the mend.
+    InputError: names the first wrong key and what to do.
   """
   if config is None:
     raise InputError("--config is missing: --config=configs/predict.py")
-  if config.get("stage") != STAGE:
-    stage = config.get("stage")
+  if (stage := config.get("stage")) != STAGE:
     raise InputError(f"this is a config of the stage {stage!r}; give --config=configs/predict.py")
   configs.check_keys(config, defaults())
-  choices = {
-    "mode": MODES,
-    "model.dtype": configs.DTYPES,
-    "model.attention": ATTENTION_NAMES,
-    "data.on_bad_record": ("error", "skip"),
-  }
-  at_least = {
-    "batch_size": 1,
-    "gallery": 0,
-    "data.max_length": 2,
-    "data.max_images": 1,
-    "data.workers": 0,
-  }
-  configs.check_choices(config, choices)
-  configs.check_at_least(config, at_least)
+  choices = {"mode": MODES, "model.dtype": configs.DTYPES, "model.attention": ATTENTION_NAMES}
+  configs.check_choices(config, choices | {"data.on_bad_record": ("error", "skip")})
+  at_least = {"batch_size": 1, "gallery": 0, "data.max_length": 2}
+  configs.check_at_least(config, at_least | {"data.max_images": 1, "data.workers": 0})
   configs.check_seed(config)
   for key, what in (
     ("model.init_from", "a Hugging Face directory or a run directory"),
@@ -102,8 +82,8 @@ def check(config: Config) -> None:
       raise InputError(f"config.{key} is empty; name {what}")
   if config.reward_model and config.mode != GENERATE:
     raise InputError(
-      f"config.reward_model scores what is generated, and config.mode is {config.mode!r}; to score "
-      'given answers, name the reward model in config.model.init_from with config.mode="reward"'
+      f"config.reward_model scores generated answers, and config.mode is {config.mode!r}; to score "
+      'the answers of records, name it in config.model.init_from with config.mode="reward"'
     )
   config.model.init_from = storage.absolute(config.model.init_from)
   if config.reward_model:
@@ -111,23 +91,21 @@ def check(config: Config) -> None:
 
 
 def sampling(config: Config, model: ModelSource) -> Sampling | None:
-  """What the config's `generation` group asks of a model; None if nothing is generated.
+  """Returns the Sampling of the config's `generation` group; None if nothing is generated.
 
   Raises:
-    InputError: it makes no sense, or a stop token is none of the tokenizer's.
+    InputError: it makes no sense, or the tokenizer lacks a stop token.
   """
   if config.mode != GENERATE:
     return None
-  group = config.generation
-  stops = [entry.strip() for entry in group.stop_tokens.split(",")] if group.stop_tokens else []
-  found = Sampling(
-    stop_tokens=tuple(_token_id(stop, model.tokenizer) for stop in stops),
-    top_k=group.top_k,
-    top_p=group.top_p,
-    **{name: group[name] for name in _NAMES},
-  )
-  samplings.check(found, model.config.language.vocab_size)
-  return found
+  options = config.generation.to_dict()
+  del options["gather"]
+  names = options.pop("stop_tokens")
+  stops = [name.strip() for name in names.split(",")] if names else []
+  stop_ids = tuple(_token_id(stop, model.tokenizer) for stop in stops)
+  settings = Sampling(stop_tokens=stop_ids, **options)
+  samplings.check(settings, model.config.language.vocab_size)
+  return settings
 
 
 def _token_id(stop: str, tokenizer) -> int:
@@ -136,7 +114,7 @@ def _token_id(stop: str, tokenizer) -> int:
   vocabulary = tokenizer.get_vocab()
   if stop not in vocabulary:
     raise InputError(
-      f"config.generation.stop_tokens has {stop!r}, which is no token of the model's tokenizer; "
+      f"config.generation.stop_tokens has {stop!r}, which is not a token of the model's tokenizer; "
       "give its tokens or their ids, comma-separated"
     )
   return vocabulary[stop]

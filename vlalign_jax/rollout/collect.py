@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,12 +42,12 @@ class Roles:
 
   program: PPOProgram
   frozen: dict
-  reference: dict
+  reference: dict | None
   critic_frozen: dict | None
   reward: dict | None
   reader: TextReader | None
   function: Callable | None
-  tokenizer: object
+  tokenizer: Any
   config: Config
   mesh: jax.sharding.Mesh
   shares_features: bool
@@ -127,9 +128,9 @@ def collect(
   actor = trees.merge(state.params, roles.frozen)
   if roles.shares_features and prompts["images"].shape[1]:
     prompts = prompts | {"vision_features": program.vision_features(actor, prompts, None)}
-  streams = hosts.whole_to_device(roles.mesh, {"streams": streams.astype(np.int32)})["streams"]
+  on_devices = hosts.whole_to_device(roles.mesh, {"streams": streams.astype(np.int32)})
   program.check_memory(*prompts["tokens"].shape)
-  generated = program.sample(actor, for_sampling(prompts), streams, seed)
+  generated = program.sample(actor, for_sampling(prompts), on_devices["streams"], seed)
   tokens, lengths, ended = hosts.fetch((generated.tokens, generated.lengths, generated.ended))
   shape = tokens.shape[1], layout.answer_length(int(lengths.max()), settings.max_new_tokens)
   tokens = tokens[:, :, : shape[1]]
@@ -214,4 +215,4 @@ def divergence(rollout: Rollout, kind: str = "k1") -> np.ndarray:
   logps, reference = hosts.fetch((rollout.log_probabilities, rollout.reference))
   mask = np.arange(logps.shape[-1]) < rollout.lengths[..., None]
   per_token = np.asarray(kl.estimate(logps, reference, kind))
-  return np.sum(np.where(mask, per_token, 0.0), axis=-1, dtype=np.float64)
+  return np.asarray(np.sum(np.where(mask, per_token, 0.0), axis=-1, dtype=np.float64))

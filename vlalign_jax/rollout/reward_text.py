@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from typing import Any
 
 import numpy as np
 
@@ -86,7 +87,7 @@ class TextReader:
     )
     model = self.source.config
     sizes = model.image_token_id, model.tokens_per_image, 2**31 - 1
-    example = encode_answers(record, self.template, self.source.tokenizer, *sizes).example
+    example: Any = encode_answers(record, self.template, self.source.tokenizer, *sizes).example
     root = self.image_root or os.path.dirname(record.file)
     return dataclasses.replace(
       example, images=tuple(os.path.join(root, path) for path in example.images)

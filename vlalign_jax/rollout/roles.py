@@ -88,6 +88,8 @@ def _critic(config: Config, actor: ModelSource, reward: ModelSource | None) -> M
   if config.ppo.critic_init == "actor":
     model = dataclasses.replace(actor.config, head=SCORE)
     return dataclasses.replace(actor, config=model, fresh=(*actor.fresh, "score/"))
+  assert reward is not None  # the config is checked
+  assert reward is not None  # the config is checked
   if not same_tokens(actor, reward):
     raise InputError(
       f"config.ppo.reward_model={config.ppo.reward_model} has another tokenizer, or sees pictures "
@@ -96,7 +98,8 @@ def _critic(config: Config, actor: ModelSource, reward: ModelSource | None) -> M
     )
   if reward.start:
     # Dropout is of training: the run may have had some.
-    if dataclasses.replace(reward.config.lora, dropout=0.0) == adapters:
+    trained = reward.config.lora
+    if trained and dataclasses.replace(trained, dropout=0.0) == adapters:
       model = dataclasses.replace(reward.config, lora=adapters)
       return dataclasses.replace(reward, config=model)
     reward = dataclasses.replace(reward, runs=(*reward.runs, reward.start.run), start=None)
@@ -150,7 +153,7 @@ def find_scorers(config: Config, sources: RoleSources, records):
   )
   if reward is None:
     return None, function
-  # Where several tokens end an answer, the reward model has learnt to read at the last of them.
+  # Where several tokens end an answer, the reward model has learned to read at the last of them.
   one_end = not closing(template, reward.tokenizer)
   if one_end and template == config.data.template and same_tokens(sources.actor, reward):
     return None, function
@@ -177,7 +180,7 @@ def make_state(config: Config, workdir: str, sources: RoleSources, program: PPOP
     provenance.write(reward, workdir, REWARD)
   actor = start.load_trained(config, sources.actor, program.actor)
   critic = None
-  if sources.critic is not None:
+  if sources.critic is not None and program.critic is not None:
     critic = start.load_trained(config, sources.critic, program.critic)
     if "score/" in sources.critic.fresh:  # its values are 0 until it has learned
       critic["score"]["kernel"] = jnp.zeros_like(critic["score"]["kernel"])

@@ -10,6 +10,8 @@ With several processes, all call these functions, each reads and writes its own 
 resume from the same step: the newest that every process can read.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -44,7 +46,7 @@ def open_checkpoints(
     metric_for_best_model: ranks them, see `preservation.rank`.
   """
   directory = epath.Path(storage.absolute(workdir)) / DIRECTORY
-  policies = [checkpoint_managers.LatestN(save_total_limit)]
+  policies: list[Any] = [checkpoint_managers.LatestN(save_total_limit)]
   if save_best_limit:
     best = preservation.BestEvaluated(directory, save_best_limit, metric_for_best_model)
     policies.append(best)
@@ -123,7 +125,7 @@ def restore_newest(
       error = caught
     failed = error is not None and not isinstance(error, Damaged)
     any_failed = _in_any_process(failed)
-    if failed:
+    if failed and error:
       raise error
     if any_failed:
       raise InputError(f"{checkpoint}: another process cannot read it; see its log")
@@ -145,7 +147,7 @@ def _restore(checkpoint: epath.Path, state: TrainState) -> tuple[TrainState, dic
   params = arrays.restore(checkpoint / "params", args=ocp.args.StandardRestore(state.params))
   args = ocp.args.StandardRestore(_without_params(state))
   rest = arrays.restore(checkpoint / "optimizer", args=args)
-  return type(state)(**rest).with_params(params), progress
+  return type(state)(**rest).with_params(params), dict(progress)
 
 
 def _steps_of_first_process(steps: list[int]) -> list[int]:

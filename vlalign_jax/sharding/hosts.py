@@ -32,7 +32,7 @@ def row_share(mesh: Mesh) -> RowShare:
   """The rows that the devices of this host hold, wherever in the mesh they stand."""
   count = meshes.row_blocks(mesh)
   held = meshes.batch_sharding(mesh).addressable_devices_indices_map((count,))
-  blocks = {block for (index,) in held.values() for block in range(*index.indices(count))}
+  blocks = {block for index in held.values() if index for block in range(*index[0].indices(count))}
   return RowShare(tuple(sorted(blocks)), count)
 
 

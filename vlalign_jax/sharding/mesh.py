@@ -156,7 +156,7 @@ def constrain_tensor(x, mesh: Mesh | None, axis: int):
 
   An axis that does not divide stays whole.
   """
-  if tensor_size(mesh) == 1 or x.shape[axis] % tensor_size(mesh):
+  if mesh is None or tensor_size(mesh) == 1 or x.shape[axis] % tensor_size(mesh):
     return constrain_rows(x, mesh)
   spec = [ROWS] + [None] * (x.ndim - 1)
   spec[axis] = "tensor"

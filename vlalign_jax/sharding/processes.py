@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from typing import Any
 
 import jax
 from absl import flags, logging
@@ -64,9 +65,12 @@ def start(
   if all(value is None for value in given.values()):
     if not (_on_slurm() or _on_tpu_pod()):
       return
-    arguments, where = {"local_device_ids": _slurm_devices()}, "the coordinator that JAX found"
+    arguments: dict[str, Any] = {"local_device_ids": _slurm_devices()}
+    where = "the coordinator that JAX found"
   else:
     host, port = _check(given)
+    assert coordinator is not None
+    assert process is not None
     if processes == 1:
       return
     if process > 0:
@@ -98,7 +102,7 @@ def start(
   threading.Thread(target=_watch, daemon=True).start()
 
 
-def _check(given: dict[str, str | int | None]) -> tuple[str, int]:
+def _check(given: dict[str, Any]) -> tuple[str, int]:
   """(host, port) of the coordinator, if the three flags make sense."""
   missing = [name for name, value in given.items() if value is None]
   if missing:
@@ -184,7 +188,8 @@ def _slurm_devices() -> list[int] | None:
 
 def _on_tpu_pod() -> bool:
   """Whether this is a TPU VM of several; asks its metadata server, where TPUs are there at all."""
-  if "tpu" not in (jax.config.jax_platforms or "") or "TPU_SKIP_MDS_QUERY" in os.environ:
+  platforms = getattr(jax.config, "jax_platforms", None) or ""
+  if "tpu" not in platforms or "TPU_SKIP_MDS_QUERY" in os.environ:
     return False
   names = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
   slices = os.environ.get("MEGASCALE_NUM_SLICES")

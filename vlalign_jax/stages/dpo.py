@@ -198,7 +198,6 @@ STAGE = Stage(
   add_keys=add_keys,
   check_keys=check_keys,
   make_program=make_program,
-  summary=sums.quotients,
   prepare_batches=prepare_batches,
   planned_fields=planned_fields,
 )

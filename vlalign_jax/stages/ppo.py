@@ -49,7 +49,7 @@ def add_keys(c: Config) -> None:
   ppo.temperature = 1.0  # temperature of the policy (TRL: 0.7; original: 0.75)
   ppo.top_k = 0  # sample among this many likeliest tokens; 0: all (original: 50)
   ppo.top_p = 1.0  # sample among the likeliest tokens of this probability (original: 0.95)
-  ppo.gather = False  # whether to bring parameters together over fsdp once, before sampling
+  ppo.gather = False  # gather parameters over fsdp once per rollout, before sampling
   ppo.sample_parts = 1  # parts of a rollout that are sampled in turn, each with its own cache
   # --- Learning from a rollout.
   ppo.estimator = "gae"  # estimator of advantages: gae (with a critic), rloo, grpo (without one)

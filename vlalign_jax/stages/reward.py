@@ -99,5 +99,4 @@ STAGE = Stage(
   check_keys=check_keys,
   head=SCORE,
   make_program=make_program,
-  summary=sums.quotients,
 )

@@ -1,5 +1,7 @@
 """Gradients of a sum over micro-batches, exact whatever each of them counts."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -29,7 +31,7 @@ def sum_gradients(
   parts: int,
   mesh: Mesh | None = None,
   constrain=lambda gradients: gradients,
-  scale=1.0,
+  scale: Any = 1.0,
 ):
   """Computes a loss that is a sum, and its gradient, over micro-batches one after the other.
 

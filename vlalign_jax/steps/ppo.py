@@ -32,7 +32,7 @@ class PPOState(NamedTuple):
 
   step: jax.Array  # int32[], rollouts that were learned from
   actor: TrainState
-  critic: TrainState | tuple  # (): there is none
+  critic: Any  # TrainState; (): there is none
 
   @property
   def params(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class PPOProgram:
     compute_advantages: see `steps.advantages`.
     update_step: (state, frozen, the critic's frozen, batch, index, kl_coef, sft_batch,
       with_policy, same_tower).
-    finish: PPOState -> PPOState, with one more rollout learnt from; the state is given up.
+    finish: PPOState -> PPOState, with one more rollout counted; the state is given up.
   """
 
   actor: program.TrainedModel

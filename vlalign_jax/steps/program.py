@@ -111,9 +111,9 @@ def make_program(
       optimizer=zero.offload(mesh, meshes.place(trained.state.optimizer, placement.optimizer))
     )
   init_state = jax.jit(trained.init_state, out_shardings=placement, donate_argnums=0)
-  own = {"state": meshes.place(trained.state, placement), "placement": placement}
+  own: Any = {"state": meshes.place(trained.state, placement), "placement": placement}
   return TrainProgram(
-    **(vars(trained) | own | {"init_state": init_state}),
+    **(dict[str, Any](vars(trained)) | own | {"init_state": init_state}),
     train_step=jax.jit(
       train_step, donate_argnums=0, out_shardings=(placement, meshes.replicated(mesh))
     ),

@@ -17,7 +17,7 @@ SHOWN = 10
 
 def page(prepared: Prepared) -> str:
   """Returns HTML of the first SHOWN = 10 different examples of a plan, with their pictures."""
-  load, images = prepared.pipeline["load_example"], prepared.pipeline["load_image"]
+  load, images = prepared.load_example, prepared.load_image
   numbers = [int(number) for number in dict.fromkeys(prepared.plan.examples)][:SHOWN]
   lines = [
     f'<p class="label">The first {len(numbers)} of {prepared.records} examples; <mark>marked</mark>'

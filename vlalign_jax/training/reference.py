@@ -92,7 +92,7 @@ def add_to_batch(table: np.ndarray, batch: dict[str, np.ndarray]) -> dict[str, n
 
 def fingerprint(config, opened: source.ModelSource, prepared: Prepared) -> str:
   """Returns a hash of what the log-probabilities depend on: records, preprocessing and model."""
-  example, pictures = (prepared.pipeline[name] for name in ("load_example", "load_image"))
+  example, pictures = prepared.load_example, prepared.load_image
   digest = hashlib.sha256(repr(sorted(example.data.items())).encode())
   digest.update(opened.tokenizer.backend_tokenizer.to_str().encode())
   model = reference_model(config, opened.config)

@@ -1,6 +1,7 @@
 """Begins a run of any stage: checks what is asked for, then loads or restores its state."""
 
 import functools
+from typing import Any
 
 import jax
 from absl import logging
@@ -68,7 +69,7 @@ def restore_or_load(
   config,
   workdir: str,
   opened: source.ModelSource,
-  program: TrainedModel,
+  program: Any,
   train: Prepared,
   defaults: Config,
   make_state=None,
@@ -79,7 +80,7 @@ def restore_or_load(
     config: of the run.
     workdir: the run directory.
     opened: from `open_run`.
-    program: of the run.
+    program: of the run, TrainProgram or PPOProgram.
     train: the training data.
     defaults: of the stage's config.
     make_state: () -> the first state; None: the program's, with the model's weights.

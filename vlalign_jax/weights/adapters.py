@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -138,7 +138,7 @@ def _compare(stored: dict, expected: dict, where: str) -> None:
 
 def _open_run(directory: str, which: str):
   """Returns what `_open_peft` does, from a run's checkpoint."""
-  config = ConfigDict(run_directory.stored_config(directory))
+  config: Any = ConfigDict(run_directory.stored_config(directory))
   ranks = lora.from_group(config.lora)
   if ranks is None:
     raise InputError(
@@ -197,4 +197,6 @@ def _open_peft(directory: str, model: vlm.ModelConfig):
 
 def _everywhere(model: vlm.ModelConfig) -> lora.LoraConfig:
   """Returns a config with an adapter at every linear map."""
+  assert model.lora is not None
+  assert model.lora is not None
   return dataclasses.replace(model.lora, rank=1, vision_rank=1, targets="")

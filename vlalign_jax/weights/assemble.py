@@ -1,6 +1,7 @@
 """Opens a new model of two towers: a CLIP and a language model, joined by a fresh projector."""
 
 import dataclasses
+from typing import Any
 
 from transformers import LlavaConfig
 
@@ -44,15 +45,15 @@ def open_towers(model, aspect: str) -> ModelSource:
   multiple = VOCABULARY_MULTIPLE
   language.vocab_size = max(language.vocab_size, -(-len(tokenizer) // multiple) * multiple)
   feature_layers = feature_layers_of(model)
-  hf = LlavaConfig(
+  hf: Any = LlavaConfig(
     vision_config=vision,
     text_config=language,
-    image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
     vision_feature_layer=feature_layers if len(feature_layers) > 1 else feature_layers[0],
     vision_feature_select_strategy=model.vision_feature_select_strategy,
     tie_word_embeddings=language.tie_word_embeddings,
-    projector_type=model.projector,
   )
+  hf.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+  hf.projector_type = model.projector
   images = ImagePreprocessor.from_directory(model.vision, aspect)
   where = f"{model.vision} with {model.language}"
   parts = from_parts(hf, load_generation(model.language, tokenizer), tokenizer, images, where)

@@ -1,8 +1,9 @@
 """Converts Hugging Face configs to the configs of `models`."""
 
 import os
+from typing import Any
 
-from transformers import AutoConfig, LlavaConfig
+from transformers import AutoConfig
 
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.activations import ACTIVATIONS
@@ -134,12 +135,12 @@ def language_config(hf, where: str, *, tied: bool, vocab_size: int) -> LanguageC
   )
 
 
-def is_reward_model(hf: LlavaConfig) -> bool:
+def is_reward_model(hf: Any) -> bool:
   """Returns whether config.json names a reward model's architecture, see `weights.export`."""
   return any(name.endswith(REWARD_ARCHITECTURE) for name in hf.architectures or ())
 
 
-def parts_of(hf: LlavaConfig, where: str) -> tuple[VisionConfig, ProjectorConfig, LanguageConfig]:
+def parts_of(hf: Any, where: str) -> tuple[VisionConfig, ProjectorConfig, LanguageConfig]:
   """Converts the three parts of a LLaVA config; `projector_type` is ours, see `weights.export`."""
   vision = vision_config(
     hf.vision_config, hf.vision_feature_layer, hf.vision_feature_select_strategy, where

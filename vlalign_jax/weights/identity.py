@@ -57,7 +57,7 @@ def identities(source: ModelSource, files: Files) -> dict[str, tuple]:
   shapes = {
     path: leaf.shape for path, leaf in trees.flatten(vlm.abstract_params(source.config)[1]).items()
   }
-  origins = {
+  origins: dict[str, tuple] = {
     path: tuple((tensor.name, files.name(tensor.file)) for tensor in entry.tensors)
     for path, entry in load.resolve(source, shapes).items()
   }

@@ -80,12 +80,24 @@ def convert(
   vision = hf_config.read_config(tower)
   vision = getattr(vision, "vision_config", vision)
   hf_config.check_types(vision, tower, language, where)
+  options: Any = {
+    "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+    "vision_feature_select_strategy": _STRATEGIES[
+      config.get("mm_vision_select_feature") or "patch"
+    ],
+  }
+  options: Any = {
+    "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+    "vision_feature_select_strategy": _STRATEGIES[
+      config.get("mm_vision_select_feature") or "patch"
+    ],
+  }
   return LlavaConfig(
     vision_config=vision,
     text_config=language,
-    image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    **options,
+    **options,
     vision_feature_layer=config.get("mm_vision_select_layer", -2),
-    vision_feature_select_strategy=_STRATEGIES[config.get("mm_vision_select_feature") or "patch"],
     projector_hidden_act="gelu",
     tie_word_embeddings=language.tie_word_embeddings,
   )

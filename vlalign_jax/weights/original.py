@@ -10,6 +10,7 @@ token.
 import dataclasses
 import functools
 import os
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +53,7 @@ def open_original(
   embedding = tensors.get("language.embed_tokens.weight")
   if embedding is None:
     raise InputError(f"{path}: no lang_embed.weight, the embedding of the model's tokens")
-  hf = _config(vision, language, embedding.shape[0], kind)
+  hf: Any = _config(vision, language, embedding.shape[0], kind)
   unused = stored.get(original_names.UNUSED_EMBEDDING)
   tied = assemble.read_configs(vision, language)[1].tie_word_embeddings
   headless = not {"language.lm_head.weight", "score.weight"} & tensors.keys()
@@ -82,14 +83,15 @@ def _config(vision: str, language: str, vocab_size: int, kind: str) -> LlavaConf
   language_config.vocab_size = vocab_size
   # The checkpoint has an embedding and a separate head, even if the language model tied them.
   language_config.tie_word_embeddings = False
-  return LlavaConfig(
+  hf: Any = LlavaConfig(
     vision_config=vision_config,
     text_config=language_config,
     vision_feature_layer=-1,
     vision_feature_select_strategy="full",
     tie_word_embeddings=False,
-    projector_type=kind,
   )
+  hf.projector_type = kind
+  return hf
 
 
 def _tensors(path: str, stored: dict, kind: str, lora: str | None) -> dict[str, PickledTensor]:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Collection
+from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedTokenizerBase
 
@@ -37,9 +38,9 @@ class ModelSource:
   """
 
   config: ModelConfig
-  hf: LlavaConfig
+  hf: Any  # LlavaConfig
   generation: GenerationConfig
-  tokenizer: PreTrainedTokenizerBase
+  tokenizer: Any  # PreTrainedTokenizerBase
   images: ImagePreprocessor
   tensors: dict[str, tensors.Tensor]
   fresh: tuple[str, ...] = ()
@@ -175,8 +176,8 @@ def _model_config(
     projector=projector,
     language=language,
     image_token_id=token_id,
-    image_mean=tuple(images.mean),
-    image_std=tuple(images.std),
+    image_mean=images.mean,
+    image_std=images.std,
     rescale_factor=images.rescale_factor,
     head=SCORE if hf_config.is_reward_model(hf) else LANGUAGE,
     mmca=getattr(hf, "mmca", False),

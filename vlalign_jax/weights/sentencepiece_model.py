@@ -5,6 +5,7 @@ Here every text gets both, as in LLaMA, and its ids are those of the sentencepie
 """
 
 import os
+from typing import Any
 
 import sentencepiece
 from tokenizers import normalizers
@@ -41,7 +42,7 @@ def load(directory: str) -> PreTrainedTokenizerBase:
   ends = {"unk_token": model.unk_id(), "bos_token": model.bos_id(), "eos_token": model.eos_id()}
   if min(ends.values()) < 0:
     raise InputError(f"{path}: {_missing(ends)}; copy the tokenizer's other files next to it")
-  tokens = {name: model.id_to_piece(index) for name, index in ends.items()}
+  tokens: Any = {name: model.id_to_piece(index) for name, index in ends.items()}
   backend = LlamaTokenizer.from_pretrained(
     directory, add_bos_token=True, **tokens
   ).backend_tokenizer

@@ -48,6 +48,8 @@ def place(name: names.Name, tensors, leaf, sharding: Sharding, vocabulary: int, 
   parts = {
     device: tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
+    if index is not None
+    if index is not None
   }
   buffers = {part: _empty([b - a for a, b in part], leaf.dtype) for part in parts.values()}
   # Adds an axis for layers to parameters that are not stacked.

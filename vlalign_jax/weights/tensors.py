@@ -119,7 +119,7 @@ def _fill(file: int, target: np.ndarray, offset: int) -> None:
   """Reads bytes of an open file, starting at `offset`, until the target is full."""
   done = 0
   while done < len(target):
-    count = os.preadv(file, [target[done:]], offset + done)
+    count = os.preadv(file, [target[done:].data], offset + done)
     if not count:
       raise OSError("the file ends before it")
     done += count
