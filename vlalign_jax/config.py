@@ -31,115 +31,126 @@ def shared() -> Config:
   The comments are the meanings in docs/configuration.md, which scripts/config_tables.py writes.
   """
   c: Config = ConfigDict()
-  c.seed = 1234  # of the order of records, of sampling, and of weights that are made anew
-  c.max_steps = -1  # optimizer updates; -1: as many as num_train_epochs take
-  c.num_train_epochs = 1.0  # may be a fraction
-  c.batch_size = 128  # examples per update, over all devices and micro-batches
-  # Micro-batches that batch_size is SPLIT into (in transformers it multiplies the batch). The
-  # update stays the same, exactly: losses are divided by what the whole batch counts.
+  c.seed = 1234  # seed of the order of records, of sampling and of new weights
+  c.max_steps = -1  # number of steps; -1: num_train_epochs decides
+  c.num_train_epochs = 1.0  # passes over the training data; may be a fraction
+  # Examples per step, over all devices and micro-batches (PPO: prompts per rollout).
+  c.batch_size = 128
+  # Micro-batches that batch_size is SPLIT into; it does not multiply batch_size as in transformers.
+  # The update stays the same: the loss is divided by what the whole batch counts.
   c.grad_accumulation = 1
-  c.log_every = 10  # steps between lines of the log
+  c.log_every = 10  # steps between log lines
   c.eval_every = 0  # steps between evaluations; 0: only at the end
   c.save_every = 500  # steps between checkpoints; 0: only at the end
-  c.save_total_limit = 2  # newest checkpoints that are kept
-  c.save_best_limit = 0  # best checkpoints that are also kept; above 0 each evaluation is saved
-  c.metric_for_best_model = "eval/loss"  # metric of an evaluation that ranks the best checkpoints
+  c.save_total_limit = 2  # how many of the newest checkpoints are kept
+  c.save_best_limit = 0  # how many of the best are kept as well; above 0, each evaluation is saved
+  c.metric_for_best_model = "eval/loss"  # evaluation metric that ranks the checkpoints
 
   c.model = ConfigDict()
-  # LLaVA directory (also in the layout of LLaVA's repository), run directory, or PEFT directory
-  # whose adapter_config.json names its base. Or, instead, model.vision and model.language:
+  # Model to start from: a LLaVA directory (in Hugging Face's layout or that of LLaVA's repository),
+  # a run directory, or a PEFT directory whose adapter_config.json names its base. Empty:
+  # model.vision and model.language are joined to a new model.
   c.model.init_from = ""
-  c.model.vision = ""  # CLIP directory
-  c.model.language = ""  # LLaMA, Qwen2 or Mistral directory, joined to it by a new projector
-  # Published sizes that scripts/plan.py takes if no weights are named, see weights/published.py.
+  c.model.vision = ""  # CLIP directory of a new model
+  c.model.language = ""  # LLaMA, Qwen2 or Mistral directory of a new model
+  # Published sizes that scripts/plan.py takes while no weights are named, see weights/published.py.
+  # Training ignores it.
   c.model.architecture = ""
-  # Of a joined model: mlp, linear (linear + LayerNorm), vit (one more CLIP layer before that) or
-  # perceiver (256 embeddings per image, whatever its size).
+  # Projector of a new model: mlp, linear (linear map and LayerNorm), vit (one more CLIP layer
+  # before that) or perceiver (256 embeddings per image, whatever its size).
   c.model.projector = "mlp"
-  c.model.vision_feature_layer = "-2"  # of a joined model, as in transformers; comma-separated
-  # Of a joined model: default (without the class token) or full.
+  # CLIP layer that a new model reads, as in transformers; several: comma-separated.
+  c.model.vision_feature_layer = "-2"
+  # CLIP embeddings that a new model reads: default (without the class token) or full.
   c.model.vision_feature_select_strategy = "default"
   # Multi-modal causal attention: text and images have a softmax each, and an image token sees no
-  # other token. A model that has it keeps it.
+  # other image token. A model that has it keeps it.
   c.model.mmca = False
-  # Of activations, matrix products and frozen parameters: float32, bfloat16 or float16 (whose
-  # loss is scaled dynamically).
+  # Type of activations, matrix products and frozen parameters: float32, bfloat16, or float16 (the
+  # loss is then scaled dynamically).
   c.model.dtype = "bfloat16"
-  c.model.param_dtype = "float32"  # of trained parameters: float32, bfloat16
-  # What the backward pass computes again: full (everything), save_matmuls, save_weight_matmuls,
-  # none.
+  c.model.param_dtype = "float32"  # type of trained parameters: float32 or bfloat16
+  # What the backward pass computes again: full (everything), save_matmuls (all but matrix
+  # products), save_weight_matmuls (all but products with weights), none (nothing).
   c.model.remat = "full"
-  # Kernel of attention: auto (the fastest that can; the log says why), tiles (plain JAX), cudnn
-  # (NVIDIA GPUs), splash (TPUs).
+  # Attention kernel: auto (the fastest that can be used; the log says why), tiles (plain JAX),
+  # cudnn (NVIDIA GPUs), splash (TPUs).
   c.model.attention = "auto"
 
   c.train = ConfigDict()
-  c.train.vision = False  # whether the vision tower is trained
-  c.train.projector = True  # whether the projector is trained
-  c.train.language = True  # whether the language model is trained
-  c.train.embeddings = config_dict.placeholder(bool)  # token embedding; none: as train.language
+  c.train.vision = False  # whether to train the vision tower
+  c.train.projector = True  # whether to train the projector
+  c.train.language = True  # whether to train the language model
+  # Whether to train the token embedding; none: as train.language.
+  c.train.embeddings = config_dict.placeholder(bool)
 
   c.lora = ConfigDict()
-  c.lora.rank = 0  # of adapters in place of the language model's weights; 0: no adapters
-  c.lora.vision_rank = 0  # of adapters in the vision tower; 0: no adapters
-  c.lora.alpha = 16.0  # adapters are multiplied by alpha / rank
-  c.lora.dropout = 0.0  # of the inputs of adapters
-  c.lora.use_rslora = False  # multiply by alpha / sqrt(rank) instead
-  # Regular expression, searched in the paths of linear maps, such as
+  # Rank of the adapters that are trained in place of the language model's weights; 0: no adapters.
+  c.lora.rank = 0
+  c.lora.vision_rank = 0  # the same for the vision tower
+  c.lora.alpha = 16.0  # the output of an adapter is multiplied by alpha / rank
+  c.lora.dropout = 0.0  # share of an adapter's inputs that is dropped
+  c.lora.use_rslora = False  # multiply by alpha / sqrt(rank) instead (rank-stabilized LoRA)
+  # Regular expression that is searched in the paths of linear maps, such as
   # language/layers/attention/query, vision/layers/mlp/up, projector/first.
   c.lora.targets = "/layers/"
   c.lora.init_from = ""  # PEFT directory or LoRA run that the adapters start from
 
   c.data = ConfigDict()
-  c.data.train = ""  # JSON or JSON lines files, comma-separated
+  c.data.train = ""  # JSON or JSON lines files to learn from, comma-separated
   c.data.samples = ""  # records taken from each file: one number, or one per file; empty: all
-  c.data.repeats = ""  # how many times an epoch shows each file, such as 1,0.5; empty: once
-  # SFT: so many records of a file, chosen by seed, are joined into one conversation with all
-  # their images.
+  c.data.repeats = ""  # how often an epoch shows each file, such as 1,0.5; empty: once
+  # SFT: how many records of a file, chosen by seed, are joined into one conversation with all their
+  # images.
   c.data.concatenate = 1
-  c.data.eval = ""  # files that are evaluated on, comma-separated
-  c.data.eval_samples = ""  # as data.samples, of data.eval
+  c.data.eval = ""  # files to evaluate on, comma-separated
+  c.data.eval_samples = ""  # records taken from each file of data.eval, as data.samples
   c.data.eval_fraction = 0.0  # share of data.train that is held out if data.eval is empty
-  c.data.images = ""  # directory of the pictures; empty: the directory of the file
-  c.data.template = "vicuna"  # of prompts, see docs/data.md
-  c.data.max_length = 2048  # tokens of a row
+  c.data.images = ""  # directory of the pictures; empty: the directory of the JSON file
+  c.data.template = "vicuna"  # prompt template, see docs/data.md
+  c.data.max_length = 2048  # longest row in tokens, image tokens included
   c.data.max_candidates = 8  # most ranked answers of a record
-  c.data.max_images = config_dict.placeholder(int)  # images of a row; none: as many as rows need
-  c.data.image_aspect = "auto"  # crop, pad (to a square), auto: as the image processor says
+  c.data.max_images = config_dict.placeholder(int)  # most images of a row; none: no limit
+  c.data.image_aspect = "auto"  # crop, pad (to a square) or auto (as the image processor says)
   c.data.blank_images = False  # gray pictures: the baseline of a model that cannot see
   c.data.shuffle = True  # whether each epoch has an order of its own
-  c.data.pack = True  # whether a row holds several examples, which do not see each other
+  c.data.pack = True  # whether a row may hold several examples, which do not see each other
   c.data.workers = 0  # processes that decode pictures ahead; 0: threads of this process
-  # error, or skip: leave out unreadable pictures, count them, and end with an error beyond 1 %.
+  # What to do with unreadable pictures: error, or skip (leave out and count them; training ends
+  # with an error beyond 1 %).
   c.data.on_bad_record = "error"
 
   c.optim = ConfigDict()
-  c.optim.learning_rate = 2e-5  # of AdamW
-  # Of the token embedding; none: learning_rate.
+  c.optim.learning_rate = 2e-5  # highest learning rate of AdamW
+  # The same for the token embedding; none: learning_rate.
   c.optim.embedding_learning_rate = config_dict.placeholder(float)
-  # Of the projector; none: learning_rate.
+  # The same for the projector; none: learning_rate.
   c.optim.projector_learning_rate = config_dict.placeholder(float)
-  c.optim.weight_decay = 0.0  # of matrices; norms and biases never decay
-  c.optim.b1 = 0.9  # of AdamW, as in optax (adam_beta1)
-  c.optim.b2 = 0.95  # of AdamW, as in optax (adam_beta2)
-  c.optim.eps = 1e-8  # of AdamW, as in optax (adam_epsilon)
-  c.optim.warmup_ratio = 0.03  # share of the steps in which the rate rises from 0, its first value
-  c.optim.warmup_steps = 0  # number of these steps; above 0 it replaces warmup_ratio
-  # linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup: as in
-  # transformers.
+  c.optim.weight_decay = 0.0  # AdamW's decay of matrices; norms and biases never decay
+  c.optim.b1 = 0.9  # AdamW's beta 1 (adam_beta1 in transformers)
+  c.optim.b2 = 0.95  # AdamW's beta 2 (adam_beta2 in transformers)
+  c.optim.eps = 1e-8  # AdamW's epsilon (adam_epsilon in transformers)
+  # Share of the updates in which the rate rises from 0; the first of them has rate 0.
+  c.optim.warmup_ratio = 0.03
+  c.optim.warmup_steps = 0  # number of these updates; above 0 it replaces warmup_ratio
+  # Course of the learning rate, as in transformers: linear, cosine, cosine_with_restarts,
+  # polynomial, constant, constant_with_warmup.
   c.optim.schedule = "cosine"
-  c.optim.cycles = 1  # of cosine_with_restarts
-  c.optim.power = 1.0  # of polynomial
-  c.optim.max_grad_norm = 1.0  # global norm that gradients are clipped to; 0: not clipped
+  c.optim.cycles = 1  # number of cycles of cosine_with_restarts
+  c.optim.power = 1.0  # exponent of polynomial
+  c.optim.max_grad_norm = 1.0  # global norm that gradients are clipped to; 0: no clipping
 
   c.mesh = ConfigDict()
-  # 0: everything is replicated; 1: the optimizer's state is split over fsdp; 2: gradients, too;
-  # 3: parameters, too.
+  # What mesh.fsdp splits: 0 nothing, 1 the optimizer's state, 2 gradients as well, 3 parameters as
+  # well.
   c.mesh.zero_stage = 0
   c.mesh.data = -1  # devices that split the batch; -1: those that the other axes leave
-  c.mesh.fsdp = 1  # devices that split the batch and the states of zero_stage
-  c.mesh.tensor = 1  # devices that split heads, MLPs and the vocabulary
-  c.mesh.offload_optimizer = False  # keep the optimizer's state in the memory of the hosts
+  # Devices that split the batch, and the states that mesh.zero_stage names (prediction: the
+  # parameters).
+  c.mesh.fsdp = 1
+  c.mesh.tensor = 1  # devices that split attention heads, MLPs and the vocabulary
+  # Keep the optimizer's state in the memory of the hosts, where devices reach it.
+  c.mesh.offload_optimizer = False
   return c
 
 

@@ -23,26 +23,26 @@ def defaults() -> Config:
   shared = configs.shared()
   c: Config = ConfigDict()
   c.stage = STAGE
-  c.mode = GENERATE  # generate, logprobs (of given answers), reward (scores of given answers)
-  c.seed = shared.seed  # of sampling
+  c.mode = GENERATE  # generate, logprobs (of given answers) or reward (scores of given answers)
+  c.seed = shared.seed  # seed of sampling
   c.batch_size = 16  # records at a time, over all devices
-  c.reward_model = ""  # scores generated answers: run of train_reward.py, or its export
-  c.gallery = 100  # records that gallery.html shows
+  c.reward_model = ""  # scores generated answers: a run of train_reward.py, or its export
+  c.gallery = 100  # how many records gallery.html shows; 0: no page
 
   c.model = ConfigDict()
-  c.model.init_from = ""  # LLaVA directory, run directory, or PEFT directory over its base
+  c.model.init_from = ""  # model that predicts: a LLaVA, run or PEFT directory
   c.model.dtype = shared.model.dtype
   c.model.attention = shared.model.attention
 
   c.generation = ConfigDict()
-  c.generation.max_new_tokens = 256  # longest answer
-  c.generation.num_return_sequences = 1  # answers to each record; best of n with a reward model
-  c.generation.temperature = 0.0  # 0: always the likeliest token
-  c.generation.top_k = 0  # likeliest tokens that are sampled from; 0: all
-  c.generation.top_p = 1.0  # probability of the likeliest tokens that are sampled from
-  c.generation.repetition_penalty = 1.0  # as in transformers
+  c.generation.max_new_tokens = 256  # longest answer in tokens
+  c.generation.num_return_sequences = 1  # answers to each record; best of n with reward_model
+  c.generation.temperature = 0.0  # temperature of sampling; 0: always the likeliest token
+  c.generation.top_k = 0  # sample among this many likeliest tokens; 0: all
+  c.generation.top_p = 1.0  # sample among the likeliest tokens of this probability
+  c.generation.repetition_penalty = 1.0  # as in transformers; 1: none
   c.generation.min_new_tokens = 0  # tokens before which no answer may end
-  # Ids or tokens, comma-separated; empty: those of the template and of the model.
+  # Tokens or ids that end an answer, comma-separated; empty: those of the template and the model.
   c.generation.stop_tokens = ""
   # Gather parameters that are split over fsdp once a batch instead of at every token.
   c.generation.gather = False

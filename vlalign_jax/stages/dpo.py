@@ -28,12 +28,13 @@ def add_keys(c: Config) -> None:
   """Adds the keys of DPO to a config."""
   c.metric_for_best_model = "eval/rewards/accuracies"
   c.dpo = ConfigDict()
-  c.dpo.loss = "sigmoid"  # sigmoid, hinge, ipo, robust; see losses/dpo.py
-  c.dpo.beta = 0.1  # strength of the tie to the reference
-  c.dpo.label_smoothing = 0.0  # of sigmoid (cDPO) and robust
-  c.dpo.sft_weight = 0.0  # of the best answers' cross-entropy per token, added to the loss
-  # When the reference's log-probabilities are computed. "step": in every step, by a copy of the
-  # initial values of what is trained (no copy with adapters); "cache": once before training.
+  c.dpo.loss = "sigmoid"  # sigmoid, hinge, ipo or robust, see losses/dpo.py
+  c.dpo.beta = 0.1  # strength of the pull towards the reference
+  c.dpo.label_smoothing = 0.0  # share of rankings assumed to be wrong (sigmoid: cDPO; robust)
+  # Weight of the best answers' cross-entropy per token, added to the loss (not to eval/loss).
+  c.dpo.sft_weight = 0.0
+  # When the reference's log-probabilities are computed: step (in every step, from a copy of the
+  # initial trained parameters; no copy with adapters) or cache (once before training).
   c.dpo.reference = "step"
 
 

@@ -25,59 +25,68 @@ def add_keys(c: Config) -> None:
   c.optim.schedule = "constant_with_warmup"  # TRL: linear; original: cosine
   ppo: Config = ConfigDict()
   c.ppo = ppo
-  # --- What scores answers: a reward model, a function, or the weighted sum of both.
+  # --- Scores. Answers are scored by a reward model, a function, or the weighted sum of both.
   ppo.reward_model = ""  # run of train_reward.py, or its export
-  ppo.reward_weight = 1.0  # of the reward model's score
+  ppo.reward_weight = 1.0  # weight of the reward model's score
   ppo.reward_function = ""  # module:name, called with prompt, answer, reference and record
-  ppo.function_weight = 1.0  # of the function's score
+  ppo.function_weight = 1.0  # weight of the function's score
   ppo.score_clip = 10.0  # largest absolute score; 0: no limit (TRL: none; original: 10)
-  # Subtracted from the score of an answer without an end token, before it is clipped (TRL: none).
+  # Subtracted from the score of an answer without an end token, before clipping (TRL: none).
   ppo.missing_eos_penalty = 0.0
-  ppo.score_queue = 0  # last scores that new ones are normalized by; 0: none (original: 1000)
+  # Number of last scores whose mean and deviation normalize new scores; 0: no normalization
+  # (original: 1000).
+  ppo.score_queue = 0
   ppo.score_scale = 10.0  # standard deviation of normalized scores (original: 10)
   ppo.blank_images = False  # reward model and critic see gray pictures: a baseline
-  # --- Sampling of answers. The policy that learns, and is compared with the reference, is the
-  # model at this temperature (as in TRL) among the tokens that it may choose: never an image token,
-  # and no end token before min_new_tokens. What top_k and top_p cut off counts as if it could have
-  # been sampled (as in TRL and the original); policy/cut_probability says how much that is.
-  ppo.num_generations = 1  # answers to each prompt; rloo and grpo need two
-  ppo.max_new_tokens = 384  # longest answer (TRL: 53; original: 384)
+  # --- Sampling. The policy that learns, and is compared with the reference, is the model at
+  # ppo.temperature (as in TRL) over the tokens that it may choose: never an image token, and no end
+  # token before ppo.min_new_tokens. Tokens that ppo.top_k and ppo.top_p cut off count as if they
+  # could have been sampled (as in TRL and the original); policy/cut_probability reports how much
+  # probability they have.
+  ppo.num_generations = 1  # answers to each prompt; rloo and grpo need at least two
+  ppo.max_new_tokens = 384  # longest answer in tokens (TRL: 53; original: 384)
   ppo.min_new_tokens = 0  # tokens before which no answer may end
-  ppo.temperature = 1.0  # of sampling (TRL: 0.7; original: 0.75)
-  ppo.top_k = 0  # likeliest tokens that are sampled from; 0: all (original: 50)
-  ppo.top_p = 1.0  # probability of the likeliest tokens that are sampled from (original: 0.95)
-  ppo.gather = False  # bring parameters together over fsdp once, before sampling
+  ppo.temperature = 1.0  # temperature of the policy (TRL: 0.7; original: 0.75)
+  ppo.top_k = 0  # sample among this many likeliest tokens; 0: all (original: 50)
+  ppo.top_p = 1.0  # sample among the likeliest tokens of this probability (original: 0.95)
+  ppo.gather = False  # gather parameters over fsdp once per rollout, before sampling
   ppo.sample_parts = 1  # parts of a rollout that are sampled in turn, each with its own cache
-  # --- What is learned from a rollout.
-  ppo.estimator = "gae"  # of advantages: gae (with a critic), rloo, grpo (without one)
-  ppo.num_ppo_epochs = 4  # times that a rollout is learned from (original: 1)
-  ppo.num_mini_batches = 2  # updates in each of them (TRL: 1)
-  ppo.cliprange = 0.2  # of the ratio of probabilities; 0: no limit
-  ppo.cliprange_value = 0.2  # of values, in units of rewards; 0: no limit
+  # --- Learning from a rollout.
+  ppo.estimator = "gae"  # estimator of advantages: gae (with a critic), rloo, grpo (without one)
+  ppo.num_ppo_epochs = 4  # passes over each rollout (original: 1)
+  ppo.num_mini_batches = 2  # updates in each pass (TRL: 1)
+  ppo.cliprange = 0.2  # how far the probability ratio may move from 1; 0: no limit
+  ppo.cliprange_value = 0.2  # how far a value may move, in units of rewards; 0: no limit
   ppo.loss_level = "token"  # what the policy's loss averages over: token, answer, sequence
-  ppo.gamma = 1.0  # discount (original: 0.99)
+  ppo.gamma = 1.0  # discount per token (original: 0.99)
   ppo.lam = 0.95  # lambda of GAE
-  ppo.whiten_advantages = True  # to mean 0 and standard deviation 1 (original: false)
-  ppo.scale_by_std = True  # GRPO: divide by the group's standard deviation; false: as Dr. GRPO
-  ppo.entropy_coef = 0.0  # weight of the entropy that is added to the objective
-  # Weight of the supervised loss of conversations, per token, that is added to every update of the
-  # actor (PPO-ptx); 0: none.
+  # GAE: scale advantages to mean 0 and standard deviation 1 (original: false).
+  ppo.whiten_advantages = True
+  ppo.scale_by_std = True  # GRPO: divide by the group's standard deviation; false: Dr. GRPO
+  ppo.entropy_coef = 0.0  # weight of the entropy bonus
+  # Weight of the supervised loss per token of conversations, added to every update of the actor
+  # (PPO-ptx); 0: none.
   ppo.sft_weight = 0.0
-  ppo.sft_data = ""  # files with answers for it, comma-separated
+  ppo.sft_data = ""  # JSON files with these conversations, comma-separated
   ppo.kl_coef = 0.1  # weight of the KL to the reference (TRL: 0.05; original: 0.1)
-  ppo.kl_estimator = "k1"  # k1 or k3, of the penalty in rewards; GRPO has k3 in its loss instead
+  ppo.kl_estimator = "k1"  # k1 or k3, for the penalty in rewards; GRPO has k3 in its loss instead
   ppo.kl_target = 0.0  # KL that an adaptive kl_coef aims at; 0: kl_coef is fixed
-  ppo.kl_horizon = 10000.0  # answers over which an adaptive kl_coef changes
-  ppo.stop_kl = 0.0  # mean policy/approxkl of an epoch that ends learning from a rollout; 0: none
+  ppo.kl_horizon = 10000.0  # number of answers over which an adaptive kl_coef changes
+  # End the passes over a rollout when policy/approxkl_avg of one exceeds this; 0: never.
+  ppo.stop_kl = 0.0
   # --- The critic.
-  ppo.critic_init = "reward"  # reward: from the reward model; actor: with a new head of zeros
-  ppo.critic_learning_rate = config_dict.placeholder(float)  # none: learning_rate
+
+  # What the critic starts from: reward (the reward model) or actor (the actor, with a new head of
+  # zeros).
+  ppo.critic_init = "reward"
+  # Highest learning rate of the critic; none: optim.learning_rate.
+  ppo.critic_learning_rate = config_dict.placeholder(float)
   ppo.critic_warmup = 0  # first steps, in which only the critic learns (original: 30)
-  ppo.actor_zero_stage = config_dict.placeholder(int)  # of the actor; none: mesh.zero_stage
-  ppo.critic_zero_stage = config_dict.placeholder(int)  # of the critic; none: mesh.zero_stage
-  # --- What is shown.
+  ppo.actor_zero_stage = config_dict.placeholder(int)  # ZeRO stage; none: mesh.zero_stage
+  ppo.critic_zero_stage = config_dict.placeholder(int)  # ZeRO stage; none: mesh.zero_stage
+  # --- Logged answers.
   ppo.log_samples_every = 10  # steps between rollouts in rollouts.jsonl and .html; 0: none
-  ppo.log_samples = 16  # answers of each of these
+  ppo.log_samples = 16  # answers of each of these rollouts
 
 
 def check_keys(config: Config) -> None:

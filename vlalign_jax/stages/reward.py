@@ -20,8 +20,8 @@ def add_keys(c: Config) -> None:
   """Adds the keys of reward models to a config."""
   c.metric_for_best_model = "eval/accuracy"
   c.reward = ConfigDict()
-  c.reward.margin = 0.0  # by how much more an answer must score than one ranked below it
-  # Weight of the mean square of the scores' sum, which keeps them around 0.
+  c.reward.margin = 0.0  # by how much a better answer must outscore a worse one
+  # Weight of a penalty that keeps scores around 0: for two answers, the mean of (s_0 + s_1)^2.
   c.reward.center_rewards_coefficient = 0.0
 
 
