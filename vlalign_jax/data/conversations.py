@@ -38,7 +38,7 @@ class Conversation:
 
 
 def parse(entry: dict[str, Any], answers: Answers, max_candidates: int | None) -> Conversation:
-  """Returns the conversation of a record in any of the forms in README.md, "Data".
+  """Returns the conversation of a record in any of the forms in docs/data.md.
 
   Args:
     entry: the parsed JSON of the record.
