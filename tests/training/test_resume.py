@@ -117,7 +117,7 @@ class _Process:
     """Sends a signal if given, to the workers too; waits; returns (exit code, output)."""
     if number is not None:
       os.killpg(self.process.pid, number)
-    code = self.process.wait(timeout=120)
+    code = self.process.wait(timeout=300)
     self.output.seek(0)
     return code, self.output.read()
 
@@ -148,6 +148,28 @@ def test_killed_and_terminated_run_ends_like_an_uninterrupted_one(
   assert code == 0, output
   assert "Traceback" not in output
   _assert_same_run(workdir, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_all_of_xlas_optimizations(make_config, tmp_path):
+  """Compiled as users compile it; in the other tests LLVM and XLA leave most optimizations out."""
+  environment = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+    "XLA_FLAGS": "",
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+  }
+  config = make_config(save_every=10)
+  code, output = _Process(config, tmp_path / "uninterrupted", environment).end()
+  assert code == 0, output
+  run = _Process(config, tmp_path / "killed", environment)
+  run.wait_for(lambda: run.logged(21))
+  code, output = run.end(signal.SIGKILL)
+  assert code == -signal.SIGKILL, output
+  assert not run.logged(STEPS)
+  code, output = _Process(config, tmp_path / "killed", environment).end()
+  assert code == 0, output
+  assert "going on from step" in output
+  _assert_same_run(tmp_path / "killed", tmp_path / "uninterrupted")
 
 
 @pytest.fixture(scope="module")
