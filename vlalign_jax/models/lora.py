@@ -180,7 +180,7 @@ def drops(module: nnx.Module) -> bool:
 
 
 def with_dropout(module: nnx.Module, key: jax.Array | None) -> nnx.Module:
-  """Turns on the dropout of a module's adapters, each with its own key; key None: does nothing."""
+  """Returns the module with its adapters' dropout on, each with its own key; None: unchanged."""
   if key is None or not drops(module):
     return module
   module = nnx.clone(module)
