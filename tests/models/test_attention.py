@@ -1,4 +1,4 @@
-"""Attention in blocks against torch's, in float64, with a mask made by reading the rule aloud."""
+"""Attention against torch's, in float64, with a mask made query by query and key by key."""
 
 import functools
 
@@ -14,7 +14,7 @@ from vlalign_jax.models import cudnn, splash, tiles
 
 
 def expected(query, key, value, cotangent, mask):
-  """Output and gradients by query, key and value, in torch and float64."""
+  """Returns output and gradients by query, key and value, in torch and float64."""
   tensors = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (query, key, value)]
   q, k, v = (tensor.transpose(1, 2) for tensor in tensors)
   out = torch.nn.functional.scaled_dot_product_attention(
@@ -28,73 +28,73 @@ def expected(query, key, value, cotangent, mask):
 
 
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize(("block", "shards"), [(5, 1), (23, 2), (8, 4), (5, 0), (512, 0)])
-def test_output_and_gradients_equal_torch(block, shards, masked, monkeypatch):
+@pytest.mark.parametrize(("tile", "shards"), [(5, 1), (23, 2), (8, 4), (5, 0), (512, 0)])
+def test_output_and_gradients_equal_torch(tile, shards, masked, monkeypatch):
   inputs, layout = layouts.make_inputs(), layouts.make_layout() if masked else ()
   mask = None
   if masked:
     mask = layouts.make_mask(*layout)
-    whole = tiles.Layout(*layout)
+    rows = tiles.Layout(*layout)
     index = np.arange(layouts.T)
-    np.testing.assert_array_equal(tiles.visible(whole, whole, index, index), mask)
-  found = layouts.ours(inputs, layout, block, shards, monkeypatch)
-  for ours, theirs in zip(found, expected(*inputs, mask), strict=True):
+    np.testing.assert_array_equal(tiles.visible(rows, rows, index, index), mask)
+  computed = layouts.ours(inputs, layout, tile, shards, monkeypatch)
+  for ours, theirs in zip(computed, expected(*inputs, mask), strict=True):
     assert relative_error(ours, theirs) < 1e-6
 
 
 @pytest.mark.parametrize("with_branches", [True, False])
-@pytest.mark.parametrize(("block", "shards", "window"), [(4, 1, 5), (23, 2, 2), (4, 0, 7)])
-def test_a_window_counts_positions(block, shards, window, with_branches, monkeypatch):
-  """Tiles of which a query sees nothing are left out, so small ones are telling."""
+@pytest.mark.parametrize(("tile", "shards", "window"), [(4, 1, 5), (23, 2, 2), (4, 0, 7)])
+def test_a_window_counts_positions(tile, shards, window, with_branches, monkeypatch):
+  """Small tiles, because tiles without a visible key are skipped."""
   inputs, (segments, branches) = layouts.make_inputs(), layouts.make_layout()
   branches = branches if with_branches else np.zeros_like(branches)
   mask = layouts.make_mask(segments, branches, window)
   assert mask.sum() < layouts.make_mask(segments, branches).sum()
   layout = segments, branches if with_branches else None
   options = {"positions": layouts.make_positions(segments, branches), "window": window}
-  found = layouts.ours(inputs, layout, block, shards, monkeypatch, **options)
+  computed = layouts.ours(inputs, layout, tile, shards, monkeypatch, **options)
   real = segments > 0  # padding has no positions
-  for ours, theirs in zip(found, expected(*inputs, mask), strict=True):
+  for ours, theirs in zip(computed, expected(*inputs, mask), strict=True):
     assert relative_error(ours[real], theirs[real]) < 1e-6
 
 
 def test_more_keys_than_queries(monkeypatch):
-  """As a projector asks: everything sees everything, and tiles of both are of their own size."""
+  """As in a projector: every query sees all keys; tiles of queries and keys differ in size."""
   query, key, value, cotangent = layouts.make_inputs()
   inputs = query[:, :7], key, value, cotangent[:, :7]
-  for block, shards in ((5, 2), (6, 0)):
-    found = layouts.ours(inputs, (), block, shards, monkeypatch)
-    for ours, theirs in zip(found, expected(*inputs, None), strict=True):
+  for tile, shards in ((5, 2), (6, 0)):
+    computed = layouts.ours(inputs, (), tile, shards, monkeypatch)
+    for ours, theirs in zip(computed, expected(*inputs, None), strict=True):
       assert relative_error(ours, theirs) < 1e-6
 
 
-def test_bfloat16_is_as_near_as_its_rounding(monkeypatch):
+def test_bfloat16_has_only_its_rounding_error(monkeypatch):
   query, *others = layouts.make_inputs()
-  # Large scores show a rounding of the query or of the scores best.
+  # With large scores, an additional rounding of the query or of the scores is visible.
   inputs = [jnp.asarray(x, jnp.bfloat16) for x in (8 * query, *others)]
   exact = expected(*(np.asarray(x, np.float64) for x in inputs), None)
-  found = layouts.ours(inputs, (), 8, 0, monkeypatch)
-  assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
-  for ours, theirs in zip(found, exact, strict=True):
+  computed = layouts.ours(inputs, (), 8, 0, monkeypatch)
+  assert {x.dtype for x in computed} == {jnp.dtype(jnp.bfloat16)}
+  for ours, theirs in zip(computed, exact, strict=True):
     assert relative_error(ours, theirs) < 7e-3
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_the_kernel_of_tpus_equals_torch(window):
+def test_the_tpu_kernel_equals_torch(window):
   inputs, (segments, _) = layouts.make_inputs(), layouts.make_layout()
   mask = layouts.make_mask(segments, np.zeros_like(segments), window)
   attend = functools.partial(
     splash.attend, segments=segments, window=window, mesh=None, interpret=True
   )
-  found, real = layouts.with_gradients(attend, *inputs), segments > 0
-  for ours, theirs in zip(found, expected(*inputs, mask), strict=True):
+  computed, real = layouts.with_gradients(attend, *inputs), segments > 0
+  for ours, theirs in zip(computed, expected(*inputs, mask), strict=True):
     assert relative_error(ours[real], theirs[real]) < 1e-6
 
 
 @pytest.mark.parametrize("with_branches", [True, False])
 @pytest.mark.parametrize("window", [None, 6])
 def test_the_mask_for_cudnn_equals_torch(window, with_branches):
-  """jax.nn.dot_product_attention in plain JAX stands in for the kernel. T is odd: it is padded."""
+  """jax.nn.dot_product_attention in plain JAX replaces the kernel. T is odd, so it is padded."""
   inputs, (segments, branches) = layouts.make_inputs(), layouts.make_layout()
   branches = branches if with_branches else np.zeros_like(branches)
   layout = tiles.Layout(
@@ -103,15 +103,15 @@ def test_the_mask_for_cudnn_equals_torch(window, with_branches):
     layouts.make_positions(segments, branches) if window else None,
   )
   attend = functools.partial(cudnn.attend, layout=layout, window=window, implementation="xla")
-  attended, real = layouts.with_gradients(attend, *inputs), segments > 0
+  computed, real = layouts.with_gradients(attend, *inputs), segments > 0
   mask = layouts.make_mask(segments, branches, window)
-  for ours, theirs in zip(attended, expected(*inputs, mask), strict=True):
+  for ours, theirs in zip(computed, expected(*inputs, mask), strict=True):
     assert relative_error(ours[real], theirs[real]) < 1e-6
 
 
 def test_cudnn_without_rows_sees_everything():
   inputs = layouts.make_inputs()
   attend = functools.partial(cudnn.attend, layout=None, implementation="xla")
-  attended = layouts.with_gradients(attend, *inputs)
-  for ours, theirs in zip(attended, expected(*inputs, None), strict=True):
+  computed = layouts.with_gradients(attend, *inputs)
+  for ours, theirs in zip(computed, expected(*inputs, None), strict=True):
     assert relative_error(ours, theirs) < 1e-6

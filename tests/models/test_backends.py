@@ -1,4 +1,4 @@
-"""Which kernel attention takes on which devices, and what the log says of it."""
+"""Which attention kernel is chosen on which devices, and what is logged about it."""
 
 import logging
 
@@ -28,7 +28,7 @@ BRANCHES = ROWS._replace(branches=True)
     (ROWS._replace(platform="cpu"), "tiles"),
   ],
 )
-def test_auto_takes_the_fastest_that_can(request_, chosen):
+def test_auto_chooses_the_fastest_supported_kernel(request_, chosen):
   assert backends.choose("auto", request_) == chosen
 
 
@@ -43,7 +43,7 @@ def test_the_log_says_why_no_faster_one(caplog):
   ]
 
 
-def test_a_name_holds_where_it_can():
+def test_a_named_kernel_is_used_where_it_is_supported():
   assert backends.choose("splash", PICTURES._replace(platform="tpu")) == "tiles"
   assert backends.choose("tiles", ROWS) == "tiles"
 
@@ -56,6 +56,6 @@ def test_a_name_holds_where_it_can():
     ("splash", ROWS, "splash needs a TPU"),
   ],
 )
-def test_a_name_that_the_devices_cannot_run_is_refused(name, request_, message):
+def test_a_kernel_that_the_devices_cannot_run_is_refused(name, request_, message):
   with pytest.raises(InputError, match=message):
     backends.choose(name, request_)

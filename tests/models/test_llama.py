@@ -1,4 +1,4 @@
-"""What parity in float32 does not show of the language model."""
+"""The language model where parity in float32 does not test it: bfloat16 gradients, biases."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def test_embedding_gradient_of_a_frequent_token_is_summed_in_float32():
     return jnp.sum(embedded.astype(jnp.float32))
 
   gradient = jax.grad(total)(params).embedding.embedding[...]
-  # bfloat16 counts to 256 only.
+  # bfloat16 cannot count beyond 256.
   np.testing.assert_array_equal(gradient[3], 4096)
   np.testing.assert_array_equal(np.delete(gradient, 3, axis=0), 0)
 
@@ -54,4 +54,4 @@ def test_biases_of_attention(keys, with_bias):
   build = lambda: llama.LanguageModel(config, **TYPES, rngs=nnx.Rngs(0))  # noqa: E731
   params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(build)))
   maps = params["layers"]["attention"]
-  assert {name for name, held in maps.items() if "bias" in held} == set(with_bias.split())
+  assert {name for name, leaves in maps.items() if "bias" in leaves} == set(with_bias.split())

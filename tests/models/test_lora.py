@@ -1,4 +1,4 @@
-"""Adapters against the library peft, and what they leave as it is."""
+"""Adapters against the library peft, and against the model without them."""
 
 import dataclasses
 import types
@@ -48,7 +48,7 @@ TEXT = {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def pair(request, tmp_path_factory):
-  """A torch model with peft's adapters, ours with the same, and one example."""
+  """A torch model with peft's adapters, our model with the same ones, and one example."""
   theirs, ours = VARIANTS[request.param]
   root = tmp_path_factory.mktemp("lora")
   model = tiny_models.make_llava(root / "llava", text=TEXT if "tied" in request.param else {})
@@ -59,7 +59,7 @@ def pair(request, tmp_path_factory):
   )
   pictures = parity.make_pictures(2, opened.config.vision.image_size)
   example = parity.make_example(opened.config, 24, tuple(pictures))
-  rows = parity.make_rows(opened.config, [[example]], pictures, len(example.tokens), 2)
+  batch = parity.make_rows(opened.config, [[example]], pictures, len(example.tokens), 2)
   return types.SimpleNamespace(
     torch=adapted,
     config=opened.config,
@@ -67,63 +67,63 @@ def pair(request, tmp_path_factory):
     params=params,
     example=example,
     pictures=pictures,
-    rows=rows,
+    batch=batch,
   )
 
 
-def test_logits_are_those_of_peft(pair):
+def test_logits_equal_peft(pair):
   with torch.no_grad():
     expected = parity.torch_logits(pair.torch, pair.config, pair.example, pair.pictures).numpy()
     with pair.torch.disable_adapter():
       without = parity.torch_logits(pair.torch, pair.config, pair.example, pair.pictures).numpy()
-  found = parity.logits(pair.graphdef, pair.params, pair.rows)[0]
-  assert parity.relative_error(found, expected) < 1e-5
-  assert parity.relative_error(without, expected) > 0.1  # else this shows nothing
+  logits = parity.logits(pair.graphdef, pair.params, pair.batch)[0]
+  assert parity.relative_error(logits, expected) < 1e-5
+  assert parity.relative_error(without, expected) > 0.1  # adapters matter
   # The reference of DPO and PPO: the same weights in the model that was built without adapters.
   base, _ = vlm.abstract_params(dataclasses.replace(pair.config, lora=None))
-  found = parity.logits(base, lora.base_params(pair.params), pair.rows)[0]
-  assert parity.relative_error(found, without) < 1e-5
+  logits = parity.logits(base, lora.base_params(pair.params), pair.batch)[0]
+  assert parity.relative_error(logits, without) < 1e-5
 
 
-def test_gradients_of_adapters_are_those_of_peft(pair):
+def test_gradients_of_adapters_equal_peft(pair):
   trained, frozen = trees.split(pair.params, lora.is_adapter)
 
   def loss(trained):
     model = nnx.merge(pair.graphdef, trees.merge(trained, frozen))
-    total, count = sft.loss(model(pair.rows), model.head_kernel(), pair.rows, chunk=16)
+    total, count = sft.loss(model(pair.batch), model.head_kernel(), pair.batch, chunk=16)
     return total / count
 
   value, grads = jax.jit(jax.value_and_grad(loss))(trained)
   pair.torch.zero_grad()
   for name, param in pair.torch.named_parameters():
     param.requires_grad = "lora_" in name
-  expected, _ = parity.torch_loss(pair.torch, pair.config, [pair.example], pair.pictures)
-  expected.backward()
-  assert parity.relative_error(value, expected.detach()) < 1e-5
-  wanted = peft_models.as_params(pair.config, pair.torch, lambda param: param.grad)
+  torch_loss, _ = parity.torch_loss(pair.torch, pair.config, [pair.example], pair.pictures)
+  torch_loss.backward()
+  assert parity.relative_error(value, torch_loss.detach()) < 1e-5
+  expected = peft_models.as_params(pair.config, pair.torch, lambda param: param.grad)
   grads = trees.flatten(grads)
-  assert grads.keys() == wanted.keys()
-  for path, grad in grads.items():  # through many large adapters, in float32 on both sides
-    assert parity.relative_error(grad, wanted[path]) < 2e-5, path
+  assert grads.keys() == expected.keys()
+  for path, grad in grads.items():  # both sides are float32, and adapters are large
+    assert parity.relative_error(grad, expected[path]) < 2e-5, path
 
 
-def test_fresh_adapters_change_nothing_and_are_drawn_by_the_seed(tmp_path):
+def test_new_adapters_change_nothing_and_depend_on_the_seed(tmp_path):
   tiny_models.make_llava(tmp_path)
   _, graphdef, plain = parity.open_model(tmp_path)
   opened, adapted, params = peft_models.open_model(tmp_path, rank=4, vision_rank=2)
   base, _ = vlm.abstract_params(dataclasses.replace(opened.config, lora=None))
   assert base == graphdef
-  found, expected = trees.flatten(lora.base_params(params)), trees.flatten(plain)
-  assert found.keys() == expected.keys()
-  for path, array in found.items():
+  base_params, expected = trees.flatten(lora.base_params(params)), trees.flatten(plain)
+  assert base_params.keys() == expected.keys()
+  for path, array in base_params.items():
     np.testing.assert_array_equal(array, expected[path])
   example = parity.make_example(opened.config, 20)
-  rows = parity.make_rows(opened.config, [[example]], {}, 20, 0)
+  batch = parity.make_rows(opened.config, [[example]], {}, 20, 0)
   np.testing.assert_array_equal(
-    parity.logits(adapted, params, rows), parity.logits(graphdef, plain, rows)
+    parity.logits(adapted, params, batch), parity.logits(graphdef, plain, batch)
   )
   for path, array in trees.flatten(params).items():
-    if path.endswith("/lora_a"):  # Kaiming's uniform with a = sqrt(5): up to 1 / sqrt(in)
+    if path.endswith("/lora_a"):  # Kaiming-uniform with a = sqrt(5): up to 1 / sqrt(in)
       bound = array.shape[-2] ** -0.5
       assert 0.9 * bound < np.abs(array).max() <= bound
       assert abs(np.std(array) / bound - 3**-0.5) < 0.1
@@ -135,10 +135,10 @@ def test_fresh_adapters_change_nothing_and_are_drawn_by_the_seed(tmp_path):
     draws.append(drawn["language"]["layers"]["attention"]["query"]["lora_a"])
   np.testing.assert_array_equal(draws[0], draws[1])
   assert np.any(draws[0] != draws[2])
-  assert np.any(draws[0][0] != draws[0][1])  # a layer and the next
+  assert np.any(draws[0][0] != draws[0][1])  # two layers
 
 
-def test_dropout_drops_what_enters_an_adapter_and_keeps_the_mean():
+def test_dropout_drops_inputs_of_adapters_and_keeps_their_mean():
   class Two(nnx.Module):
     def __init__(self):
       zero = nnx.initializers.zeros
@@ -171,11 +171,11 @@ def test_dropout_drops_what_enters_an_adapter_and_keeps_the_mean():
   other = outputs(lora.with_dropout(model, jax.random.key(1)))
   np.testing.assert_array_equal(dropped, again)
   assert np.any(dropped[0] != other[0])
-  for y in outputs(model):  # the model itself is as it was
+  for y in outputs(model):  # the model itself is unchanged
     np.testing.assert_array_equal(y, x)
 
 
-def test_dropout_goes_by_the_key_of_the_rows(tmp_path):
+def test_dropout_depends_on_the_key_of_the_batch(tmp_path):
   tiny_models.make_llava(tmp_path)
   opened, _, params = peft_models.open_model(
     tmp_path, rank=4, vision_rank=2, dropout=0.3, targets="/layers/|projector"
@@ -186,11 +186,11 @@ def test_dropout_goes_by_the_key_of_the_rows(tmp_path):
   )
   pictures = parity.make_pictures(1, opened.config.vision.image_size)
   example = parity.make_example(opened.config, 12, tuple(pictures))
-  rows = parity.make_rows(opened.config, [[example]], pictures, len(example.tokens), 1)
+  batch = parity.make_rows(opened.config, [[example]], pictures, len(example.tokens), 1)
 
   @jax.jit
   def gradient(params, **options):
-    return jax.value_and_grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(rows | options) ** 2))(
+    return jax.value_and_grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(batch | options) ** 2))(
       params
     )
 
@@ -200,7 +200,7 @@ def test_dropout_goes_by_the_key_of_the_rows(tmp_path):
   off, _ = gradient(params)
   assert first == second
   assert len({float(first), float(third), float(off)}) == 3
-  # What the backward pass computes again has the masks of the forward pass.
+  # The recomputation in the backward pass uses the masks of the forward pass.
   path = ("language", "layers", "mlp", "up", "lora_b")
   step, leaf = 1e-2, params
   for part in path:
@@ -221,11 +221,11 @@ def test_dropout_goes_by_the_key_of_the_rows(tmp_path):
   ("keys", "message"),
   [
     ({"rank": 4, "targets": "self_attn"}, r"targets, 'self_attn', .*language/layers/attention/out"),
-    ({"rank": 4, "targets": "head|embedding"}, "mend the pattern, or set lora.rank to 0"),
+    ({"rank": 4, "targets": "head|embedding"}, "change the pattern, or set lora.rank to 0"),
     ({"vision_rank": 4, "targets": "^language/"}, r"config.lora.vision_rank is 4.*vision/layers"),
   ],
 )
-def test_adapters_that_would_sit_nowhere(keys, message, tmp_path):
+def test_targets_that_match_nothing_are_refused(keys, message, tmp_path):
   tiny_models.make_llava(tmp_path)
   with pytest.raises(InputError, match=message):
     source.open_for(peft_models.config_for(tmp_path, **keys))

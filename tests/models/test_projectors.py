@@ -45,21 +45,21 @@ def linear(x, params):
 
 
 def attention(params, queries, keys, values, heads):
-  """Multi-head attention where everything sees everything, head by head."""
+  """Computes multi-head attention of queries that see all keys, head by head."""
   query, key, value = (
     linear(x, params[name]) for x, name in ((queries, "query"), (keys, "key"), (values, "value"))
   )
-  size, mixed = query.shape[-1] // heads, 0
+  size, attended = query.shape[-1] // heads, 0
   for head in range(heads):
-    own = slice(head * size, (head + 1) * size)
-    weights = np.e ** (query[..., own] @ key[..., own].swapaxes(-1, -2) / size**0.5)
+    channels = slice(head * size, (head + 1) * size)
+    weights = np.e ** (query[..., channels] @ key[..., channels].swapaxes(-1, -2) / size**0.5)
     weights = weights / weights.sum(-1)[..., None]
-    mixed = mixed + weights @ value[..., own] @ params["out"]["kernel"][own]
-  return mixed + params["out"]["bias"]
+    attended = attended + weights @ value[..., channels] @ params["out"]["kernel"][channels]
+  return attended + params["out"]["bias"]
 
 
 def vit(params, x, vision):
-  """CLIP's layer (Radford et al. 2021): attention and MLP after norms; then linear map and norm."""
+  """Computes CLIP's layer (Radford et al. 2021), then a linear map and a norm."""
   block = params["block"]
   normed = layer_norm(x, block["attention_norm"], vision.norm_epsilon)
   x = x + attention(block["attention"], normed, normed, normed, vision.heads)
@@ -70,7 +70,7 @@ def vit(params, x, vision):
 
 
 def sines_and_cosines(width: int) -> np.ndarray:
-  """float64[16 * 16, width]: of the column, then of the row, sines before cosines."""
+  """Returns float64[16 * 16, width]: of the column, then of the row, sines before cosines."""
   table = np.zeros((16, 16, width))
   for row, column, i in np.ndindex(16, 16, width // 4):
     frequency = 10000 ** (-i / (width / 4))
@@ -81,14 +81,14 @@ def sines_and_cosines(width: int) -> np.ndarray:
 
 
 def resized(table: np.ndarray, side: int) -> np.ndarray:
-  """By torch's bicubic interpolation."""
+  """Resizes positions with torch's bicubic interpolation."""
   grid = torch.tensor(table).reshape(1, 16, 16, -1).permute(0, 3, 1, 2)
   grid = torch.nn.functional.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
   return grid.permute(0, 2, 3, 1).reshape(side * side, -1).numpy()
 
 
 def reads_patches(params, x, vision):
-  """The perceiver: queries with positions, keys with positions, values without."""
+  """Computes the perceiver: positions are added to queries and keys, not to values."""
   if vision.keep_class_token:
     x = x[:, 1:]
   table = sines_and_cosines(WIDTH)
@@ -97,15 +97,15 @@ def reads_patches(params, x, vision):
     places = [torch.tensor(place) for place in places]
   values = layer_norm(linear(x, params["input"]), params["input_norm"], 1e-12)
   queries = layer_norm(params["queries"], params["query_norm"], 1e-12) + places[0]
-  mixed = attention(params["attention"], queries, values + places[1], values, WIDTH // 128)
-  return linear(layer_norm(mixed, params["norm"], 1e-12), params["linear"])
+  attended = attention(params["attention"], queries, values + places[1], values, WIDTH // 128)
+  return linear(layer_norm(attended, params["norm"], 1e-12), params["linear"])
 
 
 DEFINITIONS = {"vit": vit, "perceiver": reads_patches}
 
 
 def make_module(kind: str, vision, **types):
-  """(graphdef, parameters of size 1 with no special values)."""
+  """Returns (graphdef, random parameters, with biases and scales unlike their initial values)."""
   config = projector.ProjectorConfig(kind, vision.feature_width, WIDTH)
   types = {"dtype": jnp.float32, "param_dtype": jnp.float32} | types
   module = projector.build_projector(config, vision, **types, rngs=nnx.Rngs(0))
@@ -144,8 +144,8 @@ def test_values_and_gradients_equal_the_definition(kind, image_size, keep_class_
   config = projector.ProjectorConfig(kind, 24, WIDTH)
   assert expected.shape == (2, projector.tokens_per_image(config, vision), WIDTH)
   cotangent = rng.normal(size=expected.shape).astype(np.float32)
-  found, grads = compute(params, features, cotangent)
-  assert relative_error(found, expected) < 1e-6
+  computed, grads = compute(params, features, cotangent)
+  assert relative_error(computed, expected) < 1e-6
 
   tensors = jax.tree.map(lambda x: torch.tensor(x, requires_grad=True), exact)
   DEFINITIONS[kind](*tensors, vision).backward(torch.tensor(cotangent, dtype=torch.float64))
@@ -166,7 +166,7 @@ def test_positions_are_resized_as_torch_does(side):
 def test_what_does_not_fit_is_refused():
   vision = make_vision(12)
   odd = projector.ProjectorConfig("perceiver", 24, 192)
-  with pytest.raises(InputError, match="here: .*heads of 128.*width 192 is no multiple"):
+  with pytest.raises(InputError, match="here: .*heads of 128.*width 192 is not a multiple"):
     projector.check(odd, vision, "here")
   several = clip.VisionConfig(**{**vars(vision), "feature_layers": (0, 1)})
   with pytest.raises(InputError, match="here: the vit projector .* names 2: give one"):

@@ -1,4 +1,4 @@
-"""Scaled losses: float16 follows float32, and a factor that overflows is left."""
+"""Loss scaling: float16 follows float32, and a scale that overflows is reduced."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,7 @@ def directory(tmp_path_factory, compile_cache):
   return directory
 
 
-def metrics_of(directory, workdir, dtype, **overrides):
+def train(directory, workdir, dtype, **overrides):
   config = sft_run.make_config(
     directory / "model",
     directory / "data" / "train.json",
@@ -33,21 +33,21 @@ def metrics_of(directory, workdir, dtype, **overrides):
 
 
 def test_float16_follows_float32(directory, tmp_path):
-  half = metrics_of(directory, tmp_path / "half", "float16", grad_accumulation=2)
-  whole = metrics_of(directory, tmp_path / "whole", "float32")
+  float16 = train(directory, tmp_path / "float16", "float16", grad_accumulation=2)
+  float32 = train(directory, tmp_path / "float32", "float32")
   for key in ("loss", "grad_norm"):
-    found, wanted = (np.array([line[key] for line in lines]) for lines in (half, whole))
-    np.testing.assert_allclose(found, wanted, rtol=2e-2, err_msg=key)
-  assert {line["loss_scale"] for line in half} == {loss_scale.FIRST}
-  assert half[-1]["skipped_steps"] == 0
-  assert "loss_scale" not in whole[0]
+    computed, expected = (np.array([line[key] for line in lines]) for lines in (float16, float32))
+    np.testing.assert_allclose(computed, expected, rtol=2e-2, err_msg=key)
+  assert {line["loss_scale"] for line in float16} == {loss_scale.FIRST}
+  assert float16[-1]["skipped_steps"] == 0
+  assert "loss_scale" not in float32[0]
 
 
-def test_a_factor_that_overflows_is_left(directory, tmp_path, monkeypatch):
-  """...however many updates that takes."""
+def test_a_scale_that_overflows_is_reduced(directory, tmp_path, monkeypatch):
+  """It is halved until it fits, even if that takes more than ten updates."""
   monkeypatch.setattr(loss_scale, "FIRST", 2.0**40)
   monkeypatch.setattr(loss_scale, "MOST", 2.0**40)
-  lines = metrics_of(directory, tmp_path, "float16", num_train_epochs=10.0)
+  lines = train(directory, tmp_path, "float16", num_train_epochs=10.0)
   skipped = int(lines[-1]["skipped_steps"])
   assert 10 < skipped < len(lines)
   assert lines[-1]["loss_scale"] == 2.0 ** (40 - skipped)
@@ -57,21 +57,21 @@ def test_a_factor_that_overflows_is_left(directory, tmp_path, monkeypatch):
   assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_the_factor_over_time(monkeypatch):
+def test_the_scale_over_time(monkeypatch):
   monkeypatch.setattr(loss_scale, "WINDOW", 3)
   params = {"a": jnp.ones(2)}
   optimizer = loss_scale.scale(optax.sgd(0.1))
   now, good, bad = state.init_state(params, optimizer), jnp.ones(2), jnp.full(2, jnp.inf)
-  found = []
+  scales = []
   for gradient in (good, good, bad, good, good, good, good):
     now, logged = state.apply_gradients(now, optimizer, {"a": gradient}, jnp.float32(1))
-    found.append(float(loss_scale.factor(now.optimizer)) / loss_scale.FIRST)
+    scales.append(float(loss_scale.factor(now.optimizer)) / loss_scale.FIRST)
     assert logged["skipped_in_a_row"] == 0
-  assert found == [1, 1, 0.5, 0.5, 0.5, 1, 1]
+  assert scales == [1, 1, 0.5, 0.5, 0.5, 1, 1]
   np.testing.assert_allclose(now.params["a"], 1 - 0.1 * 6, rtol=1e-6)
 
 
-def test_what_no_factor_mends_counts():
+def test_overflows_that_no_scale_avoids_count_in_a_row():
   optimizer = loss_scale.scale(optax.sgd(0.1))
   first = state.init_state({"a": jnp.ones(2)}, optimizer)
   least = first._replace(optimizer=first.optimizer._replace(factor=jnp.float32(1)))

@@ -18,7 +18,7 @@ EMBEDDING = "language/embedding/embedding"
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-  """Path -> shape and dtype of a model with every kind of parameter."""
+  """Returns path -> shape and dtype of a model with every kind of parameter."""
   directory = tmp_path_factory.mktemp("llava")
   tiny_models.make_llava(directory, text={"attention_bias": True, "mlp_bias": True})
   source, _, _ = parity.open_model(directory)
@@ -32,7 +32,7 @@ def optim_group(**keys):
 
 
 def one_update(optim, params, gradients):
-  """Path -> what the first update adds."""
+  """Returns path -> the difference that the first update makes."""
   tx = optimizer.make_optimizer(optim, params, 10)
   updates, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
   return trees.flatten(updates)
@@ -54,7 +54,7 @@ def test_every_matrix_decays_and_nothing_else(shapes):
   assert "vision/position_embedding" in decaying
 
 
-def test_decay_is_that_of_torch_adamw_by_axes_of_its_tensors(shapes, tmp_path):
+def test_parameters_that_are_matrices_in_torch_decay(shapes, tmp_path):
   model = tiny_models.make_llava(tmp_path, text={"attention_bias": True, "mlp_bias": True})
   source, _, _ = parity.open_model(tmp_path)
   matrices = {
@@ -115,7 +115,7 @@ def test_gradients_are_clipped_by_their_norm_over_all_groups():
     ({"projector": False, "language": False, "vision": True}, {"vision"}),
   ],
 )
-def test_what_the_train_flags_move(keys, moved, shapes):
+def test_the_train_flags_choose_parameters(keys, moved, shapes):
   config = defaults("sft")
   config.train.update(keys)
   for path in shapes:
@@ -123,7 +123,7 @@ def test_what_the_train_flags_move(keys, moved, shapes):
     assert optimizer.is_trained(path, config) == (part in moved), path
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing_though_the_loss_is():
+def test_an_update_with_a_gradient_that_is_not_finite_is_skipped():
   params = {"projector": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
   tx = optimizer.make_optimizer(optim_group(), params, 10)
   state = training_state.init_state(params, tx)

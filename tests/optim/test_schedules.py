@@ -13,7 +13,7 @@ PEAK = 1e-3
 
 
 def ours(total: int, peak: float = PEAK, **keys) -> np.ndarray:
-  """Learning rates of all updates, and the one after the last."""
+  """Returns the learning rates of all updates, and the one after the last."""
   optim = stages.defaults("sft").optim
   optim.update(keys)
   schedule = schedules.make_schedule(optim, peak, total)
@@ -51,19 +51,19 @@ def theirs(name: str, total: int, warmup: int, **keys) -> np.ndarray:
 def test_every_step_equals_transformers(name, key, their_key, value, total, warmup):
   expected = theirs(name, total, warmup, **({their_key: value} if key else {}))
   keys = {"warmup_steps": warmup, "warmup_ratio": 0.0} | ({key: value} if key else {})
-  found = ours(total, schedule=name, **keys)
-  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * PEAK)
+  rates = ours(total, schedule=name, **keys)
+  np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-6 * PEAK)
 
 
 def test_restarts_begin_at_the_peak():
   # 5 * (10 / 50) may come out a little below 1 in float32, where the rate would be 0.
-  found = ours(50, schedule="cosine_with_restarts", warmup_ratio=0.0, cycles=5)
-  np.testing.assert_allclose(found[:50:10], PEAK, rtol=1e-6)
-  assert found[50] == 0
+  rates = ours(50, schedule="cosine_with_restarts", warmup_ratio=0.0, cycles=5)
+  np.testing.assert_allclose(rates[:50:10], PEAK, rtol=1e-6)
+  assert rates[50] == 0
 
 
 @pytest.mark.parametrize(
-  ("ratio", "given", "total", "steps"),
+  ("warmup_ratio", "warmup_steps", "total", "expected"),
   [
     (0.03, 0, 1000, 30),
     (0.03, 0, 10, 1),
@@ -74,10 +74,10 @@ def test_restarts_begin_at_the_peak():
     (0.0, 500, 10, 500),
   ],
 )
-def test_warmup_is_a_share_or_steps(ratio, given, total, steps):
+def test_warmup_is_a_ratio_or_steps(warmup_ratio, warmup_steps, total, expected):
   optim = stages.defaults("sft").optim
-  optim.update(warmup_ratio=ratio, warmup_steps=given)
-  assert schedules.warmup_steps(optim, total) == steps
+  optim.update(warmup_ratio=warmup_ratio, warmup_steps=warmup_steps)
+  assert schedules.warmup_steps(optim, total) == expected
 
 
 @pytest.mark.parametrize("name", config.SCHEDULES)

@@ -1,4 +1,4 @@
-"""A run whose updates cannot change anything is refused; one that hardly learns warns."""
+"""A run whose updates cannot change its weights is refused; a run that hardly learns warns."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def config(stage: str = "sft", **optim):
 
 
 def length(warmup: float) -> dict:
-  """The keys of a warm-up: a share up to 1, steps above."""
+  """Returns the keys of a warm-up: a ratio up to 1, steps above."""
   return {"warmup_ratio": warmup} if warmup <= 1 else {"warmup_steps": int(warmup)}
 
 
@@ -43,9 +43,9 @@ def test_exactly_the_runs_whose_rates_are_all_zero_are_refused(name, warmup, cou
       updates.check(c, PARAMS, count)
 
 
-def test_rates_of_groups_that_are_trained_count():
+def test_only_rates_of_trained_groups_count():
   off = {"learning_rate": 0.0, "warmup_ratio": 0.0}
-  with pytest.raises(InputError, match="give the learning rates of what is trained more than 0"):
+  with pytest.raises(InputError, match="set a learning rate of a trained part above 0"):
     updates.check(config(**off, projector_learning_rate=1.0), PARAMS, 40)
   assert "embeddings" in {optimizer.group_of("language/embedding/embedding")}
   updates.check(config(**off, embedding_learning_rate=1.0), PARAMS, 40)
@@ -61,11 +61,11 @@ def test_rates_of_groups_that_are_trained_count():
     (2, 0.9, ["this run has only 2 updates", "warm-up takes 2 of the 2 updates"]),
   ],
 )
-def test_what_hardly_learns_warns(count, warmup, warnings, caplog):
+def test_a_run_that_hardly_learns_warns(count, warmup, warnings, caplog):
   with caplog.at_level("WARNING"):
     updates.check(config(**length(warmup)), PARAMS, count)
   assert len(caplog.messages) == len(warnings)
-  assert all(text in found for text, found in zip(warnings, caplog.messages, strict=True))
+  assert all(text in line for text, line in zip(warnings, caplog.messages, strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Activation functions under the names Hugging Face configs use."""
+"""Activation functions under their names in Hugging Face configs."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax
 
 
 def quick_gelu(x):
-  """x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
+  """Returns x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
   return x * jax.nn.sigmoid(1.702 * x)
 
 

@@ -1,12 +1,12 @@
 """Attention over rows that hold several examples, each with a shared prompt and several answers.
 
-One rule covers padding, packing and shared prompts: query q sees key k iff both are of the same
-segment, k belongs to the prompt (branch 0) or to q's own branch, and k is not after q. A sliding
-window adds that k is fewer positions behind q than it is wide.
+One rule covers padding, packing and shared prompts: query q sees key k iff both have the same
+segment, k belongs to the prompt (branch 0) or to q's own branch, and k is not after q. With a
+sliding window, q's position must also be less than `window` greater than k's.
 
-Multi-modal causal attention (Yao et al. 2023, "DeepSpeed-VisualChat") is that rule with two classes
-of keys, text and images, each with a softmax of its own; what the two give is added. An image token
-sees no other image token. A query that sees no key of a class gets zero of it.
+Multi-modal causal attention (Yao et al. 2023, "DeepSpeed-VisualChat") applies that rule with two
+softmaxes, over text keys and over image keys, and adds their results. An image token sees no other
+image token. A query that sees no key of a class gets zero from its softmax.
 """
 
 from typing import Any
@@ -31,25 +31,25 @@ def attend(
   mesh: Mesh | None = None,
   backend: str = backends.AUTO,
 ):
-  """Softmax attention with grouped key/value heads and float32 statistics.
+  """Computes softmax attention with grouped key/value heads and float32 statistics.
 
   Args:
     query: float[B, T, H, D].
     key, value: float[B, S, K, D] with H a multiple of K; head h reads key head h // (H / K). S = T
       if there are segments.
-    segments, branches: int32[B, T], for the rule above. Without branches all is branch 0; without
-      segments everything sees everything.
-    positions: int32[B, T], counted from 0 in every example; read if there is a window.
-    window: how many positions a query sees, its own included; None: all before it.
-    images: bool[B, T], an image's tokens, for multi-modal causal attention; None: without.
-    mesh: over which B is split; None: one device of JAX's default platform.
+    segments, branches: int32[B, T], for the rule above. Without branches all tokens are in branch
+      0; without segments every query sees all keys.
+    positions: int32[B, T], from 0 in every example; needed if there is a window.
+    window: how many positions a query sees, up to and including its own; None: all.
+    images: bool[B, T], image tokens, for multi-modal causal attention; None: not used.
+    mesh: splits B; None: one device of JAX's default platform.
     backend: the kernel, one of `backends.ATTENTION_NAMES`.
 
   Returns:
     float[B, T, H, D] in the query's dtype.
 
   Raises:
-    InputError: the kernel cannot do what is asked.
+    InputError: the kernel does not support these arguments.
   """
   platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
   B, T, H, D = query.shape

@@ -1,4 +1,4 @@
-"""The kernels of attention: what each can do, and the choice that `model.attention` makes."""
+"""The kernels of attention: what each supports, and how `model.attention` chooses one."""
 
 import functools
 from typing import NamedTuple
@@ -9,31 +9,31 @@ from absl import logging
 from vlalign_jax.errors import InputError
 
 AUTO, TILES, SPLASH, CUDNN = "auto", "tiles", "splash", "cudnn"
-# Fastest first; `tiles` can do everything.
+# Fastest first; `tiles` supports everything.
 BACKENDS = (CUDNN, SPLASH, TILES)
 ATTENTION_NAMES = (AUTO, *BACKENDS)
 
 
 class Request(NamedTuple):
-  """What one attention has to do."""
+  """The properties of a call of attention that decide which kernels support it."""
 
   platform: str  # of the devices: cpu, gpu or tpu
   dtype: str
   head_dim: int
-  segments: bool  # whether rows hold examples; else everything sees everything
+  segments: bool  # whether rows hold examples; otherwise every query sees all keys
   branches: bool  # whether examples may have several answers
 
 
 def choose(name: str, request: Request) -> str:
-  """Returns the backend to use, and logs once for each request why no faster one was taken.
+  """Returns the backend to use; logs once per request why no faster one was chosen.
 
   Args:
-    name: one of ATTENTION_NAMES. A backend asked for by name is used wherever it can be; `tiles`
-      computes the rest.
-    request: what it has to do.
+    name: one of ATTENTION_NAMES. A backend other than `auto` is used for all requests that it
+      supports, and `tiles` for the others.
+    request: the call's properties.
 
   Raises:
-    InputError: the devices cannot run the backend asked for by name.
+    InputError: the devices cannot run the backend of that name.
   """
   if name != AUTO and (obstacle := _device_obstacle(name, request)):
     raise InputError(f"model.attention={name} {obstacle}; take auto or tiles")
@@ -68,7 +68,7 @@ def _device_obstacle(name: str, request: Request) -> str | None:
 
 
 def _obstacle(name: str, request: Request) -> str | None:
-  """Returns why a backend cannot do what is asked, on its devices, or None."""
+  """Returns why a backend does not support a request on its own devices, or None."""
   if name == CUDNN and (request.head_dim % 8 or request.head_dim > 128):
     return f"needs heads of a multiple of 8 up to 128, not {request.head_dim}"
   if name == SPLASH and not request.segments:
@@ -80,7 +80,7 @@ def _obstacle(name: str, request: Request) -> str | None:
 
 def request_for(platform: str, query, segments, branches) -> Request:
   """Returns the Request of attention's arguments, see `models.attention.attend`."""
-  # JAX calls the devices of a CUDA target that is compiled for elsewhere by the maker's name.
+  # JAX names the platform "cuda" when it compiles for a GPU that is not in this machine.
   platform = "gpu" if platform == "cuda" else platform
   return Request(
     platform,

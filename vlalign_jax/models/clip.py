@@ -1,4 +1,4 @@
-"""CLIP's vision transformer, up to the last layer whose features are used (Radford et al. 2021)."""
+"""CLIP's vision transformer (Radford et al. 2021), up to the last layer that features come from."""
 
 import dataclasses
 import functools
@@ -16,13 +16,13 @@ from vlalign_jax.sharding.mesh import constrain_rows, constrain_tensor
 class VisionConfig:
   width: int
   mlp_width: int
-  layers: int  # as many as are run: the highest of feature_layers
+  layers: int  # layers to compute, the highest of feature_layers
   heads: int
   image_size: int
   patch_size: int
   activation: str
   norm_epsilon: float
-  # Hidden states that are the features, concatenated: 0 is the input of the first layer, l the
+  # The features are these hidden states, concatenated: 0 is the input of the first layer, l the
   # output of layer l.
   feature_layers: tuple[int, ...]
   keep_class_token: bool
@@ -81,7 +81,7 @@ class VisionLayer(nnx.Module):
 
 
 def parts(config: VisionConfig, **types):
-  """(linear, norm), what layers are made of; types: dtype and param_dtype."""
+  """Returns constructors (linear, norm) of a layer's modules; types: dtype and param_dtype."""
   normal = nnx.initializers.normal(config.width**-0.5)
   linear = functools.partial(nnx.Linear, kernel_init=normal, **types)
   norm = functools.partial(
@@ -91,13 +91,13 @@ def parts(config: VisionConfig, **types):
 
 
 class VisionTower(nnx.Module):
-  """Pixels to patch features."""
+  """Maps pixels to patch features."""
 
   def __init__(self, config: VisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
     self.config = config
     self.dtype = dtype
     linear, norm = parts(config, dtype=dtype, param_dtype=param_dtype)
-    # Weights of the patch convolution, flattened in the order row, column, channel.
+    # Kernel of the patch convolution, flattened in the order row, column, channel.
     self.patch_embedding = linear(config.patch_size**2 * 3, config.width, use_bias=False, rngs=rngs)
     normal = nnx.initializers.normal(config.width**-0.5)
     self.class_embedding = nnx.Param(normal(rngs.params(), (config.width,), param_dtype))
@@ -119,14 +119,14 @@ class VisionTower(nnx.Module):
     attention: str = backends.AUTO,
     dropout_key=None,
   ):
-    """Features of images.
+    """Computes features of images.
 
     Args:
       pixels: float[N, H, W, 3], normalized, H = W = config.image_size.
       remat: see `stack.REMAT_NAMES`.
-      mesh: over which N is split.
+      mesh: splits N.
       attention: the kernel of attention, see `backends.ATTENTION_NAMES`.
-      dropout_key: for the dropout of adapters; None: without.
+      dropout_key: for the dropout of adapters; None: no dropout.
 
     Returns:
       [N, P, F] in the tower's dtype: P = config.tokens_per_image, F = config.feature_width.
@@ -134,7 +134,7 @@ class VisionTower(nnx.Module):
     config = self.config
     N, size, patch = pixels.shape[0], config.image_size, config.patch_size
     side = size // patch
-    # A stride-p convolution with p x p kernels leaves out what remains at the right and bottom.
+    # Like a stride-p convolution with p x p kernels, drop incomplete patches at right and bottom.
     pixels = pixels[:, : side * patch, : side * patch].astype(self.dtype)
     patches = pixels.reshape(N, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
     patches = constrain_rows(patches.reshape(N, side * side, patch * patch * 3), mesh)
@@ -156,7 +156,7 @@ class VisionTower(nnx.Module):
         collect=several,
         dropout_key=dropout_key,
       )
-      # Without `several` only the last output exists, and it is the one that is asked for.
+      # Without `several`, the only feature layer is the last.
       hidden += [None] * (config.layers - 1) + [last] if not several else list(outputs)
     features = jnp.concatenate([hidden[layer] for layer in config.feature_layers], axis=-1)
     features = constrain_rows(features, mesh)

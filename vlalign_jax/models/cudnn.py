@@ -1,9 +1,8 @@
 """Attention on NVIDIA GPUs: cuDNN's fused kernels, through jax.nn.dot_product_attention.
 
-The kernel takes the attention rule as a mask [B, 1, T, T], one for all heads, and skips what lies
-after a query. Packing, shared prompts, sliding windows and multi-modal causal attention are all
-masks to it. Before jax 0.11.1 the backward pass also computes a gradient of the mask, which costs
-time and changes nothing.
+The kernel takes the attention rule as a mask [B, 1, T, T], one for all heads, and skips keys after
+a query. Packing, shared prompts, sliding windows and multi-modal causal attention are all masks.
+Before jax 0.11.1 the backward pass also computes an unused gradient of the mask, which costs time.
 """
 
 import functools
@@ -16,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from vlalign_jax.models import tiles
 from vlalign_jax.sharding.mesh import ROWS
 
-# The kernels' backward pass wants even numbers of queries and keys.
+# The kernels' backward pass needs even numbers of queries and keys.
 _TOKENS_MULTIPLE = 2
 
 
@@ -30,14 +29,14 @@ def attend(
   mesh: Mesh | None = None,
   implementation: str = "cudnn",
 ):
-  """Softmax attention by the rule of `models.attention`.
+  """Computes softmax attention by the rule of `models.attention`.
 
   Args:
     query: bfloat16 or float16[B, T, H, D], D a multiple of 8.
     key, value: the same dtype, [B, S, K, D] with H a multiple of K; S = T if there is a layout.
-    layout: of the rows; None: everything sees everything.
+    layout: of the rows; None: every query sees all keys.
     window: see `tiles.visible`.
-    mesh: over which B and, by `tensor`, heads are split; None: one device.
+    mesh: splits B and, over `tensor`, heads; None: one device.
     implementation: of jax.nn.dot_product_attention; "xla" computes the same on any platform.
 
   Returns:
@@ -48,14 +47,13 @@ def attend(
   attend = functools.partial(_attend, kernel=kernel, window=window)
   if mesh is not None:
     heads, rows = PartitionSpec(ROWS, None, "tensor"), PartitionSpec(ROWS)
-    attend = jax.shard_map(
-      attend, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
-    )
+    specs = (heads, heads, heads, rows)
+    attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
   return attend(query, key, value, layout)
 
 
 def _attend(query, key, value, layout, *, kernel, window):
-  """As `attend`, on one device's rows and heads."""
+  """Computes `attend` for the rows and heads of one device."""
   B, T, S = *query.shape[:2], key.shape[1]
   query, key, value, layout = jax.tree.map(_pad_tokens, (query, key, value, layout))
   if layout is None:
@@ -70,10 +68,10 @@ def _attend(query, key, value, layout, *, kernel, window):
   attended = jnp.zeros_like(query)
   for class_keys in (~layout.images, layout.images):
     class_mask = mask & class_keys[:, None, :]
-    of_class = kernel(query, key, value, mask=class_mask[:, None], is_causal=True)
-    # A query that sees no key of the class gets an arbitrary mixture from the kernel.
-    sees = jnp.any(class_mask, axis=2)[:, :, None, None]
-    attended += jnp.where(sees, of_class, 0)
+    class_attended = kernel(query, key, value, mask=class_mask[:, None], is_causal=True)
+    # The kernel's result for a query that sees no key of the class is arbitrary.
+    sees_any = jnp.any(class_mask, axis=2)[:, :, None, None]
+    attended += jnp.where(sees_any, class_attended, 0)
   return attended[:, :T]
 
 

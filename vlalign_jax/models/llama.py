@@ -1,4 +1,4 @@
-"""LLaMA decoders and language models of that architecture (Touvron et al. 2023)."""
+"""LLaMA decoders and similar language models (Touvron et al. 2023)."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ class LanguageConfig:
   qkv_bias: bool = False  # of query, key and value, as Qwen2 has it
   mlp_bias: bool = False
   activation: str = "silu"
-  sliding_window: int | None = None  # positions that a query sees, its own included; None: all
+  sliding_window: int | None = None  # positions a query sees, up to and including its own
 
 
 class LanguageAttention(nnx.Module):
@@ -42,8 +42,8 @@ class LanguageAttention(nnx.Module):
       config.heads * config.head_dim, config.width, use_bias=config.attention_bias, rngs=rngs
     )
 
-  def __call__(self, x, rotation, mix, mesh):
-    """[B, T, D] and what `mix`, `(query, key, value) -> (mixed, kept)`, keeps of this layer."""
+  def __call__(self, x, rotation, attend, mesh):
+    """Returns [B, T, D] and the second output of `attend(query, key, value)`."""
     B, T, _ = x.shape
 
     def heads(projected):
@@ -52,8 +52,8 @@ class LanguageAttention(nnx.Module):
     query = rope.rotate(heads(self.query(x)), *rotation)
     key = rope.rotate(heads(self.key(x)), *rotation)
     value = heads(self.value(x))
-    mixed, kept = mix(query, key, value)
-    return self.out(constrain_tensor(mixed, mesh, axis=2).reshape(B, T, -1)), kept
+    attended, keys_values = attend(query, key, value)
+    return self.out(constrain_tensor(attended, mesh, axis=2).reshape(B, T, -1)), keys_values
 
 
 class LanguageMlp(nnx.Module):
@@ -76,10 +76,10 @@ class LanguageLayer(nnx.Module):
     self.mlp_norm = norm(config.width, rngs=rngs)
     self.mlp = LanguageMlp(config, linear, rngs)
 
-  def __call__(self, x, rotation, mix, mesh):
-    mixed, kept = self.attention(self.attention_norm(x), rotation, mix, mesh)
-    x = x + mixed
-    return x + self.mlp(self.mlp_norm(x), mesh), kept
+  def __call__(self, x, rotation, attend, mesh):
+    attended, keys_values = self.attention(self.attention_norm(x), rotation, attend, mesh)
+    x = x + attended
+    return x + self.mlp(self.mlp_norm(x), mesh), keys_values
 
 
 class LanguageModel(nnx.Module):
@@ -116,29 +116,28 @@ class LanguageModel(nnx.Module):
     attention: str = backends.AUTO,
     dropout_key=None,
   ):
-    """Hidden states after the final norm.
+    """Computes hidden states after the final norm.
 
     Args:
-      x: float[B, T, D], token embeddings with image features in their places.
+      x: float[B, T, D], token embeddings, with image embeddings at image tokens.
       positions, segments, branches: int32[B, T], see ARCHITECTURE.md, "Rows"; branches None: all 0.
-      images: bool[B, T], image tokens, for multi-modal causal attention; None: without.
+      images: bool[B, T], image tokens, for multi-modal causal attention; None: not used.
       remat: see `stack.REMAT_NAMES`.
-      mesh: over which B is split.
+      mesh: splits B.
       attention: the kernel of attention, see `backends.ATTENTION_NAMES`.
-      dropout_key: for the dropout of adapters; None: without.
+      dropout_key: for the dropout of adapters; None: no dropout.
 
     Returns:
       [B, T, D] in the model's dtype.
     """
     rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
+    run_attention = self._attention(positions, segments, branches, images, mesh, attention)
 
-    attend = self._attention(positions, segments, branches, images, mesh, attention)
-
-    def mix(query, key, value):
-      return attend(query, key, value), None
+    def attend(query, key, value):
+      return run_attention(query, key, value), None
 
     def call(layer, x):
-      return layer(x, rotation, mix, mesh)[0]
+      return layer(x, rotation, attend, mesh)[0]
 
     x, _ = stack.run_stack(self.layers, x, call, remat=remat, mesh=mesh, dropout_key=dropout_key)
     return self.norm(constrain_rows(x, mesh))
@@ -166,69 +165,69 @@ class LanguageModel(nnx.Module):
     mesh: Mesh | None = None,
     attention: str = backends.AUTO,
   ):
-    """As `__call__` with one branch; also the keys and values, [L, B, K, T, head_dim] each."""
-    attend = self._attention(positions, segments, None, images, mesh, attention)
+    """Computes `__call__` with one branch; also returns keys, values [L, B, K, T, head_dim]."""
     rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
+    run_attention = self._attention(positions, segments, None, images, mesh, attention)
 
-    def mix(query, key, value):
-      kept = [constrain_tensor(part.swapaxes(1, 2), mesh, axis=1) for part in (key, value)]
-      return attend(query, key, value), kept
+    def attend(query, key, value):
+      keys_values = [constrain_tensor(x.swapaxes(1, 2), mesh, axis=1) for x in (key, value)]
+      return run_attention(query, key, value), keys_values
 
     def call(layer, x, _):
-      return layer(x, rotation, mix, mesh)
+      return layer(x, rotation, attend, mesh)
 
-    x, kept = cache.run_layers(self.layers, x, call, None, mesh)
-    return self.norm(constrain_rows(x, mesh)), kept
+    x, keys_values = cache.run_layers(self.layers, x, call, None, mesh)
+    return self.norm(constrain_rows(x, mesh)), keys_values
 
   def decode(
     self,
     x,
     positions,
-    held: cache.Cache,
+    kv_cache: cache.Cache,
     prompt_lengths,
     step,
     *,
     images=None,
     mesh: Mesh | None = None,
   ):
-    """Hidden states of the samples' newest tokens.
+    """Computes hidden states of the samples' newest tokens.
 
     Args:
-      x: float[B, N, D], their embeddings.
+      x: float[B, N, D], embeddings of these tokens.
       positions: int32[B, N].
-      held: keys and values of prompts and earlier tokens.
+      kv_cache: keys and values of prompts and earlier tokens.
       prompt_lengths: int32[B].
       step: int32[], how many earlier tokens the samples have.
       images: bool[B, S], image tokens of the prompts, for multi-modal causal attention.
-      mesh: over which B is split.
+      mesh: splits B.
 
     Returns:
-      [B, N, D] after the final norm, and the tokens' own keys and values, [L, B, N, K, head_dim].
+      [B, N, D] after the final norm, and keys and values of these tokens, [L, B, N, K, head_dim].
     """
     rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
     options = {"window": self.config.sliding_window, "images": images, "mesh": mesh}
 
-    def call(layer, x, of_layer):
-      def mix(query, key, value):
-        mixed = cache.attend(query, key, value, of_layer, prompt_lengths, step, **options)
-        return mixed, (key, value)
+    def call(layer, x, layer_cache):
+      def attend(query, key, value):
+        attended = cache.attend(query, key, value, layer_cache, prompt_lengths, step, **options)
+        return attended, (key, value)
 
-      return layer(x, rotation, mix, mesh)
+      return layer(x, rotation, attend, mesh)
 
-    x, kept = cache.run_layers(self.layers, x, call, held, mesh)
-    return self.norm(constrain_rows(x, mesh)), kept
+    x, keys_values = cache.run_layers(self.layers, x, call, kv_cache, mesh)
+    return self.norm(constrain_rows(x, mesh)), keys_values
 
   def embed(self, tokens):
-    """int32[B, T] to [B, T, D] in the model's dtype.
+    """Embeds tokens int32[B, T] as [B, T, D] in the model's dtype.
 
-    The gather comes before the cast, so that the gradient of a token that occurs often is summed in
-    the parameters' dtype.
+    The gather comes before the cast, so that gradients of a token that occurs several times are
+    summed in the parameters' dtype.
     """
     table = self.embedding.embedding[...]
     return jnp.take(table, tokens, axis=0, mode="clip").astype(self.embedding.dtype)
 
   def head_kernel(self):
-    """[D, V], the matrix that turns hidden states into logits, in its stored dtype."""
+    """Returns the matrix [D, V] that maps hidden states to logits, in its stored dtype."""
     if self.config.tied_embeddings:
       return self.embedding.embedding[...].T
     return self.head.kernel[...]

@@ -1,7 +1,7 @@
 """Low-rank adapters on linear maps (Hu et al. 2022, "LoRA").
 
-A model is built first and adapters are attached to it, so that it is the same with and without:
-`base_params` of a model with adapters are the parameters of the one that was built without.
+Adapters are attached to a built model. `base_params` of a model with adapters are therefore the
+parameters of the same model without.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ NAMES = ("lora_a", "lora_b")
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """Which linear maps have adapters, and what these add; the config's `lora` group says the same.
+  """Which linear maps have adapters, and how these are scaled; see the config's `lora` group.
 
   Attributes:
-    rank: of adapters on the language model's layers and the projector; 0: they have none.
-    alpha: adapters count alpha / rank.
-    dropout: share of an adapter's inputs that are dropped in training.
-    use_rslora: adapters count alpha / sqrt(rank) instead (Kalajdzievski 2023).
-    targets: regular expression that is searched in the paths of linear maps, such as
+    rank: rank of adapters on the language model's layers and the projector; 0: no adapters.
+    alpha: adapters are scaled by alpha / rank.
+    dropout: share of an adapter's inputs to drop in training.
+    use_rslora: whether to scale by alpha / sqrt(rank) instead (Kalajdzievski 2023).
+    targets: regular expression searched for in the paths of linear maps, such as
       "language/layers/attention/query", "vision/layers/mlp/up" or "projector/first".
-    vision_rank: of adapters on the vision tower's layers; 0: they have none.
+    vision_rank: rank of adapters on the vision tower's layers; 0: no adapters.
   """
 
   rank: int
@@ -42,52 +42,49 @@ class LoraConfig:
   vision_rank: int = 0
 
   def rank_of(self, path: str) -> int:
-    """The rank of the adapter on a linear map, 0 if it has none; `path` as in `targets`."""
+    """Returns the rank of the adapter on the linear map at `path`, 0 without adapter."""
     if not re.search(self.targets, path):
       return 0
     return self.vision_rank if path.startswith("vision/") else self.rank
 
   def scale(self, rank: int) -> float:
-    """What an adapter's product is multiplied by."""
+    """Returns the factor of an adapter's product."""
     return self.alpha / (rank**0.5 if self.use_rslora else rank)
 
 
 def from_group(group) -> LoraConfig | None:
-  """From the `lora` group of a run's config; None: the run has no adapters."""
+  """Makes a LoraConfig from a config's `lora` group; None if the group asks for no adapters."""
   if not group["rank"] and not group["vision_rank"]:
     return None
   return LoraConfig(**{field.name: group[field.name] for field in dataclasses.fields(LoraConfig)})
 
 
 def is_adapter(path: str) -> bool:
-  """Whether a parameter is an adapter's."""
+  """Returns whether the parameter at `path` belongs to an adapter."""
   return path.endswith(tuple(f"/{name}" for name in NAMES))
 
 
 def base_params(params):
-  """Nested dict of parameters without the adapters'."""
+  """Removes adapters from a nested dict of parameters."""
   return trees.split(params, is_adapter)[1]
 
 
 def linear_maps(shapes) -> list[str]:
-  """Paths of the linear maps on which adapters may sit, of a model's parameters by path.
+  """Returns paths of the linear maps that can have adapters, from the paths of parameters.
 
-  These are the maps of stacked layers and the projector's: the heads are no modules that are
-  called, and the patch embedding is a convolution elsewhere.
+  These are the maps of stacked layers and of the projector. Not the heads, whose modules are never
+  called, nor the patch embedding, which is a convolution in other frameworks.
   """
   kernels = [path.removesuffix("/kernel") for path in shapes if path.endswith("/kernel")]
   return [path for path in kernels if "/layers/" in path or path.startswith("projector/")]
 
 
 def check_targets(config: LoraConfig, shapes) -> None:
-  """Refuses adapters that would sit nowhere.
+  """Raises InputError, which lists the paths of linear maps, if `targets` matches none of them.
 
   Args:
     config: of the adapters.
-    shapes: whose keys are the paths of the model's parameters.
-
-  Raises:
-    InputError: with the paths that there are.
+    shapes: dict whose keys are the paths of the model's parameters.
   """
   for key, rank, in_vision in (
     ("rank", config.rank, False),
@@ -96,18 +93,18 @@ def check_targets(config: LoraConfig, shapes) -> None:
     paths = [path for path in linear_maps(shapes) if path.startswith("vision/") == in_vision]
     if rank and not any(config.rank_of(path) for path in paths):
       raise InputError(
-        f"config.lora.{key} is {rank}, and config.lora.targets, {config.targets!r}, is found in "
-        f"none of the paths it is for ({', '.join(paths) or 'there are none'}); mend the pattern, "
-        f"or set lora.{key} to 0"
+        f"config.lora.{key} is {rank}, but config.lora.targets, {config.targets!r}, is found in "
+        f"none of the paths that it applies to ({', '.join(paths) or 'there are none'}); change "
+        f"the pattern, or set lora.{key} to 0"
       )
 
 
 class AdaptedLinear(nnx.Module):
-  """A linear map with an adapter beside it: x W + b + scale * (dropout(x) A) B.
+  """A linear map with an adapter: x W + b + scale * (dropout(x) A) B.
 
-  `lora_a` [..., in, rank] starts uniform as Kaiming's with a = sqrt(5), `lora_b` [..., rank, out]
-  as zero; a stack's have its layers first. Both have the map's param_dtype and are used in its
-  dtype.
+  `lora_a` [..., in, rank] is initialized Kaiming-uniform with a = sqrt(5), `lora_b` [..., rank,
+  out] with zeros; those of stacked layers have a layer axis first. Both have the map's param_dtype
+  and are used in its dtype.
   """
 
   def __init__(self, linear: nnx.Linear, rank: int, scale: float, dropout: float, rngs: nnx.Rngs):
@@ -135,10 +132,10 @@ class AdaptedLinear(nnx.Module):
 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
 def merge(kernel, a, b, scale: float, sharding: jax.sharding.Sharding):
-  """The kernel with its adapter added: W + scale * A B, in float32.
+  """Adds an adapter to its kernel: W + scale * A B, computed in float32.
 
   Args:
-    kernel: float[..., in, out], given up; a stack's has its layers first.
+    kernel: float[..., in, out], donated; stacked layers have a layer axis first.
     a: float[..., in, rank].
     b: float[..., rank, out].
     scale: of the adapter.
@@ -164,7 +161,7 @@ def merge(kernel, a, b, scale: float, sharding: jax.sharding.Sharding):
 
 
 def attach(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
-  """Puts adapters on a model's linear maps, in place; stacked layers get stacked adapters."""
+  """Replaces a model's linear maps by adapted ones, in place; stacked maps by stacked ones."""
   modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
   for path in linear_maps([f"{path}/kernel" for path in modules]):
     linear, rank = modules[path], config.rank_of(path)
@@ -174,21 +171,21 @@ def attach(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
       setattr(modules[parent], name, adapted)
 
 
-def _dropping(module: nnx.Module) -> list[AdaptedLinear]:
+def _with_dropout_rate(module: nnx.Module) -> list[AdaptedLinear]:
   parts = [part for _, part in nnx.iter_modules(module) if isinstance(part, AdaptedLinear)]
   return [part for part in parts if part.dropout]
 
 
 def drops(module: nnx.Module) -> bool:
-  """Whether adapters in the module have dropout."""
-  return bool(_dropping(module))
+  """Returns whether adapters in the module have dropout."""
+  return bool(_with_dropout_rate(module))
 
 
 def with_dropout(module: nnx.Module, key: jax.Array | None) -> nnx.Module:
-  """The module with the dropout of its adapters on, each with a key of its own; None: as it is."""
+  """Returns the module with its adapters' dropout on, each with its own key; None: unchanged."""
   if key is None or not drops(module):
     return module
   module = nnx.clone(module)
-  for number, adapter in enumerate(_dropping(module)):
+  for number, adapter in enumerate(_with_dropout_rate(module)):
     adapter.dropout_key = jax.random.fold_in(key, number)
   return module

@@ -1,6 +1,7 @@
-"""The `perceiver` projector: learned queries read an image's patches (Bai et al. 2023, "Qwen-VL").
+"""The `perceiver` projector: learned queries attend to patches (Bai et al. 2023, "Qwen-VL").
 
-A picture of any size becomes 256 embeddings. Keys and queries carry fixed positions, values none.
+An image of any size becomes 256 embeddings. Fixed position embeddings are added to keys and
+queries, not to values.
 """
 
 import functools
@@ -27,7 +28,7 @@ class CrossAttention(nnx.Module):
     self.out = linear(width, width, rngs=rngs)
 
   def __call__(self, queries, keys, values, mesh):
-    """[N, Q, D] of queries [Q, D], which are the same for all, and keys and values [N, P, D]."""
+    """Returns [N, Q, D] from queries [Q, D], shared by all images, and keys, values [N, P, D]."""
     N = len(keys)
 
     def heads(x):
@@ -35,13 +36,13 @@ class CrossAttention(nnx.Module):
       return constrain_tensor(jnp.broadcast_to(x, (N, *x.shape[-3:])), mesh, axis=2)
 
     query, key, value = heads(self.query(queries)), heads(self.key(keys)), heads(self.value(values))
-    mixed = constrain_tensor(attention.attend(query, key, value, mesh=mesh), mesh, axis=2)
-    return self.out(mixed.reshape(N, -1, keys.shape[-1]))
+    attended = constrain_tensor(attention.attend(query, key, value, mesh=mesh), mesh, axis=2)
+    return self.out(attended.reshape(N, -1, keys.shape[-1]))
 
 
 class PerceiverProjector(nnx.Module):
   def __init__(self, config, vision, *, dtype, param_dtype, rngs: nnx.Rngs):
-    """Builds the module; arguments as of `projector.build_projector`."""
+    """Builds the module; see `projector.build_projector`."""
     width, types = config.out_width, {"dtype": dtype, "param_dtype": param_dtype}
     normal = nnx.initializers.normal(0.02)
     linear = functools.partial(nnx.Linear, kernel_init=normal, **types)
@@ -65,46 +66,46 @@ class PerceiverProjector(nnx.Module):
     keys = values + positions(width, side).astype(values.dtype)
     queries = self.query_norm(self.queries[...])
     queries += positions(width, GRID).astype(queries.dtype)
-    mixed = constrain_rows(self.attention(queries, keys, values, mesh), mesh)
-    return constrain_rows(self.linear(self.norm(mixed)), mesh)
+    attended = constrain_rows(self.attention(queries, keys, values, mesh), mesh)
+    return constrain_rows(self.linear(self.norm(attended)), mesh)
 
 
 def positions(width: int, side: int):
-  """Fixed positions of a grid: those of the queries' grid, resized.
+  """Returns position embeddings of a grid: those of the queries' grid, resized.
 
-  Sines and cosines of the column, then of the row (Chen et al. 2021, MoCo v3), a quarter of the
-  width each, at frequencies 10000^(-4 i / width).
+  They are sines and cosines of the column, then of the row (Chen et al. 2021, MoCo v3), a quarter
+  of the width each, at frequencies 10000^(-4 i / width).
 
   Args:
     width: D, a multiple of 4.
-    side: of the grid.
+    side: length of the grid's side.
 
   Returns:
     float32[side * side, D], row by row.
   """
   frequencies = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
   angles = np.arange(GRID)[:, None] * frequencies
-  # A row's weights sum to 1, so that what depends on one coordinate is resized along that alone.
+  # Weights sum to 1, so resizing changes a channel only along the coordinate that it depends on.
   line = cubic_weights(GRID, side) @ np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
   line = jnp.asarray(line, jnp.float32)
   shape = (side, side, width // 2)
-  of_column, of_row = jnp.broadcast_to(line, shape), jnp.broadcast_to(line[:, None], shape)
-  return jnp.concatenate([of_column, of_row], axis=-1).reshape(side * side, width)
+  column, row = jnp.broadcast_to(line, shape), jnp.broadcast_to(line[:, None], shape)
+  return jnp.concatenate([column, row], axis=-1).reshape(side * side, width)
 
 
 def cubic_weights(source: int, target: int) -> np.ndarray:
-  """float64[target, source], the resizing of a line by cubic convolution (Keys 1981), a = -0.75.
+  """Returns float64[target, source], which resizes a line by cubic convolution (Keys 1981).
 
-  Pixels are areas (their centers at 0.5, 1.5, ...); the outermost goes on beyond the edge.
+  a = -0.75; the centers of pixels are at 0.5, 1.5, ...; the line is padded with its edge pixels.
   """
   a = -0.75
-  places = (np.arange(target) + 0.5) * source / target - 0.5
+  centers = (np.arange(target) + 0.5) * source / target - 0.5
   weights = np.zeros((target, source))
   for tap in range(-1, 3):
-    near = np.floor(places) + tap
-    x = np.abs(places - near)
+    index = np.floor(centers) + tap
+    x = np.abs(centers - index)
     inner = (a + 2) * x**3 - (a + 3) * x**2 + 1
     outer = a * (x**3 - 5 * x**2 + 8 * x - 4)
-    near = np.clip(near, 0, source - 1).astype(int)
-    np.add.at(weights, (np.arange(target), near), np.where(x <= 1, inner, outer))
+    index = np.clip(index, 0, source - 1).astype(int)
+    np.add.at(weights, (np.arange(target), index), np.where(x <= 1, inner, outer))
   return weights

@@ -1,4 +1,4 @@
-"""From the vision tower's features to the language model's embedding space."""
+"""Projectors map the vision tower's features to the language model's embedding space."""
 
 import dataclasses
 
@@ -22,24 +22,24 @@ class ProjectorConfig:
 
 
 def tokens_per_image(config: ProjectorConfig, vision: clip.VisionConfig) -> int:
-  """Embeddings that an image becomes."""
+  """Returns the number of embeddings per image."""
   return perceiver.QUERIES if config.kind == "perceiver" else vision.tokens_per_image
 
 
 def check(config: ProjectorConfig, vision: clip.VisionConfig, where: str) -> None:
-  """Raises an InputError if the projector does not fit between the towers of a model."""
+  """Raises InputError if the projector does not fit the vision tower and the language model."""
   if config.kind not in PROJECTORS:
     kinds = ", ".join(PROJECTORS)
     raise InputError(f"{where}: projector {config.kind!r}; choose from {kinds}")
   if config.kind == "vit" and len(vision.feature_layers) > 1:
     raise InputError(
-      f"{where}: the vit projector is one more layer of the vision tower and takes the features of "
-      f"one; vision_feature_layer names {len(vision.feature_layers)}: give one"
+      f"{where}: the vit projector takes the features of one layer of the vision tower, but "
+      f"vision_feature_layer names {len(vision.feature_layers)}: give one"
     )
   if config.kind == "perceiver" and config.out_width % perceiver.HEAD_DIM:
     raise InputError(
       f"{where}: the perceiver projector has heads of {perceiver.HEAD_DIM}, and the language "
-      f"model's width {config.out_width} is no multiple of that; choose another projector"
+      f"model's width {config.out_width} is not a multiple of that; choose another projector"
     )
 
 
@@ -89,18 +89,18 @@ class VitProjector(nnx.Module):
 def build_projector(
   config: ProjectorConfig, vision: clip.VisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs
 ) -> nnx.Module:
-  """The module of a projector.
+  """Builds a projector.
 
   Args:
     config: of the projector.
-    vision: of the tower before it.
+    vision: config of the vision tower.
     dtype: of activations.
     param_dtype: of parameters.
     rngs: for the initial parameters.
 
   Returns:
-    A module that maps [N, P, in_width] to [N, `tokens_per_image`, out_width]; N is split over
-    `mesh`, its second argument, if given.
+    A module `(features, mesh=None)` that maps [N, P, in_width] to [N, `tokens_per_image`,
+    out_width]; the mesh splits N.
   """
   kinds = {
     "linear": LinearProjector,

@@ -14,17 +14,17 @@ class RopeConfig:
   theta: float = 10_000.0
   kind: str = "default"
   factor: float = 1.0
-  # The rest is for `llama3` only.
+  # The others are for `llama3` only.
   low_frequency_factor: float = 1.0
   high_frequency_factor: float = 4.0
   original_length: int = 8192
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
-  """Angle per position of each pair of channels.
+  """Returns the angle per position of each pair of channels.
 
-  `linear` divides all by `factor` (position interpolation, Chen et al. 2023); `llama3` divides only
-  the wavelengths longer than the original context and blends in between, as LLaMA 3.1 does.
+  `linear` divides all frequencies by `factor` (position interpolation, Chen et al. 2023). `llama3`
+  divides only those with wavelengths near or above the original context, as LLaMA 3.1.
 
   Returns:
     float32[head_dim / 2], radians per position.
@@ -41,7 +41,7 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def rotation(config: RopeConfig, head_dim: int, positions):
-  """Cosines and sines of a row's positions: float32[B, T, 1, head_dim / 2] each."""
+  """Returns cosines and sines of positions, float32[B, T, 1, head_dim / 2] each."""
   angles = positions[..., None, None].astype(jnp.float32) * inverse_frequencies(config, head_dim)
   return jnp.cos(angles), jnp.sin(angles)
 

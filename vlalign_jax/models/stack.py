@@ -1,4 +1,4 @@
-"""A stack of equal layers: parameters carry a layer axis, one compiled body runs them all."""
+"""A stack of equal layers: parameters have a layer axis, and one compiled body runs all layers."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from vlalign_jax.models import lora
 from vlalign_jax.sharding.mesh import constrain_rows
 
 REMAT_POLICIES = {
-  # Name in `model.remat` -> what the backward pass finds saved instead of computing it again.
+  # Name in `model.remat` -> what the forward pass saves; the backward pass computes the rest again.
   "full": jax.checkpoint_policies.nothing_saveable,
   "save_matmuls": jax.checkpoint_policies.dots_saveable,
   "save_weight_matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -19,17 +19,17 @@ REMAT_NAMES = ("none", *REMAT_POLICIES)
 
 
 def build_stack(make_layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs):
-  """Builds `layers` independent copies of a module, stacked along a new first parameter axis."""
+  """Builds `layers` independent modules, stacked along a new first axis of their parameters."""
   return nnx.vmap(make_layer, in_axes=(0,), out_axes=0)(rngs.split(layers))
 
 
 @jax.custom_vjp
 def cast_in_loop(param):
-  """The parameter itself.
+  """Returns the parameter unchanged, in a form that XLA cannot cast before the loop.
 
-  XLA for TPUs turns float32 values that are only ever read as bfloat16 into bfloat16 ones, through
-  loops: it would cast the parameters of all layers before the first and keep them twice. It does
-  not look through bits.
+  XLA for TPUs replaces float32 values that are only used as bfloat16 by bfloat16 ones, even outside
+  the loop that uses them: it would cast the parameters of all layers before the first layer and
+  keep both copies. It does not do so across a bitcast.
   """
   if param.dtype != jnp.float32:
     return param
@@ -41,46 +41,46 @@ cast_in_loop.defvjp(lambda param: (cast_in_loop(param), None), lambda _, cotange
 
 
 @jax.custom_vjp
-def _layer_of(layer, stack, index):
-  """stack[index], read in the loop; its gradient is that of `layer`, which is the same."""
+def _index_stack(layer, stack, index):
+  """Returns stack[index], read inside the loop; `layer`, its equal, gets the gradient."""
   stack, index = jax.lax.optimization_barrier((stack, index))
   return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
 
 
-_layer_of.defvjp(
-  lambda layer, stack, index: (_layer_of(layer, stack, index), None),
+_index_stack.defvjp(
+  lambda layer, stack, index: (_index_stack(layer, stack, index), None),
   lambda _, cotangent: (cotangent, None, None),
 )
 
 
 def in_loop(stacked, mesh: jax.sharding.Mesh | None):
-  """What to scan so that arrays are cast a layer at a time.
+  """Prepares stacked arrays for a scan in which they are cast one layer at a time.
 
-  XLA for CPUs computes in float32 what has 16 bits, and casts whole stacks ahead of the loop: 28 GB
-  for a model of 14. It cannot where the stack is not known before the loop turns.
+  XLA for CPUs computes 16-bit values in float32, and casts a stack of layers before the loop: that
+  takes 28 GB for a model of 14 GB. It cannot do so for a stack that is only known inside the loop.
 
   Args:
     stacked: tree of arrays [L, ...].
-    mesh: over which the program runs.
+    mesh: of the program.
 
   Returns:
-    (what is to be scanned, function that makes of its slice the tree of one layer).
+    (tree to scan, function from its slice to the tree of one layer).
   """
   platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
   leaves = jax.tree.leaves(stacked)
   if platform != "cpu" or not any(leaf.dtype.itemsize == 2 for leaf in leaves):
     return stacked, lambda layer: layer
-  held = jax.lax.stop_gradient(stacked)
+  constant = jax.lax.stop_gradient(stacked)
 
-  def layer_of(scanned):
+  def select_layer(scanned):
     layer, index = scanned
     return jax.tree.map(
-      lambda one, stack: _layer_of(one, stack, index) if stack.dtype.itemsize == 2 else one,
+      lambda x, stack: _index_stack(x, stack, index) if stack.dtype.itemsize == 2 else x,
       layer,
-      held,
+      constant,
     )
 
-  return (stacked, jnp.arange(len(leaves[0]))), layer_of
+  return (stacked, jnp.arange(len(leaves[0]))), select_layer
 
 
 def run_stack(
@@ -96,13 +96,13 @@ def run_stack(
   """Applies stacked layers one after the other.
 
   Args:
-    layers: what `build_stack` returned.
-    x: the array that enters the first layer; every layer keeps its shape.
+    layers: from `build_stack`.
+    x: input of the first layer; every layer keeps its shape.
     call: `(layer, x) -> x`.
     remat: one of REMAT_NAMES.
-    mesh: over which the first axis of x is split.
-    collect: also return each layer's output.
-    dropout_key: for the dropout of adapters, each layer's its own; None: without.
+    mesh: splits the first axis of x.
+    collect: whether to return each layer's output, too.
+    dropout_key: for the dropout of adapters, split by layer; None: no dropout.
 
   Returns:
     The last layer's output, and the outputs of all layers [L, ...] (None unless `collect`).
@@ -112,11 +112,11 @@ def run_stack(
   if dropout_key is not None and lora.drops(layers):
     keys = jax.random.split(dropout_key, len(jax.tree.leaves(params)[0]))
 
-  params, layer_of = in_loop(params, mesh)
+  params, select_layer = in_loop(params, mesh)
 
   def body(x, scanned):
     layer_params, key = scanned
-    layer_params = layer_of(layer_params)
+    layer_params = select_layer(layer_params)
     x = constrain_rows(x, mesh)
     if mesh is not None and mesh.size > 1:
       layer_params = jax.tree.map(cast_in_loop, layer_params)

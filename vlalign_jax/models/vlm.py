@@ -1,4 +1,4 @@
-"""The vision-language model: vision tower, projector and language model over rows."""
+"""The vision-language model: vision tower, projector and language model."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from vlalign_jax.models.clip import VisionConfig, VisionTower
 from vlalign_jax.models.llama import LanguageConfig, LanguageModel
 from vlalign_jax.models.projector import ProjectorConfig, build_projector, tokens_per_image
 
-# What a model says at a position: the next token, or, of reward models and critics, one number.
+# What a model predicts at a position: the next token, or (reward models and critics) one number.
 LANGUAGE, SCORE = "language", "score"
 
 
@@ -52,10 +52,10 @@ class VisionLanguageModel(nnx.Module):
 
     Args:
       config: the architecture.
-      dtype: of activations and matrix products; norms and softmax keep float32 statistics.
+      dtype: of activations and matrix products; norms and softmax have float32 statistics.
       param_dtype: of the parameters.
       remat: what the backward pass computes again, see `stack.REMAT_NAMES`.
-      mesh: over which rows are split.
+      mesh: splits rows.
       attention: the kernel of attention, see `backends.ATTENTION_NAMES`.
       rngs: for the initial parameters.
     """
@@ -79,12 +79,12 @@ class VisionLanguageModel(nnx.Module):
     if config.lora:
       adapters.attach(self, config.lora, rngs)
 
-  def image_tokens(self, rows):
-    """bool[B, T], which tokens are an image's, where attention asks for it; else None."""
-    return rows["image_slots"] >= 0 if self.config.mmca else None
+  def image_tokens(self, batch):
+    """Returns bool[B, T], image tokens, if attention needs them (config.mmca); otherwise None."""
+    return batch["image_slots"] >= 0 if self.config.mmca else None
 
   def vision_features(self, images, dropout_key=None):
-    """What the vision tower makes of the images of rows.
+    """Computes the vision tower's features of images.
 
     Args:
       images: [B, I, H, W, 3]; uint8 as decoded and resized, or float already normalized.
@@ -99,11 +99,11 @@ class VisionLanguageModel(nnx.Module):
       pixels = (pixels.astype(jnp.float32) * self.config.rescale_factor - mean) / std
     return self.vision(pixels, dropout_key=dropout_key, **self.options)
 
-  def image_features(self, rows, dropout_key=None):
-    """Image embeddings of each row, in slot order.
+  def image_features(self, batch, dropout_key=None):
+    """Computes the image embeddings of each row, in the order of `image_slots`.
 
     Args:
-      rows: has `images`, see `vision_features`; `vision_features`, if there, are not made again.
+      batch: has `images`, and optionally their `vision_features`, which are then not computed.
       dropout_key: see `__call__`.
 
     Returns:
@@ -112,72 +112,72 @@ class VisionLanguageModel(nnx.Module):
     vision_key, projector_key = (
       (None, None) if dropout_key is None else jax.random.split(dropout_key)
     )
-    features = rows.get("vision_features")
+    features = batch.get("vision_features")
     if features is None:
-      features = self.vision_features(rows["images"], vision_key)
+      features = self.vision_features(batch["images"], vision_key)
     projector = adapters.with_dropout(self.projector, projector_key)
-    # Those of rows come row by row, [B, I, P, W].
+    # `vision_features` of a batch may be [B, I, P, W].
     features = projector(features.reshape(-1, *features.shape[-2:]), self.options["mesh"])
-    return features.reshape(rows["images"].shape[0], -1, features.shape[-1])
+    return features.reshape(batch["images"].shape[0], -1, features.shape[-1])
 
-  def embed(self, rows, dropout_key=None):
-    """Token embeddings [B, T, D] of rows, image embeddings in their places.
+  def embed(self, batch, dropout_key=None):
+    """Returns embeddings [B, T, D]: of images at image tokens, of tokens elsewhere.
 
     Args:
-      rows: as of `__call__`; `image_features` [B, I * P, D], if there, are taken for `images`.
+      batch: see `__call__`; it may have `image_features` [B, I * P, D], used instead of `images`.
       dropout_key: for the dropout of adapters before the language model.
     """
-    x = self.language.embed(rows["tokens"])
-    features = rows.get("image_features")
-    if features is None and rows["images"].shape[1]:
-      features = self.image_features(rows, dropout_key)
+    x = self.language.embed(batch["tokens"])
+    features = batch.get("image_features")
+    if features is None and batch["images"].shape[1]:
+      features = self.image_features(batch, dropout_key)
     if features is None or not features.shape[1]:
       return x
-    slots = rows["image_slots"][:, :, None]
-    found = jnp.take_along_axis(features.astype(x.dtype), jnp.maximum(slots, 0), axis=1)
-    return jnp.where(slots >= 0, found, x)
+    slots = batch["image_slots"][:, :, None]
+    image_x = jnp.take_along_axis(features.astype(x.dtype), jnp.maximum(slots, 0), axis=1)
+    return jnp.where(slots >= 0, image_x, x)
 
-  def __call__(self, rows):
-    """Hidden states of rows, from which `head_kernel` makes logits.
+  def __call__(self, batch):
+    """Computes hidden states, which `head_kernel` maps to logits.
 
     Args:
-      rows: the dict of ARCHITECTURE.md, "Rows"; `images` may have I = 0. In training it
-        may also hold `dropout_key`, a jax.random key for the dropout of adapters.
+      batch: dict of arrays, see ARCHITECTURE.md, "Rows"; `images` may have I = 0. In training it
+        may also have `dropout_key`, a jax.random key for the dropout of adapters.
 
     Returns:
       [B, T, D] after the final norm.
     """
-    key = rows.get("dropout_key")
+    key = batch.get("dropout_key")
     image_key, key = (None, None) if key is None else jax.random.split(key)
-    x = self.embed(rows, image_key)
-    places = (rows[name] for name in ("positions", "segments", "branches"))
-    images = self.image_tokens(rows)
-    return self.language(x, *places, images=images, dropout_key=key, **self.options)
+    x = self.embed(batch, image_key)
+    layout = (batch[name] for name in ("positions", "segments", "branches"))
+    images = self.image_tokens(batch)
+    return self.language(x, *layout, images=images, dropout_key=key, **self.options)
 
   def head_kernel(self):
-    """[D, V], see LanguageModel.head_kernel."""
+    """Returns [D, V], see LanguageModel.head_kernel."""
     return self.language.head_kernel()
 
   def scores(self, hidden, places):
-    """The score of each answer, read at its last token, as transformers' sequence classifiers do.
+    """Computes the score of each answer at its last token, as transformers' sequence classifiers.
 
     Args:
       hidden: float[B, T, D] of `__call__`.
-      places: int32[B, S, K] positions in each row; those below 0 give a score that means nothing.
+      places: int32[B, S, K], indices in each row; below 0 the score is arbitrary.
 
     Returns:
       float32[B, S, K].
     """
     B, S, K = places.shape
-    flat = jnp.maximum(places, 0).reshape(B, S * K, 1)
-    found = jnp.take_along_axis(hidden, flat, axis=1)
-    kernel = self.score.kernel[...][:, 0].astype(found.dtype)
-    scores = jnp.einsum("BND,D->BN", found, kernel, preferred_element_type=jnp.float32)
+    index = jnp.maximum(places, 0).reshape(B, S * K, 1)
+    last = jnp.take_along_axis(hidden, index, axis=1)
+    kernel = self.score.kernel[...][:, 0].astype(last.dtype)
+    scores = jnp.einsum("BND,D->BN", last, kernel, preferred_element_type=jnp.float32)
     return scores.reshape(B, S, K)
 
 
 def abstract_params(config: ModelConfig, **options):
-  """The model's structure without any arrays.
+  """Returns the model's structure without arrays.
 
   Args:
     config: the architecture.
@@ -191,15 +191,15 @@ def abstract_params(config: ModelConfig, **options):
   return graphdef, nnx.to_pure_dict(state)
 
 
-def logits(model: VisionLanguageModel, rows):
-  """float32[B, T, V] for every position: for small models and tests, never for training."""
-  hidden = model(rows)
+def logits(model: VisionLanguageModel, batch):
+  """Returns float32[B, T, V] for every position: for small models and tests, not for training."""
+  hidden = model(batch)
   kernel = model.head_kernel().astype(hidden.dtype)
   return jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
 
 
 def init_params(config: ModelConfig, key: jax.Array, **options):
-  """(graphdef, nested dict of freshly initialized arrays); call under `jax.jit` to shard."""
+  """Returns (graphdef, nested dict of initialized arrays); call under `jax.jit` to shard."""
   model = VisionLanguageModel(config, rngs=nnx.Rngs(params=key), **options)
   graphdef, state = nnx.split(model)
   return graphdef, nnx.to_pure_dict(state)

@@ -1,7 +1,7 @@
-"""Dynamic scaling of the loss, for float16: its gradients neither vanish nor overflow.
+"""Dynamic loss scaling for float16, whose gradients would otherwise underflow or overflow.
 
 Micikevicius et al. 2018, "Mixed precision training", section 3.2. An update whose gradients
-overflow is skipped and halves the factor; many good updates in a row double it.
+overflow is skipped and halves the scale; WINDOW finite updates in a row double it.
 """
 
 from typing import Any, NamedTuple
@@ -12,19 +12,19 @@ import optax
 
 FIRST = 2.0**16
 LEAST, MOST = 1.0, 2.0**24
-WINDOW = 1000  # good updates before the factor is doubled
+WINDOW = 1000
 
 
 class Scaled(NamedTuple):
-  """State of an optimizer whose gradients are of a scaled loss."""
+  """State of an optimizer with loss scaling."""
 
-  factor: jax.Array  # float32[], of the mean loss while it is differentiated
-  good: jax.Array  # int32[], updates since the factor changed
+  factor: jax.Array  # float32[], multiplies the mean loss before it is differentiated
+  good: jax.Array  # int32[], finite updates since the factor last changed
   inner: Any
 
 
 def scale(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-  """The optimizer with a factor beside its state; it is given gradients of the loss itself."""
+  """Adds the loss scale to the optimizer's state; `update` takes gradients that are unscaled."""
 
   def init(params):
     return Scaled(jnp.float32(FIRST), jnp.zeros((), jnp.int32), optimizer.init(params))
@@ -37,23 +37,23 @@ def scale(optimizer: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def factor(optimizer_state):
-  """float32[], by which the mean loss is multiplied while it is differentiated; None: it is not."""
+  """Returns the loss scale, float32[]; None without loss scaling."""
   return optimizer_state.factor if isinstance(optimizer_state, Scaled) else None
 
 
 def may_shrink(optimizer_state):
-  """bool[], whether an overflow may be gone with a smaller factor."""
+  """Returns bool[], whether the loss scale can be reduced."""
   if not isinstance(optimizer_state, Scaled):
     return jnp.zeros((), bool)
   return optimizer_state.factor > LEAST
 
 
 def adapt(optimizer_state, finite):
-  """The state with the factor of the next update.
+  """Returns the state with the loss scale of the next update.
 
   Args:
-    optimizer_state: after an update, or before it if that was skipped.
-    finite: bool[], whether its gradients were.
+    optimizer_state: after an update, or before it if it was skipped.
+    finite: bool[], whether the update's gradients were finite.
   """
   if not isinstance(optimizer_state, Scaled):
     return optimizer_state

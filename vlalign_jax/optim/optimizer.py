@@ -1,4 +1,4 @@
-"""AdamW with learning-rate groups and without decay of norms and biases."""
+"""AdamW with learning-rate groups, and without decay of norms and biases."""
 
 import optax
 
@@ -10,21 +10,17 @@ GROUPS = ("base", "embeddings", "projector")
 
 
 def group_of(path: str) -> str:
-  """The learning-rate group of a parameter."""
+  """Returns the learning-rate group of a parameter."""
   if path.startswith("language/embedding/"):
     return "embeddings"
   return "projector" if path.startswith("projector/") else "base"
 
 
 def is_trained(path: str, config) -> bool:
-  """Whether a run moves a parameter.
+  """Returns whether a run updates the parameter at `path`.
 
-  `train.*` says which parts are updated. Where a part has adapters (`lora.*`), they are what is
-  updated, and its own weights stay; the score head is always learned.
-
-  Args:
-    path: of the parameter.
-    config: of the run.
+  The config's `train` group says which parts are trained. In a part with adapters (the `lora`
+  group) only these are. The score head is always trained.
   """
   part, train = path.split("/", 1)[0], config.train
   if part == "score" or lora.is_adapter(path):
@@ -39,12 +35,12 @@ def is_trained(path: str, config) -> bool:
 
 
 def decays(path: str, param) -> bool:
-  """Matrices decay; norms, biases and single vectors do not."""
+  """Returns whether a parameter has weight decay: matrices do; norms, biases and vectors do not."""
   return param.ndim > 1 and not path.endswith(("/bias", "/scale"))
 
 
 def learning_rates(optim, total_steps: int) -> dict[str, optax.Schedule]:
-  """The schedule of each group; a group without a rate of its own has the base rate."""
+  """Returns each group's schedule; a group without its own learning rate has the base one."""
   peaks = {
     "base": optim.learning_rate,
     "embeddings": optim.embedding_learning_rate,
@@ -61,19 +57,19 @@ def learning_rates(optim, total_steps: int) -> dict[str, optax.Schedule]:
 def make_optimizer(
   optim, params, total_steps: int, dtype: str = "float32"
 ) -> optax.GradientTransformation:
-  """The optimizer of a run.
+  """Makes the optimizer of a run.
 
   Args:
     optim: the config's `optim` group.
     params: nested dict of the trained parameters (arrays or shapes).
-    total_steps: updates of the whole run.
-    dtype: in which gradients are computed.
+    total_steps: number of updates.
+    dtype: of activations and their gradients; float16 needs loss scaling.
   """
   rates = learning_rates(optim, total_steps)
   groups = trees.map_paths(lambda path, _: group_of(path), params)
   mask = lambda tree: trees.map_paths(decays, tree)  # noqa: E731
   clip = optax.clip_by_global_norm(optim.max_grad_norm) if optim.max_grad_norm else optax.identity()
-  # One Adam for all, so that its state is one tree; only the step size differs by group.
+  # One Adam for all groups, so that its state is one tree; only the learning rate differs.
   scale = optax.partition(
     {group: optax.scale_by_learning_rate(rate) for group, rate in rates.items()}, groups
   )

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, by the definitions of transformers' `get_scheduler`."""
+"""Learning-rate schedules, as defined by transformers' `get_scheduler`."""
 
 import math
 
@@ -7,22 +7,22 @@ import optax
 
 
 def warmup_steps(optim, total_steps: int) -> int:
-  """Returns how many steps warm up: `optim.warmup_steps`, or `optim.warmup_ratio` of all."""
+  """Returns the number of warm-up steps: `optim.warmup_steps`, or `optim.warmup_ratio` of all."""
   return optim.warmup_steps or math.ceil(optim.warmup_ratio * total_steps)
 
 
 def make_schedule(optim, peak: float, total_steps: int) -> optax.Schedule:
-  """Learning rate of the update number `count` (from 0).
+  """Makes a schedule.
 
   Args:
     optim: the config's `optim` group: schedule, warmup_ratio, warmup_steps, cycles, power.
     peak: the learning rate after warm-up.
-    total_steps: updates of the whole run.
+    total_steps: number of updates.
 
   Returns:
-    Function of int32[] to float32[]. All schedules but `constant` rise linearly from 0 over the
-    warm-up, then: `linear` and `polynomial` fall to 0 and 1e-7; `cosine` falls along half a wave;
-    `cosine_with_restarts` does so `cycles` times.
+    Function from the index of an update, int32[] from 0, to its learning rate, float32[]. All
+    schedules but `constant` rise linearly from 0 during warm-up. Then `linear` falls to 0,
+    `polynomial` to 1e-7, `cosine` along half a wave, and `cosine_with_restarts` so `cycles` times.
   """
   warmup = 0 if optim.schedule == "constant" else warmup_steps(optim, total_steps)
   decay_steps = max(1, total_steps - warmup)
@@ -37,7 +37,7 @@ def make_schedule(optim, peak: float, total_steps: int) -> optax.Schedule:
     if optim.schedule == "cosine":
       return peak * 0.5 * (1 + jnp.cos(jnp.pi * done))
     if optim.schedule == "cosine_with_restarts":
-      # The remainder of whole numbers: that of a rounded fraction is a whole cycle off at restarts.
+      # The remainder of integers is exact; that of a rounded fraction may be off by a cycle.
       phase = elapsed * optim.cycles % decay_steps / decay_steps
       return peak * jnp.where(elapsed < decay_steps, 0.5 * (1 + jnp.cos(jnp.pi * phase)), 0.0)
     return jnp.full_like(done, peak)

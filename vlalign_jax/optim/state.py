@@ -1,4 +1,4 @@
-"""What an update changes, and the update itself: shared by every stage."""
+"""The training state and its update, shared by all stages."""
 
 from typing import Any, NamedTuple
 
@@ -10,10 +10,10 @@ from vlalign_jax.optim import loss_scale
 
 
 class TrainState(NamedTuple):
-  """What an update changes."""
+  """The state that an update changes."""
 
   step: jax.Array  # int32[], updates done or skipped
-  params: dict[str, Any]  # the trained ones
+  params: dict[str, Any]  # trained parameters only
   optimizer: Any
   skipped: jax.Array  # int32[], updates skipped because loss or gradient was not finite
   skipped_in_a_row: jax.Array  # int32[]
@@ -24,14 +24,14 @@ class TrainState(NamedTuple):
 
 
 def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
-  """The state before the first update; Adam's moments are float32 whatever the parameters are."""
+  """Returns the state before the first update; Adam's moments are float32 for all parameters."""
   zero = jnp.zeros((), jnp.int32)
   moments = optimizer.init(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
   return TrainState(zero, params, moments, zero, zero)
 
 
 def apply_gradients(state: TrainState, optimizer, gradients, loss):
-  """One update, or none if the loss or a gradient is not finite.
+  """Updates the parameters, or skips the update if the loss or a gradient is not finite.
 
   Args:
     state: before the update.
@@ -40,23 +40,23 @@ def apply_gradients(state: TrainState, optimizer, gradients, loss):
     loss: float32[].
 
   Returns:
-    The next state, and the metrics that every stage logs: loss, grad_norm (before clipping) and
-    skipped_steps.
+    The next state, and the metrics of all stages: loss, grad_norm (before clipping), skipped_steps
+    and skipped_in_a_row.
   """
   norm = optax.tree.norm(gradients)
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   updates, new_optimizer = optimizer.update(gradients, state.optimizer, state.params)
   new_params = optax.apply_updates(state.params, updates)
   keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-  bad = 1 - finite.astype(jnp.int32)
-  # What a smaller factor of the loss may mend is no reason to give up.
-  hopeless = bad * (1 - (loss_scale.may_shrink(state.optimizer) & jnp.isfinite(loss)))
+  skipped = 1 - finite.astype(jnp.int32)
+  # Overflows that a smaller loss scale may avoid do not count as skipped in a row.
+  counted = skipped * (1 - (loss_scale.may_shrink(state.optimizer) & jnp.isfinite(loss)))
   new_state = TrainState(
     step=state.step + 1,
     params=jax.tree.map(keep, new_params, state.params),
     optimizer=loss_scale.adapt(jax.tree.map(keep, new_optimizer, state.optimizer), finite),
-    skipped=state.skipped + bad,
-    skipped_in_a_row=(state.skipped_in_a_row + hopeless) * bad,
+    skipped=state.skipped + skipped,
+    skipped_in_a_row=(state.skipped_in_a_row + counted) * skipped,
   )
   metrics = {"loss": loss, "grad_norm": norm, "skipped_steps": new_state.skipped}
   return new_state, metrics | {"skipped_in_a_row": new_state.skipped_in_a_row}

@@ -1,4 +1,4 @@
-"""Whether the updates that a run has planned can teach it anything, before they are computed."""
+"""Checks before training that a run's updates can change its weights."""
 
 import numpy as np
 from absl import logging
@@ -7,18 +7,18 @@ from vlalign_jax import trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.optim import optimizer, schedules
 
-# A run of fewer updates is hardly what was meant.
+# A run of fewer updates is probably a mistake.
 FEW = 10
 
 
 def check(config, params, updates: int, name: str = "this run") -> None:
-  """Refuses a run that would end with the weights it began with, and warns of one close to it.
+  """Refuses a run that would not change its weights, and warns if it may hardly change them.
 
   Args:
-    config: what it learns by: `optim`, and batch_size for the message.
-    params: nested dict of what is trained, arrays or shapes.
-    updates: of the optimizer, over the whole run.
-    name: whose updates these are, for messages.
+    config: its `optim` group, and batch_size for the message.
+    params: nested dict of the trained parameters, arrays or shapes.
+    updates: number of updates of the run.
+    name: of the run, for messages.
 
   Raises:
     InputError: no update has a learning rate above 0 for any trained parameter.
@@ -36,21 +36,21 @@ def check(config, params, updates: int, name: str = "this run") -> None:
   )
   if highest <= 0:
     if not any(float(np.max(rates[group](np.array([warmup])))) > 0 for group in groups):
-      change = "give the learning rates of what is trained more than 0"
+      change = "set a learning rate of a trained part above 0"
     else:
       change = f"set {_warmup_key(optim)}=0, or {more}"
     raise InputError(
-      f"{name} has {_number(updates)}, all with learning rate 0, of which {warmup} warm up from 0 "
-      f"({_warmup(optim)}): its weights would not change; {change}"
+      f"{name} has {_count(updates)}, all with learning rate 0, {warmup} of them in the warm-up "
+      f"from 0 ({_warmup(optim)}): its weights would not change; {change}"
     )
   if updates < FEW:
-    logging.warning("%s has only %s: it may learn little; %s", name, _number(updates), more)
+    logging.warning("%s has only %s: it may learn little; %s", name, _count(updates), more)
   if warmup > updates / 2:
     logging.warning(
       "warm-up takes %d of the %s of %s (%s): most of them have a low learning rate; "
       "lower it, or %s",
       warmup,
-      _number(updates),
+      _count(updates),
       name,
       _warmup(optim),
       more,
@@ -58,7 +58,7 @@ def check(config, params, updates: int, name: str = "this run") -> None:
 
 
 def _warmup_key(optim) -> str:
-  """Returns the key that says how long the warm-up is."""
+  """Returns the config key that sets the length of the warm-up."""
   return "optim.warmup_steps" if optim.warmup_steps else "optim.warmup_ratio"
 
 
@@ -66,5 +66,5 @@ def _warmup(optim) -> str:
   return f"{_warmup_key(optim)}={optim.warmup_steps or optim.warmup_ratio}"
 
 
-def _number(updates: int) -> str:
+def _count(updates: int) -> str:
   return f"{updates} update{'s' * (updates != 1)}"
