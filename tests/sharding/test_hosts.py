@@ -1,4 +1,4 @@
-"""Two processes of four devices each: the numbers of one process, and one fate for both."""
+"""Two processes of four devices each: they compute the numbers of one, and end together."""
 
 import http.server
 import json
@@ -19,12 +19,12 @@ from vlalign_jax.sharding import processes
 STEPS = 12
 
 
-def test_rows_counts_and_errors_are_shared():
+def test_rows_counts_and_errors_on_two_hosts():
   run = Processes(["-m", "tests.sharding.host_steps"])
   codes = run.end()
   assert codes == [1, 1], run.text(0) + run.text(1)
   first, second = run.text(0), run.text(1)
-  found = json.loads(next(line for line in first.splitlines() if line.startswith("{")))
+  results = json.loads(next(line for line in first.splitlines() if line.startswith("{")))
   blocks = {
     "rows": [0, 1, 2, 3],
     "alternating": [0, 2, 4, 6],
@@ -32,30 +32,30 @@ def test_rows_counts_and_errors_are_shared():
     "tensor over both hosts": [0, 1, 2, 3],
     "tensor over all": [0],
   }
-  for name, own in blocks.items():
-    assert found[name] == {"blocks": own, "same": True, "counts": True, "agreed": True}, name
-  assert found["decided"] == [3.0, 4]
-  assert found["differ"] == "process 1 and process 0 differ in the seed; give both the same"
+  for name, parts in blocks.items():
+    assert results[name] == {"blocks": parts, "same": True, "counts": True, "agreed": True}, name
+  assert results["decided"] == [3.0, 4]
+  assert results["differ"] == "process 1 and process 0 differ in the seed; give both the same"
   assert "error: the disk of this host is full\n" in second
   assert "error: ended, as process 1 ended: the disk of this host is full\n" in first
   assert "Traceback" not in first + second
 
 
-def test_those_that_do_not_come_are_missed():
+def test_processes_that_do_not_start_are_an_error():
   run = Processes(["-m", "tests.sharding.host_steps"], alone=True, start_timeout=1)
   assert run.end() == [1]
   expected = "not all processes came within 1 s; give every host the same command"
   assert expected in run.text(0)
 
 
-def test_port_that_is_taken():
+def test_a_port_in_use_is_refused():
   with socket.create_server(("", 0)) as taken:
     port = taken.getsockname()[1]
     with pytest.raises(InputError, match=f"process 0 cannot listen on port {port}"):
       processes.start(f"127.0.0.1:{port}", 2, 0)
 
 
-def test_coordinator_that_does_not_answer():
+def test_a_coordinator_that_does_not_answer_is_an_error():
   port = free_port()
   with pytest.raises(InputError) as caught:
     processes.start(f"127.0.0.1:{port}", 2, 1, start_timeout=1)
@@ -78,16 +78,16 @@ def test_coordinator_that_does_not_answer():
     (("10.0.0.1:8476", 0, 0), "--process=0 is not one of --processes=0"),
   ],
 )
-def test_flags_that_do_not_fit(flags, expected):
+def test_flags_that_do_not_fit_are_refused(flags, expected):
   with pytest.raises(InputError, match=expected.replace(".", r"\.")):
     processes.start(*flags)
 
 
-# --- Recognized without flags ---
+# --- Clusters recognized without flags ---
 
 
 class _Metadata(http.server.BaseHTTPRequestHandler):
-  """What the metadata server of a TPU VM says."""
+  """Answers like the metadata server of a TPU VM."""
 
   def do_GET(self):
     assert self.headers["Metadata-Flavor"] == "Google"
@@ -102,7 +102,7 @@ class _Metadata(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def joined(monkeypatch):
-  """The arguments with which jax.distributed.initialize was called."""
+  """Records the arguments of jax.distributed.initialize."""
   calls = []
   monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
   for name in list(os.environ):
@@ -121,7 +121,7 @@ def test_one_process_joins_nothing(joined):
   ("nodes", "gpus", "devices"), [("4", "8", list(range(8))), ("2", "2", None), ("4", None, None)]
 )
 def test_slurm(joined, monkeypatch, nodes, gpus, devices):
-  """A task of its own node has all its GPUs; of several on a node JAX gives each one."""
+  """One task per node gets all GPUs of the node; with several, JAX assigns one GPU to each."""
   step = {"JOB_ID": "7", "STEP_NODELIST": "n[1-4]", "PROCID": "1", "LOCALID": "0", "NTASKS": "4"}
   for name, value in (step | {"STEP_NUM_NODES": nodes, "GPUS_ON_NODE": gpus}).items():
     if value:
@@ -196,7 +196,7 @@ def _saved(workdir) -> list[int]:
 
 
 def _metrics(workdir, steps) -> dict[str, np.ndarray]:
-  """The first lines of metrics.jsonl by name, without what depends on time."""
+  """Returns the first lines of metrics.jsonl by name, without rates per second."""
   lines = sft_run.read_metrics(workdir)[:steps]
   assert [line["step"] for line in lines] == list(range(1, steps + 1))
   names = sorted({name for line in lines for name in line if "_per_second" not in name})
@@ -204,10 +204,10 @@ def _metrics(workdir, steps) -> dict[str, np.ndarray]:
 
 
 def test_run_of_two_processes(config, compile_cache, tmp_path):
-  """...has the metrics of one process, whichever is killed, and stops if either is asked to."""
+  """It has the metrics of one process, after either was killed, and stops if one gets SIGTERM."""
   one = tmp_path / "one"
-  whole = Processes(sft_run.command_line(config, str(one)), compile_cache, count=1)
-  assert whole.end() == [0], whole.text(0)
+  single = Processes(sft_run.command_line(config, str(one)), compile_cache, count=1)
+  assert single.end() == [0], single.text(0)
   workdir = tmp_path / "two"
   log = workdir / "metrics.jsonl"
 
@@ -222,7 +222,7 @@ def test_run_of_two_processes(config, compile_cache, tmp_path):
     run = start()
     reach(run, step)
     run.all[killed].kill()
-    # Without the coordinator the other one ends at once, else when it misses heartbeats.
+    # Without the coordinator the other one ends at once, otherwise when heartbeats are missing.
     assert run.end(timeout=30)[1 - killed] not in (0, None)
     assert not (workdir / "checkpoints" / str(STEPS)).exists()
 
@@ -234,11 +234,11 @@ def test_run_of_two_processes(config, compile_cache, tmp_path):
   assert 7 <= stopped < STEPS, run.text(0)
   assert "going on from step" in run.text(0)
   assert f"SIGTERM: saved at step {stopped}" in run.text(0)
-  assert "SIGTERM" not in run.text(1)  # process 0 tells it
+  assert "SIGTERM" not in run.text(1)  # only process 0 logs it
 
-  found, expected = _metrics(workdir, stopped), _metrics(one, stopped)
-  assert found.keys() == expected.keys() >= {"loss", "grad_norm", "eval/loss"}
+  metrics, expected = _metrics(workdir, stopped), _metrics(one, stopped)
+  assert metrics.keys() == expected.keys() >= {"loss", "grad_norm", "eval/loss"}
   for name, values in expected.items():
-    np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(metrics[name], values, rtol=1e-5, err_msg=name)
   for name in ("learned_tokens", "bad_records", "eval/examples"):
-    np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    np.testing.assert_array_equal(metrics[name], expected[name], err_msg=name)

@@ -1,4 +1,4 @@
-"""What the compiler for TPUs makes of ZeRO: read from programs compiled without a TPU."""
+"""ZeRO in programs that are compiled for TPUs, without a TPU."""
 
 import functools
 import re
@@ -15,7 +15,7 @@ ROWS, LENGTH, WIDTH, MLP_WIDTH = 16, 512, 1024, 2816
 
 
 def compiled(stage: int, layers: int, fsdp: int):
-  """(program, compiled train step) of a small LLaVA on sixteen chips."""
+  """Returns (program, compiled train step) of a small LLaVA on sixteen chips."""
   c = defaults("sft")
   c.mesh.update(data=-1, fsdp=fsdp, zero_stage=stage)
   model = vlm.ModelConfig(
@@ -28,13 +28,13 @@ def compiled(stage: int, layers: int, fsdp: int):
   )
   mesh = meshes.make_mesh(c.mesh, topology.open_topology("v5e:4x4").devices)
   program = sft.make_program(c, model, mesh, 10)
-  rows = programs.abstract_batch(model, mesh, ROWS, LENGTH, 1)
-  step = program.train_step.lower(program.state, program.frozen, rows).compile()
+  batch = programs.abstract_batch(model, mesh, ROWS, LENGTH, 1)
+  step = program.train_step.lower(program.state, program.frozen, batch).compile()
   return program, step
 
 
 def device_bytes(tree, itemsize: int | None = None) -> int:
-  """Bytes a device of a tree of shapes with shardings."""
+  """Returns the bytes per device of a tree of shapes with shardings."""
   return sum(
     functools.reduce(int.__mul__, leaf.sharding.shard_shape(leaf.shape), 1)
     * (itemsize or leaf.dtype.itemsize)
@@ -50,7 +50,7 @@ def test_stage_2_scatters_gradients():
 
 
 def test_stage_3_gathers_one_layer_at_a_time():
-  """With depth only what must grow does: the gradients' shares and one saved activation a layer."""
+  """With depth, only gradient shards and one saved activation per layer take more memory."""
   sizes = {}
   for layers in (2, 10):
     program, step = compiled(3, layers, 16)
@@ -58,6 +58,6 @@ def test_stage_3_gathers_one_layer_at_a_time():
     gradients = device_bytes(program.state.params, 4)
     saved = layers * ROWS // 16 * LENGTH * WIDTH * 2
     sizes[layers] = memory.peak_memory_in_bytes - memory.argument_size_in_bytes - gradients - saved
-  gathered = (4 * WIDTH**2 + 3 * WIDTH * MLP_WIDTH) * 2  # a layer's parameters, whole, in bfloat16
+  gathered = (4 * WIDTH**2 + 3 * WIDTH * MLP_WIDTH) * 2  # a layer's parameters in bfloat16
   assert sizes[2] > gathered
   assert sizes[10] - sizes[2] < 0.1 * 8 * gathered

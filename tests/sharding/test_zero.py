@@ -1,4 +1,4 @@
-"""Every ZeRO stage gives the numbers of one device, and splits what it says it splits."""
+"""Every ZeRO stage computes the numbers of one device, and splits the trees that it should."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import rules, zero
 
-# Run -> (tree -> devices that it is split over).
+# Run -> (tree -> number of parts).
 SPLIT = {
   "stage 0": {},
   "stage 1": {"optimizer": 4},
@@ -50,23 +50,23 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SPLIT)
-def test_numbers_are_those_of_one_device(name, runs):
-  found = runs[name]
+def test_numbers_equal_those_of_one_device(name, runs):
+  run = runs[name]
   kind = name.rpartition(", ")[2]
   one = runs[f"one device, {kind}" if kind in ("frozen", "adapters") else "one device"]
   assert one["loss"][2] < one["loss"][0]
   for key in ("loss", "grad_norm"):
-    np.testing.assert_allclose(found[key], one[key], rtol=1e-5, err_msg=key)
-  assert found["params"].keys() == one["params"].keys()
+    np.testing.assert_allclose(run[key], one[key], rtol=1e-5, err_msg=key)
+  assert run["params"].keys() == one["params"].keys()
   for path, param in one["params"].items():
-    assert parity.relative_error(found["params"][path], param) < 1e-5, path
+    assert parity.relative_error(run["params"][path], param) < 1e-5, path
 
 
 @pytest.mark.parametrize("name", SPLIT)
-def test_a_device_holds_its_part(name, runs):
+def test_a_device_has_only_its_part(name, runs):
   for tree, share in runs[name]["share"].items():
     parts = SPLIT[name].get(tree, 1)
-    # What is small stays whole, and in a tiny model that is a tenth of all, or less.
+    # Small parameters are not split; in this tiny model they are at most a tenth of all.
     assert 1 / parts <= share <= 1 / parts + (parts > 1) / 10, tree
 
 
@@ -87,11 +87,11 @@ def test_an_optimizer_in_the_memory_of_the_host(runs):
   assert runs["stage 2"]["memory"] == ["device"]
 
 
-def test_devices_that_do_not_reach_the_memory_of_their_host():
+def test_devices_that_cannot_access_host_memory_are_refused():
   memory = types.SimpleNamespace(kind="device")
   device = types.SimpleNamespace(device_kind="abacus", addressable_memories=lambda: [memory])
   mesh = types.SimpleNamespace(devices=np.array([device]))
-  with pytest.raises(InputError, match="abacus reach device memory and not pinned_host"):
+  with pytest.raises(InputError, match="abacus can access device memory, not pinned_host"):
     zero.offload(mesh, {})
 
 
@@ -116,24 +116,23 @@ MESHES = {"fsdp": (1, 8, 1), "both": (1, 4, 2), "tensor": (1, 1, 8)}
     ("", (), "fsdp", ()),
   ],
 )
-def test_what_is_split(path, shape, sizes, expected):
+def test_specs_of_parameters(path, shape, sizes, expected):
   mesh = AbstractMesh(MESHES[sizes], meshes.AXES)
   assert rules.spec(path, shape, mesh, split=True) == PartitionSpec(*expected)
   without = PartitionSpec(*("tensor" if axis == "tensor" else None for axis in expected))
-  found = rules.spec(path, shape, mesh, split=False)
-  assert tuple(found) == tuple(without)[: len(found)]
-  assert "fsdp" not in found
+  spec = rules.spec(path, shape, mesh, split=False)
+  assert tuple(spec) == tuple(without)[: len(spec)]
+  assert "fsdp" not in spec
 
 
-def test_what_does_not_divide_is_named_once(caplog):
+def test_a_replicated_parameter_is_logged_once(caplog):
   caplog.set_level("INFO")
   mesh = AbstractMesh(MESHES["tensor"], meshes.AXES)
   for _ in range(2):
     rules.spec("language/head/kernel", (4096, 32003), mesh, split=True)
   lines = [line for line in caplog.messages if "language/head/kernel" in line]
   assert lines == [
-    "language/head/kernel (4096, 32003) does not divide over mesh.tensor=8: every device along it "
-    "holds it whole"
+    "language/head/kernel (4096, 32003): replicated, mesh.tensor=8 does not divide it"
   ]
 
 

@@ -2,7 +2,7 @@
 
 python -m tests.sharding.zero_steps MODEL_DIRECTORY
 
-Writes one JSON object: run -> losses, gradient norms, and what share of the bytes one device holds.
+Writes one JSON object: run -> losses, gradient norms, and the share of bytes on one device.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ RUNS = {
 
 
 def make_batch(config):
-  """Rows of one example each, of uneven lengths and some without an image; two rows only pad."""
+  """Makes rows of one example each, of several lengths, some without image; two are all padding."""
   pictures = parity.make_pictures(3, config.vision.image_size)
   layout = [
     [parity.make_example(config, 3 + 2 * r, (f"{r % 4}.png",) if r % 4 < 3 else (), r)]
@@ -53,38 +53,38 @@ def make_batch(config):
 
 
 def share_of_one_device(tree) -> float:
-  """Bytes on the first device over the bytes of the whole tree."""
+  """Returns the bytes on the first device over the bytes of the tree."""
   leaves = jax.tree.leaves(tree)
   here = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
   return here / sum(leaf.nbytes for leaf in leaves)
 
 
 def moved(program: str) -> list[list[int]]:
-  """Shapes of what a compiled program gathers or sums over devices.
+  """Returns shapes of arrays that a compiled program gathers or sums over devices.
 
-  The gradient of the embedding is left out: once per micro-batch, its rows may be cheaper to move
-  than the table.
+  The embedding's gradient is left out: once per micro-batch, moving its rows may be cheaper than
+  moving the table.
   """
   shapes = []
   for line in program.splitlines():
-    found = re.search(r"= (.*?) (all-gather|all-reduce|all-to-all)(-start)?\(", line)
-    if found and "jit(_take)" not in line:
-      listed = re.findall(r"\w\d+\[([\d,]*)\]", found.group(1))
+    match = re.search(r"= (.*?) (all-gather|all-reduce|all-to-all)(-start)?\(", line)
+    if match and "jit(_take)" not in line:
+      listed = re.findall(r"\w\d+\[([\d,]*)\]", match.group(1))
       shapes += [[int(n) for n in shape.split(",") if n] for shape in listed]
   return shapes
 
 
 def merged(program, trained, frozen, config) -> dict:
-  """Two kernels with their adapters merged, in the places that they have on the mesh."""
-  found = {}
+  """Merges the adapters of two kernels, which keep their shardings."""
+  merged_kernels = {}
   for path in ("language/layers/attention/out", "vision/layers/mlp/up"):
     flat = trees.flatten(trees.merge(trained, frozen))
     kernel = jnp.copy(flat[f"{path}/kernel"])
     a, b = (flat[f"{path}/{name}"] for name in lora.NAMES)
     result = lora.merge(kernel, a, b, config.scale(a.shape[-1]), kernel.sharding)
     assert result.sharding == trees.flatten(program.params)[f"{path}/kernel"].sharding
-    found[path] = result
-  return {"merged": found}
+    merged_kernels[path] = result
+  return {"merged": merged_kernels}
 
 
 def run(
@@ -112,11 +112,11 @@ def run(
   params = load.load_params(opened, program.params)
   trained, frozen = trees.split(params, functools.partial(optimizer.is_trained, config=c))
   state = program.init_state(trained)
-  rows = hosts.to_device(mesh, make_batch(opened.config))
-  step = program.train_step.lower(state, frozen, rows).compile()
+  batch = hosts.to_device(mesh, make_batch(opened.config))
+  step = program.train_step.lower(state, frozen, batch).compile()
   logged = []
   for _ in range(STEPS):
-    state, metrics = step(state, frozen, rows)
+    state, metrics = step(state, frozen, batch)
     logged.append(jax.device_get(metrics))
   trained = state.params
   if rank:
@@ -139,7 +139,7 @@ def run(
 
 
 def main(directory: str) -> None:
-  rules.MIN_SIZE = 32  # a tiny model has nothing as large as the true limit
+  rules.MIN_SIZE = 32  # a tiny model has no parameter of the real size
   opened = source.open_source(parity.model_group(init_from=directory))
   runs = {name: run(opened, *options) for name, options in RUNS.items()}
   print(json.dumps(runs | {"layers": opened.config.language.layers}))

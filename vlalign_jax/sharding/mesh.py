@@ -1,4 +1,4 @@
-"""The device mesh: `data` and `fsdp` split the batch, `fsdp` states too (ZeRO), `tensor` layers."""
+"""The device mesh: `data` and `fsdp` split rows, `fsdp` also states (ZeRO), `tensor` layers."""
 
 import collections
 import math
@@ -10,53 +10,55 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vlalign_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
-# A batch's first axis, its rows, is split over these.
+# The axes that split rows, the first axis of a batch.
 ROWS = ("data", "fsdp")
 BATCH = PartitionSpec(ROWS)
 
 
 def make_mesh(mesh_config, devices=None) -> Mesh:
-  """A mesh over all devices, the fastest links for the axes that communicate the most.
+  """Makes a mesh over all devices, with the fastest links for the axes that communicate most.
 
   Args:
-    mesh_config: has `data`, `fsdp` and `tensor`; one of them may be -1: what the others leave.
-    devices: default: all devices of all processes.
+    mesh_config: has `data`, `fsdp` and `tensor`; one of them may be -1, to use all devices.
+    devices: None: all devices of all processes.
 
   Raises:
-    InputError: the sizes do not multiply to the number of devices, or several slices of a TPU
-      cannot be told apart along `data` or `fsdp`.
+    InputError: the product of the sizes is not the number of devices, or neither `data` nor `fsdp`
+      is a multiple of the number of TPU slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = _sizes({axis: mesh_config[axis] for axis in AXES}, len(devices))
   return Mesh(_arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _sizes(wanted: dict[str, int], count: int) -> tuple[int, ...]:
-  """The wanted sizes with -1 filled in."""
-  known = math.prod(size for size in wanted.values() if size != -1)
-  open_axes = [axis for axis, size in wanted.items() if size == -1]
-  given = ", ".join(f"mesh.{axis}={size}" for axis, size in wanted.items())
-  if len(open_axes) > 1 or min(wanted.values()) < -1 or 0 in wanted.values():
-    raise InputError(f"{given}: sizes are at least 1; one of them may be -1, what the others leave")
+def _sizes(sizes: dict[str, int], count: int) -> tuple[int, ...]:
+  """Returns the sizes for `count` devices, with -1 replaced."""
+  known = math.prod(size for size in sizes.values() if size != -1)
+  open_axes = list(sizes.values()).count(-1)
+  settings = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+  if open_axes > 1 or min(sizes.values()) < -1 or 0 in sizes.values():
+    raise InputError(f"{settings}: sizes are at least 1; one of them may be -1, to use all devices")
   if count % known or (not open_axes and known != count):
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     nearest = min(divisors, key=lambda n: (abs(n - known), n))
-    raise InputError(
-      f"{given}: {known} does not divide into {count} devices; the nearest size that does is "
-      f"{nearest}"
-      if open_axes
-      else f"{given} make {known} devices, and there are {count}; set one of them to -1, or choose "
-      f"sizes from {', '.join(map(str, divisors))} whose product is {count}"
-    )
-  return tuple(count // known if size == -1 else size for size in wanted.values())
+    if open_axes:
+      problem = f": {known} does not divide {count} devices; the nearest size that does is "
+      problem += str(nearest)
+    else:
+      problem = (
+        f" make {known} devices, and there are {count}; set one of them to -1, or choose sizes "
+        f"from {', '.join(map(str, divisors))} whose product is {count}"
+      )
+    raise InputError(settings + problem)
+  return tuple(count // known if size == -1 else size for size in sizes.values())
 
 
 def _arrange(sizes: tuple[int, ...], devices):
-  """Devices as an array[data, fsdp, tensor]: `tensor` among neighbors, slices along the first."""
+  """Returns devices as an array[data, fsdp, tensor]: `tensor` over neighbors, slices first."""
   slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
   if len(slices) == 1:
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-  # Between slices the network is slow: it shall carry sums of gradients, once a step.
+  # The network between slices is slow: only sums of gradients should cross it, once per step.
   for axis in range(len(ROWS)):
     if sizes[axis] % len(slices) == 0:
       between = [1] * len(sizes)
@@ -71,23 +73,20 @@ def _arrange(sizes: tuple[int, ...], devices):
   )
 
 
-def nearest_multiples(number: int, of: int) -> str:
-  """The multiples of `of` next to a number that is none, for messages."""
-  below = number // of * of
-  return f"{below} and {below + of}" if below else str(of)
+def nearest_multiples(number: int, factor: int) -> str:
+  """Returns the multiples of `factor` below and above a number, for messages."""
+  below = number // factor * factor
+  return f"{below} and {below + factor}" if below else str(factor)
 
 
 def check_batch(batch_size: int, grad_accumulation: int, pack: bool, mesh: Mesh) -> None:
-  """Refuses a batch that leaves devices without work.
+  """Raises InputError for a batch that leaves devices without work.
 
   Args:
-    batch_size: examples of a step.
-    grad_accumulation: micro-batches of a step.
-    pack: whether several examples share a row; without, each has its own.
-    mesh: over which rows are split.
-
-  Raises:
-    InputError: names the nearest valid sizes.
+    batch_size: examples per step.
+    grad_accumulation: micro-batches per step.
+    pack: whether several examples share a row.
+    mesh: splits rows.
   """
   shares = row_blocks(mesh) * grad_accumulation
   if batch_size < shares or (not pack and batch_size % shares):
@@ -99,11 +98,7 @@ def check_batch(batch_size: int, grad_accumulation: int, pack: bool, mesh: Mesh)
 
 
 def check_heads(mesh: Mesh, heads: int, kv_heads: int) -> None:
-  """Refuses a `tensor` axis that would cut heads of the language model.
-
-  Raises:
-    InputError: names the sizes that fit.
-  """
+  """Raises InputError if `tensor` does not divide the numbers of heads of the language model."""
   common = math.gcd(heads, kv_heads)
   if common % tensor_size(mesh):
     fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
@@ -114,17 +109,17 @@ def check_heads(mesh: Mesh, heads: int, kv_heads: int) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding of what every device holds whole."""
+  """Returns the sharding of arrays that every device has in full."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The sharding of arrays whose first axis is rows."""
+  """Returns the sharding of arrays whose first axis is rows."""
   return NamedSharding(mesh, BATCH)
 
 
 def place(tree, shardings):
-  """A tree of shapes with the shardings of another tree."""
+  """Returns a tree of shapes with the shardings of another tree."""
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     tree,
@@ -133,29 +128,26 @@ def place(tree, shardings):
 
 
 def row_blocks(mesh: Mesh | None) -> int:
-  """Over how many devices rows are split; 1 without a mesh."""
+  """Returns over how many devices rows are split; 1 without a mesh."""
   return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def tensor_size(mesh: Mesh | None) -> int:
-  """Over how many devices heads, MLP columns and the vocabulary are split; 1 without a mesh."""
+  """Returns over how many devices heads, MLP columns and the vocabulary are split."""
   return 1 if mesh is None else mesh.shape["tensor"]
 
 
 def constrain_rows(x, mesh: Mesh | None):
   """Keeps activations split by rows.
 
-  Without it the compiler may split them like the parameters they meet and move activations of the
-  global batch instead of one layer's parameters.
+  Otherwise the compiler may split them like the parameters, and move the global batch's activations
+  between devices instead of one layer's parameters.
   """
   return x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
 def constrain_tensor(x, mesh: Mesh | None, axis: int):
-  """Keeps activations split by rows, and by heads or columns along `axis` over `tensor`.
-
-  An axis that does not divide stays whole.
-  """
+  """Keeps activations split by rows, and `axis` (heads or columns) over `tensor` if it divides."""
   if mesh is None or tensor_size(mesh) == 1 or x.shape[axis] % tensor_size(mesh):
     return constrain_rows(x, mesh)
   spec = [ROWS] + [None] * (x.ndim - 1)
@@ -164,11 +156,11 @@ def constrain_tensor(x, mesh: Mesh | None, axis: int):
 
 
 def constrain_vocabulary(x, mesh: Mesh | None):
-  """Places what has the vocabulary as its last axis: over `tensor`, and gathered over `fsdp`.
+  """Splits the last axis, the vocabulary, over `tensor`, and gathers the others over `fsdp`.
 
   Args:
-    x: [D, V], or [row blocks, .., V] with the first axis split like rows.
-    mesh: the mesh; None: nothing to do.
+    x: [D, V], or [row blocks, .., V], whose first axis is split like rows.
+    mesh: None: does nothing.
   """
   if mesh is None:
     return x
@@ -178,9 +170,9 @@ def constrain_vocabulary(x, mesh: Mesh | None):
 
 
 def scatter_head_gradient(x, mesh: Mesh | None):
-  """Sums the head's gradient [D, V] over rows straight into parts over `fsdp` and `tensor`.
+  """Splits the head's gradient [D, V] over `fsdp` and `tensor`, so that its sum is a scatter.
 
-  A sum that every device holds whole before it is cut would be the largest array of a step.
+  The full sum on every device would be the largest array of a step.
   """
   if mesh is None:
     return x
@@ -192,5 +184,5 @@ def scatter_head_gradient(x, mesh: Mesh | None):
 
 
 def head_chunk(mesh: Mesh) -> int:
-  """Positions whose logits are computed at a time: enough for the matrix units, and no more."""
+  """Returns how many positions' logits to compute at a time: just enough for the matrix units."""
   return 128 if mesh.devices.flat[0].platform == "cpu" else 1024

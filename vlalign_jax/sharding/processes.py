@@ -1,8 +1,8 @@
-"""The processes of one run, one per host: how they find each other, and how they end together.
+"""The processes of one run, one per host: how they start together and end together.
 
-One that ends with an error tells the others through JAX's coordination service, which process 0
-runs; they end within seconds instead of waiting for it in a collective. One that is killed is
-missed after --heartbeat_timeout; if it was process 0, at once.
+A process that ends with an error notifies the others through JAX's coordination service, which
+process 0 runs; they end within seconds instead of waiting for it in a collective. If a process is
+killed, the others end after --heartbeat_timeout, or at once if it was process 0.
 """
 
 import contextlib
@@ -17,26 +17,26 @@ from typing import Any
 
 import jax
 from absl import flags, logging
-from jax._src import distributed  # the key-value store, for which there is no public name
+from jax._src import distributed  # the key-value store, which has no public name
 
 from vlalign_jax.errors import InputError
 
-# Where a failed process leaves its message.
+# The key under which a failed process stores its message.
 _FAILURE = "vlalign_jax/failure"
-# Seconds between looks for a message; how long those that have read it wait for the others.
+# Seconds between checks for a message, and seconds to wait for the other processes to read it.
 _POLL, _GOODBYE = 2.0, 10.0
 _ending = threading.Lock()
-# The flags, which are also the arguments of `start`.
+# The flags, named as the arguments of `start`.
 FLAGS = ("coordinator", "processes", "process", "start_timeout", "heartbeat_timeout")
 
 
 def define_flags() -> None:
-  """The flags that `start` takes its arguments from; TPU pods and Slurm need none."""
-  flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, a free port that all reach.")
-  flags.DEFINE_integer("processes", None, "How many processes the run has, one per host.")
-  flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+  """Defines the flags for the arguments of `start`; TPU pods and Slurm need none."""
+  flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; all hosts must reach the port.")
+  flags.DEFINE_integer("processes", None, "Number of processes in the run, one per host.")
+  flags.DEFINE_integer("process", None, "Index of this process, from 0.")
   flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the other processes.", 1)
-  flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent one is dead.", 2)
+  flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds of silence after which one is dead.", 2)
 
 
 def start(
@@ -46,29 +46,29 @@ def start(
   start_timeout: int = 300,
   heartbeat_timeout: int = 60,
 ) -> None:
-  """Joins this process to its run; does nothing for a run of one process.
+  """Connects this process to the others of its run; does nothing for a run of one process.
 
-  Call it before anything that asks JAX for devices.
+  Call it before JAX initializes its devices.
 
   Args:
-    coordinator: "host:port" of process 0; with `processes` and `process`, or none of the three:
-      then a Slurm step of several tasks and a TPU pod are recognized.
-    processes: how many.
-    process: which one this is, from 0.
+    coordinator: "host:port" of process 0. Without `coordinator`, `processes` and `process`, a Slurm
+      step of several tasks and a TPU pod are recognized.
+    processes: number of processes.
+    process: index of this process, from 0.
     start_timeout: seconds to wait for the others.
     heartbeat_timeout: seconds of silence after which a process counts as dead and all end.
 
   Raises:
     InputError: the flags do not fit together, or the coordinator cannot be reached.
   """
-  given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
-  if all(value is None for value in given.values()):
+  values = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+  if all(value is None for value in values.values()):
     if not (_on_slurm() or _on_tpu_pod()):
       return
     arguments: dict[str, Any] = {"local_device_ids": _slurm_devices()}
     where = "the coordinator that JAX found"
   else:
-    host, port = _check(given)
+    host, port = _check(values)
     assert coordinator is not None
     assert process is not None
     if processes == 1:
@@ -76,7 +76,7 @@ def start(
     if process > 0:
       _wait_for(host, port, start_timeout)
     else:
-      _check_free(port, coordinator)
+      _check_port(port, coordinator)
     arguments = {
       "coordinator_address": coordinator,
       "num_processes": processes,
@@ -85,31 +85,31 @@ def start(
     }
     where = f"--coordinator={coordinator}"
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  # SIGTERM is the loop's to handle; JAX's service would catch it from here on.
+  # The training loop handles SIGTERM; JAX's service would catch it.
   jax.config.update("jax_enable_preemption_service", False)
-  late = (
+  message = (
     f"{where}: not all processes came within {start_timeout} s; give every host the same command, "
     "with --process=0, 1, ... where it has one, or raise --start_timeout"
   )
-  with _ends_after(start_timeout, late):
+  with _time_limit(start_timeout, message):
     jax.distributed.initialize(
       **arguments,
       initialization_timeout=start_timeout + 60,
       heartbeat_timeout_seconds=heartbeat_timeout,
     )
   if distributed.global_state.process_id:
-    logging.set_verbosity(logging.WARNING)  # process 0 tells what all do
+    logging.set_verbosity(logging.WARNING)  # process 0 logs for all
   threading.Thread(target=_watch, daemon=True).start()
 
 
-def _check(given: dict[str, Any]) -> tuple[str, int]:
-  """(host, port) of the coordinator, if the three flags make sense."""
-  missing = [name for name, value in given.items() if value is None]
+def _check(values: dict[str, Any]) -> tuple[str, int]:
+  """Checks the three flags, and returns (host, port) of the coordinator."""
+  missing = [name for name, value in values.items() if value is None]
   if missing:
     raise InputError(
       f"{', '.join(missing)} missing: --coordinator, --processes and --process go together"
     )
-  coordinator, processes, process = given.values()
+  coordinator, processes, process = values.values()
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdecimal() or not 0 < int(port) < 65536:
     raise InputError(f"--coordinator={coordinator}: give HOST:PORT, such as 10.0.0.1:8476")
@@ -122,8 +122,8 @@ def _check(given: dict[str, Any]) -> tuple[str, int]:
 
 
 def _wait_for(host: str, port: int, timeout: float) -> None:
-  """Returns when process 0 listens."""
-  deadline, told = time.monotonic() + timeout, False
+  """Waits until process 0 listens."""
+  deadline, logged = time.monotonic() + timeout, False
   while True:
     try:
       socket.create_connection((host, port), timeout=max(1.0, min(10.0, timeout))).close()
@@ -135,14 +135,14 @@ def _wait_for(host: str, port: int, timeout: float) -> None:
           f"({error.strerror or error}); start process 0 there, open the port between the hosts, "
           "or raise --start_timeout"
         ) from error
-    if not told:
+    if not logged:
       logging.info("waiting for process 0 at %s:%d", host, port)
-      told = True
+      logged = True
     time.sleep(0.5)
 
 
-def _check_free(port: int, coordinator: str) -> None:
-  """JAX may crash where it cannot listen."""
+def _check_port(port: int, coordinator: str) -> None:
+  """Raises InputError if the port is not free; JAX may crash instead."""
   dual = socket.has_dualstack_ipv6()
   family = socket.AF_INET6 if dual else socket.AF_INET
   try:
@@ -155,8 +155,8 @@ def _check_free(port: int, coordinator: str) -> None:
 
 
 @contextlib.contextmanager
-def _ends_after(seconds: float, message: str):
-  """Ends the process if the block takes longer: JAX would abort it without a word for users."""
+def _time_limit(seconds: float, message: str):
+  """Ends the process with a message if the block takes longer; JAX would abort without one."""
 
   def end():
     print(f"error: {message}", file=sys.stderr, flush=True)
@@ -172,14 +172,14 @@ def _ends_after(seconds: float, message: str):
 
 
 def _on_slurm() -> bool:
-  """Whether this is one of several tasks of a Slurm step."""
+  """Returns whether this is one of several tasks of a Slurm step."""
   names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
   several = int(os.environ.get("SLURM_NTASKS", "1")) > 1
   return several and all(name in os.environ for name in names)
 
 
 def _slurm_devices() -> list[int] | None:
-  """All GPUs of a node if it has one task; JAX would give a task one GPU."""
+  """Returns all GPUs of a node with one task, to which JAX would assign one GPU; otherwise None."""
   tasks, nodes = os.environ.get("SLURM_NTASKS"), os.environ.get("SLURM_STEP_NUM_NODES")
   if not _on_slurm() or tasks != nodes:
     return None
@@ -187,7 +187,7 @@ def _slurm_devices() -> list[int] | None:
 
 
 def _on_tpu_pod() -> bool:
-  """Whether this is a TPU VM of several; asks its metadata server, where TPUs are there at all."""
+  """Returns whether this is one of several TPU VMs; may ask the metadata server of a TPU VM."""
   platforms = getattr(jax.config, "jax_platforms", None) or ""
   if "tpu" not in platforms or "TPU_SKIP_MDS_QUERY" in os.environ:
     return False
@@ -196,9 +196,9 @@ def _on_tpu_pod() -> bool:
   if names is None:
     names = _metadata("worker-network-endpoints")
   if slices is None:
-    told = [line.partition(":") for line in _metadata("tpu-env").splitlines()]
-    found = {key.strip(): value.strip(" '") for key, _, value in told}
-    slices = found.get("MEGASCALE_NUM_SLICES", "1")
+    lines = [line.partition(":") for line in _metadata("tpu-env").splitlines()]
+    variables = {key.strip(): value.strip(" '") for key, _, value in lines}
+    slices = variables.get("MEGASCALE_NUM_SLICES", "1")
   return "," in names or int(slices) > 1
 
 
@@ -211,53 +211,53 @@ def _metadata(key: str) -> str:
   try:
     with urllib.request.urlopen(request, timeout=5) as answer:
       return answer.read().decode()
-  except (urllib.error.URLError, TimeoutError):  # a TPU VM of someone else's, alone
+  except (urllib.error.URLError, TimeoutError):  # a single TPU VM outside Google Cloud
     return ""
 
 
 def _watch() -> None:
-  """Ends this process when another one has failed."""
+  """Ends this process when another process has failed."""
   state = distributed.global_state
   while True:
     time.sleep(_POLL)
     try:
-      found = state.client.key_value_try_get(_FAILURE)
-    except jax.errors.JaxRuntimeError:  # not there
+      failure = state.client.key_value_try_get(_FAILURE)
+    except jax.errors.JaxRuntimeError:  # there is no message
       continue
-    except AttributeError:  # the run has ended in order
+    except AttributeError:  # the run has ended normally
       return
     with _ending:
-      print(f"error: ended, as {found}", file=sys.stderr, flush=True)
+      print(f"error: ended, as {failure}", file=sys.stderr, flush=True)
       _leave(state)
 
 
 def are_several() -> bool:
-  """Whether this process has joined others."""
+  """Returns whether the run has several processes."""
   return jax.distributed.is_initialized()
 
 
-def fail(shown: str, told: str) -> None:
+def fail(message: str, reason: str) -> None:
   """Prints an error, and ends all processes of the run with exit code 1; returns if this is alone.
 
-  An exit in order would wait for processes that wait for this one.
+  A normal exit would wait for processes that wait for this one.
 
   Args:
-    shown: what this process prints.
-    told: what the others print.
+    message: printed by this process.
+    reason: printed by the others.
   """
-  with _ending:  # where another has failed before, what fails now is the consequence
-    print(shown, file=sys.stderr, flush=True)
+  with _ending:  # if another process has failed before, this failure is a consequence: wait
+    print(message, file=sys.stderr, flush=True)
     if not are_several():
       return
     state = distributed.global_state
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was faster
-      state.client.key_value_set(_FAILURE, f"process {state.process_id} ended: {told}")
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was faster
+      state.client.key_value_set(_FAILURE, f"process {state.process_id} ended: {reason}")
     _leave(state)
 
 
 def _leave(state) -> None:
-  """Exits when all know why: a collective whose other end is gone fails with a trace of its own."""
-  with contextlib.suppress(jax.errors.JaxRuntimeError):  # one of them is dead
+  """Exits once all processes have read the message, so that none fails in a collective first."""
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # a process is dead
     state.client.wait_at_barrier(_FAILURE, round(1000 * _GOODBYE))
   if state.process_id == 0:
     time.sleep(1)  # without the coordinator, JAX aborts the others

@@ -1,9 +1,9 @@
-"""Where parameters go: the one place that knows their names.
+"""Placement of parameters over the mesh, by their names.
 
 A rule gives mesh axes for the last dimensions of the parameters that its pattern matches; the first
 match counts. `tensor` splits heads, MLP columns and the vocabulary (Shoeybi et al. 2019,
-Megatron-LM): columns of what enters a block, rows of what leaves it, so that a block needs one sum.
-`fsdp` is where ZeRO splits.
+Megatron-LM): columns of a block's input kernels, rows of its output kernel, so that a block needs
+one sum over devices. `fsdp` is the axis of ZeRO.
 """
 
 import functools
@@ -19,7 +19,7 @@ RULES = (
   (r".*/(query|key|value|gate|up)/kernel", ("fsdp", "tensor")),
   (r".*/(query|key|value|gate|up)/bias", ("tensor",)),
   (r".*/(out|down)/kernel", ("tensor", "fsdp")),
-  # Adapters split where their map does; the rank, which is small, is the last choice.
+  # Adapters are split like their kernels; the rank, which is small, only if nothing else fits.
   (r".*/(query|key|value|gate|up)/lora_b", (None, "tensor")),
   (r".*/(out|down)/lora_a", ("tensor", None)),
   (r".*/lora_a", ("fsdp", None)),
@@ -27,20 +27,20 @@ RULES = (
   (r".*/kernel", (None, "fsdp")),
   (r".*", ("fsdp",)),
 )
-# Splitting less than this over fsdp costs more in messages than it saves in memory.
+# Splitting smaller parameters over fsdp costs more in messages than it saves in memory.
 MIN_SIZE = 2**14
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh, split: bool) -> PartitionSpec:
-  """The placement of a parameter, or of anything that has its shape.
+  """Returns the placement of a parameter, or of an array like it.
 
-  Where `fsdp` does not divide its dimension evenly it takes another one, the layers of a stack last
-  (a layer can then not be gathered by itself). What cannot be split at all is replicated, with a
-  line in the log.
+  If `fsdp` does not divide its dimension evenly, it splits another one; the layer axis of a stack
+  is the last choice, because a layer can then not be gathered alone. A parameter that cannot be
+  split is replicated, and this is logged.
 
   Args:
     path: such as `language/layers/attention/query/kernel`.
-    shape: of the whole parameter; a stack of layers has the layers first.
+    shape: global shape; stacked layers have a layer axis first.
     mesh: the mesh.
     split: whether ZeRO splits it over `fsdp`.
   """
@@ -50,38 +50,32 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh, split: bool) -> Partitio
   sizes = {"tensor": mesh.shape["tensor"], "fsdp": mesh.shape["fsdp"] if split else 1}
   if math.prod(shape[stacked:]) < MIN_SIZE:
     sizes["fsdp"] = 1
-  wanted = next(axes for pattern, axes in RULES if re.fullmatch(pattern, path))
-  wanted = wanted[-(len(shape) - stacked) :]
-  first = len(shape) - len(wanted)
-  at = {axis: first + place for place, axis in enumerate(wanted) if axis}
+  axes = next(axes for pattern, axes in RULES if re.fullmatch(pattern, path))
+  axes = axes[-(len(shape) - stacked) :]
+  first = len(shape) - len(axes)
+  dims = {axis: first + n for n, axis in enumerate(axes) if axis}
 
-  placed: list[str | None] = [None] * len(shape)
-  if "tensor" in at and sizes["tensor"] > 1:
-    if shape[at["tensor"]] % sizes["tensor"] == 0:
-      placed[at["tensor"]] = "tensor"
+  placement: list[str | None] = [None] * len(shape)
+  if "tensor" in dims and sizes["tensor"] > 1:
+    if shape[dims["tensor"]] % sizes["tensor"] == 0:
+      placement[dims["tensor"]] = "tensor"
     else:
-      _log_whole(path, shape, "tensor", sizes["tensor"])
+      _log_replicated(path, shape, "tensor", sizes["tensor"])
   if sizes["fsdp"] > 1:
-    others = sorted(range(stacked, len(shape)), key=lambda place: -shape[place])
-    places = [at["fsdp"], *others] if "fsdp" in at else others
-    places += [0] * stacked
-    fits = [p for p in places if placed[p] is None and shape[p] % sizes["fsdp"] == 0]
+    largest_first = sorted(range(stacked, len(shape)), key=lambda dim: -shape[dim])
+    choices = [dims["fsdp"], *largest_first] if "fsdp" in dims else largest_first
+    choices += [0] * stacked
+    fits = [dim for dim in choices if placement[dim] is None and shape[dim] % sizes["fsdp"] == 0]
     if fits:
-      placed[fits[0]] = "fsdp"
+      placement[fits[0]] = "fsdp"
     else:
-      _log_whole(path, shape, "fsdp", sizes["fsdp"])
-  while placed and placed[-1] is None:
-    placed.pop()
-  return PartitionSpec(*placed)
+      _log_replicated(path, shape, "fsdp", sizes["fsdp"])
+  while placement and placement[-1] is None:
+    placement.pop()
+  return PartitionSpec(*placement)
 
 
 @functools.cache
-def _log_whole(path: str, shape: tuple[int, ...], axis: str, size: int) -> None:
-  """Once for a parameter, and not again for its gradient and moments."""
-  logging.info(
-    "%s %s does not divide over mesh.%s=%d: every device along it holds it whole",
-    path,
-    shape,
-    axis,
-    size,
-  )
+def _log_replicated(path: str, shape: tuple[int, ...], axis: str, size: int) -> None:
+  """Logs once for a parameter, and not again for its gradient and moments."""
+  logging.info("%s %s: replicated, mesh.%s=%d does not divide it", path, shape, axis, size)
