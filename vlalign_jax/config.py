@@ -175,7 +175,7 @@ def check_keys(config: Config, known: Config, prefix: str = "config") -> None:
 
 
 def unknown_key(name: str, known: list[str]) -> str:
-  """The message for a key that no config has, with the nearest one that exists."""
+  """Returns the message for a key that no config has, with the nearest one that exists."""
   last = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
   near = difflib.get_close_matches(name, known, 1, 0.8)
   near = near or [last[k] for k in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, 1)]

@@ -31,7 +31,7 @@ def check_seed(config: Config) -> None:
 
 
 def value(config: Config, key: str):
-  """The value behind a dotted key."""
+  """Returns the value of a dotted key."""
   for part in key.split("."):
     config = config[part]
   return config
