@@ -68,7 +68,7 @@ def map_chunks(
     return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
 
   def compact(x):
-    """Reshapes [B, T, ...] to [S, N, ...], the masked positions first; N is a multiple of `chunk`."""
+    """Reshapes [B, T, ...] to [S, N, ...], masked positions first; N is a multiple of `chunk`."""
     x = permute(x.reshape(shards, -1, *x.shape[2:]), order)
     return jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
 
