@@ -11,6 +11,8 @@ import pytest
 from tests.generation import sharded_answers, tiny_llava
 from tests.process_group import cpu_devices
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(model):

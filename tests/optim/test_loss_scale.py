@@ -32,6 +32,7 @@ def train(directory, workdir, dtype, **overrides):
   return sft_run.read_metrics(str(workdir))
 
 
+@pytest.mark.slow
 def test_float16_follows_float32(directory, tmp_path):
   float16 = train(directory, tmp_path / "float16", "float16", grad_accumulation=2)
   float32 = train(directory, tmp_path / "float32", "float32")

@@ -72,6 +72,7 @@ def test_eight_cpus(directory, tmp_path):
   assert trained / 2 < resident["optimizer"] < 1.5 * trained
 
 
+@pytest.mark.slow
 def test_a_tpu_slice(directory):
   """Compiles for TPUs on any machine."""
   done = _plan(

@@ -30,6 +30,7 @@ def config(**keys):
   return small.config("ppo", data__pack=False, **(settings | keys))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "keys",
   [

@@ -116,6 +116,7 @@ def test_a_gpu_that_is_not_there(name, chip):
   assert len(topology.open_topology(f"gpu:{name}x16").devices) == 16
 
 
+@pytest.mark.slow
 def test_a_program_is_refused_by_its_peak():
   """The compiler refuses twice the sizes with twice the peak."""
   slice_ = topology.open_topology("v5e:2x2")

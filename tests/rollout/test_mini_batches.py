@@ -30,6 +30,7 @@ def test_mini_batches_of_nothing_are_left_out():
   assert learn.mini_batches(np.array([], int), 4, 2) == []
 
 
+@pytest.mark.slow
 def test_a_last_step_of_few_prompts_is_reported_and_learned_as_others(files, tmp_path):
   settings = {
     "ppo.estimator": "rloo",

@@ -85,6 +85,7 @@ def with_whole_reward(open_sources):
   return opened
 
 
+@pytest.mark.slow
 def test_one_base_for_all(files, tmp_path, monkeypatch):
   config = files.config(**ADAPTERS, **{"ppo.reward_model": f"{files.directory}/reward_run"})
   gc.collect()

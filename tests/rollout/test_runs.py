@@ -18,6 +18,8 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.models import vlm
 from vlalign_jax.weights import source
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 TIMING = ("tokens_per_second", "examples_per_second")
 SETTINGS = {

@@ -206,7 +206,13 @@ class Torch:
     return {name: np.mean(found) for name, found in losses.items() if found}
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+SLOW = ("rloo", "blank", "at least 3 tokens")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SETTINGS],
+)
 def test_a_step_equals_torch(name, files, tmp_path):
   config = files.config(**COMMON, **SETTINGS[name])
   if config.ppo.sft_weight:

@@ -203,6 +203,7 @@ def _metrics(workdir, steps) -> dict[str, np.ndarray]:
   return {name: np.array([line[name] for line in lines if name in line]) for name in names}
 
 
+@pytest.mark.slow
 def test_run_of_two_processes(config, compile_cache, tmp_path):
   """It has the metrics of one process, after either was killed, and stops if one gets SIGTERM."""
   one = tmp_path / "one"

@@ -4,12 +4,15 @@ import functools
 import re
 
 import jax
+import pytest
 
 from vlalign_jax.models import clip, llama, projector, rope, vlm
 from vlalign_jax.planning import topology
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.stages import defaults, sft
 from vlalign_jax.steps import program as programs
+
+pytestmark = pytest.mark.slow
 
 ROWS, LENGTH, WIDTH, MLP_WIDTH = 16, 512, 1024, 2816
 

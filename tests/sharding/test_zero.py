@@ -19,6 +19,8 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import rules, zero
 
+pytestmark = pytest.mark.slow
+
 # Run -> (tree -> number of parts).
 SPLIT = {
   "stage 0": {},

@@ -51,6 +51,7 @@ def errors(directory, torch_model):
   return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_shared_prompts_equal_separate_rows(name, errors):
   found = errors[name]

@@ -12,6 +12,8 @@ import pytest
 from tests.process_group import cpu_devices
 from tests.training import mesh_changes
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 TIMING = ("tokens_per_second", "examples_per_second")
 

@@ -43,7 +43,10 @@ def first_line(directory, stage: str, name: str, size: int, workdir):
   return sft_run.read_metrics(str(workdir / f"{stage}_{name}"))[0]
 
 
-@pytest.mark.parametrize("stage", SCRIPTS)
+@pytest.mark.parametrize(
+  "stage",
+  [name if name == "sft" else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
+)
 def test_a_mixed_batch_has_the_loss_of_its_parts(stage, directory, tmp_path):
   half = sum(n % 5 != 4 for n in range(RECORDS))
   pictures, texts, mixed = (

@@ -18,6 +18,8 @@ from scripts import train_sft
 from tests import sft_run, tiny_models
 from vlalign_jax.runs import checkpoints as checkpoints_of_run
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 60
 TIMING = ("tokens_per_second", "examples_per_second")
@@ -150,7 +152,6 @@ def test_killed_and_terminated_run_ends_like_an_uninterrupted_one(
   _assert_same_run(workdir, uninterrupted)
 
 
-@pytest.mark.slow
 def test_a_killed_run_with_all_of_xlas_optimizations(make_config, tmp_path):
   """Compiled as users compile it; in the other tests LLVM and XLA leave most optimizations out."""
   environment = {

@@ -92,7 +92,10 @@ def finished(directory, tmp_path_factory):
   return make
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+  "name",
+  [name if name == "reward" else pytest.param(name, marks=pytest.mark.slow) for name in RUNS],
+)
 def test_a_run_goes_on_exactly_where_a_checkpoint_stands(name, finished, tmp_path):
   stage, config, done = finished(name)
   workdir = shutil.copytree(done, tmp_path / "run")
