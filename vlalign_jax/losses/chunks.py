@@ -68,7 +68,7 @@ def map_chunks(
     return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
 
   def compact(x):
-    """[B, T, ...] to [S, N, ...], the masked positions first; N is a multiple of `chunk`."""
+    """Reshapes [B, T, ...] to [S, N, ...], masked positions first; N is a multiple of `chunk`."""
     x = permute(x.reshape(shards, -1, *x.shape[2:]), order)
     return jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
 
@@ -155,7 +155,7 @@ def _forward(hidden, kernel, targets, weights, support, value, gradient, chunkin
   inputs = jax.tree.map(
     lambda x: x.value, (hidden, kernel, targets, weights, support), is_leaf=is_primal
   )
-  # Residuals are arrays: a static fact goes to the backward pass as the structure of a tree.
+  # Residuals must be arrays, so this flag is the structure of a tree: () or None.
   with_kernel = () if kernel.perturbed else None
   return token_values(*inputs, value, gradient, chunking), (inputs, with_kernel)
 
@@ -165,7 +165,7 @@ def _backward(value, gradient, chunking, residuals, cotangents):
   (hidden, kernel, targets, weights, support), with_kernel = residuals
   # A value that no loss depends on has a symbolic zero as its cotangent.
   cotangents = [
-    jnp.zeros(x.shape, x.dtype)
+    jnp.zeros(x.shape, jnp.float32)
     if isinstance(x, jax.custom_derivatives.SymbolicZero)
     else jnp.where(weights != 0, x, 0)
     for x in cotangents
