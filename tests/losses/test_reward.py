@@ -11,7 +11,7 @@ import torch
 from tests.losses import trl_losses
 from vlalign_jax.losses import reward
 
-LENGTHS = [2, 5, 3, 1, 0, 4, 2, 5]  # answers per example; one alone is no ranking
+LENGTHS = [2, 5, 3, 1, 0, 4, 2, 5]  # answers per example; one alone is not a ranking
 K = max(LENGTHS)
 
 

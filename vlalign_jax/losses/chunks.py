@@ -157,7 +157,7 @@ def _forward(hidden, kernel, targets, weights, support, value, gradient, chunkin
   inputs = jax.tree.map(
     lambda x: x.value, (hidden, kernel, targets, weights, support), is_leaf=is_primal
   )
-  # Residuals are arrays: a static fact goes to the backward pass as the structure of a tree.
+  # Residuals must be arrays, so this flag is the structure of a tree: () or None.
   with_kernel = () if kernel.perturbed else None
   return token_values(*inputs, value, gradient, chunking), (inputs, with_kernel)
 
@@ -168,7 +168,7 @@ def _backward(value, gradient, chunking, residuals, cotangents):
   # A value that no loss depends on has a symbolic zero as its cotangent.
   is_zero: Any = jax.custom_derivatives.SymbolicZero
   cotangents = [
-    jnp.zeros(x.shape, x.dtype) if isinstance(x, is_zero) else jnp.where(weights != 0, x, 0)
+    jnp.zeros(x.shape, jnp.float32) if isinstance(x, is_zero) else jnp.where(weights != 0, x, 0)
     for x in cotangents
   ]
   _, hidden_grad, kernel_grad = map_chunks(
