@@ -5,7 +5,7 @@ Only positions that count reach the vocabulary, so that nothing has the size [B,
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,9 @@ def map_chunks(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def token_values(hidden, kernel, targets, weights, support, value, gradient, chunking: Chunking):
+def token_values(
+  hidden, kernel, targets, weights, support, value, gradient, chunking: Chunking
+) -> Any:
   """Computes values of positions from their logits, differentiable in `hidden` and `kernel`.
 
   The backward pass computes logits again, only for positions with a non-zero cotangent: the forward
@@ -164,10 +166,9 @@ def _backward(value, gradient, chunking, residuals, cotangents):
   del value
   (hidden, kernel, targets, weights, support), with_kernel = residuals
   # A value that no loss depends on has a symbolic zero as its cotangent.
+  is_zero: Any = jax.custom_derivatives.SymbolicZero
   cotangents = [
-    jnp.zeros(x.shape, jnp.float32)
-    if isinstance(x, jax.custom_derivatives.SymbolicZero)
-    else jnp.where(weights != 0, x, 0)
+    jnp.zeros(x.shape, x.dtype) if isinstance(x, is_zero) else jnp.where(weights != 0, x, 0)
     for x in cotangents
   ]
   _, hidden_grad, kernel_grad = map_chunks(
