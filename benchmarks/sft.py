@@ -149,7 +149,7 @@ def our_steps(directory: str, load: str, batch: int):
   from vlalign_jax.optim import optimizer
   from vlalign_jax.sharding import hosts
   from vlalign_jax.sharding import mesh as meshes
-  from vlalign_jax.steps import sft as steps
+  from vlalign_jax.stages import sft as steps
   from vlalign_jax.weights import hf_config, source, tensors
   from vlalign_jax.weights import load as loading
 

@@ -20,9 +20,8 @@ from vlalign_jax.models import clip, llama, projector, rope, vlm
 from vlalign_jax.optim import optimizer
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import rules, zero
-from vlalign_jax.stages import defaults
+from vlalign_jax.stages import defaults, sft
 from vlalign_jax.steps import program as programs
-from vlalign_jax.steps import sft
 
 DEVICES = 8
 MODEL = vlm.ModelConfig(

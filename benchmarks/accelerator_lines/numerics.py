@@ -17,7 +17,7 @@ from vlalign_jax.generation.generate import make_generate
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.optim import optimizer
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.steps import sft
+from vlalign_jax.stages import sft
 
 STEPS, NEW_TOKENS = 4, 24
 

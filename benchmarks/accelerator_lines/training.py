@@ -10,7 +10,7 @@ from accelerator_lines import models, timing, traces
 from configs import dpo as dpo_presets
 from configs import sft as sft_presets
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.steps import sft as sft_steps
+from vlalign_jax.stages import sft as sft_steps
 
 STEPS = 5
 # Bytes of a trained parameter (itself, gradient and two moments in float32, and a bfloat16 copy),

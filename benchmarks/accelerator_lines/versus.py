@@ -47,7 +47,7 @@ def our_steps(sizes: dict, tiny: bool):
   from accelerator_lines import models
   from accelerator_lines.training import make_config
   from vlalign_jax.sharding import mesh as meshes
-  from vlalign_jax.steps import sft
+  from vlalign_jax.stages import sft
 
   c = make_config({}, "llava15_7b")
   model = models.architecture(c, tiny, sizes["text"]["num_hidden_layers"])
