@@ -35,11 +35,11 @@ def step(files: tiny_ppo.Files, name: str, workdir: str) -> dict:
   config = files.config(**overrides, **SETTINGS[name])
   devices = jax.devices()[: 1 if name == "one" else 8]
   run = tiny_ppo.make_run(files, config, f"{workdir}/{name}", with_other=True, devices=devices)
-  train_step = learn.make_train_step(run.held, run.train, run.records, {})
+  train_step = learn.make_train_step(run.held, run.train, run.records)
   with run.train.batches() as batches:
     rows = next(batches)
   del rows["skipped"]
-  _, metrics = train_step(run.state, hosts.to_device(run.held.mesh, rows))
+  _, metrics, _ = train_step(run.state, hosts.to_device(run.held.mesh, rows), {})
   return {key: float(value) for key, value in metrics.items()}
 
 
