@@ -1,10 +1,14 @@
 """Records with and without pictures in one run: the losses of separate ones, few compilations."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from scripts import train_dpo, train_reward, train_sft
 from tests import sft_run, tiny_models
+from vlalign_jax.input_pipeline import prepare
+from vlalign_jax.stages import sft
 
 SCRIPTS = {"sft": train_sft, "reward": train_reward, "dpo": train_dpo}
 # At its first step a policy is the reference, and its loss the same whatever it reads.
@@ -65,17 +69,18 @@ def test_a_mixed_run_compiles_its_step_as_often_as_is_said(
 ):
   made = {}
 
-  def watch(module, name):
-    function = getattr(module, name)
-
-    def watched(*arguments):
+  def watched(function, name):
+    def call(*arguments):
       made[name] = function(*arguments)
       return made[name]
 
-    monkeypatch.setattr(module, name, watched)
+    return call
 
-  watch(train_sft.steps, "make_program")
-  watch(train_sft.data, "prepare_train")
+  stage = sft.STAGE
+  make_program = watched(stage.make_program, "make_program")
+  monkeypatch.setattr(sft, "STAGE", dataclasses.replace(stage, make_program=make_program))
+  prepare_train = watched(prepare.prepare_train, "prepare_train")
+  monkeypatch.setattr(prepare, "prepare_train", prepare_train)
   config = sft_run.make_config(
     directory / "model",
     directory / "sft_mixed.json",
