@@ -175,6 +175,7 @@ def test_dropout_drops_inputs_of_adapters_and_keeps_their_mean():
     np.testing.assert_array_equal(y, x)
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_the_key_of_the_batch(tmp_path):
   tiny_models.make_llava(tmp_path)
   opened, _, params = peft_models.open_model(

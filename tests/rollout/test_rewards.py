@@ -76,6 +76,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(files, tmp_path):
     tiny_ppo.make_run(files, config, str(tmp_path / "critic"))
 
 
+@pytest.mark.slow
 def test_model_and_function_are_summed_and_what_is_no_number_is_left_out(files, tmp_path):
   weights = {"ppo.reward_weight": 0.5, "ppo.function_weight": 2.0}
   alone = make_rollout(tiny_ppo.make_run(files, files.config(**GRPO), str(tmp_path / "alone")))[0]
@@ -103,6 +104,7 @@ def test_a_function_alone_scores_and_sees_the_record(files, tmp_path):
   np.testing.assert_array_equal(rollout.scores, [[len(text) for text in row] for row in texts])
 
 
+@pytest.mark.slow
 def test_prompts_without_pictures(files, tmp_path):
   """The tower has no part in such a run, in any role."""
   with open(f"{files.directory}/train.json", encoding="utf-8") as file:

@@ -109,6 +109,7 @@ def test_a_run_goes_on_exactly_where_a_checkpoint_stands(name, finished, tmp_pat
     np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_only_what_is_trained_is_in_the_checkpoint(name, finished):
   paths = params_of(finished(name)[2])
