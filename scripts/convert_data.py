@@ -1,32 +1,28 @@
-"""Converts published preference data to records that reward models and DPO learn from.
+"""Converts data of any shape that the stages read to LLaVA records with pictures as files.
 
-  python scripts/convert_data.py --input=FILE --output=FILE [--on_bad_record=skip]
+  python scripts/convert_data.py --input=FILE --output=FILE [--images=DIR] [--on_bad_record=skip]
 
-reads LLaVA-Human-Preference-10K, RLAIF-V or vision-feedback-mix-binarized (recognized by their
-keys) and writes LLaVA records whose last answer is a list, best first. Both files are JSON, or JSON
-lines if the name ends with .jsonl. If the hub has a data set as parquet, export its rows first:
+The input is all that data.train may name: JSON, JSON lines, Parquet, a directory of `datasets`, in
+the shapes of docs/data.md. Ranked answers become a list, best first. The stages read the same files
+directly; a converted file can be read, edited and taken elsewhere. The output is JSON, or JSON
+lines if its name ends with .jsonl.
 
-  import datasets, json
-  with open("rlaif_v.jsonl", "w") as file:
-    for number, row in enumerate(datasets.load_dataset("openbmb/RLAIF-V-Dataset", split="train")):
-      row["image"].convert("RGB").save(f"images/{number}.jpg")
-      file.write(json.dumps(row | {"image": f"{number}.jpg"}) + "\\n")
-
-Pictures are not read; scripts/check_data.py does that.
+Paths of pictures stay as they are. Pictures that the input holds are written to --images, and their
+paths are relative to it. Other pictures are not looked for; scripts/check_data.py does that.
 """
 
-import json
 import os
 
 from absl import flags, logging
 
 from vlalign_jax import cli
-from vlalign_jax.data import convert
-from vlalign_jax.data.json_entries import is_json_lines
+from vlalign_jax.data import bad_records, convert
 from vlalign_jax.errors import InputError
 
 
-def convert_data(source: str, output: str, on_bad_record: str = "error") -> int:
+def convert_data(
+  source: str, output: str, on_bad_record: str = "error", images: str = "", placeholders="match"
+) -> int:
   """Converts a file and returns the number of records written.
 
   Raises:
@@ -36,36 +32,32 @@ def convert_data(source: str, output: str, on_bad_record: str = "error") -> int:
   for flag, path in (("input", source), ("output", output)):
     if not path:
       raise InputError(f"--{flag} is missing: the file to {'read' if flag == 'input' else 'write'}")
-  if not os.path.isfile(source):
-    raise InputError(f"--input {source}: no such file; check its path")
-  records, errors = convert.convert(source)
+  if os.path.exists(output):
+    raise InputError(f"--output {output} exists; remove it or name another file")
+  directory = os.path.abspath(images or os.path.dirname(output) or ".")
+  records, errors = convert.convert(source, directory, placeholders)
   if errors and on_bad_record == "error":
     more = f"; {len(errors) - 1} more are bad" if len(errors) > 1 else ""
     raise InputError(f"{errors[0]}{more}; --on_bad_record=skip leaves them out")
-  for error in errors:
-    logging.warning("Left out: %s", error)
+  bad_records.warn(source, errors)
   if not records:
     raise InputError(f"{source}: no record can be converted")
-  try:
-    with open(output, "x", encoding="utf-8") as file:
-      if is_json_lines(output):
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-      else:
-        json.dump(records, file, ensure_ascii=False, indent=1)
-  except FileExistsError as error:
-    raise InputError(f"--output {output} exists; remove it or name another file") from error
-  except OSError as error:
-    raise InputError(f"--output {output}: cannot be written ({error.strerror})") from error
+  convert.write(output, records, "--output")
   logging.info("%s: %d records; %d left out", output, len(records), len(errors))
   return len(records)
 
 
 def main(_):
-  convert_data(flags.FLAGS.input, flags.FLAGS.output, flags.FLAGS.on_bad_record)
+  values = flags.FLAGS
+  convert_data(
+    values.input, values.output, values.on_bad_record, values.images, values.placeholders
+  )
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("input", "", "The file to read.")
+  flags.DEFINE_string("input", "", "The file or directory to read.")
   flags.DEFINE_string("output", "", "The file to write; must not exist.")
+  flags.DEFINE_string("images", "", "Where pictures inside the input go; else next to the output.")
   flags.DEFINE_enum("on_bad_record", "error", ("error", "skip"), "What to do with one.")
+  flags.DEFINE_enum("placeholders", "match", ("match", "first"), "As the key data.placeholders.")
   cli.run(main)

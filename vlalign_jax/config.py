@@ -15,6 +15,7 @@ from vlalign_jax.models.stack import REMAT_NAMES
 DTYPES = ("float32", "bfloat16", "float16")
 # Sums of small updates need more than float16 has.
 PARAM_DTYPES = ("float32", "bfloat16")
+DATA_CHOICES = {"data.on_bad_record": ("error", "skip"), "data.placeholders": ("match", "first")}
 SCHEDULES = (
   "linear",
   "cosine",
@@ -97,7 +98,9 @@ def shared() -> Config:
   c.lora.init_from = ""  # PEFT directory or LoRA run that the adapters start from
 
   c.data = ConfigDict()
-  c.data.train = ""  # JSON or JSON lines files to learn from, comma-separated
+  # Files to learn from, comma-separated: JSON, JSON lines, Parquet (also a directory or a pattern),
+  # or a directory of datasets' save_to_disk.
+  c.data.train = ""
   c.data.samples = ""  # records taken from each file: one number, or one per file; empty: all
   c.data.repeats = ""  # how often an epoch shows each file, such as 1,0.5; empty: once
   # SFT: how many records of a file, chosen by seed, are joined into one conversation with all their
@@ -106,7 +109,13 @@ def shared() -> Config:
   c.data.eval = ""  # files to evaluate on, comma-separated
   c.data.eval_samples = ""  # records taken from each file of data.eval, as data.samples
   c.data.eval_fraction = 0.0  # share of data.train that is held out if data.eval is empty
-  c.data.images = ""  # directory of the pictures; empty: the directory of the JSON file
+  c.data.images = ""  # directory of the pictures; empty: the directory of the data file
+  # Directory to which pictures inside of data files are copied, once; empty:
+  # ~/.cache/vlalign_jax/pictures.
+  c.data.cache = ""
+  # Where <image> and the pictures of a record do not match: match (an error) or first (take all
+  # <image> out and put the pictures before the first question).
+  c.data.placeholders = "match"
   c.data.template = "vicuna"  # prompt template, see docs/data.md
   c.data.max_length = 2048  # longest row in tokens, image tokens included
   c.data.max_candidates = 8  # most ranked answers of a record
@@ -116,9 +125,9 @@ def shared() -> Config:
   c.data.shuffle = True  # whether each epoch has an order of its own
   c.data.pack = True  # whether a row may hold several examples, which do not see each other
   c.data.workers = 0  # processes that decode pictures ahead; 0: threads of this process
-  # What to do with unreadable pictures: error, or skip (leave out and count them; training ends
-  # with an error beyond 1 %).
+  # What to do with bad records and unreadable pictures: error, or skip (leave out and count them).
   c.data.on_bad_record = "error"
+  c.data.max_bad_records = 0.01  # with skip: the share of bad records that ends a run
 
   c.optim = ConfigDict()
   c.optim.learning_rate = 2e-5  # highest learning rate of AdamW
@@ -210,7 +219,7 @@ def check_shared(config: Config, metrics: tuple[str, ...]) -> None:
     "model.remat": REMAT_NAMES,
     "model.attention": ATTENTION_NAMES,
     "optim.schedule": SCHEDULES,
-    "data.on_bad_record": ("error", "skip"),
+    **DATA_CHOICES,
     "mesh.zero_stage": (0, 1, 2, 3),
   }
   at_least = {
@@ -228,6 +237,7 @@ def check_shared(config: Config, metrics: tuple[str, ...]) -> None:
     "data.max_images": 1,
     "data.workers": 0,
     "data.eval_fraction": 0,
+    "data.max_bad_records": 0,
     "lora.rank": 0,
     "lora.vision_rank": 0,
     "optim.learning_rate": 0,
@@ -255,7 +265,7 @@ def check_shared(config: Config, metrics: tuple[str, ...]) -> None:
   if config.max_steps < 0 and config.num_train_epochs <= 0:
     raise InputError("config.num_train_epochs must be above 0, or config.max_steps given")
   if not config.data.train:
-    raise InputError("config.data.train is empty; name a LLaVA-format JSON file")
+    raise InputError("config.data.train is empty; name a data file, see docs/data.md")
   if config.data.eval_samples and not config.data.eval:
     raise InputError("config.data.eval_samples is given, and config.data.eval is empty; name files")
   if config.save_best_limit and not (config.data.eval or config.data.eval_fraction):

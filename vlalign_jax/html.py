@@ -26,6 +26,7 @@ figure img { max-width: 100%; display: block; margin-bottom: .4em; }
 p, td.text { white-space: pre-wrap; overflow-wrap: anywhere; }
 p { margin: 0 0 .5em; }
 .label { color: #666; font-size: .85em; }
+.bars { width: 60%; } .bars div { background: #5b7db1; height: .8em; }
 .right { background: #e2f5e4; }
 .best { font-weight: 600; }
 mark { background: #fdf0b4; color: inherit; }
@@ -33,7 +34,8 @@ svg { max-width: 100%; } svg text { fill: currentColor; font-size: 12px; }
 @media (prefers-color-scheme: dark) {
   body { color: #ddd; background: #16181a; }
   th, td { border-color: #333; } section { border-color: #444; }
-  .label { color: #999; } .right { background: #1d3a22; }
+  .label { color: #999; } .bars { width: 60%; } .bars div { background: #5b7db1; height: .8em; }
+.right { background: #1d3a22; }
   mark { background: #4d431a; }
 }
 """
@@ -71,20 +73,20 @@ def number_cell(value: float | None) -> str:
   return f'<td class="number">{text(shown)}</td>'
 
 
-def pictures(root: str, paths: Iterable[str]) -> str:
+def pictures(paths: Iterable[str]) -> str:
   """Returns the pictures of a record as thumbnails; an error replaces one that cannot be read."""
   shown = []
   for path in dict.fromkeys(paths):
     try:
-      source = _thumbnail(root, path)
+      source = _thumbnail(path)
       shown.append(f'<img src="{source}" alt="{text(path)}" title="{text(path)}">')
     except InputError as error:
       shown.append(f'<p class="label">{text(error)}</p>')
   return f"<figure>{''.join(shown)}</figure>"
 
 
-def _thumbnail(root: str, path: str) -> str:
-  image = images.open_image(root, path)
+def _thumbnail(path: str) -> str:
+  image = images.open_image(path)
   image.thumbnail((THUMBNAIL, THUMBNAIL))
   file = io.BytesIO()
   image.save(file, "JPEG", quality=80)

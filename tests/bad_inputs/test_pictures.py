@@ -6,9 +6,10 @@ import pytest
 
 from tests import sft_run
 from tests.bad_inputs.failing import fails, saved_steps
+from vlalign_jax.data import bad_records
+from vlalign_jax.data.records import Options
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline import prepare, sft
-from vlalign_jax.training import loop
 from vlalign_jax.weights import source
 
 
@@ -70,7 +71,8 @@ def test_too_many_unreadable_pictures_of_the_evaluation(
   held_out = sft_run.write_json(tmp_path / "data" / "eval.json", records[first:last])
   for index in (16, 18):
     _break(tmp_path / "data" / f"{index:03d}.png", "corrupt")
-  expected = [f"data.eval: {bad} of {last - first} records could not be read, more than 1%"]
+  read = f"data.eval: {bad} of {last - first} records could not be read"
+  expected = [f"{read}, more than data.max_bad_records = 0.01"]
   settings = {"data.eval": held_out, "data.on_bad_record": "skip"}
   fails(expected, train, records[:12], **settings)
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -85,7 +87,7 @@ def test_too_many_unreadable_pictures(train, records, tmp_path, compile_cache):
   for index in (1, 16):  # 2 of 24
     _break(tmp_path / "data" / f"{index:03d}.png", "corrupt")
   expected = [
-    "data.train: 2 of 24 records could not be read, more than 1%",
+    "data.train: 2 of 24 records could not be read, more than data.max_bad_records = 0.01",
     "scripts/check_data.py",
   ]
   fails(expected, train, records, **{"data.on_bad_record": "skip"})
@@ -93,9 +95,10 @@ def test_too_many_unreadable_pictures(train, records, tmp_path, compile_cache):
 
 def test_the_same_unreadable_picture_in_every_epoch_is_not_too_many(compile_cache):
   """The limit is a share of what was shown: 1 of 150 records is 10 of 1500 examples."""
-  loop.check_bad_records("data.train", 10, 1500)
+  skip = Options(on_bad_record="skip")
+  bad_records.check("data.train", 10, 1500, skip)
   with pytest.raises(InputError):
-    loop.check_bad_records("data.train", 16, 1500)
+    bad_records.check("data.train", 16, 1500, skip)
 
 
 def test_too_long_records_are_counted(model, records, tmp_path, caplog):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from vlalign_jax.data.records import Turn, load_records, scan_records
+from vlalign_jax.data.conversations import Turn
+from vlalign_jax.data.records import Options, load_records, scan_records
 from vlalign_jax.errors import InputError
 
 
@@ -27,6 +28,7 @@ def pair(**fields):
   return {"id": "7", "prompt": "Who?", "chosen": "me", "rejected": "you", **fields}
 
 
+OPTIONAL = Options(answers="optional")
 PICTURE = [{"type": "image", "text": None}, {"type": "text", "text": "Who?"}]
 ASKED, SEEN = (Turn("Who?", None),), (Turn("<image>\nWho?", None),)
 GOOD = {
@@ -103,18 +105,18 @@ def write(tmp_path):
 @pytest.mark.parametrize("form", GOOD)
 def test_reads(write, form):
   entry, turns = GOOD[form]
-  (record,) = load_records(write(entry), None, "ranked", 5)
+  (record,) = load_records(write(entry), Options("", "ranked", 5))
   assert record.turns == turns
   expected = entry["conversations"][-1]["value"] if "conversations" in entry else ["me", "you"]
   assert record.answers == tuple(expected)
   assert record.images == (("a.png",) if "<image>" in turns[0].human else ())
-  assert load_records(write(entry), None, "optional") == [record]
+  assert load_records(write(entry), OPTIONAL) == [record]
 
 
 def test_answers_are_optional(write):
   alone = {"conversations": [{"from": "human", "value": "Who?"}]}
   both = {"conversations": [*alone["conversations"], {"from": "gpt", "value": "me"}]}
-  records = load_records(write(alone, both, llava(["me"])), None, "optional")
+  records = load_records(write(alone, both, llava(["me"])), OPTIONAL)
   assert [record.turns for record in records] == [ASKED, (Turn("Who?", "me"),), ASKED]
   assert [record.answers for record in records] == [(), (), ("me",)]
 
@@ -140,8 +142,8 @@ BAD = {
     "conversations[1]: 6 answers, data.max_candidates is 5; raise it or leave answers out",
   ),
   "a picture in an answer": (
-    llava(["me", "<image>"]),
-    'conversations[1]: "value"[1]: the answer holds <image>; only questions may',
+    pair(chosen=[assistant(PICTURE)]),
+    "chosen[0]: the answer holds a picture; only questions may",
   ),
   "a list in the middle": (
     llava(["me", "you"], "Who?", ["a", "b"], "No:"),
@@ -193,8 +195,8 @@ BAD = {
   ),
   "an empty prompt": (pair(prompt=[]), '"prompt" is empty; it must end with'),
   "system message": (
-    pair(prompt=[{"role": "system", "content": "Be kind."}, user(), assistant("a"), user()][:3]),
-    'prompt[0]: "role" is "system" where "user" is expected; user and assistant take turns',
+    pair(prompt=[user(), assistant("a"), {"role": "system", "content": "Be kind."}]),
+    '"prompt" ends with an answer; it must end with a message of the user',
   ),
   "a message that is none": (
     pair(prompt=["Who?"]),
@@ -210,7 +212,7 @@ BAD = {
   ),
   "a picture that is not a path": (
     pair(image={"bytes": "iVBORw0K", "path": None}),
-    '"image" holds an object; give a path or a list of paths',
+    '"image": "bytes" is text that is not a picture in base64; give a path',
   ),
 }
 
@@ -219,7 +221,7 @@ BAD = {
 def test_a_bad_record_is_named(write, mistake):
   entry, message = BAD[mistake]
   path = write(pair(), entry)
-  records, (error,) = scan_records(path, None, "ranked", 5)
+  records, (error,), _ = scan_records(path, Options("", "ranked", 5))
   assert [record.index for record in records] == [0]
   assert str(error).startswith(f'{path}, record 1 ("id": "7"): ')
   assert message in str(error)
@@ -228,14 +230,14 @@ def test_a_bad_record_is_named(write, mistake):
 
 def test_sft_takes_one_answer(write):
   path = write(llava(["me", "you"]), pair())
-  first, second = scan_records(path, None)[1]
+  first, second = scan_records(path).errors
   assert str(first) == (
-    f'{path}, record 0 ("id": "7"): conversations[1]: "value" is a list of answers, best first,'
-    ' for reward models and DPO; give one answer as text in "conversations"'
+    f'{path}, record 0 ("id": "7"): conversations[1]: a list of answers, best first, is for'
+    " reward models and DPO; give one answer as text"
   )
   assert str(second) == (
     f'{path}, record 1 ("id": "7"): "chosen" and "rejected" are for reward models and DPO; give one'
-    ' answer as text in "conversations"'
+    " answer as text"
   )
   with pytest.raises(InputError, match="for reward models and DPO; .*; 1 more record is bad"):
     load_records(path)

@@ -6,7 +6,8 @@ import pytest
 
 from scripts import convert_data
 from tests.bad_inputs.failing import fails
-from vlalign_jax.data.records import Turn, load_records
+from vlalign_jax.data.conversations import Turn
+from vlalign_jax.data.records import Options, load_records
 
 
 def human(value="<image>\nWho?"):
@@ -78,8 +79,8 @@ GOOD = {
     ("000000372405", ASKED, ("two", "one")),
   ),
   "RLAIF-V": (rlaif_v(), ("17", ASKED, ("one", "two"))),
-  "RLAIF-V, the path next to the picture": (
-    rlaif_v(image={"bytes": "iVBO", "path": "1.jpg"}, image_path="a.png"),
+  "RLAIF-V, the path alone": (
+    rlaif_v(image=None, image_path="a.png"),
     ("17", ASKED, ("one", "two")),
   ),
   "RLAIF-V, the path of the picture": (
@@ -102,7 +103,7 @@ def convert(tmp_path):
   def run(*entries, name="out.json", **flags):
     (tmp_path / "in.json").write_text(json.dumps(entries))
     convert_data.convert_data(str(tmp_path / "in.json"), str(tmp_path / name), **flags)
-    return load_records(str(tmp_path / name), None, "ranked")
+    return load_records(str(tmp_path / name), Options(answers="ranked"))
 
   return run
 
@@ -134,22 +135,12 @@ BAD = {
   ),
   "no conversation": (
     feedback_mix(conversations=[]),
-    ['"conversations" must be a list of human and gpt messages; give it'],
+    ['"conversations" is empty; give a list of human and gpt messages'],
   ),
-  "SFT data": (
-    {"conversations": [human("Who?"), gpt()]},
-    ['neither "output_1" (LLaVA-Human', 'nor "chosen" (RLAIF-V); give one'],
-  ),
-  "something else": ({"prompt": "Who?"}, ['neither "output_1"']),
-  "one value": (
-    feedback_mix(
-      conversations=[human("Who?"), {"from": "gpt", "preference_values": ["one"]}], image=None
-    ),
-    ["one answer only; give a list of at least two"],
-  ),
-  "a picture without a path": (
+  "something else": ({"text": "Who?"}, ['"conversations" is missing, and there is no "messages"']),
+  "a picture that is none": (
     rlaif_v(image={"bytes": "iVBO"}, image_path=None),
-    ['"image" is a picture, not its path; save it as a file'],
+    ['"image": "bytes" is text that is not a picture in base64'],
   ),
   "more pictures than named": (
     human_preference(conversations=[human("<image> or <image>?")]),
@@ -170,7 +161,8 @@ def test_a_bad_record_is_named_and_can_be_left_out(convert, tmp_path, mistake):
 def test_files(convert, tmp_path):
   convert(rlaif_v())
   fails(["out.json exists; remove it or name another"], convert, rlaif_v())
-  fails(["in.json: no record can be converted"], convert, {}, on_bad_record="skip")
+  skip = {"on_bad_record": "skip", "name": "none.json"}
+  fails(["in.json: no record can be converted"], convert, {}, **skip)
   fails(["; 1 more are bad; --on_bad_record"], convert, {}, {}, name="b.json")
   nowhere = "nowhere/out.json"
   fails(
@@ -179,7 +171,4 @@ def test_files(convert, tmp_path):
   source, output = str(tmp_path / "in.json"), str(tmp_path / "c.json")
   fails(["--input is missing"], convert_data.convert_data, "", output)
   fails(["--output is missing"], convert_data.convert_data, source, "")
-  (tmp_path / "x.parquet").touch()
-  parquet = str(tmp_path / "x.parquet")
-  fails(["x.parquet: holds no JSON", "load_dataset"], convert_data.convert_data, parquet, output)
-  fails(["--input none.json: no such file; check"], convert_data.convert_data, "none.json", output)
+  fails(["none.json: no such file; check"], convert_data.convert_data, "none.json", output)

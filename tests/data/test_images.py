@@ -28,7 +28,7 @@ def noise(width, height, seed=0):
 
 def save(image, path, **options):
   image.save(path, **options)
-  return np.asarray(open_image(str(path.parent), path.name))
+  return np.asarray(open_image(str(path)))
 
 
 # Decoding
@@ -41,7 +41,7 @@ def test_palette_with_transparency_keeps_its_colors(tmp_path):
   pixels = save(image, tmp_path / "a.png", transparency=1)
   red, green, blue = [255, 0, 0], [0, 255, 0], [10, 20, 30]
   assert pixels.tolist() == [[red, green, blue], [blue, green, red]]
-  assert "transparency" not in open_image(str(tmp_path), "a.png").info
+  assert "transparency" not in open_image(str(tmp_path / "a.png")).info
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def png_header(width, height):
 def test_bombs_are_refused_by_their_header(tmp_path, size):
   (tmp_path / "a.png").write_bytes(png_header(*size))
   with pytest.raises(InputError, match='"a.png" under .* has more than 89,478,485 pixels'):
-    open_image(str(tmp_path), "a.png")
+    open_image(str(tmp_path / "a.png"))
 
 
 def truncated(path):
@@ -146,29 +146,27 @@ def truncated(path):
 def test_undecodable_files_are_named(tmp_path, name, make):
   make(tmp_path / name)
   with pytest.raises(InputError, match=f'image "{name}" under .* cannot be decoded') as raised:
-    open_image(str(tmp_path), name)
+    open_image(str(tmp_path / name))
   assert "\n" not in str(raised.value)
 
 
 def test_missing_file_and_directory(tmp_path):
   with pytest.raises(InputError, match='image "x.png" under .* not found'):
-    open_image(str(tmp_path), "x.png")
+    open_image(str(tmp_path / "x.png"))
   (tmp_path / "dir").mkdir()
   with pytest.raises(InputError, match="cannot be decoded"):
-    open_image(str(tmp_path), "dir")
+    open_image(str(tmp_path / "dir"))
 
 
 @pytest.mark.parametrize("path", ["../a.png", "/etc/a.png", "b/../../a.png", "", ".."])
-def test_the_root_is_not_left(tmp_path, path):
-  (tmp_path / "root").mkdir()
-  noise(2, 2).save(tmp_path / "a.png")
+def test_the_root_is_not_left(path):
   with pytest.raises(InputError, match="leaves the image root|absolute path|empty path"):
-    open_image(str(tmp_path / "root"), path)
+    image_path(path)
 
 
 def test_paths_are_normalized():
-  assert image_path("root", "./b//c/../a.png") == "root/b/a.png"
-  assert image_path("", "..a.png") == "..a.png"
+  assert image_path("./b//c/../a.png") == "b/a.png"
+  assert image_path("..a.png") == "..a.png"
 
 
 # Preprocessing

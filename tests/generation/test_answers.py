@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests import parity
-from vlalign_jax.data.records import load_records
+from vlalign_jax.data.records import Options, load_records
 from vlalign_jax.errors import InputError
 from vlalign_jax.generation.answers import generate_answers
 from vlalign_jax.generation.sampling import Sampling
@@ -55,7 +55,7 @@ def everything(model, files):
   config.model.dtype = "float32"
   config.data.max_length = 192
   opened = source.open_source(parity.model_group(init_from=model.directory))
-  records = load_records(str(files / "test.json"), answers="optional")
+  records = load_records(str(files / "test.json"), Options(answers="optional"))
   mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
   return config, opened, records, mesh
 

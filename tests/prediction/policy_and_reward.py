@@ -84,7 +84,7 @@ class Tiny:
   def inputs(self, example) -> dict:
     """Returns the torch models' inputs for an example."""
     arrays = [
-      self.opened.images.preprocess(images.open_image(self.directory, path))
+      self.opened.images.preprocess(images.open_image(os.path.join(self.directory, path)))
       for path in example.images
     ]
     pixels = parity.pixel_values(self.opened.config, arrays) if arrays else None

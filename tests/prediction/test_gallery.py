@@ -1,10 +1,11 @@
 """Pages escape all text, and refer to no other files."""
 
 import html.parser
+import os
 
 import pytest
 
-from vlalign_jax.data.records import parse_record
+from vlalign_jax.data.records import Options, parse_record
 from vlalign_jax.prediction import gallery, metrics, reward_accuracy, reward_page
 from vlalign_jax.prediction import records as data
 
@@ -51,8 +52,10 @@ def records(models):
       {"from": "gpt", "value": [f"{EVIL}1", f"{EVIL}2"]},
     ],
   }
-  record = parse_record(entry, models.data, 0, "optional", None)
-  broken = parse_record({**entry, "image": "missing.png"}, models.data, 1, "optional", None)
+  options = Options(os.path.dirname(models.data), "optional")
+  record, _ = parse_record(entry, models.data, 0, "record 0", options)
+  missing = {**entry, "image": "missing.png"}
+  broken, _ = parse_record(missing, models.data, 1, "record 1", options)
   return record, broken
 
 

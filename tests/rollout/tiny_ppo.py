@@ -147,7 +147,7 @@ def with_sampling(run: Run, sampling: Sampling):
 
 def text_reader(run: Run, images: int, answers: int) -> TextReader:
   """What makes rows of text for the run's reward model."""
-  return TextReader(run.sources.reward, "vicuna", "", images, answers)
+  return TextReader(run.sources.reward, "vicuna", images, answers)
 
 
 def examples_of(prepared, step: int = 0) -> list:

@@ -22,7 +22,7 @@ class CleanTurn(NamedTuple):
 
 
 def cut_conversation(
-  turns: Sequence[CleanTurn], tokenizer, where: str
+  turns: Sequence[CleanTurn], tokenizer, where: str, system: str | None = None
 ) -> list[tuple[str, str | None]]:
   """Renders the conversation's prefixes and cuts where the answers begin and end.
 
@@ -34,6 +34,7 @@ def cut_conversation(
     turns: the conversation; only the last turn may lack its answer.
     tokenizer: a tokenizer with a chat template.
     where: names the record in error messages.
+    system: the text of a first message of the system, stripped; None: there is none.
 
   Returns:
     For each turn its prompt and its answer with the end token (None if there is no answer).
@@ -46,12 +47,16 @@ def cut_conversation(
   control = vocabulary(tokenizer).control
   cannot = f"{where}: the tokenizer's chat template can't be cut at turn boundaries"
   messages, pairs, done = [], [], ""
+  if system is not None:
+    messages.append(_message("system", system, 0, typed))
   for turn in turns:
     messages.append(_message("user", turn.question, turn.images, typed))
     asked = _render(messages, tokenizer, where, ask=True)
     if not asked.startswith(done):
       raise InputError(f"{cannot}: a new question changes the text before it; {_FIX}")
     prompt = asked[len(done) :]
+    if system is not None and not pairs and system not in prompt:
+      raise InputError(f"{where}: the chat template leaves out the record's system text; {_FIX}")
     if prompt.count(IMAGE_PLACEHOLDER) != turn.images:
       raise InputError(
         f"{where}: the tokenizer's chat template writes {prompt.count(IMAGE_PLACEHOLDER)} <image>"

@@ -124,10 +124,10 @@ def tokenize_turns(
   """
   check_image_token(tokenizer, image_token_id)
   *before, last = record.turns
-  prompt, written = [], []
+  prompt, written, where = [], [], record.where
   for answer in answers or [None]:
     turns = [*before, Turn(last.human, answer)]
-    texts = [piece.text for piece in turn_pieces(turns, template, tokenizer, record.where)]
+    texts = [piece.text for piece in turn_pieces(turns, template, tokenizer, where, record.system)]
     prompt = texts[: 2 * len(before) + 1]  # the same each time
     written += texts[len(prompt) :]
   end = closing(template, tokenizer)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from vlalign_jax import json_files
-from vlalign_jax.errors import InputError
+from vlalign_jax.errors import InputError, shorten
 
 MAX_PIXELS = 89_478_485  # PIL warns above this: 1 GiB / 4 / 3
 ASPECTS = ("auto", "crop", "pad")
@@ -27,15 +27,15 @@ _TRANSPOSE = {  # EXIF orientation -> transposition that turns the image upright
 }
 
 
-def image_path(root: str, relative_path: str) -> str:
-  """Returns the normalized path below `root`, without access to the disk.
+def image_path(relative_path: str) -> str:
+  """Returns a path below the image root in its normal form, without access to the disk.
 
   `..` is resolved by name only, so a symbolic link inside the root may lead elsewhere.
 
   Raises:
     InputError: the path is empty, absolute or leaves the root.
   """
-  shown = f'image "{relative_path}"'
+  shown = f'image "{shorten(relative_path)}"'
   if not relative_path:
     raise InputError('image "" is an empty path; name the file relative to data.images')
   if os.path.isabs(relative_path):
@@ -43,18 +43,17 @@ def image_path(root: str, relative_path: str) -> str:
   normal = os.path.normpath(relative_path)
   if normal.split(os.sep, 1)[0] == os.pardir:
     raise InputError(f"{shown} leaves the image root; move it there or set data.images")
-  return os.path.join(root, normal)
+  return normal
 
 
-def open_image(root: str, relative_path: str) -> Image.Image:
+def open_image(path: str) -> Image.Image:
   """Decodes an image (or its first frame), upright and as RGB; transparency is dropped.
 
   Raises:
-    InputError: the file is outside the root, missing, truncated or not an image, or it has more
-      than MAX_PIXELS pixels.
+    InputError: the file is missing, truncated or not an image, or it has more than MAX_PIXELS
+      pixels.
   """
-  path = image_path(root, relative_path)
-  shown = f'image "{relative_path}" under {root or "."}'
+  shown = f'image "{os.path.basename(path)}" under {os.path.dirname(path) or "."}'
   try:
     with Image.open(path) as image:
       if math.prod(image.size) > MAX_PIXELS:  # by the header; nothing is decoded yet
@@ -70,6 +69,12 @@ def open_image(root: str, relative_path: str) -> Image.Image:
     reason = " ".join(str(error).split()) or type(error).__name__
     message = f"cannot be decoded ({reason}); replace it or drop its record"
     raise InputError(f"{shown} {message}") from error
+
+
+def size(path: str) -> tuple[int, int]:
+  """Returns (width, height) in pixels of an image that `open_image` can open, by its header."""
+  with Image.open(path) as image:
+    return image.size
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -33,15 +33,21 @@ class Measured:
     lengths: int32[N], tokens.
     counts: int32[N, C], other counts of each record, such as turns dropped.
     images: distinct images of each record.
+    problems: errors of the records that are left out; these have length 0.
   """
 
   lengths: np.ndarray
   counts: np.ndarray
   images: ImageSets
+  problems: tuple[str, ...] = ()
 
 
 def measure(
-  load_encoded: LoadEncoded, n: int, workers: int = 0, pool_from: int = POOL_FROM
+  load_encoded: LoadEncoded,
+  n: int,
+  workers: int = 0,
+  pool_from: int = POOL_FROM,
+  skips: bool = False,
 ) -> Measured:
   """Calls `load_encoded` for the records 0 to n - 1, in worker processes if there are many.
 
@@ -52,16 +58,34 @@ def measure(
     workers: the most processes to use; with fewer than 2, this process measures. There are never
       more than MAX_WORKERS = 32, nor more than there is work for.
     pool_from: the number of records from which worker processes are started.
+    skips: whether a record for which `load_encoded` raises an InputError is left out.
 
   Raises:
-    InputError: the first one that `load_encoded` raises, in whichever process.
+    InputError: without `skips`, the first one that `load_encoded` raises, in whichever process.
   """
-  records = map_records(load_encoded, n, workers, pool_from)
+  records = map_records(_Skip(load_encoded) if skips else load_encoded, n, workers, pool_from)
+  problems = tuple(record for record in records if isinstance(record, str))
+  width = next((len(record[1]) for record in records if not isinstance(record, str)), 1)
+  records = [(0, (0,) * width, ()) if isinstance(record, str) else record for record in records]
   return Measured(
     lengths=np.array([length for length, _, _ in records], np.int32),
     counts=np.array([counts for _, counts, _ in records], np.int32),
     images=ImageSets.from_paths(images for _, _, images in records),
+    problems=problems,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Skip:
+  """Returns the text of an InputError in place of raising it; can be pickled."""
+
+  load_encoded: LoadEncoded
+
+  def __call__(self, number: int):
+    try:
+      return self.load_encoded(number)
+    except InputError as error:
+      return str(error)
 
 
 def map_records(

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vlalign_jax.data.conversations import Answers
-from vlalign_jax.data.records import Record, load_records
+from vlalign_jax.data.records import DEFAULT, Options, Record, load_records
 from vlalign_jax.errors import InputError
 
 # The use of a random generator, part of its seed so that no two uses share a stream.
@@ -34,25 +33,18 @@ class Mixture:
 
 
 def load_mixture(
-  files: str,
-  image_root: str,
-  samples: str,
-  repeats: str,
-  seed: int,
-  answers: Answers = "one",
-  max_candidates: int | None = None,
+  files: str, samples: str, repeats: str, seed: int, options: Options = DEFAULT
 ) -> Mixture:
   """Reads the files of data.train.
 
   Args:
     files: comma-separated paths.
-    image_root: the directory of all images; empty: the directory of each file.
     samples: number of records to draw from each file, without replacement; empty or 0: all. One
       number for each file, comma-separated, or one for all.
     repeats: how many times an epoch shows each file; empty: once. 2.5 shows it twice and then half
       of it, another half in each epoch. One number for each file or one for all.
     seed: for the samples and the epochs.
-    answers, max_candidates: as for `load_records`.
+    options: how records are read.
 
   Raises:
     InputError: a file, a record or one of these arguments is bad.
@@ -60,24 +52,18 @@ def load_mixture(
   shares = _numbers(repeats, len(files.split(",")), 1.0, float, "data.repeats")
   if not any(shares):
     raise InputError("data.repeats is 0 for every file; give at least one a positive weight")
-  by_file = load_samples(files, image_root, samples, seed, "train", answers, max_candidates)
+  by_file = load_samples(files, samples, seed, "train", options)
   file_of = np.repeat(np.arange(len(by_file), dtype=np.int32), [len(part) for part in by_file])
   return Mixture(tuple(itertools.chain(*by_file)), file_of, tuple(shares), seed)
 
 
 def load_samples(
-  files: str,
-  image_root: str,
-  samples: str,
-  seed: int,
-  split: str,
-  answers: Answers = "one",
-  max_candidates: int | None = None,
+  files: str, samples: str, seed: int, split: str, options: Options = DEFAULT
 ) -> list[list[Record]]:
   """Returns the records drawn from each file of data.train or data.eval, in file order.
 
   Args:
-    files, image_root, samples, seed, answers, max_candidates: as for `load_mixture`.
+    files, samples, seed, options: as for `load_mixture`.
     split: "train" or "eval"; errors name its keys.
 
   Raises:
@@ -92,7 +78,7 @@ def load_samples(
   counts = _numbers(samples, len(paths), 0, int, key)
   by_file = []
   for position, (path, count) in enumerate(zip(paths, counts, strict=True)):
-    records = load_records(path, image_root, answers, max_candidates)
+    records = load_records(path, options)
     if count > len(records):
       raise InputError(
         f"{path} has {len(records)} records, fewer than the {count} of {key}; lower it"
@@ -164,6 +150,9 @@ def concatenate(mixture: Mixture, count: int) -> Mixture:
   Args:
     mixture: its records must have answers to all turns.
     count: records of each conversation, at least 1.
+
+  Raises:
+    InputError: records with different system texts would be joined.
   """
   joined, file_of = [], []
   for position in range(len(mixture.repeats)):
@@ -176,6 +165,11 @@ def concatenate(mixture: Mixture, count: int) -> Mixture:
 
 
 def _joined(records: list[Record]) -> Record:
+  if other := [record for record in records if record.system != records[0].system]:
+    raise InputError(
+      f"{other[0].where}: its system text differs from that of {records[0].where}; records that"
+      " data.concatenate joins must have the same, or set it to 1"
+    )
   return replace(
     records[0],
     id=" + ".join(record.id for record in records),

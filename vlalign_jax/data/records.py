@@ -1,18 +1,24 @@
-"""Reads records, one conversation each, from a JSON array or JSON lines, and checks them."""
+"""Reads the records of a data file, one conversation each, and checks them."""
 
+import collections
 import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER, Answers, Turn, parse
-from vlalign_jax.data.images import image_path
-from vlalign_jax.data.json_entries import as_text, entries, is_json_lines, kind, quote
+from absl import logging
+
+from vlalign_jax.data import bad_records, conversations, picture_store, pictures
+from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER, Answers, Conversation, Turn
+from vlalign_jax.data.entries import entries
+from vlalign_jax.data.picture_store import PictureStore
+from vlalign_jax.data.values import as_text, kind, quote
 from vlalign_jax.errors import InputError
 
 _THREADS = 32  # existence checks wait for network disks, not for the processor
+PLACEHOLDERS = ("match", "first")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +27,16 @@ class Record:
 
   Attributes:
     file: the path of its file, as in the config.
-    index: its place in the JSON array, from 0; in JSON lines the line number, from 1.
-    id: its `id` as text; the index if it has none.
-    images: normalized paths below the image root, in the order of their placeholders.
+    index: its number in the file, see `entries.entries`.
+    id: its `id` (or `idx`) as text; the index if it has none.
+    images: in the order of their placeholders: normalized paths below `root`; absolute ones of
+      pictures that the file holds.
     turns: at least one; only the last may lack its answer.
     answers: ranked answers to the last question, best first; the last turn then has no answer.
+    system: the text that replaces the template's own system text; None: the template's.
+    columns: what else the record has, by key, for reward functions; None if it is not kept.
+    place: its name within the file, such as "record 17" or "line 17".
+    root: the directory that `images` are relative to.
   """
 
   file: str
@@ -34,139 +45,238 @@ class Record:
   images: tuple[str, ...]
   turns: tuple[Turn, ...]
   answers: tuple[str, ...] = ()
+  system: str | None = None
+  columns: dict[str, Any] | None = field(default=None, compare=False)
+  place: str = field(default="", compare=False)
+  root: str = field(default="", compare=False)
 
   @property
   def where(self) -> str:
     """Returns a name such as `data/train.json, record 17 ("id": "000123")`."""
-    return _where(self.file, self.index, self.id)
+    return _where(self.file, self.place or f"record {self.index}", self.index, self.id)
+
+  @property
+  def image_files(self) -> tuple[str, ...]:
+    """Returns the paths of `images` from the working directory."""
+    return tuple(os.path.join(self.root, image) for image in self.images)
+
+  @property
+  def content(self) -> tuple:
+    """Returns what a model reads of the record, and where its pictures are; for digests."""
+    return self.images, self.turns, self.answers, *((self.system,) if self.system else ())
 
 
-def load_records(
-  path: str,
-  image_root: str | None = None,
-  answers: Answers = "one",
-  max_candidates: int | None = None,
-) -> list[Record]:
-  """Returns the records of a file for training; arguments as for `scan_records`.
+@dataclass(frozen=True)
+class Options:
+  """How the records of a config are read.
+
+  Attributes:
+    image_root: the directory that image paths are relative to; empty: that of the file.
+    answers: what the last question must have: "one" answer, "ranked" ones (at least two), or
+      anything ("optional").
+    max_candidates: the most ranked answers of a record; None for no limit.
+    placeholders: what happens where `<image>` and the pictures do not match: "match" is an error,
+      "first" puts the pictures before the first question.
+    cache: directory of pictures that files hold, see `picture_store.store`.
+    on_bad_record: "error", or "skip": leave bad records out.
+    max_bad_records: the largest share of records that may be left out.
+    keeps_columns: whether `Record.columns` is kept.
+  """
+
+  image_root: str = ""
+  answers: Answers = "one"
+  max_candidates: int | None = None
+  placeholders: str = "match"
+  cache: str = ""
+  on_bad_record: str = "error"
+  max_bad_records: float = bad_records.MAX_SHARE
+  keeps_columns: bool = False
+
+
+DEFAULT = Options()
+
+
+class Scan(NamedTuple):
+  """The usable records of a file, an error for every other one, and how often keys are not read."""
+
+  records: list[Record]
+  errors: list[InputError]
+  unread: collections.Counter[str]
+
+
+def load_records(path: str, options: Options = DEFAULT) -> list[Record]:
+  """Returns the records of a file for training.
+
+  Bad records that the options leave out are logged and counted, and so are keys that nothing reads.
 
   Raises:
     InputError: the file or a record is bad; names the first bad record and counts the others.
   """
-  records, errors = scan_records(path, image_root, answers, max_candidates)
-  if not errors:
-    return records
-  more = len(errors) - 1
-  if not more:
-    raise errors[0]
-  noun = "record is" if more == 1 else "records are"
-  raise InputError(f"{errors[0]}; {more} more {noun} bad: scripts/check_data.py lists them all")
+  records, errors, unread = scan_records(path, options)
+  if errors and options.on_bad_record != "skip":
+    more = len(errors) - 1
+    if not more:
+      raise errors[0]
+    noun = "record is" if more == 1 else "records are"
+    raise InputError(f"{errors[0]}; {more} more {noun} bad: scripts/check_data.py lists them all")
+  bad_records.warn(path, errors)
+  bad_records.check(path, len(errors), len(errors) + len(records), options)
+  if unread and not options.keeps_columns:
+    logging.info("%s: keys that nothing reads: %s", path, count_keys(unread))
+  return records
 
 
-def scan_records(
-  path: str,
-  image_root: str | None = None,
-  answers: Answers = "one",
-  max_candidates: int | None = None,
-) -> tuple[list[Record], list[InputError]]:
-  """Returns every usable record and one error for every bad one, both in file order.
+def count_keys(unread: collections.Counter[str]) -> str:
+  """Returns keys with how many records have each, such as `source (20,000), split (3)`."""
+  shown = [f"{key} ({count:,})" for key, count in unread.most_common(10)]
+  more = len(unread) - len(shown)
+  return ", ".join(shown) + (f" and {more} more" if more else "")
 
-  Args:
-    path: a JSON array, or JSON lines if it ends with .jsonl or .ndjson.
-    image_root: the directory that image paths are relative to; empty: that of `path`.
-    answers: what the last question must have: "one" answer, "ranked" ones (at least two), or
-      anything ("optional").
-    max_candidates: the most ranked answers of a record; None for no limit.
+
+def scan_records(path: str, options: Options = DEFAULT) -> Scan:
+  """Reads a whole file, in any of the forms of `entries.entries`; a bad record raises no error.
 
   Raises:
     InputError: the file as a whole is unusable, or the image root is missing.
   """
   parsed: list[Record | InputError] = []
-  for index, entry in entries(path):
+  unread: collections.Counter[str] = collections.Counter()
+  root = options.image_root or (path if os.path.isdir(path) else os.path.dirname(path))
+  options = replace(options, image_root=root)
+  for index, place, entry in entries(path):
     try:
       if isinstance(entry, InputError):
         raise entry
-      parsed.append(parse_record(entry, path, index, answers, max_candidates))
+      record, keys = parse_record(entry, path, index, place, options)
+      parsed.append(record)
+      unread.update(keys)
     except InputError as error:
       parsed.append(error)
 
-  root = image_root or os.path.dirname(path)
   images = {image for item in parsed if isinstance(item, Record) for image in item.images}
-  missing = _missing(images, root)
+  missing = _missing({image for image in images if not os.path.isabs(image)}, root)
   records, errors = [], []
   for item in parsed:
     if isinstance(item, InputError):
       errors.append(item)
     elif absent := [image for image in item.images if image in missing]:
+      hint = "; write / between directories" if "\\" in absent[0] else ""
       errors.append(
         InputError(
           f"{item.where}: image {quote(absent[0])} not found under {root or '.'};"
-          " put it there or set data.images"
+          f" put it there or set data.images{hint}"
         )
       )
     else:
       records.append(item)
-  return records, errors
+  return Scan(records, errors, unread)
 
 
 def parse_record(
-  entry: Any, file: str, index: int, answers: Answers, max_candidates: int | None
-) -> Record:
-  """Returns the record that an entry of a file holds; whether its images exist is not checked.
+  entry: Any, file: str, index: int, place: str, options: Options
+) -> tuple[Record, list[str]]:
+  """Parses an entry of a file; whether its images exist is not checked.
 
   Args:
-    entry: parsed JSON.
-    file, index: as in Record.
-    answers, max_candidates: as for `scan_records`.
+    entry: parsed JSON, or a row of a table.
+    file, index, place: as in Record.
+    options: how it is read; its image_root is the directory of the images, even if empty.
+
+  Returns:
+    (the record, the keys of the entry that nothing reads).
 
   Raises:
     InputError: the record is bad; the message names it.
   """
-  value = entry.get("id") if isinstance(entry, dict) else None
-  if value is None or isinstance(value, (dict, list)):
+  value = None
+  if isinstance(entry, dict):
+    value = entry.get("id") if entry.get("id") is not None else entry.get("idx")
+  if value is None or isinstance(value, (dict, list, bytes)):
     identity = str(index)
   else:
-    identity = value if isinstance(value, str) else json.dumps(value)
-  where = _where(file, index, identity)
+    identity = value if isinstance(value, str) else json.dumps(value, default=str)
   try:
     if not isinstance(entry, dict):
       raise InputError(f"is {kind(entry)}, not an object")
-    if isinstance(value, (dict, list)):
+    if isinstance(value, (dict, list, bytes)):
       raise InputError(f'"id" is {kind(value)}; give text or a number')
     as_text(identity, '"id"')
-    images = _images(entry)
-    conversation = parse(entry, answers, max_candidates)
-    turns = conversation.turns
-    placeholders = sum(turn.human.count(IMAGE_PLACEHOLDER) for turn in turns)
-    if images and not placeholders:
-      first = Turn(f"{IMAGE_PLACEHOLDER}\n" * len(images) + turns[0].human, turns[0].gpt)
-      turns = (first, *turns[1:])
-    elif placeholders != len(images):
-      raise InputError(
-        f"its questions hold {placeholders} {IMAGE_PLACEHOLDER} but it has {len(images)}"
-        f' {"image" if len(images) == 1 else "images"}; make "image" and the questions agree'
-      )
-    for turn, place in zip(turns, conversation.places, strict=True):
+    root, store = options.image_root, picture_store.store(options.cache)
+    images = pictures.of_record(entry, root, store)
+    conversation = conversations.parse(entry, options.answers, options.max_candidates)
+    turns, images = _place_images(conversation, images, options, store)
+    for turn, question in zip(turns, conversation.places, strict=True):
       if not turn.human.strip():
-        raise InputError(f"{place}: the question is empty; give it or drop the record")
+        raise InputError(f"{question}: the question is empty; give it or drop the record")
   except InputError as error:
-    raise InputError(f"{where}: {error}") from error
-  return Record(file, index, identity, images, turns, conversation.answers)
+    raise InputError(f"{_where(file, place, index, identity)}: {error}") from error
+  columns = _columns(entry, images) if options.keeps_columns else None
+  record = Record(
+    file=file,
+    index=index,
+    id=identity,
+    images=images,
+    turns=turns,
+    answers=conversation.answers,
+    system=conversation.system,
+    columns=columns,
+    place=place,
+    root=root,
+  )
+  known = {"id", "idx", *pictures.KEYS, *conversation.keys}
+  return record, [key for key, value in entry.items() if key not in known and value is not None]
 
 
-def _images(entry: dict[str, Any]) -> tuple[str, ...]:
-  keys = [key for key in ("image", "images") if entry.get(key)]
-  if len(keys) > 1:
-    raise InputError('has "image" and "images"; keep one of them')
-  key = keys[0] if keys else "image"
-  images = entry.get(key)
-  if images is None:
-    return ()
-  paths = images if isinstance(images, list) else [images]
-  for path in paths:
-    if not isinstance(path, str):
-      raise InputError(f'"{key}" holds {kind(path)}; give a path or a list of paths')
-    as_text(path, f'"{key}"')
-  return tuple(image_path("", path) for path in paths)
+def _place_images(
+  conversation: Conversation, images: tuple[str, ...], options: Options, store: PictureStore
+) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+  """Returns the turns and the images of their placeholders, one each."""
+  turns, root = conversation.turns, options.image_root
+  # A message's part may hold its picture; the record's own pictures fill the other placeholders.
+  own = [
+    None if value is None else pictures.locate(value, "a message's part", root, store)
+    for value in conversation.pictures
+  ]
+  held = tuple(image for image in own if image is not None)
+  open_places = len(own) - len(held)
+  if open_places == len(images):
+    rest = iter(images)
+    return turns, tuple(next(rest) if image is None else image for image in own)
+  if open_places and options.placeholders != "first":
+    number = len(images) + len(held)
+    raise InputError(
+      f"its questions hold {len(own)} {IMAGE_PLACEHOLDER} but it has {number}"
+      f" {'image' if number == 1 else 'images'}; make them agree, or set data.placeholders=first"
+      " to put all images first"
+    )
+  before = len(images)
+  if open_places:  # taken out
+    turns = tuple(replace(turn, human=_without_placeholders(turn.human)) for turn in turns)
+    before += len(held)
+  first = replace(turns[0], human=f"{IMAGE_PLACEHOLDER}\n" * before + turns[0].human)
+  return (first, *turns[1:]), images + held
+
+
+def _without_placeholders(text: str) -> str:
+  return text.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "").strip()
+
+
+def _columns(entry: dict[str, Any], images: tuple[str, ...]) -> dict[str, Any]:
+  """Returns an entry's columns as reward functions get them: paths in place of pictures' bytes."""
+  columns = {key: _without_bytes(value) for key, value in entry.items()}
+  for key in pictures.KEYS:
+    if columns.get(key) is not None:
+      columns[key] = list(images) if isinstance(columns[key], list) else next(iter(images), None)
+  return columns
+
+
+def _without_bytes(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _without_bytes(part) for key, part in value.items()}
+  if isinstance(value, list):
+    return [_without_bytes(part) for part in value]
+  is_picture = isinstance(value, bytes) or (isinstance(value, str) and value[:5] == "data:")
+  return None if is_picture else value
 
 
 def _missing(images: Iterable[str], root: str) -> set[str]:
@@ -183,6 +293,6 @@ def _missing(images: Iterable[str], root: str) -> set[str]:
     return {image for part in parts for image in part}
 
 
-def _where(file: str, index: int, identity: str) -> str:
-  place = f"{file}, {'line' if is_json_lines(file) else 'record'} {index}"
-  return place if identity == str(index) else f'{place} ("id": {quote(identity)})'
+def _where(file: str, place: str, index: int, identity: str) -> str:
+  where = f"{file}, {place}"
+  return where if identity == str(index) else f'{where} ("id": {quote(identity)})'

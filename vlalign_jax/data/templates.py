@@ -102,7 +102,9 @@ _TEMPLATES = {
 TEMPLATES = (*_TEMPLATES, "auto")
 
 
-def turn_pieces(turns: Sequence[Turn], template: str, tokenizer, where: str) -> list[Piece]:
+def turn_pieces(
+  turns: Sequence[Turn], template: str, tokenizer, where: str, system: str | None = None
+) -> list[Piece]:
   """Returns two pieces per turn: the prompt up to the answer, and the answer with its end token.
 
   The pieces of a turn do not depend on the turns after it. If the last turn has no answer, the
@@ -113,6 +115,7 @@ def turn_pieces(turns: Sequence[Turn], template: str, tokenizer, where: str) -> 
     template: one of `TEMPLATES`.
     tokenizer: a fast Hugging Face tokenizer; `auto` uses its chat template.
     where: names the record in error messages.
+    system: the text in place of the template's own system text; None: the template's.
 
   Raises:
     InputError: the template is unknown, the tokenizer lacks its tokens, or the conversation does
@@ -128,10 +131,17 @@ def turn_pieces(turns: Sequence[Turn], template: str, tokenizer, where: str) -> 
       " choose another data.template"
     )
   clean = [_clean(turn, tokenizer) for turn in turns]
+  system = None if system is None else plain_text(system.strip(), tokenizer)
   if template == "auto":
-    pairs = cut_conversation(clean, tokenizer, where)
+    pairs = cut_conversation(clean, tokenizer, where, system)
   else:
-    pairs = _fill(clean, named_parts(template, tokenizer))
+    parts = named_parts(template, tokenizer)
+    if system is not None and not parts.system:
+      raise InputError(
+        f"{where}: the template {template} has no place for the record's system text; remove it or"
+        " choose another data.template"
+      )
+    pairs = _fill(clean, parts, parts.default_system if system is None else system)
   texts = [text for pair in pairs for text in pair if text is not None]
   return [Piece(text, learn=number % 2 == 1) for number, text in enumerate(texts)]
 
@@ -163,7 +173,9 @@ def end_tokens(template: str, tokenizer) -> tuple[int, ...]:
   return tuple(sorted({*written[:1], tokenizer.eos_token_id}))
 
 
-def render(turns: Sequence[Turn], template: str, tokenizer, where: str) -> list[Piece]:
+def render(
+  turns: Sequence[Turn], template: str, tokenizer, where: str, system: str | None = None
+) -> list[Piece]:
   """Returns the `turn_pieces` of a whole example, with its final eos.
 
   Raises:
@@ -171,7 +183,7 @@ def render(turns: Sequence[Turn], template: str, tokenizer, where: str) -> list[
   """
   if turns[-1].gpt is None:
     raise InputError(f"{where}: the last turn has no answer to learn; give it one")
-  *pieces, last = turn_pieces(turns, template, tokenizer, where)
+  *pieces, last = turn_pieces(turns, template, tokenizer, where, system)
   return [*pieces, replace(last, text=last.text + closing(template, tokenizer))]
 
 
@@ -213,11 +225,11 @@ def _literal(literal: str, fallback: str | None, tokenizer) -> str:
   return literal if literal in vocabulary(tokenizer).added else fallback or ""
 
 
-def _fill(turns: list[CleanTurn], template: Template) -> list[tuple[str, str | None]]:
+def _fill(turns: list[CleanTurn], template: Template, system: str) -> list[tuple[str, str | None]]:
   pairs = []
   for number, turn in enumerate(turns):
     prompt = template.prompt(number == 0, turn.images > 0).format(
-      system=template.default_system,
+      system=system,
       images=f"{IMAGE_PLACEHOLDER}\n" * turn.images,
       question=turn.question,
     )

@@ -123,6 +123,8 @@ def generate_answers(
 def _stream(record: Record) -> int:
   """Returns a number of the record that does not depend on the list that it is in."""
   prompt = [(turn.human, turn.gpt) for turn in record.turns[:-1]], record.turns[-1].human
+  if record.system:
+    prompt = record.system, *prompt
   return zlib.crc32(f"{record.index} {record.id} {record.images} {prompt}".encode()) & 0x7FFFFFFF
 
 

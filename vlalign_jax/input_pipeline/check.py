@@ -4,14 +4,18 @@ Training stops at the first bad record; this lists them all. It reads complete f
 data.samples and data.repeats select.
 """
 
+import collections
 import dataclasses
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from vlalign_jax.data import measure, mixture, plan
+from vlalign_jax.data import images, measure, mixture, plan
+from vlalign_jax.data.entries import entries
 from vlalign_jax.data.records import Record, scan_records
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline import prepare
@@ -56,8 +60,10 @@ class Report:
     records: the good records; joined if the run joins them and none is bad.
     measured: one for each of `records`.
     load: makes the examples of `records`.
-    images: the number of distinct pictures in all examples.
+    sizes: path -> (width, height) of every picture in the examples that can be decoded.
     problems: one line for each thing that is bad.
+    unread: how many records have each key that nothing reads.
+    good: file -> the numbers of its records of which nothing is bad, see `entries.entries`.
   """
 
   name: str
@@ -65,8 +71,15 @@ class Report:
   records: tuple[Record, ...]
   measured: tuple[MeasuredRecord, ...]
   load: prepare.LoadExample
-  images: int
+  sizes: dict[str, tuple[int, int]]
   problems: tuple[str, ...]
+  unread: collections.Counter[str]
+  good: dict[str, set[int]]
+
+  @property
+  def images(self) -> int:
+    """Returns the number of distinct pictures in all examples."""
+    return len({path for record in self.measured for path in record.images})
 
   @property
   def lengths(self) -> np.ndarray:
@@ -88,11 +101,11 @@ def check(task: prepare.Task, config, source: ModelSource, name: str) -> Report:
   """
   paths = list(dict.fromkeys(p.strip() for p in config.data[name.removeprefix("data.")].split(",")))
   files, records, problems = {}, [], []
+  unread: collections.Counter[str] = collections.Counter()
+  options = prepare.record_options(config.data, task.answers)
   for path in paths:
     try:
-      good, errors = scan_records(
-        path, config.data.images, task.answers, config.data.max_candidates
-      )
+      good, errors, keys = scan_records(path, options)
     except InputError as error:  # the file is unusable
       files[path] = 0, 0
       problems.append(str(error))
@@ -100,17 +113,20 @@ def check(task: prepare.Task, config, source: ModelSource, name: str) -> Report:
     files[path] = len(good) + len(errors), len(errors)
     records += good
     problems += map(str, errors)
+    unread += keys
+  good = {path: {record.index for record in records if record.file == path} for path in files}
 
   if config.data.concatenate > 1 and name == "data.train" and not problems:
-    train = mixture.load_mixture(config.data.train, config.data.images, "", "", config.seed)
+    train = mixture.load_mixture(config.data.train, "", "", config.seed, options)
     records = mixture.concatenate(train, config.data.concatenate).records
   load = prepare.example_loader(task, config, source, records)
   measured = measure.map_records(MeasureRecord(load), len(records), os.cpu_count() or 1)
-  images = {path for result in measured for path in result.images}
-  broken = undecodable(images, source)
+  sizes, broken = look_at({path for result in measured for path in result.images}, source)
   for record, result in zip(records, measured, strict=True):
     bad = [result.problem] if result.problem else []
     bad += [f"{record.where}: {broken[path]}" for path in result.images if path in broken][:1]
+    if bad:
+      good[record.file].discard(record.index)
     total, total_bad = files[record.file]
     files[record.file] = total, total_bad + len(bad)
     problems += bad
@@ -122,27 +138,40 @@ def check(task: prepare.Task, config, source: ModelSource, name: str) -> Report:
     records=tuple(records),
     measured=tuple(measured),
     load=load,
-    images=len(images),
+    sizes=sizes,
     problems=tuple(problems),
+    unread=unread,
+    good=good,
   )
 
 
-def undecodable(paths: set[str], source: ModelSource) -> dict[str, str]:
-  """Returns the pictures that cannot be decoded: path -> reason."""
+def good_entries(report: Report) -> Iterator[Any]:
+  """Yields the entries of the files of which nothing is bad, as they are written there."""
+  for path, numbers in report.good.items():
+    if numbers:
+      yield from (entry for number, _, entry in entries(path) if number in numbers)
+
+
+def look_at(
+  paths: set[str], source: ModelSource
+) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+  """Decodes pictures; returns (path -> width and height, path -> why it cannot be decoded)."""
   load = prepare.LoadImage(source.images, blank=False)
 
-  def reason(path: str) -> str | None:
+  def look(path: str) -> tuple[int, int] | str:
     try:
       load(path)
+      return images.size(path)
     except InputError as error:
       return str(error)
-    return None
 
   ordered = sorted(paths)
   with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # decoders release the GIL
-    reasons = pool.map(reason, ordered)
-    reasons = list(tqdm(reasons, "pictures", len(ordered), delay=2, leave=False))
-  return {path: reason for path, reason in zip(ordered, reasons, strict=True) if reason}
+    seen = list(tqdm(pool.map(look, ordered), "pictures", len(ordered), delay=2, leave=False))
+  results = dict(zip(ordered, seen, strict=True))
+  broken = {path: reason for path, reason in results.items() if isinstance(reason, str)}
+  sizes = {path: size for path, size in results.items() if not isinstance(size, str)}
+  return sizes, broken
 
 
 def packing(config, report: Report) -> dict[str, float] | None:

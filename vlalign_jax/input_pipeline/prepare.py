@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from vlalign_jax.data import blank, images, measure, mixture, plan, templates
+from vlalign_jax.data import bad_records, blank, images, measure, mixture, plan, templates
 from vlalign_jax.data.conversations import Answers
 from vlalign_jax.data.encode import Encoded
 from vlalign_jax.data.pipeline import Prepared
-from vlalign_jax.data.records import Record
+from vlalign_jax.data.records import Options, Record
 from vlalign_jax.data.workers import SharedList
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights.source import ModelSource
@@ -24,7 +24,7 @@ class Task:
   """A kind of training data, such as conversations or rankings.
 
   Attributes:
-    answers: what a record's last question must have, see `records.scan_records`.
+    answers: what a record's last question must have, see `records.Options`.
     encode: encodes a record; arguments as for `encode.encode`.
     describe: (Measured, max_length) -> what was kept and left out, for the log.
     needs: what a record needs so that it can be learned from, for errors.
@@ -42,7 +42,7 @@ class LoadExample:
 
   task: Task
   records: SharedList
-  data: dict  # template, max_length, max_images, images
+  data: dict  # template, max_length, max_images, concatenate
   tokenizer: Any
   image_token_id: int
   tokens_per_image: int
@@ -64,8 +64,7 @@ class LoadExample:
     )
     if encoded.example is None:
       return encoded
-    root = data["images"] or os.path.dirname(record.file)
-    paths = tuple(os.path.join(root, path) for path in encoded.example.images)
+    paths = record.image_files[: len(encoded.example.images)]  # of the turns that are kept
     if data["max_images"] and len(set(paths)) > data["max_images"]:
       fix = "split the record" if data["concatenate"] == 1 else "lower data.concatenate"
       raise InputError(
@@ -97,26 +96,41 @@ class LoadImage:
     size = (self.preprocessor.height, self.preprocessor.width, 3)
     if self.blank:
       return np.full(size, blank.GRAY, np.uint8)
-    return self.preprocessor.preprocess(
-      images.open_image(os.path.dirname(path), os.path.basename(path))
-    )
+    return self.preprocessor.preprocess(images.open_image(path))
 
 
-def load_records(task: Task, config) -> tuple[mixture.Mixture, tuple[Record, ...]]:
+def record_options(data, answers: Answers, keeps_columns: bool = False) -> Options:
+  """Returns how the records of a config's `data` group are read."""
+  return Options(
+    image_root=data.images,
+    answers=answers,
+    max_candidates=data.get("max_candidates"),
+    placeholders=data.placeholders,
+    cache=data.cache,
+    on_bad_record=data.on_bad_record,
+    max_bad_records=data.max_bad_records,
+    keeps_columns=keeps_columns,
+  )
+
+
+def load_records(
+  task: Task, config, keeps_columns: bool = False
+) -> tuple[mixture.Mixture, tuple[Record, ...]]:
   """Returns the training mixture and the evaluation records of a config; checks every record.
+
+  Args:
+    task: of the stage.
+    config: of the run.
+    keeps_columns: whether records keep all their columns, for reward functions.
 
   Raises:
     InputError: a file or record is bad.
   """
   data = config.data
-  options = {"answers": task.answers, "max_candidates": data.max_candidates}
-  train = mixture.load_mixture(
-    data.train, data.images, data.samples, data.repeats, config.seed, **options
-  )
+  options = record_options(data, task.answers, keeps_columns)
+  train = mixture.load_mixture(data.train, data.samples, data.repeats, config.seed, options)
   if data.eval:
-    by_file = mixture.load_samples(
-      data.eval, data.images, data.eval_samples, config.seed, "eval", **options
-    )
+    by_file = mixture.load_samples(data.eval, data.eval_samples, config.seed, "eval", options)
     held_out = tuple(itertools.chain(*by_file))
   elif data.eval_fraction:
     train, held_out = mixture.split_eval(train, data.eval_fraction)
@@ -181,7 +195,7 @@ def _nothing_fits(task: Task, config, name: str) -> InputError:
 
 
 # The keys of the config's `data` group that examples depend on; prediction has no `concatenate`.
-_EXAMPLE_KEYS = ("template", "max_length", "max_images", "images", "concatenate")
+_EXAMPLE_KEYS = ("template", "max_length", "max_images", "concatenate")
 
 
 def example_loader(task: Task, config, source: ModelSource, records) -> LoadExample:
@@ -202,9 +216,16 @@ def example_loader(task: Task, config, source: ModelSource, records) -> LoadExam
 
 
 def measure_records(task: Task, config, source: ModelSource, records, name: str):
-  """Returns (LoadExample, Measured) of all records; logs what was kept and left out."""
+  """Returns (LoadExample, Measured) of all records; logs what was kept and left out.
+
+  Raises:
+    InputError: a record does not go with the template, unless data.on_bad_record leaves it out.
+  """
   load = example_loader(task, config, source, records)
-  measured = measure.measure(load.measured, len(records), os.cpu_count() or 1)
+  skips = config.data.on_bad_record == "skip"
+  measured = measure.measure(load.measured, len(records), os.cpu_count() or 1, skips=skips)
+  bad_records.warn(name, measured.problems)
+  bad_records.check(name, len(measured.problems), len(records), config.data)
   logging.info("%s: %s", name, task.describe(measured, config.data.max_length))
   return load, measured
 

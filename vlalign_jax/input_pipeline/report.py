@@ -6,6 +6,7 @@ import numpy as np
 
 from vlalign_jax.data import plan
 from vlalign_jax.data.measure import Measured
+from vlalign_jax.data.records import count_keys
 from vlalign_jax.input_pipeline import check
 from vlalign_jax.input_pipeline.prepare import LoadExample
 
@@ -16,6 +17,8 @@ def describe(config, report: check.Report) -> list[str]:
   width = max(map(len, report.files))
   for path, (total, bad) in report.files.items():
     lines.append(f"  {path:{width}}  {total:,} records, {bad:,} bad")
+  if report.unread:
+    lines.append(f"  keys that nothing reads: {count_keys(report.unread)}")
   measured, lengths = report.measured, report.lengths
   turns = sum(len(record.turns) for record in report.records)
   text_only = sum(not record.images for record in report.records)
@@ -55,16 +58,29 @@ def histogram(lengths: np.ndarray, bins: int = 12, width: int = 40) -> list[str]
   values = np.percentile(lengths, shares, method="inverted_cdf")
   names = ["min", *(f"{share} %" for share in shares[1:-1]), "max"]
   lines = [",  ".join(f"{name}: {value:,}" for name, value in zip(names, values, strict=True))]
-  low, high = int(lengths.min()), int(lengths.max())
-  step = -(-(high - low + 1) // bins)
-  counts = np.bincount((lengths - low) // step)
-  digits = len(f"{high:,}")
-  for place, count in enumerate(counts):
-    start = low + place * step
-    end = min(start + step - 1, high)
-    bar = "#" * -(-width * int(count) // int(counts.max()))
+  counted = count_bins(lengths, bins)
+  digits, most = len(f"{int(lengths.max()):,}"), max(count for *_, count in counted)
+  for start, end, count in counted:
+    bar = "#" * -(-width * count // most)
     lines.append(f"{start:{digits},} - {end:{digits},}  {bar:{width}}  {count:,}")
   return lines
+
+
+def count_bins(values: np.ndarray, bins: int = 12) -> list[tuple[int, int, int]]:
+  """Returns (smallest, greatest, how many) of at most `bins` equal ranges that hold all values.
+
+  Args:
+    values: int[N], N at least 1.
+    bins: the most ranges.
+  """
+  low, high = int(values.min()), int(values.max())
+  step = -(-(high - low + 1) // bins)
+  counts = np.bincount((values - low) // step)
+  starts = [low + place * step for place in range(len(counts))]
+  return [
+    (start, min(start + step - 1, high), int(count))
+    for start, count in zip(starts, counts, strict=True)
+  ]
 
 
 def render(load: LoadExample, number: int) -> str:

@@ -1,7 +1,5 @@
 """gallery.html: images, prompts, answers, references and numbers."""
 
-import os
-
 from vlalign_jax import html
 from vlalign_jax.data.records import Record
 from vlalign_jax.prediction.metrics import normalize_spaces
@@ -31,22 +29,18 @@ def gallery(
     f'<p class="label">{len(shown)} of {len(groups)} records</p>',
   ]
   for number, answers in shown:
-    body.append(section(config.data.images, records[number], answers))
+    body.append(section(records[number], answers))
   return html.page("Predictions", body)
 
 
-def section(
-  images: str, record: Record, lines: list[dict], values: tuple[str, ...] = _VALUES
-) -> str:
+def section(record: Record, lines: list[dict], values: tuple[str, ...] = _VALUES) -> str:
   """Returns the part of a page that shows a record and its answers.
 
   Args:
-    images: the config's data.images.
     record: the record of the lines.
     lines: its answers, with the fields of `records.shown` and maybe a "reference".
     values: names of numbers that the lines may have.
   """
-  root = images or os.path.dirname(record.file)
   parts = [f'<p class="label">{html.text(record.where)}</p>']
   for human, gpt in lines[0].get("history", ()):
     parts += [f"<p>{html.text(human)}</p>", f"<p><em>{html.text(gpt)}</em></p>"]
@@ -58,7 +52,7 @@ def section(
   head = "".join(f'<th class="number">{name}</th>' for name in values)
   rows = "".join(_row(line, values, reference) for line in lines)
   parts.append(f"<table><tr><th>answer</th>{head}</tr>{rows}</table>")
-  return f"<section>{html.pictures(root, record.images)}<div>{''.join(parts)}</div></section>"
+  return f"<section>{html.pictures(record.image_files)}<div>{''.join(parts)}</div></section>"
 
 
 def _row(line: dict, values: tuple[str, ...], reference: str | None) -> str:

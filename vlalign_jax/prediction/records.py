@@ -7,6 +7,7 @@ from absl import logging
 
 from vlalign_jax.data import mixture
 from vlalign_jax.data.records import Record
+from vlalign_jax.input_pipeline import prepare
 from vlalign_jax.weights import provenance
 from vlalign_jax.weights.source import ModelSource
 
@@ -19,10 +20,8 @@ def load_records(config) -> tuple[Record, ...]:
   Raises:
     InputError: a file or record is bad.
   """
-  data = config.data
-  samples = mixture.load_samples(
-    data.eval, data.images, data.eval_samples, config.seed, "eval", "optional"
-  )
+  data, options = config.data, prepare.record_options(config.data, "optional")
+  samples = mixture.load_samples(data.eval, data.eval_samples, config.seed, "eval", options)
   return tuple(itertools.chain(*samples))
 
 
@@ -41,6 +40,8 @@ def shown(number: int, record: Record) -> dict:
   """Returns the fields of a line that describe its record."""
   *before, last = record.turns
   line = {"record": number, "id": record.id, "images": list(record.images), "prompt": last.human}
+  if record.system:
+    line["system"] = record.system
   if before:
     line["history"] = [[turn.human, turn.gpt] for turn in before]
   return line
@@ -65,7 +66,7 @@ def inputs(records: tuple[Record, ...], models: dict[str, ModelSource]) -> dict:
   """
   digest = hashlib.sha256()
   for record in records:
-    digest.update(repr((record.id, record.images, record.turns, record.answers)).encode())
+    digest.update(repr((record.id, *record.content)).encode())
   return {"data.eval": digest.hexdigest()} | {
     key: {
       "weights": provenance.content(opened),

@@ -1,7 +1,5 @@
 """reward.html: a reward model's accuracy, calibration, scores and worst mistakes."""
 
-import os
-
 from vlalign_jax import html
 from vlalign_jax.data.records import Record
 from vlalign_jax.prediction import plots
@@ -68,10 +66,9 @@ def page(
 
 
 def _pair(config, record: Record, pair: tuple[dict, dict]) -> str:
-  root = config.data.images or os.path.dirname(record.file)
   rows = [(f"rank {line['rank'] + 1}", line["answer"], line["reward"]) for line in pair]
   return (
-    f"<section>{html.pictures(root, record.images)}<div>"
+    f"<section>{html.pictures(record.image_files)}<div>"
     f'<p class="label">{html.text(record.where)}</p><p>{html.text(pair[0]["prompt"])}</p>'
     f"{html.table(('', 'answer', 'score'), rows)}</div></section>"
   )

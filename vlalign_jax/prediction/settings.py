@@ -48,8 +48,9 @@ def defaults() -> Config:
   c.generation.gather = False
 
   c.data = ConfigDict()
-  names = ("eval", "eval_samples", "images", "template", "max_length", "max_images")
-  for name in (*names, "image_aspect", "blank_images", "pack", "workers", "on_bad_record"):
+  names = ("eval", "eval_samples", "images", "cache", "placeholders", "template", "max_length")
+  names += ("max_images", "image_aspect", "blank_images", "pack", "workers", "on_bad_record")
+  for name in (*names, "max_bad_records"):
     c.data[name] = shared.data[name]
 
   c.mesh = ConfigDict()
@@ -70,13 +71,13 @@ def check(config: Config) -> None:
     raise InputError(f"this is a config of the stage {stage!r}; give --config=configs/predict.py")
   configs.check_keys(config, defaults())
   choices = {"mode": MODES, "model.dtype": configs.DTYPES, "model.attention": ATTENTION_NAMES}
-  configs.check_choices(config, choices | {"data.on_bad_record": ("error", "skip")})
+  configs.check_choices(config, choices | configs.DATA_CHOICES)
   at_least = {"batch_size": 1, "gallery": 0, "data.max_length": 2}
   configs.check_at_least(config, at_least | {"data.max_images": 1, "data.workers": 0})
   configs.check_seed(config)
   for key, what in (
     ("model.init_from", "a Hugging Face directory or a run directory"),
-    ("data.eval", "LLaVA-format JSON files"),
+    ("data.eval", "data files"),
   ):
     if not configs.value(config, key):
       raise InputError(f"config.{key} is empty; name {what}")

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from vlalign_jax.data import bad_records
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline import prepare as prepare_data
 from vlalign_jax.input_pipeline import sft
 from vlalign_jax.input_pipeline.prepare import Prepared
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.training import loop, start
+from vlalign_jax.training import start
 from vlalign_jax.weights.source import ModelSource
 
 KEY = "ppo.sft_data"
@@ -84,7 +85,7 @@ class Stream:
     self._bad += sum(int(counts["bad_records"]) for counts in newest)
     state = self._batches.get_state()
     examples = max(self._prepared.records, state["step"] * self._prepared.plan.batch_size)
-    loop.check_bad_records(KEY, self._bad, examples, self._config.data.on_bad_record)
+    bad_records.check(KEY, self._bad, examples, self._config.data)
     return {"data": state, "bad_records": self._bad}
 
 

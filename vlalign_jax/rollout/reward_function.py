@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from vlalign_jax.errors import InputError
+from vlalign_jax.errors import InputError, shorten
 
 KEY = "config.ppo.reward_function"
 
@@ -35,7 +35,9 @@ def score(function: Callable, name: str, record, answer: str) -> float:
   """Calls the function for an answer; returns nan and infinities as they are.
 
   It is called with the keywords `prompt` (the last question), `answer`, `reference` (the record's
-  own answer, the best of ranked ones, or None) and `record` (a dict: id, images, turns, answers).
+  own answer, the best of ranked ones, or None) and `record`: a dict of all columns that the
+  record has in its file (paths in place of pictures that it holds), and of id, images, turns,
+  answers and system, as this code reads them.
 
   Args:
     function: from `find`.
@@ -48,15 +50,17 @@ def score(function: Callable, name: str, record, answer: str) -> float:
   """
   last = record.turns[-1]
   reference = record.answers[0] if last.gpt is None and record.answers else last.gpt
-  content = {
+  content = (record.columns or {}) | {
     "id": record.id,
     "images": list(record.images),
     "turns": [(turn.human, turn.gpt) for turn in record.turns],
     "answers": list(record.answers),
+    "system": record.system,
   }
   try:
     return float(function(prompt=last.human, answer=answer, reference=reference, record=content))
   except Exception as error:
     raise InputError(
-      f"{KEY}={name} failed on {record.where}, answer {answer!r}: {type(error).__name__}: {error}"
+      f"{KEY}={name} failed on {record.where}, answer {shorten(answer)!r}:"
+      f" {type(error).__name__}: {shorten(str(error), 150)}"
     ) from error

@@ -1,7 +1,6 @@
 """Text for a reward model that has another tokenizer, template or picture size than the actor."""
 
 import dataclasses
-import os
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ class TextReader:
   Attributes:
     source: the reward model.
     template: in which it reads.
-    image_root: the config's data.images.
     images: of every row.
     answers: N, to each prompt.
     blank: whether it sees gray pictures, `ppo.blank_images`.
@@ -31,7 +29,6 @@ class TextReader:
 
   source: ModelSource
   template: str
-  image_root: str
   images: int
   answers: int
   blank: bool = False
@@ -88,7 +85,4 @@ class TextReader:
     model = self.source.config
     sizes = model.image_token_id, model.tokens_per_image, 2**31 - 1
     example: Any = encode_answers(record, self.template, self.source.tokenizer, *sizes).example
-    root = self.image_root or os.path.dirname(record.file)
-    return dataclasses.replace(
-      example, images=tuple(os.path.join(root, path) for path in example.images)
-    )
+    return dataclasses.replace(example, images=record.image_files)

@@ -161,7 +161,6 @@ def find_scorers(config: Config, sources: RoleSources, records):
   reader = TextReader(
     reward,
     template,
-    config.data.images,
     images,
     config.ppo.num_generations,
     config.ppo.blank_images,

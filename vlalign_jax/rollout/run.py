@@ -25,7 +25,8 @@ def train_and_evaluate(stage: Stage, c, workdir: str) -> None:
   # --- What is asked for, checked before anything is computed ---
   mesh, actor = start.open_run(c, workdir, stage)
   sources = roles.open_sources(c, workdir, actor)
-  records, eval_records = prepare.load_records(stage.task, c)
+  by_function = bool(c.ppo.reward_function)
+  records, eval_records = prepare.load_records(stage.task, c, keeps_columns=by_function)
   scorers = roles.find_scorers(c, sources, (*records.records, *eval_records))
 
   # --- Data: which prompt is in which row at which step is decided here, for the whole run ---

@@ -41,7 +41,7 @@ def make_show(workdir: str, config, tokenizer, records, first: int) -> Callable:
 
   def write(lines: list[dict]) -> None:
     for step, group in itertools.groupby(lines, lambda line: line["step"]):
-      shown.append(f"<h2>step {step}</h2>{_sections(config.data.images, records, list(group))}")
+      shown.append(f"<h2>step {step}</h2>{_sections(records, list(group))}")
     storage.write(path, kept)
     storage.write(os.path.join(workdir, PAGE), html.page("Rollouts", reversed(shown)))
 
@@ -83,9 +83,9 @@ def make_show(workdir: str, config, tokenizer, records, first: int) -> Callable:
   return show
 
 
-def _sections(images: str, records, lines: list[dict]) -> str:
+def _sections(records, lines: list[dict]) -> str:
   """Returns a section of the page for each record among the lines of a rollout."""
   lines = [line if line["ended"] else line | {"reason": "no end token"} for line in lines]
   groups = itertools.groupby(lines, lambda line: line["record"])
-  parts = (gallery.section(images, records[n], list(group), _VALUES) for n, group in groups)
+  parts = (gallery.section(records[n], list(group), _VALUES) for n, group in groups)
   return "\n".join(parts)

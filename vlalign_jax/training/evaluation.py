@@ -5,20 +5,20 @@ from collections.abc import Callable
 
 import jax
 
+from vlalign_jax.data import bad_records
 from vlalign_jax.input_pipeline.prepare import Prepared
 from vlalign_jax.losses import sums as reported
 from vlalign_jax.sharding import hosts
-from vlalign_jax.training import loop
 
 
-def bad_records(config, prepared: Prepared, counts) -> int:
+def count_bad(config, prepared: Prepared, counts) -> int:
   """Returns the number of bad records from the `counts` of batches.
 
   Raises:
     InputError: they are too many.
   """
   bad = sum(int(one["bad_records"]) for one in jax.device_get(counts))
-  loop.check_bad_records("data.eval", bad, prepared.records, config.data.on_bad_record)
+  bad_records.check("data.eval", bad, prepared.records, config.data)
   return bad
 
 
@@ -33,7 +33,7 @@ def read_all(config, mesh: jax.sharding.Mesh, prepared: Prepared, share: dict) -
   """
   count = hosts.make_counter(mesh)
   read = (hosts.to_device(mesh, batch) for batch in prepared.read(**share))
-  return bad_records(config, prepared, [count(batch, batch["skipped"]) for batch in read])
+  return count_bad(config, prepared, [count(batch, batch["skipped"]) for batch in read])
 
 
 def make_evaluate(
@@ -78,7 +78,7 @@ def make_evaluate(
         batch = to_device(batch)
         counts.append(count(batch, batch.pop("skipped")))
         sums.append(eval_step(state.params, batch))
-    bad = bad_records(config, prepared, counts)
+    bad = count_bad(config, prepared, counts)
     # Fetched once at the end, so that the devices need not wait.
     return summary(reported.total(jax.device_get(sums))) | {"bad_records": bad}
 

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from vlalign_jax import out_of_memory
+from vlalign_jax.data import bad_records
 from vlalign_jax.errors import InputError
 from vlalign_jax.optim.state import TrainState
 from vlalign_jax.runs import checkpoints
@@ -19,9 +20,6 @@ from vlalign_jax.training.metrics import MetricLog, Throughput
 # Metrics are read this many steps late, so that the devices never wait for the host.
 LAG = 2
 MAX_SKIPPED_IN_A_ROW = 10
-# Share of the records, or of the examples so far if they are more, that may be unreadable with
-# data.on_bad_record=skip.
-MAX_BAD_RECORDS = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +93,7 @@ def run(
   stop, first = Stop(), int(state.step)
   alone, others_stop = jax.process_count() == 1, False
   log, throughput = MetricLog(workdir, first, total_steps, functions.lag), Throughput()
-  pending, bad_records = collections.deque(), progress["bad_records"]
+  pending, bad_count = collections.deque(), progress["bad_records"]
   carried = progress.get("carried", {})
   measured = {}  # step -> metrics of the evaluation there, of the newest one
 
@@ -105,13 +103,13 @@ def run(
 
   def settle(keep: int) -> None:
     """Reads the metrics of all but the newest `keep` steps."""
-    nonlocal bad_records, others_stop
+    nonlocal bad_count, others_stop
     while len(pending) > keep:
       step, metrics, counts = pending.popleft()
       metrics, counts = jax.device_get((metrics, counts))
-      bad_records += int(counts["bad_records"])
+      bad_count += int(counts["bad_records"])
       examples = max(functions.records, step * config.batch_size)
-      check_bad_records("data.train", bad_records, examples, config.data.on_bad_record)
+      bad_records.check("data.train", bad_count, examples, config.data)
       others_stop = others_stop or counts["stop"] > 0
       if metrics.pop("skipped_in_a_row") >= MAX_SKIPPED_IN_A_ROW:
         raise InputError(
@@ -122,7 +120,7 @@ def run(
       log.advance(step)
       if step % config.log_every == 0 or step in (1, total_steps):
         values = {key: float(value) for key, value in metrics.items()}
-        values |= {"bad_records": bad_records} | throughput.rates()
+        values |= {"bad_records": bad_count} | throughput.rates()
         log.write(step, values, more_follow=evaluated(step))
 
   def stops() -> bool:
@@ -154,7 +152,7 @@ def run(
     log.flush()  # a checkpoint never knows of steps that the log does not
     newest = {
       "step": step,
-      "bad_records": bad_records,
+      "bad_records": bad_count,
       "data": position or batches.get_state(),
       "config": config.to_dict(),
       "metrics": measured.get(step, {}),
@@ -205,29 +203,3 @@ def run(
     logging.info("SIGTERM: saved at step %d; the same command goes on from there", last)
     return None
   return state
-
-
-def check_bad_records(name: str, bad: int, examples: int, on_bad_record: str = "skip") -> None:
-  """Refuses data of which more than MAX_BAD_RECORDS = 1 % is bad; one bad record alone is fine.
-
-  With several hosts every bad record is counted here, so that all hosts end at the same step.
-
-  Args:
-    name: the config key of the data.
-    bad: number of examples that were left out.
-    examples: number of all examples.
-    on_bad_record: the config's; with "error" no record may be bad.
-
-  Raises:
-    InputError: too many are bad, or all are.
-  """
-  if bad and on_bad_record == "error":
-    raise InputError(
-      f"{name}: a record could not be read; the host that has it names it in its log: fix it, or "
-      "set data.on_bad_record=skip"
-    )
-  if bad == examples or bad > max(1, MAX_BAD_RECORDS * examples):
-    raise InputError(
-      f"{name}: {bad} of {examples} records could not be read, more than {MAX_BAD_RECORDS:.0%}; "
-      "scripts/check_data.py lists them with their reasons"
-    )

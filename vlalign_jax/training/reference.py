@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vlalign_jax import out_of_memory, progress, storage
+from vlalign_jax.data import bad_records
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline.prepare import Prepared
 from vlalign_jax.models.vlm import ModelConfig, abstract_params
@@ -27,7 +28,6 @@ from vlalign_jax.sharding import hosts, zero
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import accumulate, answers
 from vlalign_jax.steps.program import reference_model
-from vlalign_jax.training import loop
 from vlalign_jax.weights import load, provenance, source
 
 DIRECTORY = "reference"
@@ -103,8 +103,7 @@ def fingerprint(config, opened: source.ModelSource, prepared: Prepared) -> str:
   ):
     digest.update(repr(part).encode())
   for number in np.unique(prepared.plan.examples):
-    record = example.records[int(number)]
-    digest.update(repr((record.images, record.turns, record.answers)).encode())
+    digest.update(repr(example.records[int(number)].content).encode())
   return digest.hexdigest()
 
 
@@ -179,7 +178,7 @@ def _compute(config, reference, params, mesh, prepared, name: str, share: dict) 
         break
   settle(0)
   bad = sum(int(one["bad_records"]) for one in jax.device_get(counts))
-  loop.check_bad_records(f"data.{name}", bad, prepared.records, config.data.on_bad_record)
+  bad_records.check(f"data.{name}", bad, prepared.records, config.data)
   return table
 
 

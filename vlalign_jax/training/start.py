@@ -8,6 +8,7 @@ from absl import logging
 
 from vlalign_jax import out_of_memory, storage, trees
 from vlalign_jax.config_checks import Config
+from vlalign_jax.input_pipeline import examples
 from vlalign_jax.input_pipeline.prepare import Prepared
 from vlalign_jax.optim import optimizer
 from vlalign_jax.runs import checkpoints, run_directory
@@ -15,7 +16,6 @@ from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.stage import Stage
 from vlalign_jax.steps.program import TrainedModel
-from vlalign_jax.training import examples
 from vlalign_jax.weights import export, load, provenance, source
 
 

@@ -1,15 +1,15 @@
 """examples.html: the first examples of a run as its model reads them, learned text marked."""
 
 import itertools
-import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from vlalign_jax import html
 from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER
 from vlalign_jax.data.encode import Example
-from vlalign_jax.input_pipeline.prepare import Prepared
+from vlalign_jax.input_pipeline.prepare import LoadExample, Prepared
 
 FILE = "examples.html"
 SHOWN = 10
@@ -17,7 +17,8 @@ SHOWN = 10
 
 def page(prepared: Prepared) -> str:
   """Returns HTML of the first SHOWN = 10 different examples of a plan, with their pictures."""
-  load, images = prepared.load_example, prepared.load_image
+  load: Any = prepared.load_example
+  images: Any = prepared.load_image
   numbers = [int(number) for number in dict.fromkeys(prepared.plan.examples)][:SHOWN]
   lines = [
     f'<p class="label">The first {len(numbers)} of {prepared.records} examples; <mark>marked</mark>'
@@ -25,18 +26,20 @@ def page(prepared: Prepared) -> str:
   ]
   if images.blank:
     lines.append('<p class="label">data.blank_images: the model sees gray instead.</p>')
-  for number in numbers:
-    example, record = load(number), load.records[number]
-    root = load.data["images"] or os.path.dirname(record.file)
-    pictures = html.pictures(root, record.images[: len(example.images)])
-    size = f"{len(example.tokens)} tokens, {int(example.loss_mask.sum())} learned"
-    texts = [
-      f"<p>{_marked(parts)}</p>"
-      for parts in parts_of(example, load.tokenizer, load.image_token_id, load.tokens_per_image)
-    ]
-    label = f'<p class="label">{html.text(example.where)}: {size}</p>'
-    lines.append(f"<section>{pictures}<div>{label}{''.join(texts)}</div></section>")
+  lines += [section(load, load(number)) for number in numbers]
   return html.page("What the model learns from", lines)
+
+
+def section(load: LoadExample, example: Example) -> str:
+  """Returns HTML of an example as the model reads it, with its pictures."""
+  size = f"{len(example.tokens)} tokens, {int(example.loss_mask.sum())} learned"
+  texts = [
+    f"<p>{_marked(parts)}</p>"
+    for parts in parts_of(example, load.tokenizer, load.image_token_id, load.tokens_per_image)
+  ]
+  label = f'<p class="label">{html.text(example.where)}: {size}</p>'
+  pictures = html.pictures(example.images)
+  return f"<section>{pictures}<div>{label}{''.join(texts)}</div></section>"
 
 
 def parts_of(

@@ -3,8 +3,7 @@
 import pytest
 
 from tests import sft_run, tiny_models
-from vlalign_jax.input_pipeline import preferences, sft
-from vlalign_jax.training import examples
+from vlalign_jax.input_pipeline import examples, preferences, sft
 from vlalign_jax.weights import source
 
 
