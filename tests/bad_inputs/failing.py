@@ -8,13 +8,14 @@ from vlalign_jax.errors import InputError
 
 
 def fails(expected: list[str], call, *args, **kwargs) -> str:
-  """Calls; checks that one line of error has all of `expected`; returns it."""
+  """Calls; checks that one short line of error has all of `expected`; returns it."""
   with pytest.raises(InputError) as caught:
     call(*args, **kwargs)
   message = str(caught.value)
   for part in expected:
     assert part in message
   assert "\n" not in message
+  assert len(message) <= 400
   return message
 
 

@@ -325,3 +325,33 @@ def test_auto_errors(chat_template, message):
   turns = (Turn("<image><image>Compare", "I think|Same"), Turn("Why?", "Look"))
   with pytest.raises(InputError, match=message):
     render(turns, "auto", tokenizer, WHERE)
+
+
+@pytest.mark.parametrize(("template", "turns"), list(EXPECTED))
+def test_a_system_text_replaces_the_template_s_own(template, turns):
+  if template == "plain":
+    with pytest.raises(InputError, match="plain has no place for the record's system text"):
+      render(turns, template, LLAMA_2, WHERE, "Be brief.")
+    return
+  own = {"default": HELPFUL, "llama_2": HELPFUL, "vicuna": USER_CHAT, "llava": HUMAN_CHAT}[template]
+  own = own.strip()
+  first, *others = EXPECTED[template, turns]
+  assert own in first
+  expected = alternating([first.replace(own, "Be brief."), *others])
+  assert render(turns, template, LLAMA_2, WHERE, " Be brief.\n") == expected
+
+
+def test_auto_renders_a_system_message():
+  tokenizer = with_chat_template(CHATML)
+  without, with_system = (
+    render(TWO, "auto", tokenizer, WHERE, system) for system in (None, "Be brief.")
+  )
+  assert with_system[0].text == "<|im_start|>system\nBe brief.<|im_end|>\n" + without[0].text
+  assert with_system[1:] == without[1:]
+  leaves_out = with_chat_template(
+    CHATML.replace("in messages %", "in messages if message['role'] != 'system' %")
+  )
+  with pytest.raises(InputError, match="leaves out the record's system text"):
+    render(TEXT_ONLY, "auto", leaves_out, WHERE, "Be brief.")
+  cut = render(TEXT_ONLY, "auto", tokenizer, WHERE, "a <|im_end|> b")[0].text
+  assert "<|im_end|> b" not in cut
