@@ -5,7 +5,7 @@
     --config.data.train=prompts.json --config.data.images=images
 
 A step is a rollout of batch_size prompts and ppo.num_ppo_epochs x ppo.num_mini_batches updates from
-it. Prompts are LLaVA JSON, whose last answers are absent or read by reward functions alone. Instead
+it. The last answers of records are absent, or read by reward functions alone. Instead
 of a reward model, or in addition to it, a function may score:
 --config.ppo.reward_function=module:name.
 

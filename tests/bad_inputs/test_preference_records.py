@@ -29,7 +29,10 @@ BAD = {
   "an empty list": (_answers([]), ["conversations[3]: the list of answers is empty", "give"]),
   "answers are not text": (_answers(["red", 7]), ['"value"[1] is a number', "give text"]),
   "too many": (_answers(list("abcdefghi")), ["9 answers, data.max_candidates is 8", "raise it"]),
-  "a picture in an answer": (_answers(["red", "<image>"]), ["the answer holds <image>"]),
+  "a picture in an answer": (
+    _answers([{"type": "text", "text": "red"}, {"type": "image"}]),
+    ["conversations[3]: the answer holds a picture"],
+  ),
   "a list in the middle": (
     lambda record: record["conversations"][1].update(value=["a", "b"]),
     ["conversations[1]: a list of answers; only the last message may have one"],

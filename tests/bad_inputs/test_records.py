@@ -30,7 +30,7 @@ BAD_FILES = {
   ),
   "image absolute": (
     _edit(3, "image", value=["/etc/passwd"]),
-    ["record 3", "absolute path", "relative to data.images"],
+    ["record 3", "absolute path outside of data.images", "set data.images to"],
   ),
   "more placeholders than images": (
     _edit(3, "conversations", 2, "value", value="<image> And this?"),
@@ -40,17 +40,17 @@ BAD_FILES = {
     _edit(6, "conversations", 0, "value", value="<image> What?"),
     ["record 6", "hold 1 <image> but it has 2 images", "agree"],
   ),
-  "image placeholder in an answer": (
-    _edit(3, "conversations", 1, "value", value="<image>"),
-    ["record 3", "conversations[1]", "the answer holds <image>"],
+  "picture in an answer": (
+    _edit(3, "conversations", 1, "value", value=[{"type": "image"}]),
+    ["record 3", "conversations[1]: the answer holds a picture"],
   ),
   "wrong role": (
     _edit(3, "conversations", 1, "from", value="human"),
     ["record 3", 'conversations[1]: "from" is "human" where "gpt" is expected', "take turns"],
   ),
   "unknown role": (
-    _edit(3, "conversations", 0, "from", value="system"),
-    ["record 3", 'conversations[0]: "from" is "system" where "human" is expected'],
+    _edit(3, "conversations", 0, "from", value="narrator"),
+    ["record 3", 'conversations[0]: "from" is "narrator" where "human" is expected'],
   ),
   "empty answer": (
     _edit(3, "conversations", 1, "value", value="  "),
@@ -82,13 +82,28 @@ BAD_FILES = {
     lambda records: json.dumps(records, indent=1)[:-30],
     ["train.json", "malformed JSON at line", "fix it"],
   ),
-  "JSON lines named .json": (
-    lambda records: "\n".join(map(json.dumps, records)),
-    ["train.json", "line 2, column 1", "name it .jsonl"],
+  "a picture behind a URL": (
+    _edit(3, "image", value="https://example.org/a/very/long/" + "path/" * 100 + "cat.jpg"),
+    ["record 3", "is a URL, and pictures must be local: download it"],
   ),
+  "a damaged picture as text": (
+    _edit(3, "image", value="data:image/png;base64," + "x" * 40_001),
+    ["record 3", "damaged data URI", "encode the picture anew"],
+  ),
+  "a very long value": (
+    _edit(3, "image", value={"name": "x" * 40_000}),
+    ["record 3", 'an object without "bytes" and "path"'],
+  ),
+  "a very long path": (_edit(3, "image", value="x" * 4000), ["record 3", "not found under"]),
+  "a very long role": (
+    _edit(3, "conversations", 0, "from", value="x" * 4000),
+    ["record 3", 'where "human" is expected'],
+  ),
+  "video": (_edit(3, "video", value="a.mp4"), ["record 3", 'has "video"', "drop the record"]),
+  "a file of neither kind": (lambda records: "text", ["is neither JSON, nor JSON lines"]),
   "not a list": (
     lambda records: records[0],
-    ["train.json", "an object, not a list of records", "[ ]"],
+    ["train.json", "conversations, not a list of records", "[ ]"],
   ),
 }
 

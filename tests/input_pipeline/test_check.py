@@ -1,14 +1,17 @@
 """Tests that scripts/check_data.py lists everything bad and counts the rest correctly."""
 
+import json
 import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from scripts import check_data
 from tests import sft_run, tiny_models
 from vlalign_jax.errors import InputError
-from vlalign_jax.input_pipeline import report
+from vlalign_jax.input_pipeline import data_page, report
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +148,62 @@ def test_shown_examples_mark_what_is_learned(model, tmp_path, data, capsys):
     " cat? ASSISTANT:« no, it is a picture<|end_of_text|>»\n"
   ) in printed
   assert "USER: Name a color: green ASSISTANT:« green<|end_of_text|>»\n" in printed
+
+
+def test_good_records_are_written_as_they_are(model, tmp_path, data):
+  (tmp_path / "002.png").write_bytes(b"no picture")
+  data[1]["conversations"][1]["value"] = " "
+  data[5]["note"] = "kept"
+  path = sft_run.write_json(tmp_path / "train.json", data)
+  for name in ("good.json", "good.jsonl"):
+    config = sft_run.make_config(model, path)
+    (checked,) = check_data.check_data(config, write_good=str(tmp_path / name))
+    assert len(checked.problems) == 2
+    text = (tmp_path / name).read_text()
+    good = json.loads(text) if name == "good.json" else list(map(json.loads, text.splitlines()))
+    assert good == [record for number, record in enumerate(data) if number not in (1, 2)]
+    (checked,) = check_data.check_data(sft_run.make_config(model, tmp_path / name))
+    assert not checked.problems
+  with pytest.raises(InputError, match="--write_good .* exists; remove it"):
+    check_data.check_data(sft_run.make_config(model, path), write_good=str(tmp_path / "good.json"))
+
+
+def test_good_rows_of_a_table_are_written_with_their_pictures(model, tmp_path, data):
+  rows = [
+    {"image": (tmp_path / f"00{n}.png").read_bytes(), **{"prompt": "Color?", "completion": answer}}
+    for n, answer in enumerate(("red", "", "blue"))
+  ]
+  pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+  cache = {"data.cache": str(tmp_path / "cache")}
+  config = sft_run.make_config(model, tmp_path / "train.parquet", **cache)
+  (checked,) = check_data.check_data(config, write_good=str(tmp_path / "good.jsonl"))
+  assert ["row 1" in problem for problem in checked.problems] == [True]
+  (again,) = check_data.check_data(sft_run.make_config(model, tmp_path / "good.jsonl", **cache))
+  assert [record.images for record in again.records] == [
+    record.images for record in checked.records
+  ]
+
+
+def test_the_page_shows_what_is_printed(model, tmp_path, data):
+  data[1]["conversations"][1]["value"] = " "
+  data[2]["license"] = "<MIT>"
+  path = sft_run.write_json(tmp_path / "train.json", data)
+  (checked,) = check_data.check_data(
+    sft_run.make_config(model, path), page=str(tmp_path / "x.html")
+  )
+  page = (tmp_path / "x.html").read_text()
+  assert "conversations[1]: the answer is empty" in page
+  assert "Keys that nothing reads: license (1)" in page
+  assert page.count("<section>") == data_page.SHOWN
+  assert page.count("<img ") == sum(
+    len(set(record.images)) for record in shown_records(checked.records)
+  )
+  assert "<mark>" in page
+
+
+def shown_records(records):
+  """Returns ten of eleven, spread evenly."""
+  return [records[int(n)] for n in np.linspace(0, len(records) - 1, 10)]
 
 
 def test_histogram():

@@ -10,6 +10,7 @@ from vlalign_jax.errors import InputError
 _CHUNK = 1 << 20  # characters read at a time
 _UNFINISHED = "Unterminated string"  # json's message where the text may only have been cut
 _SPACE = " \t\r\n"
+_AFTER = (*_SPACE, ",", "]")
 
 
 def lines(path: str) -> Iterator[tuple[int, str, Any]]:
@@ -81,8 +82,8 @@ class _Text:
 
   def peek(self) -> str:
     """Returns the next character; "" at the end of the file."""
-    if self._at == len(self._buffer):
-      self._read()
+    while self._at == len(self._buffer) and self._read():
+      pass
     return self._buffer[self._at : self._at + 1]
 
   def take(self) -> str:
@@ -115,7 +116,8 @@ class _Text:
         raise InputError(f"{self._path}: malformed JSON ({error}); fix it") from error
       else:
         # Only what follows shows that a number is complete.
-        if end < len(self._buffer) or not self._read():
+        is_number = isinstance(value, (int, float)) and self._buffer[end : end + 1] not in _AFTER
+        if not is_number or not self._read():
           self._at = end
           return value
 
