@@ -24,17 +24,21 @@ section > div { flex: 1; min-width: 0; }
 figure { margin: 0; flex: none; width: 240px; }
 figure img { max-width: 100%; display: block; margin-bottom: .4em; }
 p, td.text { white-space: pre-wrap; overflow-wrap: anywhere; }
+li { overflow-wrap: anywhere; }
 p { margin: 0 0 .5em; }
 .label { color: #666; font-size: .85em; }
-.bars { width: 60%; } .bars div { background: #5b7db1; height: .8em; }
+.bars { width: 16em; } .bars div { background: #5b7db1; height: .8em; }
 .right { background: #e2f5e4; }
 .best { font-weight: 600; }
 mark { background: #fdf0b4; color: inherit; }
 svg { max-width: 100%; } svg text { fill: currentColor; font-size: 12px; }
+@media (max-width: 40em) {
+  section { display: block; } figure { margin-bottom: .6em; } .bars { width: 9em; }
+}
 @media (prefers-color-scheme: dark) {
   body { color: #ddd; background: #16181a; }
   th, td { border-color: #333; } section { border-color: #444; }
-  .label { color: #999; } .bars { width: 60%; } .bars div { background: #5b7db1; height: .8em; }
+  .label { color: #999; } .bars { width: 16em; } .bars div { background: #5b7db1; height: .8em; }
 .right { background: #1d3a22; }
   mark { background: #4d431a; }
 }

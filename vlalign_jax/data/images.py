@@ -66,7 +66,7 @@ def open_image(path: str) -> Image.Image:
     message = f"has more than {MAX_PIXELS:,} pixels ({error}); shrink it or drop its record"
     raise InputError(f"{shown} {message}") from error
   except Exception as error:  # decoders raise almost any exception on a broken file
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = " ".join(str(error).replace(f" {path!r}", "").split()) or type(error).__name__
     message = f"cannot be decoded ({reason}); replace it or drop its record"
     raise InputError(f"{shown} {message}") from error
 

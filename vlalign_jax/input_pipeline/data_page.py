@@ -57,7 +57,7 @@ def _facts(config, checked: check.Report) -> list[tuple[str, object]]:
     ("turns", sum(len(record.turns) for record in checked.records)),
     ("pictures", checked.images),
     ("records without a picture", sum(not record.images for record in checked.records)),
-    ("records without a system text", sum(not record.system for record in checked.records)),
+    ("records with a system text of their own", sum(bool(r.system) for r in checked.records)),
     ("records that do not fit data.max_length", skipped),
     ("tokens", tokens),
     ("tokens that are learned", f"{learned / tokens:.1%}" if tokens else None),
