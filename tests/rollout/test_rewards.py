@@ -105,6 +105,20 @@ def test_a_function_alone_scores_and_sees_the_record(files, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_function_finds_every_column_of_a_record(files, tmp_path):
+  with open(f"{files.directory}/train.json", encoding="utf-8") as file:
+    records = json.load(file)
+  for number, record in enumerate(records):
+    record["solution"] = {"score": 10 * number}
+  path = sft_run.write_json(tmp_path / "train.json", records)
+  function = {"ppo.reward_model": "", "ppo.reward_function": FUNCTION + "by_column"}
+  settings = {"data.train": path, "data.images": files.directory}
+  run = tiny_ppo.make_run(files, files.config(**GRPO, **function, **settings), str(tmp_path))
+  rollout, shown = make_rollout(run)
+  wanted = [[10 * record.index + len(record.images)] * 2 for record in shown]
+  np.testing.assert_array_equal(rollout.scores, wanted)
+
+
 def test_prompts_without_pictures(files, tmp_path):
   """The tower has no part in such a run, in any role."""
   with open(f"{files.directory}/train.json", encoding="utf-8") as file:

@@ -113,7 +113,8 @@ def make_run(
   """A run that has not begun; with_other: its reference is `files.other`; on all devices."""
   mesh, actor = start.open_run(config, workdir, STAGE, devices)
   sources = roles.open_sources(config, workdir, actor)
-  records, _ = prepare.load_records(STAGE.task, config)
+  by_function = bool(config.ppo.reward_function)
+  records, _ = prepare.load_records(STAGE.task, config, keeps_columns=by_function)
   scorers = roles.find_scorers(config, sources, records.records)
   rows = meshes.row_blocks(mesh) * config.grad_accumulation * config.ppo.num_mini_batches
   train = data.prepare_train(config, actor, records, rows)
