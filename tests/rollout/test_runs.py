@@ -21,7 +21,7 @@ from vlalign_jax.weights import source
 pytestmark = pytest.mark.slow
 
 STEPS = 4
-TIMING = ("tokens_per_second", "examples_per_second")
+TIMING = ("tokens_per_second", "examples_per_second", "perf/seconds")
 SETTINGS = {
   "max_steps": STEPS,
   "batch_size": 8,  # four devices, two mini-batches

@@ -23,7 +23,7 @@ def gallery(
   groups: dict[int, list[dict]] = {}
   for line in lines:
     groups.setdefault(line["record"], []).append(line)
-  shown = [*groups.items()][: config.gallery]
+  shown = [(number, groups[number]) for number in shown_records(config, lines)]
   body = [
     html.table(
       ("", ""), [("mode", config.mode), ("model", config.model.init_from), *metrics.items()]
@@ -33,6 +33,11 @@ def gallery(
   for number, answers in shown:
     body.append(section(config.data.images, records[number], answers))
   return html.page("Predictions", body)
+
+
+def shown_records(config, lines: list[dict]) -> list[int]:
+  """Returns the records that the page shows: the first `config.gallery` ones of the lines."""
+  return [*dict.fromkeys(line["record"] for line in lines)][: config.gallery]
 
 
 def section(
