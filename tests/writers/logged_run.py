@@ -9,7 +9,7 @@ import sys
 
 from PIL import Image
 
-from vlalign_jax.stages import defaults
+from vlalign_jax import config as configs
 from vlalign_jax.training.metrics import MetricLog
 from vlalign_jax.writers import choose
 
@@ -30,7 +30,7 @@ def rows(step: int) -> list[list]:
 
 
 def main(workdir: str, names: str, *crash: str) -> None:
-  config = defaults("sft")
+  config = configs.shared()
   config.log.writers = names
   resumes = os.path.exists(os.path.join(workdir, "metrics.jsonl"))
   first = CHECKPOINT if resumes else 0

@@ -10,7 +10,7 @@ import pytest
 
 from vlalign_jax.errors import InputError
 from vlalign_jax.prediction import settings
-from vlalign_jax.stages import defaults
+from vlalign_jax.stages import check, defaults
 from vlalign_jax.writers import choose, identity
 
 
@@ -38,8 +38,6 @@ def test_unknown_names(names, expected):
   config = defaults("sft")
   config.data.train, config.log.writers = "train.json", names
   with pytest.raises(InputError, match=f"^{expected}"):
-    from vlalign_jax.stages import check
-
     check(config, "sft")
 
 
