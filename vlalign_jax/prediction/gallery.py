@@ -1,6 +1,7 @@
 """gallery.html: images, prompts, answers, references and numbers."""
 
 import os
+from collections.abc import Sequence
 
 from vlalign_jax import html
 from vlalign_jax.data.records import Record
@@ -52,7 +53,25 @@ def section(
     values: names of numbers that the lines may have.
   """
   root = images or os.path.dirname(record.file)
-  parts = [f'<p class="label">{html.text(record.where)}</p>']
+  return answers_section(root, record.where, record.images, lines, values)
+
+
+def answers_section(
+  root: str,
+  where: str,
+  images: Sequence[str],
+  lines: list[dict],
+  values: tuple[str, ...] = _VALUES,
+) -> str:
+  """Returns the same from lines alone.
+
+  Args:
+    root: directory that the paths of `images` start at.
+    where: a name of the record.
+    images: its pictures.
+    lines, values: as in `section`.
+  """
+  parts = [f'<p class="label">{html.text(where)}</p>']
   for human, gpt in lines[0].get("history", ()):
     parts += [f"<p>{html.text(human)}</p>", f"<p><em>{html.text(gpt)}</em></p>"]
   parts.append(f"<p>{html.text(lines[0]['prompt'])}</p>")
@@ -63,7 +82,7 @@ def section(
   head = "".join(f'<th class="number">{name}</th>' for name in values)
   rows = "".join(_row(line, values, reference) for line in lines)
   parts.append(f"<table><tr><th>answer</th>{head}</tr>{rows}</table>")
-  return f"<section>{html.pictures(root, record.images)}<div>{''.join(parts)}</div></section>"
+  return f"<section>{html.pictures(root, images)}<div>{''.join(parts)}</div></section>"
 
 
 def _row(line: dict, values: tuple[str, ...], reference: str | None) -> str:
