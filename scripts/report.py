@@ -2,9 +2,9 @@
 
 python scripts/report.py [--output=FILE] RUN [RUN ...]
 
-RUN is the --workdir of a training run, finished or not, or of a prediction. The page has curves of a
-stage's runs over each other, held-out figures, time and memory, configuration, and samples with
-pictures. It is written to report.html in the first directory, unless --output names another file.
+RUN is the --workdir of a training run, finished or not, or of a prediction. The page has the curves
+of a stage's runs over each other, held-out figures, time and memory, configuration, and samples
+with pictures. It is written to report.html in the first RUN, unless --output names another file.
 """
 
 from absl import flags, logging

@@ -10,7 +10,8 @@ COLORS = (
   *("#2b7a5d", "#c0504d", "#5b7db1", "#b8860b", "#8e5ea2", "#2c9aa8", "#d1679a", "#808080"),
 )
 # Shown first where they are, after the loss and what checkpoints are ranked by.
-_MAIN = ("objective/kl", "perplexity", "grad_norm", "learning_rate", "tokens_per_second")
+_MAIN = ("objective/kl", "perplexity", "grad_norm", "learning_rate")
+_NO_CURVES = ("step", "perf/seconds")
 _EVAL = "eval/"
 
 
@@ -28,7 +29,9 @@ def legend(runs: Sequence[Run], color_of: dict[str, str]) -> str:
     for run in runs
   ]
   held_out = any(run.evaluations() for run in runs)
-  kinds = '<span class="label">solid: training; dashed: held out</span>' if held_out else ""
+  kinds = (
+    '<span class="label">training: solid; held out: dashed; over steps</span>' if held_out else ""
+  )
   return f'<p class="legend">{"".join(names)}{kinds}</p>'
 
 
@@ -40,8 +43,8 @@ def charts(stage: str, runs: Sequence[Run], color_of: dict[str, str]) -> list[st
     runs: at least one.
     color_of: from `colors`.
   """
-  names, drawn, constant = _names(runs), {}, {}
-  for name in names:
+  drawn, constant = {}, {}
+  for name in _names(runs):
     curves = _curves(name, runs, color_of)
     values = {value for curve in curves for _, value in curve.points if value is not None}
     if len(values) > 1:
@@ -64,7 +67,7 @@ def charts(stage: str, runs: Sequence[Run], color_of: dict[str, str]) -> list[st
 def _names(runs: Sequence[Run]) -> list[str]:
   """Returns the metrics of runs; held-out ones have the name of those of training."""
   keys = dict.fromkeys(key for run in runs for line in run.lines for key in line)
-  return [*dict.fromkeys(key.removeprefix(_EVAL) for key in keys if key != "step")]
+  return [*dict.fromkeys(key.removeprefix(_EVAL) for key in keys if key not in _NO_CURVES)]
 
 
 def _curves(name: str, runs: Sequence[Run], color_of: dict[str, str]) -> list[chart.Curve]:

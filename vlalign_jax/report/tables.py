@@ -14,7 +14,16 @@ _MAIN = (
   *("max_steps", "num_train_epochs", "optim.learning_rate", "lora.rank", "seed"),
 )
 # Change nothing that is learned, so that they are shown only if they are set to something else.
-_QUIET = ("log.", "log_every", "save_", "eval_every", "data.workers", "stage", "gallery")
+_QUIET = (
+  "log.",
+  "log_every",
+  "save_",
+  "eval_every",
+  "data.workers",
+  "stage",
+  "gallery",
+  "ppo.log_",
+)
 
 
 def config(runs: Sequence[Run]) -> str:
@@ -84,7 +93,8 @@ def cost(runs: Sequence[Run]) -> str:
       (
         run.name,
         max(line["step"] for line in run.lines),
-        *(statistics.median(rate) if rate else None for rate in rates),
+        round(statistics.median(rates[0])) if rates[0] else None,
+        statistics.median(rates[1]) if rates[1] else None,
         duration(seconds[-1]) if seconds else "-",
         max(memory, default=None),
       )

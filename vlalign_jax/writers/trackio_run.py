@@ -1,5 +1,7 @@
 """A run of Trackio: numbers, and tables with pictures, in TRACKIO_DIR or a Space."""
 
+import importlib
+
 from PIL import Image
 
 from vlalign_jax.errors import InputError
@@ -22,11 +24,9 @@ class TrackioRun:
   shows_tables = True
 
   def __init__(self, project: str, name: str, run_id: str, config: dict):
-    import trackio
-
-    self._trackio = trackio
+    self._trackio = importlib.import_module("trackio")
     try:
-      self._run = trackio.init(
+      self._run = self._trackio.init(
         project=project, name=f"{name}-{run_id}", resume="allow", config=config, embed=False
       )
     except Exception as error:  # of the Hub, of a server, or a name that is not allowed
