@@ -1,6 +1,5 @@
 """Answers as a table of a writer."""
 
-
 from PIL import Image
 
 from scripts import predict
