@@ -68,6 +68,11 @@ def table(head: Iterable[str], rows: Iterable[Iterable]) -> str:
   return "<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
 
 
+def scroll(table: str) -> str:
+  """Returns a table that scrolls by itself where it is wider than the page."""
+  return f'<div class="scroll">{table}</div>'
+
+
 def _cell(value) -> str:
   return f'<td class="text">{text(value)}</td>' if isinstance(value, str) else number_cell(value)
 

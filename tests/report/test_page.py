@@ -91,7 +91,7 @@ def test_held_out_figures_and_cost(places):
   assert "best, step 2" in text  # the lowest eval/loss
   assert "0.625" in text
   cost = Page(tables.cost([one])).text
-  for part in ("200", "1 min 15 s", "7.25"):
+  for part in ("200", "1\u00a0min\u00a015\u00a0s", "7.25"):
     assert part in cost
 
 

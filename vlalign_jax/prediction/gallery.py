@@ -81,7 +81,8 @@ def answers_section(
   values = tuple(name for name in values if any(name in line for line in lines))
   head = "".join(f'<th class="number">{name}</th>' for name in values)
   rows = "".join(_row(line, values, reference) for line in lines)
-  parts.append(f"<table><tr><th>answer</th>{head}</tr>{rows}</table>")
+  table = f"<table><tr><th>answer</th>{head}</tr>{rows}</table>"
+  parts.append(html.scroll(table))
   return f"<section>{html.pictures(root, images)}<div>{''.join(parts)}</div></section>"
 
 

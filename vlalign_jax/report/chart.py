@@ -95,14 +95,12 @@ def thin(points: Sequence[tuple[int, float | None]], most: int = MOST_POINTS) ->
   size, kept = math.ceil(2 * len(points) / most), []
   for start in range(0, len(points), size):
     part = points[start : start + size]
-    finite = [point for point in part if point[1] is not None]
-    chosen = {min(finite, key=_value), max(finite, key=_value)} if finite else {part[0]}
-    kept += sorted(chosen)
+    finite = [(value, step) for step, value in part if value is not None]
+    if finite:
+      kept += sorted((step, value) for value, step in {min(finite), max(finite)})
+    else:
+      kept.append(part[0])
   return kept
-
-
-def _value(point: tuple[int, float]) -> float:
-  return point[1]
 
 
 def _grid(across: _Axis, along: _Axis):

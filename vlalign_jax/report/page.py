@@ -14,6 +14,7 @@ _STYLE = """
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 23em), 1fr)); }
 figure.chart { width: auto; min-width: 0; }
 figure.chart svg { width: 100%; display: block; }
+figure.chart text { font-size: 13px; }
 figcaption { font-size: .9em; }
 .grid { stroke: currentColor; stroke-opacity: .15; }
 .legend { white-space: normal; }
@@ -33,7 +34,7 @@ def page(runs: Sequence[Run]) -> str:
     runs: at least one; those of a stage are shown together, in the order that they have here.
   """
   color_of = curves.colors(runs)
-  body = [tables.scroll(html.table(("", "stage", "model", "data", "steps"), map(_summary, runs)))]
+  body = [html.scroll(html.table(("", "stage", "model", "data", "steps"), map(_summary, runs)))]
   for stage in (*stages.STAGES, settings.STAGE):
     group = [run for run in runs if run.stage == stage]
     if group:

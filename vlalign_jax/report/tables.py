@@ -42,7 +42,7 @@ def config(runs: Sequence[Run]) -> str:
   head = "".join(f"<th>{html.text(run.name)}</th>" for run in runs)
   table = f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
   note = '<p class="label">marked: where runs differ</p>' if len(runs) > 1 else ""
-  return scroll(table) + note
+  return html.scroll(table) + note
 
 
 def _shown(value) -> str:
@@ -73,7 +73,7 @@ def held_out(runs: Sequence[Run]) -> str:
       columns.append(found[step])
   rows = [(name.removeprefix("eval/"), *(one.get(name) for one in columns)) for name in names]
   notes = {f"{run.name} by {_metric(run)}" for run, _ in evaluated}
-  return scroll(html.table(head, rows)) + (
+  return html.scroll(html.table(head, rows)) + (
     f'<p class="label">best: {html.text(", ".join(sorted(notes)))}</p>'
   )
 
@@ -95,11 +95,11 @@ def cost(runs: Sequence[Run]) -> str:
         max(line["step"] for line in run.lines),
         round(statistics.median(rates[0])) if rates[0] else None,
         statistics.median(rates[1]) if rates[1] else None,
-        duration(seconds[-1]) if seconds else "-",
+        _unbroken(duration(seconds[-1])) if seconds else "-",
         max(memory, default=None),
       )
     )
-  return scroll(html.table(head, rows)) + (
+  return html.scroll(html.table(head, rows)) + (
     '<p class="label">medians of logged steps; time in the loop, compilation and evaluation '
     "included; memory where the device reports it</p>"
   )
@@ -114,6 +114,10 @@ def duration(seconds: float) -> str:
   return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
 
 
+def _unbroken(shown: str) -> str:
+  return shown.replace(" ", "\u00a0")
+
+
 def _values(run: Run, key: str) -> list[float]:
   return [line[key] for line in run.lines if line.get(key) is not None]
 
@@ -123,9 +127,4 @@ def numbers(runs: Iterable[Run]) -> str:
   runs = [*runs]
   names = dict.fromkeys(name for run in runs for name in run.numbers)
   rows = [(name, *(run.numbers.get(name) for run in runs)) for name in names]
-  return scroll(html.table(("", *(run.name for run in runs)), rows))
-
-
-def scroll(table: str) -> str:
-  """Returns a table that scrolls by itself where it is wider than the page."""
-  return f'<div class="scroll">{table}</div>'
+  return html.scroll(html.table(("", *(run.name for run in runs)), rows))

@@ -1,6 +1,7 @@
 """A run at Weights & Biases: numbers, and tables with pictures."""
 
 import os
+from typing import Any
 
 from PIL import Image
 
@@ -68,8 +69,8 @@ class WandbRun:
 
   def table(self, name, step, columns, rows):
     """Logs a wandb.Table with pictures as wandb.Image."""
-    rows = [[self._cell(cell) for cell in row] for row in rows]
-    self._run.log({"step": step, name: self._wandb.Table(columns=list(columns), data=rows)})
+    data: Any = [[self._cell(cell) for cell in row] for row in rows]
+    self._run.log({"step": step, name: self._wandb.Table(columns=list(columns), data=data)})
 
   def _cell(self, cell):
     return self._wandb.Image(cell) if isinstance(cell, Image.Image) else cell
