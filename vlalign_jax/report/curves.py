@@ -7,7 +7,14 @@ from vlalign_jax.report import chart
 from vlalign_jax.report.directory import Run
 
 COLORS = (
-  *("#2b7a5d", "#c0504d", "#5b7db1", "#b8860b", "#8e5ea2", "#2c9aa8", "#d1679a", "#808080"),
+  "#2b7a5d",
+  "#c0504d",
+  "#5b7db1",
+  "#b8860b",
+  "#8e5ea2",
+  "#2c9aa8",
+  "#d1679a",
+  "#808080",
 )
 # Shown first where they are, after the loss and what checkpoints are ranked by.
 _MAIN = ("objective/kl", "perplexity", "grad_norm", "learning_rate")
