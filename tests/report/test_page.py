@@ -81,7 +81,7 @@ def test_curves_lie_over_each_other(places):
   labels = [f"{name}/sft, {kind}" for name in "ab" for kind in ("training", "held out")]
   assert all(f"<title>{label}</title>" in loss for label in labels)
   assert "b/sft, held out, step 2: 1.25" in loss
-  assert "the same at all steps: bad_records 0" in content
+  assert "one value only: bad_records 0" in content
 
 
 def test_held_out_figures_and_cost(places):

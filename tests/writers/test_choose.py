@@ -54,7 +54,7 @@ def test_packages_are_imported_only_if_asked_for():
     "import sys; from vlalign_jax import stages; from vlalign_jax.training import run; "
     "from vlalign_jax.rollout import run; from vlalign_jax.prediction import predict; "
     "from vlalign_jax.writers import choose; choose.check(stages.defaults('sft').log); "
-    "print({'wandb', 'trackio'} & {*sys.modules})"
+    "print({'wandb', 'trackio', 'tensorboardX'} & {*sys.modules})"
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert done.stdout == "set()\n"

@@ -67,7 +67,7 @@ def charts(stage: str, runs: Sequence[Run], color_of: dict[str, str]) -> list[st
     body.append(f"<details><summary>{len(others)} more charts</summary>{grid}</details>")
   if constant:
     shown = ", ".join(f"{name} {value:.4g}" for name, value in sorted(constant.items()))
-    body.append(f'<p class="label">the same at all steps: {html.text(shown)}</p>')
+    body.append(f'<p class="label">one value only: {html.text(shown)}</p>')
   return body
 
 

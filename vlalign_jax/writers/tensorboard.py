@@ -2,8 +2,6 @@
 
 import tempfile
 
-from tensorboardX import SummaryWriter
-
 from vlalign_jax import storage
 
 
@@ -16,6 +14,8 @@ class TensorBoard:
   shows_tables = False
 
   def __init__(self, workdir: str, step: int):
+    from tensorboardX import SummaryWriter  # imported here: scripts that only read a config wait
+
     self._workdir = workdir
     self._copied = tempfile.TemporaryDirectory() if storage.is_url(workdir) else None
     directory = self._copied.name if self._copied else workdir
