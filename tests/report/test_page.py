@@ -10,7 +10,7 @@ from scripts import report
 from tests.prediction.test_gallery import EVIL, Page
 from tests.report import runs
 from vlalign_jax.errors import InputError
-from vlalign_jax.report import directory, samples, tables
+from vlalign_jax.report import curves, directory, samples, tables
 
 ROOT = pathlib.Path(__file__).parents[2]
 SFT_LINES = [
@@ -103,6 +103,20 @@ def test_configuration_marks_where_runs_differ(places):
   assert shown.count("<mark>") == 2
   # A single run has nothing to differ from.
   assert "<mark>" not in tables.config(directory.read_all(places[:1]))
+
+
+def test_runs_that_record_little(tmp_path):
+  """Older runs have no time, and not all runs are evaluated; nine runs have nine colors."""
+  lines = [{"step": 1, "loss": 2.0, "grad_norm": None}, {"step": 2, "loss": 1.0}]
+  places = [str(runs.train(tmp_path / f"run{n}", "dpo", lines)) for n in range(9)]
+  content = pathlib.Path(report.report(places)).read_text()
+  assert "nothing was evaluated" in content
+  assert "held out: dashed" not in content
+  assert "grad_norm" not in content
+  read = directory.read_all(places)
+  assert len({*curves.colors(read).values()}) == 9
+  (header, row), *_ = [Page(tables.cost([run])).text.strip().splitlines()[:2] for run in read]
+  assert row.startswith("run02--")  # two steps; no rates, time or memory
 
 
 def test_many_records_are_cut(tmp_path):
