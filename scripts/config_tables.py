@@ -39,6 +39,7 @@ GROUPS = {
   "data": "Data",
   "optim": "The optimizer",
   "mesh": "Devices",
+  "log": "Logging",
   "generation": "Sampling",
 }
 # A comment `# --- Title. More sentences.` begins a table of its own, up to the next one.

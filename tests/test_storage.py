@@ -12,6 +12,7 @@ from vlalign_jax import storage
 from vlalign_jax.errors import InputError
 from vlalign_jax.runs import run_directory
 from vlalign_jax.training import metrics
+from vlalign_jax.writers.tensorboard import TensorBoard
 
 RUN = "gs://bucket/runs/sft"
 
@@ -80,12 +81,15 @@ def test_metrics(bucket):
   log.write(3, {"loss": 1.5})  # lost with the process
   assert len(bucket()["metrics.jsonl"].splitlines()) == 2
 
-  log = metrics.MetricLog(RUN, 1, 4)
+  board = TensorBoard(RUN, 1)
+  log = metrics.MetricLog(RUN, 1, 4, writers=[board])
   log.write(2, {"loss": 2.5}, more_follow=True)
+  assert not any(name.startswith("events.") for name in bucket())
   log.close()
   lines = [json.loads(line) for line in bucket()["metrics.jsonl"].splitlines()]
   assert lines == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}]
   assert any(name.startswith("events.") for name in bucket())
+  board.close()
 
 
 def test_metrics_are_uploaded_at_intervals(bucket, monkeypatch):

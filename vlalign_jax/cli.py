@@ -19,20 +19,21 @@ from vlalign_jax.sharding import processes
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def run(main, several_hosts: bool = False) -> None:
+def run(main, several_hosts: bool = False, arguments: bool = False) -> None:
   """Parses the flags and calls `main(argv)`; an InputError becomes one line and exit code 1.
 
   Args:
     main: the script's function; returns the exit code, None for 0.
     several_hosts: whether the script may run as several processes, see `sharding.processes`; an
       error in one then ends all.
+    arguments: whether `main` takes arguments that are not flags, which may come between flags.
   """
   if several_hosts:
     processes.define_flags()
 
   def parse(argv):
     try:
-      return _parse(argv)
+      return _parse(argv, arguments)
     except InputError as error:
       print(f"error: {error}", file=sys.stderr)
       sys.exit(1)
@@ -65,7 +66,7 @@ def _is_logged(record: LogRecord) -> bool:
   return record.levelno >= WARNING or os.path.abspath(record.pathname).startswith(ours)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], arguments: bool = False) -> list[str]:
   """Parses the flags and returns the rest of the command line; mistakes raise an InputError."""
   argv = presets.find_installed(argv)
   file = _config_file(argv)
@@ -75,7 +76,7 @@ def _parse(argv: list[str]) -> list[str]:
     rest = flags.FLAGS(argv)
   except flags.Error as error:
     raise InputError(_explain(error, types)) from error
-  if len(rest) > 1:
+  if len(rest) > 1 and not arguments:
     raise InputError(f"{rest[1]!r} is not a flag; set config keys with --config.KEY=VALUE")
   return rest
 

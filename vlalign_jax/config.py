@@ -11,6 +11,7 @@ from vlalign_jax.config_checks import Config, check_at_least, check_choices, che
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.backends import ATTENTION_NAMES
 from vlalign_jax.models.stack import REMAT_NAMES
+from vlalign_jax.writers import choose as writers
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Sums of small updates need more than float16 has.
@@ -160,6 +161,13 @@ def shared() -> Config:
   c.mesh.tensor = 1  # devices that split attention heads, MLPs and the vocabulary
   # Keep the optimizer's state in the memory of the hosts, where devices reach it.
   c.mesh.offload_optimizer = False
+
+  c.log = ConfigDict()
+  # What shows the numbers of metrics.jsonl as well: tensorboard, wandb, trackio, several of them
+  # comma-separated, or none.
+  c.log.writers = "tensorboard"
+  c.log.project = "vlalign_jax"  # project at wandb and trackio
+  c.log.name = ""  # name of the run there; empty: the last part of workdir
   return c
 
 
@@ -252,6 +260,7 @@ def check_shared(config: Config, metrics: tuple[str, ...]) -> None:
   check_choices(config, choices)
   check_at_least(config, at_least)
   check_seed(config)
+  writers.names(config.log)
   for key in ("optim.b1", "optim.b2", "lora.dropout"):
     if not 0 <= value(config, key) < 1:
       raise InputError(f"config.{key} is {value(config, key)}; it must be from 0 to below 1")

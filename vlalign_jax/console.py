@@ -13,6 +13,7 @@ SCRIPTS = (
   "import_hf",
   "plan",
   "predict",
+  "report",
   "train_dpo",
   "train_ppo",
   "train_reward",

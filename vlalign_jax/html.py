@@ -31,26 +31,30 @@ p { margin: 0 0 .5em; }
 .right { background: #e2f5e4; }
 .best { font-weight: 600; }
 mark { background: #fdf0b4; color: inherit; }
-svg { max-width: 100%; } svg text { fill: currentColor; font-size: 12px; }
-@media (max-width: 40em) {
-  section { display: block; } figure { margin-bottom: .6em; } .bars { width: 9em; }
-}
+svg { max-width: 100%; height: auto; } svg text { fill: currentColor; font-size: 12px; }
+.scroll { overflow-x: auto; }
 @media (prefers-color-scheme: dark) {
   body { color: #ddd; background: #16181a; }
   th, td { border-color: #333; } section { border-color: #444; }
-  .label { color: #999; } .bars { width: 16em; } .bars div { background: #5b7db1; height: .8em; }
-.right { background: #1d3a22; }
+  .label { color: #999; } .right { background: #1d3a22; }
   mark { background: #4d431a; }
+}
+@media (max-width: 40em) {
+  body { margin: 1em auto; }
+  section { flex-direction: column; gap: .5em; }
+  figure { width: auto; }
+  .bars { width: 9em; }
 }
 """
 
 
-def page(title: str, body: Iterable[str]) -> str:
-  """Returns a complete document; `title` is plain text, `body` is HTML."""
+def page(title: str, body: Iterable[str], style: str = "") -> str:
+  """Returns a complete document; `title` is plain text, `body` is HTML, `style` further CSS."""
   return (
     '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f"<title>{text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+    '<meta name="color-scheme" content="light dark">\n'
+    f"<title>{text(title)}</title>\n<style>{_STYLE}{style}</style>\n</head>\n<body>\n"
     f"<h1>{text(title)}</h1>\n" + "\n".join(body) + "\n</body>\n</html>\n"
   )
 
@@ -65,6 +69,11 @@ def table(head: Iterable[str], rows: Iterable[Iterable]) -> str:
   lines = ["".join(f"<th>{text(name)}</th>" for name in head)]
   lines += ["".join(map(_cell, row)) for row in rows]
   return "<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
+
+
+def scroll(table: str) -> str:
+  """Returns a table that scrolls by itself where it is wider than the page."""
+  return f'<div class="scroll">{table}</div>'
 
 
 def _cell(value) -> str:

@@ -167,10 +167,10 @@ def test_bad_records_of_every_kind_are_left_out_by_choice(train, records, tmp_pa
   records[13]["image"] = ["013.png", "014.png", "015.png"]
   records[13]["conversations"][0]["value"] = "<image><image><image> Which?"
   limits = {"data.on_bad_record": "skip", "data.max_images": 2}
-  with caplog.at_level("WARNING", logger="absl"):
-    train(records, **limits, **{"data.max_bad_records": 0.2})
-  for part in ("record 3", "record 6", "record 13", "2 bad records", "1 bad records"):
-    assert part in caplog.text
-  assert sft_run.read_metrics(tmp_path / "run")[-1]["step"] == 6  # of 21 records, four each
   expected = ["data/train.json: 2 of 24 records could not be read", "data.max_bad_records = 0.01"]
   fails([*expected, "--write_good"], train, records, **limits)
+  with caplog.at_level("WARNING", logger="absl"):
+    train(records, **limits, **{"data.max_bad_records": 0.2})
+  for part in ("record 3", "record 6", "record 13", "2 bad records are", "1 bad record is"):
+    assert part in caplog.text
+  assert sft_run.read_metrics(tmp_path / "run")[-1]["step"] == 6  # of 21 records, four each

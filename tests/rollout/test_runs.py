@@ -13,15 +13,17 @@ from scripts import train_ppo
 from tests import parity, sft_run
 from tests.process_group import Processes
 from tests.rollout import tiny_ppo
+from tests.writers.recorder import Recorder
 from vlalign_jax import html
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import vlm
 from vlalign_jax.weights import source
+from vlalign_jax.writers import choose
 
 pytestmark = pytest.mark.slow
 
 STEPS = 4
-TIMING = ("tokens_per_second", "examples_per_second")
+TIMING = ("tokens_per_second", "examples_per_second", "perf/seconds")
 SETTINGS = {
   "max_steps": STEPS,
   "batch_size": 8,  # four devices, two mini-batches
@@ -49,14 +51,22 @@ def files(tmp_path_factory, compile_cache):
 
 
 @pytest.fixture(scope="module")
-def finished(files, tmp_path_factory):
+def writer():
+  """Takes the place of the writer of the finished run."""
+  return Recorder()
+
+
+@pytest.fixture(scope="module")
+def finished(files, writer, tmp_path_factory):
   """(config, run directory) of a finished run."""
   tiny_ppo.make_text_reward(f"{files.directory}/text")
   paths = {"ppo.reward_model": "text", "ppo.sft_data": "answered.json"}
   paths = {key: f"{files.directory}/{name}" for key, name in paths.items()}
   config = files.config(**SETTINGS, **paths)
   workdir = tmp_path_factory.mktemp("run")
-  train_ppo.train_and_evaluate(config, str(workdir))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(choose, "_open", lambda *_: writer)
+    train_ppo.train_and_evaluate(config, str(workdir))
   return config, workdir
 
 
@@ -135,6 +145,21 @@ def test_sample_answers_are_shown(finished):
   for line in lines:
     shown = [html.text(line["prompt"]), html.text(line["answer"]), f">{line['kl']:.4g}<"]
     assert all(part in page for part in shown)
+
+
+def test_writers_have_all_numbers_and_sample_answers(finished, writer):
+  _, workdir = finished
+  assert writer.closed == [False]
+  assert writer.lines == sft_run.read_metrics(workdir)
+  lines = samples_of(workdir)
+  assert [(name, step) for name, step, _ in writer.tables] == [("rollouts", 1), ("rollouts", 3)]
+  rows = [row for _, _, table in writer.tables for row in table]
+  for row, line in zip(rows, lines, strict=True):
+    picture, images = row.pop("picture"), row.pop("images")
+    assert images.split() == line["images"]
+    assert (picture is not None) == bool(line["images"])
+    assert row == {key: line.get(key) for key in row}
+    assert {"prompt", "answer", "reference", "score", "kl", "tokens", "ended"} <= row.keys()
 
 
 def test_a_finished_run_is_a_policy_as_any_other(finished):

@@ -17,6 +17,7 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.sharding import processes
 
 STEPS = 12
+TIMING = ("_per_second", "perf/seconds")
 
 
 def test_rows_counts_and_errors_on_two_hosts():
@@ -196,10 +197,10 @@ def _saved(workdir) -> list[int]:
 
 
 def _metrics(workdir, steps) -> dict[str, np.ndarray]:
-  """Returns the first lines of metrics.jsonl by name, without rates per second."""
+  """Returns the first lines of metrics.jsonl by name, without what time decides."""
   lines = sft_run.read_metrics(workdir)[:steps]
   assert [line["step"] for line in lines] == list(range(1, steps + 1))
-  names = sorted({name for line in lines for name in line if "_per_second" not in name})
+  names = sorted({name for line in lines for name in line if not name.endswith(TIMING)})
   return {name: np.array([line[name] for line in lines if name in line]) for name in names}
 
 

@@ -15,7 +15,7 @@ from tests.training import mesh_changes
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
-TIMING = ("tokens_per_second", "examples_per_second")
+TIMING = ("tokens_per_second", "examples_per_second", "perf/seconds")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 60
-TIMING = ("tokens_per_second", "examples_per_second")
+TIMING = ("tokens_per_second", "examples_per_second", "perf/seconds")
 
 
 @pytest.fixture(scope="module")

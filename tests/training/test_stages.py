@@ -16,7 +16,7 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.training import reference
 
 STEPS = 6
-TIMING = ("tokens_per_second", "examples_per_second")
+TIMING = ("tokens_per_second", "examples_per_second", "perf/seconds")
 SCRIPTS = {"reward": train_reward, "dpo": train_dpo}
 
 

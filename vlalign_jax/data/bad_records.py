@@ -16,7 +16,8 @@ def warn(name: str, errors: Sequence[InputError | str]) -> None:
   for error in errors[:SHOWN]:
     logging.warning("Left out: %s", error)
   if errors:
-    logging.warning("%s: %d bad records are left out", name, len(errors))
+    noun = "record is" if len(errors) == 1 else "records are"
+    logging.warning("%s: %d bad %s left out", name, len(errors), noun)
 
 
 def check(name: str, bad: int, examples: int, rules: Any) -> None:

@@ -1,5 +1,7 @@
 """gallery.html: images, prompts, answers, references and numbers."""
 
+from collections.abc import Sequence
+
 from vlalign_jax import html
 from vlalign_jax.data.records import Record
 from vlalign_jax.prediction.metrics import normalize_spaces
@@ -21,7 +23,7 @@ def gallery(
   groups: dict[int, list[dict]] = {}
   for line in lines:
     groups.setdefault(line["record"], []).append(line)
-  shown = [*groups.items()][: config.gallery]
+  shown = [(number, groups[number]) for number in shown_records(config, lines)]
   body = [
     html.table(
       ("", ""), [("mode", config.mode), ("model", config.model.init_from), *metrics.items()]
@@ -33,6 +35,11 @@ def gallery(
   return html.page("Predictions", body)
 
 
+def shown_records(config, lines: list[dict]) -> list[int]:
+  """Returns the records that the page shows: the first `config.gallery` ones of the lines."""
+  return [*dict.fromkeys(line["record"] for line in lines)][: config.gallery]
+
+
 def section(record: Record, lines: list[dict], values: tuple[str, ...] = _VALUES) -> str:
   """Returns the part of a page that shows a record and its answers.
 
@@ -41,7 +48,20 @@ def section(record: Record, lines: list[dict], values: tuple[str, ...] = _VALUES
     lines: its answers, with the fields of `records.shown` and maybe a "reference".
     values: names of numbers that the lines may have.
   """
-  parts = [f'<p class="label">{html.text(record.where)}</p>']
+  return answers_section(record.where, record.image_files, lines, values)
+
+
+def answers_section(
+  where: str, image_files: Sequence[str], lines: list[dict], values: tuple[str, ...] = _VALUES
+) -> str:
+  """Returns the same from lines alone.
+
+  Args:
+    where: a name of the record.
+    image_files: paths of its pictures.
+    lines, values: as in `section`.
+  """
+  parts = [f'<p class="label">{html.text(where)}</p>']
   for human, gpt in lines[0].get("history", ()):
     parts += [f"<p>{html.text(human)}</p>", f"<p><em>{html.text(gpt)}</em></p>"]
   parts.append(f"<p>{html.text(lines[0]['prompt'])}</p>")
@@ -51,8 +71,9 @@ def section(record: Record, lines: list[dict], values: tuple[str, ...] = _VALUES
   values = tuple(name for name in values if any(name in line for line in lines))
   head = "".join(f'<th class="number">{name}</th>' for name in values)
   rows = "".join(_row(line, values, reference) for line in lines)
-  parts.append(f"<table><tr><th>answer</th>{head}</tr>{rows}</table>")
-  return f"<section>{html.pictures(record.image_files)}<div>{''.join(parts)}</div></section>"
+  table = f"<table><tr><th>answer</th>{head}</tr>{rows}</table>"
+  parts.append(html.scroll(table))
+  return f"<section>{html.pictures(image_files)}<div>{''.join(parts)}</div></section>"
 
 
 def _row(line: dict, values: tuple[str, ...], reference: str | None) -> str:

@@ -19,9 +19,11 @@ from vlalign_jax.prediction import (
   models,
   scored,
   settings,
+  tables,
 )
 from vlalign_jax.prediction import records as data
 from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.writers import choose as writers
 
 
 def predict(c, workdir: str) -> tuple[list[dict], tuple]:
@@ -39,6 +41,7 @@ def predict(c, workdir: str) -> tuple[list[dict], tuple]:
   """
   # --- Config, models and records, checked before anything is computed ---
   settings.check(c)
+  writers.check(c.log)
   if jax.process_count() > 1:
     raise InputError("prediction runs in one process, on all devices that it sees; start only one")
   mesh = meshes.make_mesh(c.mesh)
@@ -72,6 +75,11 @@ def predict(c, workdir: str) -> tuple[list[dict], tuple]:
   if c.gallery:
     page = gallery.gallery(c, lines, records, numbers)
     storage.write(os.path.join(workdir, "gallery.html"), page)
+  with writers.opened(c, workdir, resumes=True) as opened_writers:
+    for writer in opened_writers:
+      writer.scalars(0, numbers)
+    shown = [line for line in lines if line["record"] in gallery.shown_records(c, lines)]
+    tables.write(opened_writers, "predictions", 0, records, shown)
   for name, value in numbers.items():
     logging.info("%s: %s", name, f"{value:.4g}" if isinstance(value, float) else value)
   return lines, records

@@ -10,6 +10,7 @@ from vlalign_jax.generation import sampling as samplings
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models.backends import ATTENTION_NAMES
 from vlalign_jax.weights.source import ModelSource
+from vlalign_jax.writers import choose as writers
 
 STAGE = "predict"
 GENERATE, LOG_PROBABILITIES, REWARD = "generate", "logprobs", "reward"
@@ -56,6 +57,12 @@ def defaults() -> Config:
   c.mesh = ConfigDict()
   for name in ("data", "fsdp", "tensor"):  # parameters are split over fsdp
     c.mesh[name] = shared.mesh[name]
+
+  c.log = ConfigDict()
+  # What shows metrics.json and the records of the gallery as well, as in training.
+  c.log.writers = ""
+  c.log.project = shared.log.project
+  c.log.name = shared.log.name
   return c
 
 
@@ -75,6 +82,7 @@ def check(config: Config) -> None:
   at_least = {"batch_size": 1, "gallery": 0, "data.max_length": 2}
   configs.check_at_least(config, at_least | {"data.max_images": 1, "data.workers": 0})
   configs.check_seed(config)
+  writers.names(config.log)
   for key, what in (
     ("model.init_from", "a Hugging Face directory or a run directory"),
     ("data.eval", "data files"),

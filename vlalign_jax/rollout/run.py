@@ -9,6 +9,7 @@ from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.stage import Stage
 from vlalign_jax.steps import ppo_program
 from vlalign_jax.training import loop, start
+from vlalign_jax.writers import choose as writers
 
 
 def train_and_evaluate(stage: Stage, c, workdir: str) -> None:
@@ -59,11 +60,13 @@ def train_and_evaluate(stage: Stage, c, workdir: str) -> None:
   models = roles.load(c, sources, program, mesh, scorers)
 
   # --- The loop: a step is a rollout and the updates that learn from it ---
-  show = samples.make_show(workdir, c, actor.tokenizer, records.records, int(state.step))
+  first, steps = progress.get("step", 0), train.plan.steps
   with (
-    train.batches(start_step=progress.get("step", 0), **start.my_share(mesh)) as batches,
+    train.batches(start_step=first, **start.my_share(mesh)) as batches,
     pretraining.opened(c, mesh, conversations, progress) as stream,
+    writers.opened(c, workdir, first, resumes=first > 0) as opened,
   ):
+    show = samples.make_show(workdir, c, actor.tokenizer, records.records, first, opened)
     functions = loop.LoopFunctions(
       train_step=learn.make_train_step(models, train, records.records, show, stream),
       to_device=functools.partial(hosts.to_device, mesh),
@@ -73,4 +76,4 @@ def train_and_evaluate(stage: Stage, c, workdir: str) -> None:
       evaluates_first=True,
       lag=0,
     )
-    loop.run(c, workdir, functions, state, progress, batches, manager, train.plan.steps)
+    loop.run(c, workdir, functions, state, progress, batches, manager, steps, opened)

@@ -4,17 +4,18 @@ import collections
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from etils import epath
 
 from vlalign_jax import html, storage
-from vlalign_jax.prediction import directory, gallery
+from vlalign_jax.prediction import directory, gallery, tables
 from vlalign_jax.prediction import records as data
 from vlalign_jax.rollout import collect
 from vlalign_jax.runs import run_directory
+from vlalign_jax.writers.writer import Writer
 
 FILE, PAGE = "rollouts.jsonl", "rollouts.html"
 # Rollouts on the page, the newest ones: it has the pictures inside.
@@ -22,7 +23,9 @@ ON_PAGE = 10
 _VALUES = ("score", "kl", "tokens")
 
 
-def make_show(workdir: str, config, tokenizer, records, first: int) -> Callable:
+def make_show(
+  workdir: str, config, tokenizer, records, first: int, writers: Sequence[Writer] = ()
+) -> Callable:
   """Returns the function `(step, rollout, numbers)` that writes answers of every few rollouts.
 
   A line is one answer: step, record, id, images, prompt, maybe history and reference, sample,
@@ -35,6 +38,7 @@ def make_show(workdir: str, config, tokenizer, records, first: int) -> Callable:
     tokenizer: the actor's.
     records: that `numbers` are positions of.
     first: the step that the run goes on from; lines of later steps are removed.
+    writers: are given the answers of a rollout as the table "rollouts".
   """
   every, path = config.ppo.log_samples_every, os.path.join(workdir, FILE)
   writes, kept, shown = jax.process_index() == 0, "", collections.deque(maxlen=ON_PAGE)
@@ -79,6 +83,7 @@ def make_show(workdir: str, config, tokenizer, records, first: int) -> Callable:
       lines.append({"step": step} | line | values)
     kept += "".join(json.dumps(line) + "\n" for line in lines)
     write(lines)
+    tables.write(writers, "rollouts", step, records, lines)
 
   return show
 

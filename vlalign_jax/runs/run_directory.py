@@ -28,6 +28,9 @@ HARMLESS = (
   "model.architecture",
   "ppo.log_samples_every",
   "ppo.log_samples",
+  "log.writers",
+  "log.project",
+  "log.name",
 )
 # These may change as well, since a run may need it to fit on other devices. They change the order
 # of sums, and so the last bits. Micro-batches are weighted by their tokens, so their number changes

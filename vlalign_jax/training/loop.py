@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import orbax.checkpoint as ocp
@@ -15,7 +15,9 @@ from vlalign_jax.data import bad_records
 from vlalign_jax.errors import InputError
 from vlalign_jax.optim.state import TrainState
 from vlalign_jax.runs import checkpoints
+from vlalign_jax.training import look
 from vlalign_jax.training.metrics import MetricLog, Throughput
+from vlalign_jax.writers.writer import Writer
 
 # Metrics are read this many steps late, so that the devices never wait for the host.
 LAG = 2
@@ -68,6 +70,7 @@ def run(
   batches,
   manager: ocp.CheckpointManager,
   total_steps: int,
+  writers: Sequence[Writer] = (),
 ) -> TrainState | None:
   """Trains from the state's step to `total_steps`.
 
@@ -81,6 +84,7 @@ def run(
     batches: iterator with `get_state` and `set_state`, at the state's step.
     manager: of the checkpoints.
     total_steps: where to end.
+    writers: are given what metrics.jsonl is given.
 
   Returns:
     The final state, or None if SIGTERM ended the run early (it is saved then).
@@ -92,7 +96,8 @@ def run(
     batches.set_state(progress["data"])  # checks that the examples so far are the same
   stop, first = Stop(), int(state.step)
   alone, others_stop = jax.process_count() == 1, False
-  log, throughput = MetricLog(workdir, first, total_steps, functions.lag), Throughput()
+  log = MetricLog(workdir, first, total_steps, functions.lag, writers)
+  throughput = Throughput()
   pending, bad_count = collections.deque(), progress["bad_records"]
   carried = progress.get("carried", {})
   measured = {}  # step -> metrics of the evaluation there, of the newest one
@@ -120,7 +125,7 @@ def run(
       log.advance(step)
       if step % config.log_every == 0 or step in (1, total_steps):
         values = {key: float(value) for key, value in metrics.items()}
-        values |= {"bad_records": bad_count} | throughput.rates()
+        values |= {"bad_records": bad_count} | throughput.rates() | log.usage()
         log.write(step, values, more_follow=evaluated(step))
 
   def stops() -> bool:
@@ -202,4 +207,5 @@ def run(
   if last < total_steps:
     logging.info("SIGTERM: saved at step %d; the same command goes on from there", last)
     return None
+  logging.info(look.where_to_look(workdir))
   return state

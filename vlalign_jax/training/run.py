@@ -8,6 +8,7 @@ from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.stage import Stage
 from vlalign_jax.training import evaluation, loop, start
+from vlalign_jax.writers import choose as writers
 
 
 def train_and_evaluate(stage: Stage, c, workdir: str) -> None:
@@ -69,5 +70,9 @@ def train_and_evaluate(stage: Stage, c, workdir: str) -> None:
     ),
     records=train.records,
   )
-  with train.batches(start_step=progress.get("step", 0), **share) as batches:
-    loop.run(c, workdir, functions, state, progress, batches, manager, train.plan.steps)
+  first, steps = progress.get("step", 0), train.plan.steps
+  with (
+    train.batches(start_step=first, **share) as batches,
+    writers.opened(c, workdir, first, resumes=first > 0) as opened,
+  ):
+    loop.run(c, workdir, functions, state, progress, batches, manager, steps, opened)

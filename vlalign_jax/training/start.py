@@ -17,6 +17,7 @@ from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.stage import Stage
 from vlalign_jax.steps.program import TrainedModel
 from vlalign_jax.weights import export, load, provenance, source
+from vlalign_jax.writers import choose as writers
 
 
 def open_run(
@@ -37,6 +38,7 @@ def open_run(
     InputError: names the first thing that is wrong.
   """
   stage.check(config)
+  writers.check(config.log)
   source.absolute_paths(config)
   mesh = meshes.make_mesh(config.mesh, devices)
   meshes.check_batch(config.batch_size, stage.rows_divide_into(config), config.data.pack, mesh)
