@@ -4,7 +4,7 @@ from PIL import Image
 
 from scripts import predict
 from tests.writers.recorder import Recorder
-from vlalign_jax.data.records import parse_record
+from vlalign_jax.data.records import Options, parse_record
 from vlalign_jax.prediction import tables
 from vlalign_jax.writers import choose
 
@@ -24,7 +24,7 @@ def test_pictures_of_a_record_are_side_by_side(tmp_path):
 
 def test_pictures_are_not_decoded_for_writers_without_tables(monkeypatch, tmp_path):
   entry = {"id": "a", "image": "0.png", "conversations": [{"from": "human", "value": "<image>?"}]}
-  record = parse_record(entry, "eval.json", 0, "optional", None)
+  record, _ = parse_record(entry, "eval.json", 0, "record 0", Options(answers="optional"))
   monkeypatch.setattr(tables, "side_by_side", None)  # cannot be called
   writer = Recorder()
   writer.shows_tables = False
