@@ -79,13 +79,18 @@ def test_bfloat16_has_only_its_rounding_error(monkeypatch):
     assert relative_error(ours, theirs) < 7e-3
 
 
+@pytest.mark.parametrize("with_branches", [True, False])
 @pytest.mark.parametrize("window", [None, 6])
-def test_the_tpu_kernel_equals_torch(window):
-  inputs, (segments, _) = layouts.make_inputs(), layouts.make_layout()
-  mask = layouts.make_mask(segments, np.zeros_like(segments), window)
-  attend = functools.partial(
-    splash.attend, segments=segments, window=window, mesh=None, interpret=True
+def test_the_tpu_kernel_equals_torch(window, with_branches):
+  inputs, (segments, branches) = layouts.make_inputs(), layouts.make_layout()
+  branches = branches if with_branches else np.zeros_like(branches)
+  mask = layouts.make_mask(segments, branches, window)
+  layout = tiles.Layout(
+    segments,
+    branches if with_branches else None,
+    layouts.make_positions(segments, branches) if window else None,
   )
+  attend = functools.partial(splash.attend, layout=layout, window=window, interpret=True)
   computed, real = layouts.with_gradients(attend, *inputs), segments > 0
   for ours, theirs in zip(computed, expected(*inputs, mask), strict=True):
     assert relative_error(ours[real], theirs[real]) < 1e-6
@@ -107,6 +112,34 @@ def test_the_mask_for_cudnn_equals_torch(window, with_branches):
   mask = layouts.make_mask(segments, branches, window)
   for ours, theirs in zip(computed, expected(*inputs, mask), strict=True):
     assert relative_error(ours[real], theirs[real]) < 1e-6
+
+
+@pytest.mark.parametrize("queries", [layouts.T, 7])
+def test_the_tpu_kernel_without_rows_sees_everything(queries):
+  query, key, value, cotangent = layouts.make_inputs()
+  inputs = query[:, :queries], key, value, cotangent[:, :queries]
+  attend = functools.partial(splash.attend, layout=None, interpret=True)
+  computed = layouts.with_gradients(attend, *inputs)
+  for ours, theirs in zip(computed, expected(*inputs, None), strict=True):
+    assert relative_error(ours, theirs) < 1e-6
+
+
+def test_the_tpu_kernel_of_long_rows_of_odd_length():
+  """Several blocks, some of which no query sees; heads of 80; five answers."""
+  rng, length = np.random.default_rng(1), 600
+  query, cotangent = rng.normal(size=(2, 1, length, H, 80)).astype(np.float32)
+  key, value = rng.normal(size=(2, 1, length, K, 80)).astype(np.float32)
+  segments, branches = np.ones((2, 1, length), np.int32)
+  segments[0, 560:] = 2
+  branches[0] = np.repeat([0, 1, 2, 3, 4, 5, 0], [70, 60, 130, 200, 50, 50, 40])
+  layout = tiles.Layout(segments, branches, None)
+  index = np.arange(length)
+  mask = np.asarray(tiles.visible(layout, layout, index, index))
+  attend = functools.partial(splash.attend, layout=layout, interpret=True)
+  inputs = query, key, value, cotangent
+  computed = layouts.with_gradients(attend, *inputs)
+  for ours, theirs in zip(computed, expected(*inputs, mask), strict=True):
+    assert relative_error(ours, theirs) < 1e-6
 
 
 def test_cudnn_without_rows_sees_everything():

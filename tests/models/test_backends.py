@@ -23,8 +23,8 @@ BRANCHES = ROWS._replace(branches=True)
     (ROWS._replace(head_dim=100), "tiles"),
     (ROWS._replace(head_dim=136), "tiles"),
     (ROWS._replace(platform="tpu"), "splash"),
-    (BRANCHES._replace(platform="tpu"), "tiles"),
-    (PICTURES._replace(platform="tpu"), "tiles"),
+    (BRANCHES._replace(platform="tpu"), "splash"),
+    (PICTURES._replace(platform="tpu"), "splash"),
     (ROWS._replace(platform="cpu"), "tiles"),
   ],
 )
@@ -36,15 +36,16 @@ def test_the_log_says_why_no_faster_one(caplog):
   backends._choose_first.cache_clear()
   with caplog.at_level(logging.INFO):
     for _ in range(2):  # once for each request
-      backends.choose("auto", BRANCHES._replace(platform="tpu"))
+      backends.choose("auto", BRANCHES._replace(head_dim=136))
   assert [record.getMessage() for record in caplog.records] == [
-    "attention of rows with several answers to a prompt: tiles (cudnn needs an NVIDIA GPU; splash "
-    "cannot hide the answers to a prompt from each other)"
+    "attention of rows with several answers to a prompt: tiles (cudnn needs heads of a multiple of "
+    "8 up to 128, not 136; splash needs a TPU)"
   ]
 
 
 def test_a_named_kernel_is_used_where_it_is_supported():
-  assert backends.choose("splash", PICTURES._replace(platform="tpu")) == "tiles"
+  assert backends.choose("splash", PICTURES._replace(platform="tpu")) == "splash"
+  assert backends.choose("cudnn", ROWS._replace(head_dim=136)) == "tiles"
   assert backends.choose("tiles", ROWS) == "tiles"
 
 

@@ -88,12 +88,13 @@ def test_scores_far_apart(monkeypatch):
     assert relative_error(ours, theirs) < 1e-5  # scores of 1,000 have fewer digits left
 
 
+@pytest.mark.parametrize("with_branches", [True, False])
 @pytest.mark.parametrize("window", [None, 5])
-def test_the_tpu_kernel(window):
-  inputs, (segments, _), options, mask, images = make_case(window, with_branches=False)
-  attend = functools.partial(
-    splash.attend, segments=segments, images=images, window=window, mesh=None, interpret=True
-  )
+def test_the_tpu_kernel(window, with_branches):
+  inputs, (segments, branches), options, mask, images = make_case(window, with_branches)
+  branches = branches if with_branches else None
+  row_layout = tiles.Layout(segments, branches, options.get("positions"), images)
+  attend = functools.partial(splash.attend, layout=row_layout, window=window, interpret=True)
   computed, real = layouts.with_gradients(attend, *inputs), segments > 0
   for ours, theirs in zip(computed, with_torch(*inputs, mask, images), strict=True):
     assert relative_error(ours[real], theirs[real]) < 1e-6

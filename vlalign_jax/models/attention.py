@@ -56,11 +56,11 @@ def attend(
   if window and window >= T:
     window = None
   backend = backends.choose(backend, backends.request_for(platform, query, segments, branches))
-  if backend == backends.SPLASH:
-    return splash.attend(query, key, value, segments, window=window, images=images, mesh=mesh)
   layout = None
   if segments is not None:
     layout = tiles.Layout(segments, branches, None if window is None else positions, images)
+  if backend == backends.SPLASH:
+    return splash.attend(query, key, value, layout, window=window, mesh=mesh)
   if backend == backends.CUDNN:
     return cudnn.attend(query, key, value, layout, window=window, mesh=mesh)
   K = key.shape[2]

@@ -71,10 +71,6 @@ def _obstacle(name: str, request: Request) -> str | None:
   """Returns why a backend does not support a request on its own devices, or None."""
   if name == CUDNN and (request.head_dim % 8 or request.head_dim > 128):
     return f"needs heads of a multiple of 8 up to 128, not {request.head_dim}"
-  if name == SPLASH and not request.segments:
-    return "needs causal rows"
-  if name == SPLASH and request.branches:
-    return "cannot hide the answers to a prompt from each other"
   return None
 
 

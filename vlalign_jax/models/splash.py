@@ -1,4 +1,9 @@
-"""Attention on TPUs: JAX's Pallas kernel, for rows of examples with one answer each."""
+"""Attention on TPUs: JAX's Pallas kernel, for rows of examples and for pictures.
+
+The kernel computes causal masks and segments by itself. What it cannot compute, the answers to a
+shared prompt that do not see each other, is a mask [T, T] of each row, one for all heads; blocks in
+which no query sees a key are skipped either way.
+"""
 
 import functools
 from typing import Any
@@ -9,6 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh, PartitionSpec
 
+from vlalign_jax.models import tiles
 from vlalign_jax.sharding.mesh import ROWS
 
 # Lanes of a TPU's vector unit; the kernel's blocks are multiples of it.
@@ -22,46 +28,95 @@ def attend(
   query,
   key,
   value,
-  segments,
+  layout: tiles.Layout | None,
   *,
   window: int | None = None,
-  images=None,
-  mesh: Mesh | None,
+  mesh: Mesh | None = None,
   interpret: bool = False,
 ):
-  """Computes causal attention within segments.
+  """Computes softmax attention by the rule of `models.attention`.
 
   Args:
     query: float[B, T, H, D].
-    key, value: float[B, T, K, D] with H a multiple of K; head h reads key head h // (H / K).
-    segments: int32[B, T].
-    window: how many positions a query sees, up to and including its own; None: all.
-    images: bool[B, T], for multi-modal causal attention: the kernel then runs once for each class
-      of keys; None: not used.
+    key, value: float[B, S, K, D] with H a multiple of K; S = T if there is a layout.
+    layout: of the rows; None: every query sees all keys.
+    window: see `tiles.visible`.
     mesh: splits B and, over `tensor`, heads; None: one device.
     interpret: run the kernel as plain JAX, on any platform.
 
   Returns:
     float[B, T, H, D] in the query's dtype.
   """
-  run = functools.partial(
-    _softmax, query, key, value, window=window, mesh=mesh, interpret=interpret
-  )
-  if images is None:
-    return run(segments, segments)
-  from_text = run(segments, jnp.where(images, _NO_KEY, segments))
+  attend = functools.partial(_attend, window=window, interpret=interpret)
+  if mesh is not None:
+    heads, rows = PartitionSpec(ROWS, None, "tensor"), PartitionSpec(ROWS)
+    specs = (heads, heads, heads, rows)
+    attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+  return attend(query, key, value, layout)
+
+
+def _attend(query, key, value, layout: tiles.Layout | None, *, window, interpret):
+  """Computes `attend` for the rows and heads of one device."""
+  T, S, D = query.shape[1], key.shape[1], query.shape[3]
+  query = query * jnp.asarray(D**-0.5, query.dtype)
+  query, key, value = (_pad_tokens(x).swapaxes(1, 2) for x in (query, key, value))
+  run = functools.partial(_run, query, key, value, interpret=interpret)
+  if layout is None:
+    attended = run(masks.FullMask((query.shape[2], key.shape[2])), _hide_padding(query, key, S))
+  elif layout.branches is None:
+    attended = _attend_segments(run, value, layout, window)
+  else:
+    attended = _attend_branches(run, layout, window)
+  return attended.swapaxes(1, 2)[:, :T]
+
+
+def _hide_padding(query, key, keys: int) -> kernels.SegmentIds | None:
+  """Returns segments [B, T] and [B, S] that hide keys from number `keys` on; None if none are."""
+  B, T, S = query.shape[0], query.shape[2], key.shape[2]
+  if keys == S:
+    return None
+  is_padding = (jnp.arange(S) >= keys).astype(jnp.int32)
+  return kernels.SegmentIds(jnp.zeros((B, T), jnp.int32), jnp.broadcast_to(is_padding, (B, S)))
+
+
+def _attend_segments(run, value, layout: tiles.Layout, window):
+  """Computes attention of examples with one answer each; the kernel makes the mask."""
+  segments = _pad_tokens(layout.segments)  # no query before the padding sees it
+  shape = (segments.shape[1],) * 2
+  # Within a segment, indices in the row differ by as much as positions.
+  mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+  if layout.images is None:
+    return run(mask, kernels.SegmentIds(segments, segments))
+  images = _pad_tokens(layout.images)
+  from_text = run(mask, kernels.SegmentIds(segments, jnp.where(images, _NO_KEY, segments)))
   text_queries = jnp.where(images, _NO_QUERY, segments)
-  from_images = run(text_queries, jnp.where(images, segments, _NO_KEY))
-
-  def where(condition, attended, other):
-    return jnp.where(condition[:, :, None, None], attended, other)
-
+  from_images = run(mask, kernels.SegmentIds(text_queries, jnp.where(images, segments, _NO_KEY)))
   # The kernel's result for a query that sees no key is arbitrary.
-  from_text = where(_sees_any(~images, segments, window), from_text, 0)
-  from_images = where(_sees_any(images, segments, window), from_images, 0)
+  from_text = _where(_sees_any(~images, segments, window), from_text, 0)
+  from_images = _where(_sees_any(images, segments, window), from_images, 0)
   # An image token's softmax over images sees only the token itself.
-  values = jnp.repeat(value, query.shape[2] // value.shape[2], axis=2)
-  return from_text + where(images, values, from_images)
+  values = jnp.repeat(value, from_text.shape[1] // value.shape[1], axis=1)
+  return from_text + _where(images, values, from_images)
+
+
+def _attend_branches(run, layout: tiles.Layout, window):
+  """Computes attention of examples with several answers, by a mask for each row."""
+  layout = jax.tree.map(_pad_tokens, layout)
+  index = jnp.arange(layout.segments.shape[1])
+  mask = tiles.visible(layout, layout, index, index, window)
+  if layout.images is None:
+    return run(mask, None)
+  attended: Any = 0
+  for class_keys in (~layout.images, layout.images):
+    class_mask = mask & class_keys[:, None, :]
+    # The kernel's result for a query that sees no key of the class is arbitrary.
+    attended += _where(jnp.any(class_mask, axis=2), run(class_mask, None), 0)
+  return attended
+
+
+def _where(condition, attended, other):
+  """Returns [B, H, T, D]: `attended` where `condition` bool[B, T] is true, else `other`."""
+  return jnp.where(condition[:, None, :, None], attended, other)
 
 
 def _sees_any(keys, segments, window: int | None):
@@ -74,45 +129,47 @@ def _sees_any(keys, segments, window: int | None):
   return jax.lax.cummax(jnp.where(keys, index, -1), axis=1) >= start
 
 
-def _softmax(query, key, value, query_segments, key_segments, *, window, mesh, interpret):
-  """Computes one softmax over the keys of a query's segment, up to the query; see `attend`."""
-  T, D = query.shape[1], query.shape[3]
-  padding = -T % LANES
-  query = query * jnp.asarray(D**-0.5, query.dtype)
-  query, key, value = (
-    jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
-    for x in (query, key, value)
-  )
-  # No query before the padding sees it.
-  ids = kernels.SegmentIds(
-    *(jnp.pad(x, ((0, 0), (0, padding))) for x in (query_segments, key_segments))
-  )
+def _run(query, key, value, mask, ids, *, interpret: bool):
+  """Runs the kernel for each row.
 
-  def run(query, key, value, ids):
-    kernel = _make_kernel(query.shape[1], query.shape[2], window, interpret)
+  Args:
+    query: [B, H, T, D], scaled; T and S are multiples of LANES.
+    key, value: [B, K, S, D].
+    mask: a mask of the kernel's library, for all rows, or bool[B, T, S].
+    ids: kernels.SegmentIds of [B, T] and [B, S]; None: there are no segments.
+    interpret: see `attend`.
+  """
+  sizes = _block_sizes(query.shape[2], key.shape[2])
+  make = functools.partial(
+    kernels.make_splash_mha, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+  )
+  if not isinstance(mask, jax.Array):
+    kernel = make(masks.MultiHeadMask([mask] * query.shape[1]))
     return jax.vmap(kernel)(query, key, value, ids)
 
-  if mesh is not None:
-    heads, rows = PartitionSpec(ROWS, "tensor"), PartitionSpec(ROWS)
-    specs = (heads, heads, heads, rows)
-    run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
-  attended: Any = run(query, key, value, ids)
-  return attended.transpose(0, 2, 1, 3)[:, :T]
+  def run_row(query, key, value, mask):
+    kernel = make(mask[None])  # of one head: the kernel then takes it for all
+    # The library turns this field into an array, and then asks for its truth while tracing.
+    kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
+    return kernel(query, key, value)
+
+  return jax.vmap(run_row)(query, key, value, mask)
 
 
-def _make_kernel(heads: int, length: int, window: int | None, interpret: bool):
-  block = next(size for size in BLOCKS if length % size == 0)
-  sizes = kernels.BlockSizes(
-    block_q=block,
-    block_kv=block,
-    block_q_dkv=block,
-    block_kv_dkv=block,
-    block_q_dq=block,
-    block_kv_dq=block,
+def _block_sizes(queries: int, keys: int) -> kernels.BlockSizes:
+  block_q, block_kv = (
+    next(size for size in BLOCKS if length % size == 0) for length in (queries, keys)
   )
-  shape = (length, length)
-  # Within a segment, indices in the row differ by as much as positions.
-  mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
-  mask = masks.MultiHeadMask([mask] * heads)
-  make = functools.partial(kernels.make_splash_mha, head_shards=1, q_seq_shards=1)
-  return make(mask, block_sizes=sizes, interpret=interpret)
+  return kernels.BlockSizes(
+    block_q=block_q,
+    block_kv=block_kv,
+    block_q_dkv=block_q,
+    block_kv_dkv=block_kv,
+    block_q_dq=block_q,
+    block_kv_dq=block_kv,
+  )
+
+
+def _pad_tokens(x):
+  """Returns [B, T, ...] with T padded to a multiple of the kernel's lanes."""
+  return jnp.pad(x, [(0, 0), (0, -x.shape[1] % LANES)] + [(0, 0)] * (x.ndim - 2))
