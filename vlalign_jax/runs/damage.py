@@ -6,7 +6,7 @@ import os
 import jax
 
 from vlalign_jax import storage
-from vlalign_jax.errors import InputError
+from vlalign_jax.errors import InputError, shorten
 
 
 class Damaged(InputError):
@@ -43,7 +43,7 @@ def reading(checkpoint: str, fix: str = ""):
     cause = error
     while cause.__cause__:  # Orbax wraps TensorStore's errors
       cause = cause.__cause__
-    reason = " ".join(str(cause).split())[:300]
+    reason = shorten(str(cause), 150)
     from_jax = isinstance(cause, jax.errors.JaxRuntimeError)
     missing = isinstance(cause, FileNotFoundError | NotADirectoryError)
     if isinstance(cause, MemoryError) or (from_jax and "RESOURCE_EXHAUSTED" in reason):
