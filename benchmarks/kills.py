@@ -169,7 +169,7 @@ def kill_at(run: Run, step: int, kind: str, generator: random.Random) -> None:
 def metrics_of(workdir: pathlib.Path) -> list[dict]:
   """metrics.jsonl without what time decides."""
   return [
-    {key: value for key, value in line.items() if not key.endswith(("_per_second", "perf/seconds"))}
+    {key: value for key, value in line.items() if not key.startswith("perf/")}
     for line in sft_run.read_metrics(workdir)
   ]
 

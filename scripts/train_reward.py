@@ -11,16 +11,17 @@ from vlalign_jax.stages import reward
 from vlalign_jax.training import run
 
 
-def train_and_evaluate(c, workdir: str) -> None:
+def train_and_evaluate(c, workdir: str, profile: int = 0) -> None:
   """Trains by a config into a run directory, or goes on with the run that is there."""
-  run.train_and_evaluate(reward.STAGE, c, workdir)
+  run.train_and_evaluate(reward.STAGE, c, workdir, profile)
 
 
 def main(_):
-  train_and_evaluate(flags.FLAGS.config, flags.FLAGS.workdir)
+  train_and_evaluate(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.profile)
 
 
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "Such as configs/reward.py:llava15_7b.")
   flags.DEFINE_string("workdir", "", "The run directory.")
+  flags.DEFINE_integer("profile", 0, "Steps to trace into WORKDIR/profile.", lower_bound=0)
   cli.run(main, several_hosts=True)

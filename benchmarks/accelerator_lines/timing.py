@@ -5,7 +5,7 @@ import time
 
 import jax
 
-from vlalign_jax.planning import chips
+from vlalign_jax.sharding import chips
 
 GIB = 2**30
 

@@ -14,9 +14,10 @@ from configs import dpo, reward, sft
 from tests import tiny_models
 from tests.planning import small
 from vlalign_jax.errors import InputError
-from vlalign_jax.planning import chips, report, topology
-from vlalign_jax.planning.chips import GIB
+from vlalign_jax.planning import report, topology
 from vlalign_jax.planning.compiled import Compiled
+from vlalign_jax.sharding import chips
+from vlalign_jax.sharding.chips import GIB
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -9,7 +9,8 @@ import pytest
 
 from vlalign_jax.errors import InputError
 from vlalign_jax.hlo import loops
-from vlalign_jax.planning import chips, compiled, topology
+from vlalign_jax.planning import compiled, topology
+from vlalign_jax.sharding import chips
 
 
 def test_a_tpu_slice_that_is_not_there():

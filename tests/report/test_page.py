@@ -14,10 +14,10 @@ from vlalign_jax.report import curves, directory, samples, tables
 
 ROOT = pathlib.Path(__file__).parents[2]
 SFT_LINES = [
-  {"step": 1, "loss": 3.0, "tokens_per_second": 100.0, "perf/seconds": 5.0, "bad_records": 0},
-  {"step": 2, "loss": None, "tokens_per_second": 300.0, "perf/seconds": 8.0, "bad_records": 0}
+  {"step": 1, "loss": 3.0, "perf/tokens_per_second": 100.0, "perf/seconds": 5.0, "bad_records": 0},
+  {"step": 2, "loss": None, "perf/tokens_per_second": 300.0, "perf/seconds": 8.0, "bad_records": 0}
   | {"eval/loss": 1.25, "eval/exact_match": 0.5},
-  {"step": 3, "loss": 1.5, "tokens_per_second": 200.0, "perf/seconds": 75.4, "bad_records": 0}
+  {"step": 3, "loss": 1.5, "perf/tokens_per_second": 200.0, "perf/seconds": 75.4, "bad_records": 0}
   | {"eval/loss": 1.75, "eval/exact_match": 0.625, "perf/peak_memory_gb": 7.25},
 ]
 

@@ -16,7 +16,7 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.training import reference
 
 STEPS = 6
-TIMING = ("tokens_per_second", "examples_per_second", "perf/seconds")
+TIMING = "perf/"
 SCRIPTS = {"reward": train_reward, "dpo": train_dpo}
 
 
@@ -46,7 +46,7 @@ def make_config(directory, stage: str, **overrides):
 
 def metrics_of(workdir) -> list[dict]:
   return [
-    {key: value for key, value in line.items() if key not in TIMING}
+    {key: value for key, value in line.items() if not key.startswith(TIMING)}
     for line in sft_run.read_metrics(workdir)
   ]
 

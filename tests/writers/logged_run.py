@@ -19,7 +19,11 @@ COLUMNS = ("id", "picture", "answer", "score", "ended")
 
 def values_of(step: int, sitting: int) -> dict[str, float]:
   """Returns the numbers of a step; NaN and a number of many digits among them."""
-  values = {"loss": 1 / (step + sitting), "tokens_per_second": 1000.0 * sitting, "bad_records": 0}
+  values = {
+    "loss": 1 / (step + sitting),
+    "perf/tokens_per_second": 1000.0 * sitting,
+    "bad_records": 0,
+  }
   return values | ({"grad_norm": float("nan")} if step == 1 else {"grad_norm": 0.1 + step})
 
 

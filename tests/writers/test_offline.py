@@ -83,7 +83,7 @@ def test_wandb_goes_on_in_the_same_run_after_a_crash(tmp_path):
   metrics = sft_run.read_metrics(tmp_path / "run")
   # Another process of wandb's writes, so the first file may lack what came just before the crash.
   assert numbers(offline.wandb_lines(second)) == metrics[2:]
-  assert metrics[3]["tokens_per_second"] == 2000.0  # of the second sitting
+  assert metrics[3]["perf/tokens_per_second"] == 2000.0  # of the second sitting
   assert metrics[3]["perf/seconds"] >= metrics[1]["perf/seconds"]
 
 

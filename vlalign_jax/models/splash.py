@@ -61,6 +61,7 @@ def _attend(query, key, value, layout: tiles.Layout | None, *, window, interpret
   query = query * jnp.asarray(D**-0.5, query.dtype)
   query, key, value = (_pad_tokens(x).swapaxes(1, 2) for x in (query, key, value))
   run = functools.partial(_run, query, key, value, interpret=interpret)
+  attended: Any
   if layout is None:
     attended = run(masks.FullMask((query.shape[2], key.shape[2])), _hide_padding(query, key, S))
   elif layout.branches is None:
@@ -82,7 +83,7 @@ def _hide_padding(query, key, keys: int) -> kernels.SegmentIds | None:
 def _attend_segments(run, value, layout: tiles.Layout, window):
   """Computes attention of examples with one answer each; the kernel makes the mask."""
   segments = _pad_tokens(layout.segments)  # no query before the padding sees it
-  shape = (segments.shape[1],) * 2
+  shape = segments.shape[1], segments.shape[1]
   # Within a segment, indices in the row differ by as much as positions.
   mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
   if layout.images is None:

@@ -9,7 +9,7 @@ import jax
 from vlalign_jax.hlo import collectives, memory, operations
 from vlalign_jax.hlo.loops import Trips
 from vlalign_jax.hlo.parser import parse
-from vlalign_jax.planning.chips import GIB
+from vlalign_jax.sharding.chips import GIB
 
 _TOO_LARGE = re.compile(r"HLO temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G")
 

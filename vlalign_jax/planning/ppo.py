@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vlalign_jax import trees
+from vlalign_jax import matmul_precision, trees
 from vlalign_jax.config_checks import Config
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import cache
@@ -97,6 +97,7 @@ def plan(config, topology: Topology) -> StepPlan:
     InputError: mesh, batch or models do not fit together.
   """
   mesh = meshes.make_mesh(config.mesh, topology.devices)
+  matmul_precision.set_for(config.model.dtype, topology.kind)
   parts = config.ppo.num_mini_batches * config.grad_accumulation
   meshes.check_batch(config.batch_size, parts, config.data.pack, mesh)
   models = ppo_models.open_models(config)

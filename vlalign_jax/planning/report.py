@@ -4,8 +4,8 @@ import dataclasses
 import textwrap
 
 from vlalign_jax.planning import roofline
-from vlalign_jax.planning.chips import GIB
 from vlalign_jax.planning.step_plan import StepPlan
+from vlalign_jax.sharding.chips import GIB
 
 
 def as_json(plan: StepPlan) -> dict:

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from vlalign_jax.planning.chips import Chip
 from vlalign_jax.planning.compiled import Compiled
+from vlalign_jax.sharding.chips import Chip
 
 # The share of the maker's numbers that large products and transfers reach.
 UTILIZATION = {"compute": 0.6, "memory": 0.8, "interconnect": 0.5}

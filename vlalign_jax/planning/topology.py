@@ -10,7 +10,7 @@ import jax
 from jax.experimental import topologies
 
 from vlalign_jax.errors import InputError
-from vlalign_jax.planning import chips
+from vlalign_jax.sharding import chips
 
 KNOWN = (
   f"TPU slices ({', '.join(chips.TPUS)}) such as v5e:4x4 or v5p:2x2x4, "

@@ -7,17 +7,16 @@ import math
 import jax
 import jax.numpy as jnp
 
-from vlalign_jax import trees
+from vlalign_jax import matmul_precision, trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.hlo.loops import Trips
 from vlalign_jax.models import tiles
 from vlalign_jax.models.vlm import ModelConfig
-from vlalign_jax.planning import model_flops
 from vlalign_jax.planning.step_plan import StepPlan, StepProgram, device_bytes
 from vlalign_jax.planning.topology import Topology
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.stage import Stage
-from vlalign_jax.steps import program
+from vlalign_jax.steps import model_flops, program
 from vlalign_jax.weights import published, source
 
 TOTAL_STEPS = 1000  # of the learning-rate schedule; its length changes nothing in a plan
@@ -75,6 +74,7 @@ def plan(
     InputError: mesh, batch or model do not fit together.
   """
   mesh = meshes.make_mesh(config.mesh, topology.devices)
+  matmul_precision.set_for(config.model.dtype, topology.kind)
   meshes.check_heads(mesh, model.language.heads, model.language.kv_heads)
   batch, assumptions = abstract_batch(stage, config, model, mesh, examples_per_row, answers)
   step = stage.make_program(config, model, mesh, TOTAL_STEPS)

@@ -7,7 +7,7 @@ import os
 import jax
 from absl import logging
 
-from vlalign_jax import out_of_memory, storage
+from vlalign_jax import matmul_precision, out_of_memory, storage
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.vlm import LANGUAGE, SCORE
 from vlalign_jax.prediction import (
@@ -45,6 +45,7 @@ def predict(c, workdir: str) -> tuple[list[dict], tuple]:
   if jax.process_count() > 1:
     raise InputError("prediction runs in one process, on all devices that it sees; start only one")
   mesh = meshes.make_mesh(c.mesh)
+  matmul_precision.set_for(c.model.dtype, mesh.devices.flat[0].platform)
   head = SCORE if c.mode == settings.REWARD else LANGUAGE
   opened = {"model.init_from": models.open_model(c, "model.init_from", head)}
   if c.reward_model:

@@ -18,7 +18,7 @@ COLORS = (
 )
 # Shown first where they are, after the loss and what checkpoints are ranked by.
 _MAIN = ("objective/kl", "perplexity", "grad_norm", "learning_rate")
-_NO_CURVES = ("step", "perf/seconds")
+_NO_CURVES = ("step", "perf/seconds", "perf/compilations")
 _EVAL = "eval/"
 
 

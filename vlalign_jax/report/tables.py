@@ -87,7 +87,7 @@ def cost(runs: Sequence[Run]) -> str:
   head = ("", "steps", "tokens per second", "examples per second", "time", "peak memory, GB")
   rows = []
   for run in runs:
-    rates = [_values(run, f"{unit}_per_second") for unit in ("tokens", "examples")]
+    rates = [_values(run, f"perf/{unit}_per_second") for unit in ("tokens", "examples")]
     seconds, memory = _values(run, "perf/seconds"), _values(run, "perf/peak_memory_gb")
     rows.append(
       (

@@ -12,13 +12,14 @@ from vlalign_jax.training import loop, start
 from vlalign_jax.writers import choose as writers
 
 
-def train_and_evaluate(stage: Stage, c, workdir: str) -> None:
+def train_and_evaluate(stage: Stage, c, workdir: str, profile: int = 0) -> None:
   """Trains by a config into a run directory, or goes on with the run that is there.
 
   Args:
     stage: PPO.
     c: the config of the run.
     workdir: the run directory.
+    profile: number of steps to trace.
 
   Raises:
     InputError: names the first thing that is wrong.
@@ -76,4 +77,4 @@ def train_and_evaluate(stage: Stage, c, workdir: str) -> None:
       evaluates_first=True,
       lag=0,
     )
-    loop.run(c, workdir, functions, state, progress, batches, manager, steps, opened)
+    loop.run(c, workdir, functions, state, progress, batches, manager, steps, opened, profile)

@@ -16,7 +16,9 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.optim.state import TrainState
 from vlalign_jax.runs import checkpoints
 from vlalign_jax.training import look
-from vlalign_jax.training.metrics import MetricLog, Throughput
+from vlalign_jax.training.metrics import MetricLog
+from vlalign_jax.training.speed import Speed
+from vlalign_jax.training.trace import Trace
 from vlalign_jax.writers.writer import Writer
 
 # Metrics are read this many steps late, so that the devices never wait for the host.
@@ -37,6 +39,7 @@ class LoopFunctions:
     records: number of training records.
     evaluates_first: whether to evaluate the state of step 0, too.
     lag: how many steps late metrics are read; 0 where a step waits for the devices anyway.
+    speed: measures the run; None: without MFU.
   """
 
   train_step: Callable
@@ -46,6 +49,7 @@ class LoopFunctions:
   records: int
   evaluates_first: bool = False
   lag: int = LAG
+  speed: Speed | None = None
 
 
 class Stop:
@@ -71,6 +75,7 @@ def run(
   manager: ocp.CheckpointManager,
   total_steps: int,
   writers: Sequence[Writer] = (),
+  profile: int = 0,
 ) -> TrainState | None:
   """Trains from the state's step to `total_steps`.
 
@@ -85,6 +90,7 @@ def run(
     manager: of the checkpoints.
     total_steps: where to end.
     writers: are given what metrics.jsonl is given.
+    profile: number of steps to trace.
 
   Returns:
     The final state, or None if SIGTERM ended the run early (it is saved then).
@@ -97,7 +103,7 @@ def run(
   stop, first = Stop(), int(state.step)
   alone, others_stop = jax.process_count() == 1, False
   log = MetricLog(workdir, first, total_steps, functions.lag, writers)
-  throughput = Throughput()
+  speed, trace = functions.speed or Speed(), Trace(workdir, first, profile)
   pending, bad_count = collections.deque(), progress["bad_records"]
   carried = progress.get("carried", {})
   measured = {}  # step -> metrics of the evaluation there, of the newest one
@@ -110,7 +116,7 @@ def run(
     """Reads the metrics of all but the newest `keep` steps."""
     nonlocal bad_count, others_stop
     while len(pending) > keep:
-      step, metrics, counts = pending.popleft()
+      step, metrics, counts, length = pending.popleft()
       metrics, counts = jax.device_get((metrics, counts))
       bad_count += int(counts["bad_records"])
       examples = max(functions.records, step * config.batch_size)
@@ -121,11 +127,11 @@ def run(
           f"step {step}: loss or gradient was not finite for {MAX_SKIPPED_IN_A_ROW} updates in a "
           "row; lower optim.learning_rate, or look at the data of these steps"
         )
-      throughput.add(int(counts["tokens"]), int(counts["examples"]))
+      speed.add(int(counts["tokens"]), int(counts["examples"]), length)
       log.advance(step)
       if step % config.log_every == 0 or step in (1, total_steps):
         values = {key: float(value) for key, value in metrics.items()}
-        values |= {"bad_records": bad_count} | throughput.rates() | log.usage()
+        values |= {"bad_records": bad_count} | speed.rates() | log.usage()
         log.write(step, values, more_follow=evaluated(step))
 
   def stops() -> bool:
@@ -150,7 +156,7 @@ def run(
     log.write(step, values)
     measured.clear()
     measured[step] = values
-    throughput.restart()  # the time of evaluation does not count
+    speed.restart()  # the time of evaluation does not count
 
   def save(step: int, position: dict | None = None) -> None:
     settle(0)
@@ -177,16 +183,23 @@ def run(
       evaluate(0)
     for step in range(first + 1, total_steps + 1):
       position = batches.get_state()
-      batch = functions.to_device(next(batches))
+      with speed.waiting():
+        host_batch = next(batches)
+      batch = functions.to_device(host_batch)
       skipped = batch.pop("skipped")
       counts = functions.count(batch, skipped, stop.asked)
+      trace.before(step)
       try:
-        with out_of_memory.explained(out_of_memory.TRAINING, config):
+        with (
+          out_of_memory.explained(out_of_memory.TRAINING, config),
+          speed.step(step, batch["tokens"].shape),
+        ):
           state, metrics, carried = functions.train_step(state, batch, carried)
       except InputError:  # a step that fails must not cost those before it
         save_before(step, position)
         raise
-      pending.append((step, metrics, counts))
+      trace.after(step, state)
+      pending.append((step, metrics, counts, batch["tokens"].shape[1]))
       settle(functions.lag)
       if evaluated(step):
         evaluate(step)
@@ -202,6 +215,7 @@ def run(
     if saved < last:
       save(last)
   finally:
+    trace.close()
     log.close()
     manager.wait_until_finished()  # a bad record must not interrupt a save
   if last < total_steps:

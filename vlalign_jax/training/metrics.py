@@ -28,7 +28,8 @@ SHOWN = (
   "eval/accuracy",
   "eval/rewards/accuracies",
   "eval/objective/scores",
-  "tokens_per_second",
+  "perf/tokens_per_second",
+  "perf/mfu",
 )
 
 
@@ -143,29 +144,3 @@ def _seconds(lines: str) -> float:
     if "perf/seconds" in (values := json.loads(line)):
       return values["perf/seconds"]
   return 0.0
-
-
-class Throughput:
-  """Tokens and examples a second since the last call of `rates` or `restart`."""
-
-  def __init__(self):
-    self.restart()
-
-  def restart(self) -> None:
-    """Starts counting anew."""
-    self._start, self._tokens, self._examples = time.perf_counter(), 0, 0
-
-  def add(self, tokens: int, examples: int) -> None:
-    """Counts work done."""
-    self._tokens += tokens
-    self._examples += examples
-
-  def rates(self) -> dict[str, float]:
-    """Returns tokens_per_second (without padding) and examples_per_second, and starts anew."""
-    seconds = max(time.perf_counter() - self._start, 1e-9)
-    rates = {
-      "tokens_per_second": round(self._tokens / seconds, 1),
-      "examples_per_second": round(self._examples / seconds, 3),
-    }
-    self.restart()
-    return rates

@@ -7,17 +7,18 @@ from vlalign_jax.optim import updates
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.stage import Stage
-from vlalign_jax.training import evaluation, loop, start
+from vlalign_jax.training import evaluation, loop, speed, start
 from vlalign_jax.writers import choose as writers
 
 
-def train_and_evaluate(stage: Stage, c, workdir: str) -> None:
+def train_and_evaluate(stage: Stage, c, workdir: str, profile: int = 0) -> None:
   """Trains by a config into a run directory, or goes on with the run that is there.
 
   Args:
     stage: of the run.
     c: its config.
     workdir: the run directory.
+    profile: number of steps to trace.
 
   Raises:
     InputError: names the first thing that is wrong.
@@ -69,10 +70,13 @@ def train_and_evaluate(stage: Stage, c, workdir: str) -> None:
       c, mesh, held_out, share, eval_step, stage.summary, functools.partial(to_device, "eval")
     ),
     records=train.records,
+    speed=speed.measure(
+      mesh, source.config, program.params, program.state.params, train.plan.row_images.mean()
+    ),
   )
   first, steps = progress.get("step", 0), train.plan.steps
   with (
     train.batches(start_step=first, **share) as batches,
     writers.opened(c, workdir, first, resumes=first > 0) as opened,
   ):
-    loop.run(c, workdir, functions, state, progress, batches, manager, steps, opened)
+    loop.run(c, workdir, functions, state, progress, batches, manager, steps, opened, profile)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from vlalign_jax import out_of_memory, storage, trees
+from vlalign_jax import matmul_precision, out_of_memory, storage, trees
 from vlalign_jax.config_checks import Config
 from vlalign_jax.input_pipeline import examples
 from vlalign_jax.input_pipeline.prepare import Prepared
@@ -41,6 +41,7 @@ def open_run(
   writers.check(config.log)
   source.absolute_paths(config)
   mesh = meshes.make_mesh(config.mesh, devices)
+  matmul_precision.set_for(config.model.dtype, mesh.devices.flat[0].platform)
   meshes.check_batch(config.batch_size, stage.rows_divide_into(config), config.data.pack, mesh)
   hosts.check_same("the config", f"{workdir} {config.to_json()}", "give all hosts the same command")
   resumes = run_directory.open_run(workdir, config, stage.defaults())

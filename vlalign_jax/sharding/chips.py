@@ -61,6 +61,28 @@ _TARGETS = {
 }
 
 
+# How JAX names a device -> its chip.
+_KINDS = {
+  "TPU v4": TPUS["v4"],
+  "TPU v5 lite": TPUS["v5e"],
+  "TPU v5e": TPUS["v5e"],
+  "TPU v5": TPUS["v5p"],
+  "TPU v5p": TPUS["v5p"],
+  "TPU v6 lite": TPUS["v6e"],
+  "TPU v6e": TPUS["v6e"],
+  "NVIDIA A100-SXM4-80GB": GPUS["a100"],
+  "NVIDIA A100-SXM4-40GB": GPUS["a100-40gb"],
+  "NVIDIA H100 80GB HBM3": GPUS["h100"],
+  "NVIDIA H200": GPUS["h200"],
+  "NVIDIA H200 141GB HBM3e": GPUS["h200"],
+}
+
+
+def of_device(kind: str) -> Chip | None:
+  """Returns the chip of a device by its `device_kind`; None if it is not known."""
+  return _KINDS.get(kind)
+
+
 def gpu_target(name: str) -> str:
   """Returns a GPU's description for XLA: the text of a GpuTargetConfigProto."""
   description, capability, memory, bandwidth, numbers = _TARGETS[name]

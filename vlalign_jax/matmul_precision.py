@@ -1,0 +1,28 @@
+"""Makes float32 mean float32: accelerators round the factors of products unless they are told."""
+
+import os
+
+import jax
+from absl import logging
+
+HIGHEST = "highest"
+
+
+def set_for(dtype: str, platform: str) -> None:
+  """Sets the precision of matrix products for a run.
+
+  GPUs compute float32 products in TF32 by default (10 bits of mantissa), and TPUs in one pass of
+  bfloat16 (8 bits). The environment's JAX_DEFAULT_MATMUL_PRECISION is kept.
+
+  Args:
+    dtype: the config's model.dtype. With bfloat16 or float16 nothing is set.
+    platform: of the devices: cpu, gpu or tpu.
+  """
+  if dtype != "float32" or os.environ.get("JAX_DEFAULT_MATMUL_PRECISION"):
+    return
+  jax.config.update("jax_default_matmul_precision", HIGHEST)
+  if platform != "cpu":
+    logging.info(
+      "model.dtype=float32: products are computed in full precision, which is slower than TF32 or"
+      " bfloat16 passes; JAX_DEFAULT_MATMUL_PRECISION=default has those"
+    )
