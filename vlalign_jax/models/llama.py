@@ -42,9 +42,10 @@ class LanguageAttention(nnx.Module):
     self.out = linear(
       config.heads * config.head_dim, config.width, use_bias=config.attention_bias, rngs=rngs
     )
-    normed = config.query_key_norm
-    self.query_norm = norm(config.head_dim, rngs=rngs) if normed else None
-    self.key_norm = norm(config.head_dim, rngs=rngs) if normed else None
+    self.normed = config.query_key_norm
+    if self.normed:
+      self.query_norm = norm(config.head_dim, rngs=rngs)
+      self.key_norm = norm(config.head_dim, rngs=rngs)
 
   def __call__(self, x, rotation, attend, mesh):
     """Returns [B, T, D] and the second output of `attend(query, key, value)`."""
@@ -54,7 +55,7 @@ class LanguageAttention(nnx.Module):
       return constrain_tensor(projected.reshape(B, T, -1, self.head_dim), mesh, axis=2)
 
     query, key = heads(self.query(x)), heads(self.key(x))
-    if self.query_norm and self.key_norm:
+    if self.normed:
       query, key = self.query_norm(query), self.key_norm(key)
     query, key = rope.rotate(query, *rotation), rope.rotate(key, *rotation)
     value = heads(self.value(x))
