@@ -26,6 +26,7 @@ QWEN2_WINDOW = {
   "sliding_window": 7,
   "max_window_layers": 0,
 }
+QWEN3_WINDOW = QWEN2_WINDOW | {"model_type": "qwen3"}
 
 # transformers 5 name -> the name that earlier versions wrote.
 LAYOUTS = {

@@ -54,7 +54,7 @@ def shared() -> Config:
   # model.vision and model.language are joined to a new model.
   c.model.init_from = ""
   c.model.vision = ""  # CLIP directory of a new model
-  c.model.language = ""  # LLaMA, Qwen2 or Mistral directory of a new model
+  c.model.language = ""  # LLaMA, Qwen2, Qwen3 or Mistral directory of a new model
   # Published sizes that scripts/plan.py takes while no weights are named, see weights/published.py.
   # Training ignores it.
   c.model.architecture = ""

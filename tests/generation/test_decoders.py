@@ -6,7 +6,11 @@ from tests import tiny_models
 from tests.generation import tiny_llava
 from tests.generation.test_greedy import NEW_TOKENS, answers
 
-WINDOWS = {"qwen2": tiny_models.QWEN2_WINDOW, "mistral": tiny_models.MISTRAL_WINDOW}
+WINDOWS = {
+  "qwen2": tiny_models.QWEN2_WINDOW,
+  "mistral": tiny_models.MISTRAL_WINDOW,
+  "qwen3": tiny_models.QWEN3_WINDOW,
+}
 
 
 @pytest.mark.parametrize("name", WINDOWS)

@@ -14,13 +14,14 @@ from vlalign_jax.optim import state as training_state
 from vlalign_jax.stages import defaults
 
 EMBEDDING = "language/embedding/embedding"
+BIASES = {"attention_bias": True, "mlp_bias": True}
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-  """Returns path -> shape and dtype of a model with every kind of parameter."""
+  """Returns path -> shape and dtype of a LLaVA with every bias."""
   directory = tmp_path_factory.mktemp("llava")
-  tiny_models.make_llava(directory, text={"attention_bias": True, "mlp_bias": True})
+  tiny_models.make_llava(directory, text=BIASES)
   source, _, _ = parity.open_model(directory)
   return trees.flatten(vlm.abstract_params(source.config)[1])
 
@@ -54,15 +55,16 @@ def test_every_matrix_decays_and_nothing_else(shapes):
   assert "vision/position_embedding" in decaying
 
 
-def test_parameters_that_are_matrices_in_torch_decay(shapes, tmp_path):
-  model = tiny_models.make_llava(tmp_path, text={"attention_bias": True, "mlp_bias": True})
-  source, _, _ = parity.open_model(tmp_path)
+@pytest.mark.parametrize("text", [BIASES, {"model_type": "qwen3"}])
+def test_parameters_that_are_matrices_in_torch_decay(text, tmp_path):
+  model = tiny_models.make_llava(tmp_path, text=text)
+  source, _, params = parity.open_model(tmp_path)
   matrices = {
     name: torch.full((), float(param.ndim > 1)).expand(param.shape)
     for name, param in model.named_parameters()
   }
   expected = parity.as_params(source.config, matrices)
-  for path, leaf in shapes.items():
+  for path, leaf in trees.flatten(params).items():
     assert optimizer.decays(path, leaf) == bool(expected[path].all()), path
 
 

@@ -109,6 +109,7 @@ MESHES = {"fsdp": (1, 8, 1), "both": (1, 4, 2), "tensor": (1, 1, 8)}
     ("language/layers/mlp/down/kernel", (32, 11008, 4096), "tensor", (None, "tensor")),
     ("language/layers/attention/key/bias", (32, 4096), "both", (None, "tensor")),
     ("language/layers/attention_norm/scale", (32, 4096), "fsdp", ()),  # a layer's is small
+    ("language/layers/attention/query_norm/scale", (36, 128), "both", ()),  # of all heads
     ("language/embedding/embedding", (32064, 4096), "both", ("tensor", "fsdp")),
     ("language/head/kernel", (4096, 32001), "both", ("fsdp",)),
     ("vision/layers/mlp/up/kernel", (23, 1023, 4096), "fsdp", (None, None, "fsdp")),

@@ -167,6 +167,7 @@ ARCHITECTURES = {
   "vit_projector_mmca": {"projector": "vit", "mmca": True},
   "qwen2": {"text": tiny_models.QWEN2_WINDOW},
   "mistral": {"text": tiny_models.MISTRAL_WINDOW},
+  "qwen3": {"text": tiny_models.QWEN3_WINDOW},
 }
 
 

@@ -69,6 +69,10 @@ GRID = {
   "qwen2_tied": {"text": {"model_type": "qwen2", "tie_word_embeddings": True, "head_dim": None}},
   "qwen2_window": {"text": tiny_models.QWEN2_WINDOW},
   "mistral_window": {"text": tiny_models.MISTRAL_WINDOW},
+  "qwen3_tied_biases": {
+    "text": {"model_type": "qwen3", "tie_word_embeddings": True, "attention_bias": True}
+  },
+  "qwen3_window": {"text": tiny_models.QWEN3_WINDOW},
 }
 
 LENGTH, IMAGES = 96, 3

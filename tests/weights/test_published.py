@@ -20,6 +20,7 @@ LANGUAGE = {
   "llava15_13b": 13_015_864_320 + 2 * 64 * 5120,
   "llama3_8b": 8_030_261_248 + 2 * 64 * 4096,
   "llama3_70b": 70_553_706_496 + 2 * 64 * 8192,
+  "qwen3_8b": 8_190_735_360,  # has rows to spare
 }
 # clip-vit-large-patch14-336's tower less its last layer and norm, which LLaVA does not use.
 VISION = 303_507_456 - 12_596_224 - 2 * 1024

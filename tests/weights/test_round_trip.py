@@ -98,6 +98,8 @@ VARIANTS = {
   "one_layer_of_three_in_a_list": {"vision_feature_layer": [-3], "layout": "old"},
   "qwen2": {"text": tiny_models.QWEN2_WINDOW},
   "mistral": {"text": tiny_models.MISTRAL_WINDOW},
+  "qwen3": {"text": tiny_models.QWEN3_WINDOW},
+  "qwen3_tied": {"text": {"model_type": "qwen3", "tie_word_embeddings": True}},
 }
 
 

@@ -27,12 +27,13 @@ class LanguageConfig:
   attention_bias: bool = False  # of all four maps
   qkv_bias: bool = False  # of query, key and value, as Qwen2 has it
   mlp_bias: bool = False
+  query_key_norm: bool = False  # of each head, before its rotation, as Qwen3 has it
   activation: str = "silu"
   sliding_window: int | None = None  # positions a query sees, up to and including its own
 
 
 class LanguageAttention(nnx.Module):
-  def __init__(self, config: LanguageConfig, linear, rngs):
+  def __init__(self, config: LanguageConfig, linear, norm, rngs):
     self.head_dim = config.head_dim
     into = functools.partial(linear, use_bias=config.attention_bias or config.qkv_bias)
     self.query = into(config.width, config.heads * config.head_dim, rngs=rngs)
@@ -41,6 +42,10 @@ class LanguageAttention(nnx.Module):
     self.out = linear(
       config.heads * config.head_dim, config.width, use_bias=config.attention_bias, rngs=rngs
     )
+    self.normed = config.query_key_norm
+    if self.normed:
+      self.query_norm = norm(config.head_dim, rngs=rngs)
+      self.key_norm = norm(config.head_dim, rngs=rngs)
 
   def __call__(self, x, rotation, attend, mesh):
     """Returns [B, T, D] and the second output of `attend(query, key, value)`."""
@@ -49,8 +54,10 @@ class LanguageAttention(nnx.Module):
     def heads(projected):
       return constrain_tensor(projected.reshape(B, T, -1, self.head_dim), mesh, axis=2)
 
-    query = rope.rotate(heads(self.query(x)), *rotation)
-    key = rope.rotate(heads(self.key(x)), *rotation)
+    query, key = heads(self.query(x)), heads(self.key(x))
+    if self.normed:
+      query, key = self.query_norm(query), self.key_norm(key)
+    query, key = rope.rotate(query, *rotation), rope.rotate(key, *rotation)
     value = heads(self.value(x))
     attended, keys_values = attend(query, key, value)
     return self.out(constrain_tensor(attended, mesh, axis=2).reshape(B, T, -1)), keys_values
@@ -72,7 +79,7 @@ class LanguageMlp(nnx.Module):
 class LanguageLayer(nnx.Module):
   def __init__(self, config: LanguageConfig, linear, norm, rngs):
     self.attention_norm = norm(config.width, rngs=rngs)
-    self.attention = LanguageAttention(config, linear, rngs)
+    self.attention = LanguageAttention(config, linear, norm, rngs)
     self.mlp_norm = norm(config.width, rngs=rngs)
     self.mlp = LanguageMlp(config, linear, rngs)
 

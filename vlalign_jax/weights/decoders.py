@@ -15,9 +15,14 @@ def _mistral(hf, where: str) -> dict:
   return {"sliding_window": _window(hf, where)}
 
 
+def _qwen3(hf, where: str) -> dict:
+  window = _window(hf, where)
+  return {"attention_bias": hf.attention_bias, "query_key_norm": True, "sliding_window": window}
+
+
 # Type -> function of (Hugging Face config, name for errors) that returns the fields of
 # models.llama.LanguageConfig other than sizes. `names` has the tensors of these fields.
-DECODERS = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2}
+DECODERS = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3}
 
 
 def _window(hf, where: str) -> int | None:

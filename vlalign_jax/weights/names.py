@@ -99,6 +99,11 @@ def _language(config: ModelConfig) -> list[Name]:
   for part, tensor in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
     use_bias = language.attention_bias or (language.qkv_bias and part != "out")
     names += _linear(f"{ours}/attention/{part}", f"{theirs}.self_attn.{tensor}_proj", use_bias)
+  if language.query_key_norm:
+    for part, tensor in (("query", "q"), ("key", "k")):
+      names.append(
+        Name(f"{ours}/attention/{part}_norm/scale", f"{theirs}.self_attn.{tensor}_norm.weight")
+      )
   for part in ("gate", "up", "down"):
     names += _linear(f"{ours}/mlp/{part}", f"{theirs}.mlp.{part}_proj", language.mlp_bias)
   names += [

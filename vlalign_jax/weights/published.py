@@ -45,6 +45,11 @@ _LLAMA_3 = RopeConfig(theta=500_000.0)
 # Vocabularies include <image> and a pad token, up to a multiple of 64.
 _VICUNA_7B = _llama(4096, 11008, 32, 32, 32, 32064)
 _LLAMA_3_8B = _llama(4096, 14336, 32, 32, 8, 128320, _LLAMA_3)  # meta-llama/Meta-Llama-3-8B
+_QWEN3_8B = dataclasses.replace(  # Qwen/Qwen3-8B
+  _llama(4096, 12288, 36, 32, 8, 151936, RopeConfig(theta=1e6)),
+  norm_epsilon=1e-6,
+  query_key_norm=True,
+)
 # Name -> (vision tower, language model).
 MODELS = {
   "llava15_7b": (CLIP_L_336, _VICUNA_7B),  # llava-hf/llava-1.5-7b-hf
@@ -52,6 +57,7 @@ MODELS = {
   "llama3_8b": (CLIP_L_336, _LLAMA_3_8B),
   # meta-llama/Meta-Llama-3-70B
   "llama3_70b": (CLIP_L_336, _llama(8192, 28672, 80, 64, 8, 128320, _LLAMA_3)),
+  "qwen3_8b": (CLIP_L_336, _QWEN3_8B),
   "clip_llama2_7b": (CLIP_L_224, _VICUNA_7B),  # Vision-LLM-Alignment's towers
   "clip_llama3_8b": (CLIP_L_224, _LLAMA_3_8B),
 }
