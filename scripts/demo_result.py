@@ -3,8 +3,8 @@
   python scripts/demo_result.py DIRECTORY [STAGE]
 
 STAGE is one of `sft`, `answers`, `sft_blind`, `reward`, `dpo`, `ppo` and `policies` (a table of the
-answers of all policies); without it, all stages of `scripts/demo.sh --all` are shown. Ends with exit
-code 1 if a run is worse than one that learns what it should.
+answers of all policies); without it, all stages of `scripts/demo.sh --all` are shown. Ends with
+exit code 1 if a run is worse than one that learns what it should.
 """
 
 import json
