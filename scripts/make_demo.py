@@ -4,8 +4,9 @@
 
 writes DIR/train.json, DIR/eval.json (other pictures), DIR/images/*.png and DIR/model, a directory
 in the layout of LlavaForConditionalGeneration with a tokenizer trained on the set's own words.
-DIR/preferences_train.json and DIR/preferences_eval.json are about the same pictures: a question
-with its right answer, a wrong one, and often one that misses the point, ranked in this order.
+DIR/preferences_train.json and DIR/preferences_eval.json ask everything about the same pictures: a
+question with its right answer, one or two wrong ones, and one that misses the point or does not
+stop, ranked in this order.
 """
 
 import json
@@ -129,7 +130,7 @@ def make_split(
 ) -> list[dict]:
   """Draws pictures and writes them with one record each, of one to three turns.
 
-  Each also has records with ranked answers.
+  Each also has a record with ranked answers for each kind of question.
   """
   records, preferences = [], []
   for number in range(size):
