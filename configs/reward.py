@@ -44,7 +44,7 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
 
 def _demo(c: ConfigDict) -> ConfigDict:
   c.batch_size = 64
-  c.num_train_epochs = 1.5
+  c.num_train_epochs = 2.0
   c.log_every = 20
   c.save_every = 200
   c.model.dtype = "float32"

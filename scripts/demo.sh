@@ -7,9 +7,9 @@
 # Ends with exit code 1 if a stage has not learned what it should.
 # usage: bash scripts/demo.sh [--all] [DIRECTORY]     (default runs/demo, which is made anew)
 set -euo pipefail
-all=""
+all=0
 if [ "${1:-}" = --all ]; then
-  all=yes
+  all=1
   shift
 fi
 out=${1:-}
@@ -34,7 +34,7 @@ export JAX_PLATFORMS=cpu
 # Many of these processes run the same programs.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/compiled}
 mkdir -p "$out/logs"
-start=$SECONDS stage=0 stages=${all:+8} stages=${stages:-4} watcher="" failed=0
+start=$SECONDS stage=0 stages=$((all ? 8 : 4)) watcher="" failed=0
 trap '[ -z "$watcher" ] || kill "$watcher" 2>/dev/null || true' EXIT
 
 heading() { # TITLE DURATION: begins a stage
@@ -86,9 +86,10 @@ logged data python scripts/make_demo.py --output="$out/data"
 tail -n 1 "$out/logs/data.log"
 
 heading "SFT: the model learns from conversations about the pictures" "2 min"
-train sft sft "$out/data/model" ""
+# The whole road goes on from this model, and takes its time.
+train sft sft "$out/data/model" "" --config.num_train_epochs=$((all ? 6 : 5))
 
-if [ -z "$all" ]; then
+if [ "$all" -eq 0 ]; then
   heading "Predict: it answers questions about pictures that it never saw" "30 s"
   logged answers python scripts/predict.py --config=configs/predict.py --workdir="$out/answers" \
     --config.model.init_from="$out/sft" --config.model.dtype=float32 --config.batch_size=100 \
@@ -109,7 +110,7 @@ else
   train dpo dpo "$out/sft" preferences_
 
   heading "PPO: an early policy answers, is scored by the reward model, and learns" "3 min"
-  train ppo ppo "$out/sft/checkpoints/150" preferences_ --config.ppo.reward_model="$out/reward"
+  train ppo ppo "$out/sft/checkpoints/175" preferences_ --config.ppo.reward_model="$out/reward"
 
   heading "Predict: all policies answer questions about pictures that they never saw" "1 min"
   logged policies python scripts/demo_policies.py --demo="$out"
