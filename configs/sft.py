@@ -102,8 +102,7 @@ def _demo(c: ConfigDict) -> ConfigDict:
   c.batch_size = 32
   c.num_train_epochs = 6.0
   c.log_every = 25
-  c.save_every = 25
-  c.save_total_limit = 40  # all: PPO starts from an early one
+  c.save_every = 200
   c.model.dtype = "float32"
   c.model.remat = "none"
   c.train.vision = True

@@ -86,8 +86,12 @@ logged data python scripts/make_demo.py --output="$out/data"
 tail -n 1 "$out/logs/data.log"
 
 heading "SFT: the model learns from conversations about the pictures" "2 min"
-# The whole road goes on from this model, and takes its time.
-train sft sft "$out/data/model" "" --config.num_train_epochs=$((all ? 6 : 5))
+if [ "$all" -eq 0 ]; then
+  train sft sft "$out/data/model" "" --config.num_train_epochs=5
+else
+  # PPO starts from one of its checkpoints.
+  train sft sft "$out/data/model" "" --config.save_every=25 --config.save_total_limit=40
+fi
 
 if [ "$all" -eq 0 ]; then
   heading "Predict: it answers questions about pictures that it never saw" "30 s"
