@@ -23,12 +23,20 @@ DEMO = flags.DEFINE_string("demo", "runs/demo", "A directory of scripts/demo.sh 
 OUTPUT = flags.DEFINE_string("output", None, "Where runs and predictions go.", required=True)
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each kind.", lower_bound=2)
 
-NO_CRITIC = ["--config.ppo.critic_warmup=0"]
+CRITIC = {
+  "estimator": "gae",
+  "loss_level": "token",
+  "kl_coef": 0.05,
+  "critic_learning_rate": 3e-4,
+  "critic_warmup": 4,
+  "cliprange_value": 0.0,
+}
+# Keys of the group `ppo` that differ from the preset, which is GRPO's.
 VARIANTS = {
-  "PPO": [],
-  "RLOO": ["--config.ppo.estimator=rloo", *NO_CRITIC],
-  "GRPO": ["--config.ppo.estimator=grpo", *NO_CRITIC],
-  "PPO, blind scorers": ["--config.ppo.blank_images=true"],
+  "GRPO": {},
+  "RLOO": {"estimator": "rloo", "loss_level": "sequence", "kl_coef": 0.05},
+  "PPO": CRITIC,
+  "GRPO, blind scorers": {"blank_images": True},
 }
 TIMES = 3.0  # standard errors
 
@@ -52,7 +60,7 @@ def start() -> str:
     return json.load(file)["model"]["init_from"]
 
 
-def train(name: str, seed: int, settings: list[str]) -> str:
+def train(name: str, seed: int, settings: dict) -> str:
   """The run of a variant, trained now if it is not there."""
   directory = os.path.join(OUTPUT.value, f"{name}_{seed}".replace(", ", "_").replace(" ", "_"))
   run(
@@ -64,7 +72,7 @@ def train(name: str, seed: int, settings: list[str]) -> str:
     f"--config.ppo.reward_model={DEMO.value}/reward",
     *data("train"),
     *data("eval")[:1],
-    *settings,
+    *(f"--config.ppo.{key}={value}" for key, value in settings.items()),
   )
   return directory
 
