@@ -72,8 +72,8 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
 
 def _demo(c: ConfigDict) -> ConfigDict:
   c.batch_size = 256
-  c.max_steps = 24
-  c.save_every = 12
+  c.max_steps = 40
+  c.save_every = 20
   c.model.dtype = "float32"
   c.model.remat = "none"
   c.train.vision = True

@@ -16,7 +16,7 @@ LEAST_PAIRS = 0.9
 # Of 900 answers, what may change by chance: about one standard error.
 EXACT_NOISE = 0.02
 LEAST_PPO_GAIN = 0.1  # of answers that are right word for word
-LEAST_SCORE_GAIN = 1.0
+LEAST_SCORE_GAIN = 0.5
 SHOWN = 6  # answers
 
 
@@ -122,7 +122,7 @@ def policies(directory: str) -> Iterator[str]:
   found = {name: read(f"{directory}/answers_{name}/metrics.json") for name in POLICIES}
   print(f"{'answers to held-out questions':32}{'word for word':>14}{'score':>8}{'KL':>8}")
   step = checkpoint(directory, "early").rpartition("/")[2]
-  labels = {"sft": "SFT", "dpo": "  DPO", "early": f"SFT, step {step}", "ppo": "  PPO"}
+  labels = {"sft": "SFT", "dpo": "  DPO", "early": f"SFT, step {step}", "ppo": "  PPO (GRPO)"}
   for name, start in POLICIES.items():
     kl = f"{read(f'{directory}/divergence_{name}/divergence.json')['kl']:8.2f}" if start else ""
     metrics = found[name]
