@@ -39,7 +39,7 @@ trap '[ -z "$watcher" ] || kill "$watcher" 2>/dev/null || true' EXIT
 
 heading() { # TITLE DURATION: begins a stage
   stage=$((stage + 1)) began=$SECONDS
-  printf '\n[%d/%d] %s (about %s on two slow cores)\n' "$stage" "$stages" "$1" "$2"
+  printf '\n[%d/%d] %s (about %s on two cores)\n' "$stage" "$stages" "$1" "$2"
 }
 last_progress() { # LOG: shows where it is now, until it is killed
   while sleep 1; do
@@ -85,7 +85,7 @@ heading "Draw pictures, questions and answers, and make a LLaVA with random weig
 logged data python scripts/make_demo.py --output="$out/data"
 tail -n 1 "$out/logs/data.log"
 
-heading "SFT: the model learns from conversations about the pictures" "2 min"
+heading "SFT: the model learns from conversations about the pictures" "$((all ? 3 : 2)) min"
 if [ "$all" -eq 0 ]; then
   train sft sft "$out/data/model" "" --config.num_train_epochs=5
 else
@@ -102,12 +102,12 @@ if [ "$all" -eq 0 ]; then
   result answers
   best=sft gallery=answers
 else
-  heading "SFT without seeing: the same with gray pictures, for one epoch" "40 s"
+  heading "SFT without seeing: the same with gray pictures, for one epoch" "1 min"
   # There is nothing more to learn after that.
   train sft sft_blind "$out/data/model" "" --config.data.blank_images=true \
     --config.num_train_epochs=1
 
-  heading "Reward: a model learns from ranked answers to score them" "2 min"
+  heading "Reward: a model learns from ranked answers to score them" "3 min"
   train reward reward "$out/sft" preferences_
 
   heading "DPO: the policy learns from ranked answers" "1 min"
