@@ -50,7 +50,7 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
 
 def _demo(c: ConfigDict) -> ConfigDict:
   c.batch_size = 64
-  c.num_train_epochs = 1.0
+  c.num_train_epochs = 0.5
   c.log_every = 20
   c.save_every = 200
   c.model.dtype = "float32"

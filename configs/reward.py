@@ -44,7 +44,7 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
 
 def _demo(c: ConfigDict) -> ConfigDict:
   c.batch_size = 64
-  c.num_train_epochs = 4.0
+  c.num_train_epochs = 2.0
   c.log_every = 20
   c.save_every = 200
   c.model.dtype = "float32"
@@ -52,4 +52,5 @@ def _demo(c: ConfigDict) -> ConfigDict:
   c.train.vision = True
   c.data.max_length = 256
   c.optim.learning_rate = 5e-4
+  c.reward.center_rewards_coefficient = 0.01  # PPO compares scores of different questions
   return c

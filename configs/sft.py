@@ -99,9 +99,9 @@ def _original(c: ConfigDict, preset: str) -> ConfigDict:
 
 
 def _demo(c: ConfigDict) -> ConfigDict:
-  c.batch_size = 64
-  c.num_train_epochs = 8.0
-  c.log_every = 20
+  c.batch_size = 32
+  c.num_train_epochs = 6.0
+  c.log_every = 25
   c.save_every = 200
   c.model.dtype = "float32"
   c.model.remat = "none"

@@ -4,8 +4,9 @@
 
 writes DIR/train.json, DIR/eval.json (other pictures), DIR/images/*.png and DIR/model, a directory
 in the layout of LlavaForConditionalGeneration with a tokenizer trained on the set's own words.
-DIR/preferences_train.json and DIR/preferences_eval.json are about the same pictures: a question
-with its right answer, a wrong one, and often one that misses the point, ranked in this order.
+DIR/preferences_train.json and DIR/preferences_eval.json ask everything about the same pictures: a
+question with its right answer, one or two wrong ones, and one that misses the point or does not
+stop, ranked in this order.
 """
 
 import json
@@ -88,23 +89,40 @@ def question_about(kind: str, scene: dict[str, str], rng: random.Random) -> tupl
 
 
 def ranked_answers(kind: str, scene: dict[str, str], rng: random.Random) -> list[str]:
-  """The right answer, a wrong one, and in two of three cases one that misses the point.
+  """The right answer, one or two wrong ones, and one that is none, best first.
 
-  A wrong count is off by one in half of the cases: the others are easily told. Missing the point is
-  the answer to another question, or a sentence that the other one's value does not fit. A reward
-  model may like whatever it has never seen to be wrong, and a policy finds that out.
+  Of two wrong counts the one that is further off is worse, and so is the corner opposite to the
+  right one. The last answer misses the point (it is about something else, or its value is) or does
+  not stop: it has two or three sentences, and may begin with the right one. A reward model may like
+  whatever it has never seen to be wrong, and a policy finds that out.
   """
-  values = VALUES[kind]
-  at = values.index(scene[kind])
-  is_near = kind == "count" and rng.random() < 0.5
-  near = values[max(0, at - 1) : at + 2] if is_near else values
-  wrong = rng.choice([value for value in near if value != scene[kind]])
-  answers = [ANSWERS[kind].format(scene[kind]), ANSWERS[kind].format(wrong)]
-  if rng.random() < 2 / 3:
+  values = [value for value in VALUES[kind] if value != scene[kind]]
+  wrong = rng.sample(values, 2)
+  distances = [distance(kind, value, scene[kind]) for value in wrong]
+  if distances[0] > distances[1]:
+    wrong.reverse()
+  elif distances[0] == distances[1]:
+    del wrong[1]
+  answers = [ANSWERS[kind].format(value) for value in (scene[kind], *wrong)]
+  if rng.random() < 0.5:
     other = rng.choice([other for other in ANSWERS if other != kind])
-    sentence = ANSWERS[rng.choice((kind, other))]
-    answers.append(sentence.format(rng.choice(VALUES[other])))
+    answers.append(ANSWERS[rng.choice((kind, other))].format(rng.choice(VALUES[other])))
+  else:
+    sentences = [rng.choice(answers)]
+    for _ in range(rng.randint(1, 2)):
+      of = rng.choice((kind, *ANSWERS))
+      sentences.append(ANSWERS[of].format(rng.choice(VALUES[of])))
+    answers.append(" ".join(sentences))
   return answers
+
+
+def distance(kind: str, value: str, right: str) -> int:
+  """How wrong a value is."""
+  if kind == "count":
+    return abs(NUMBERS.index(value) - NUMBERS.index(right))
+  if kind == "corner":
+    return sum(a != b for a, b in zip(CORNERS[value], CORNERS[right], strict=True))
+  return int(value != right)
 
 
 def make_split(
@@ -112,7 +130,7 @@ def make_split(
 ) -> list[dict]:
   """Draws pictures and writes them with one record each, of one to three turns.
 
-  Each also has records with ranked answers.
+  Each also has a record with ranked answers for each kind of question.
   """
   records, preferences = [], []
   for number in range(size):
@@ -129,8 +147,7 @@ def make_split(
         {"from": "gpt", "value": answer},
       ]
     records.append({"id": f"{name}-{number}", "image": path, "conversations": turns})
-    # Few pictures are held out: each is asked everything.
-    for kind in QUESTIONS if name == "eval" else [ranks.choice(list(QUESTIONS))]:
+    for kind in QUESTIONS:
       question, _ = question_about(kind, scene, ranks)
       turns = [
         {"from": "human", "value": f"<image>\n{question}"},

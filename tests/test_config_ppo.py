@@ -57,7 +57,7 @@ def test_an_unknown_preset_is_named():
 )
 def test_settings_that_make_no_sense_are_refused(overrides, message):
   config = make_config()
-  config.ppo.critic_warmup = 0
+  config.ppo.estimator = "gae"
   config.update_from_flattened_dict(overrides)
   with pytest.raises(InputError, match=message):
     stages.check(config, "ppo")

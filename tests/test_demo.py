@@ -36,13 +36,31 @@ GOOD = {
     "logps/accuracies": 0.98,
     "rewards/margins": 0.3,
   },
+  "ppo": {"objective/scores": 5.4, "objective/kl": 0.5},
   "answers_sft": {"exact_match": 0.95, "reward": 6.5},
   "answers_dpo": {"exact_match": 0.95, "reward": 6.5},
-  "answers_sft_short": {"exact_match": 0.65, "reward": 4.8},
-  "answers_ppo": {"exact_match": 0.7, "reward": 5.4},
+  "answers_early": {"exact_match": 0.65, "reward": 3.8},
+  "answers_ppo": {"exact_match": 0.8, "reward": 5.4},
   "divergence_dpo": {"kl": 0.1},
   "divergence_ppo": {"kl": 0.5},
 }
+
+
+def write_runs(directory, changed="", metric="", value=None):
+  """Writes what the demo's runs leave behind, one metric of one of them changed."""
+  for name, metrics in GOOD.items():
+    metrics = metrics | ({metric: value} if name == changed else {})
+    (directory / name).mkdir()
+    if name.startswith(("answers_", "divergence_")):
+      file = "metrics" if name.startswith("answers_") else "divergence"
+      (directory / name / f"{file}.json").write_text(json.dumps(metrics))
+      continue
+    evaluated = {f"eval/{key}": number for key, number in metrics.items()}
+    start = {"step": 0, "eval/objective/scores": 4.0} if name == "ppo" else {"step": 0}
+    lines = [start, {"step": 1, "loss": 3.0}, {"step": 2, **evaluated}]
+    (directory / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+  config = {"model": {"init_from": "sft/checkpoints/150"}}
+  (directory / "ppo" / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -55,26 +73,44 @@ GOOD = {
     ("reward", "accuracy", 0.85, "error: the reward model ranks 85.0% right; 90% are expected"),
     ("dpo", "logps/accuracies", 0.95, "error: DPO does not prefer right answers more than SFT"),
     ("dpo", "rewards/margins", -0.1, "error: DPO does not prefer right answers more than SFT"),
+    ("ppo", "objective/scores", 4.0, "error: PPO does not raise the score\n"),
     ("answers_dpo", "exact_match", 0.92, "error: DPO answers 92.0% word for word, and what it"),
-    ("answers_ppo", "exact_match", 0.62, "error: PPO answers 62.0% word for word, and what it"),
-    ("answers_ppo", "reward", 4.9, "error: PPO raises the score by 0.10; at least 0.2 is expected"),
+    ("answers_ppo", "exact_match", 0.72, "error: PPO gains 7.0 points of right answers; at least"),
+    ("answers_ppo", "reward", 4.2, "error: PPO raises the score by 0.40; at least 0.5 is expected"),
   ],
 )
 def test_the_result_is_judged(run_name, metric, value, fault, tmp_path):
-  for name, metrics in GOOD.items():
-    metrics = metrics | ({metric: value} if name == run_name else {})
-    (tmp_path / name).mkdir()
-    if name.startswith(("answers_", "divergence_")):
-      file = "metrics" if name.startswith("answers_") else "divergence"
-      (tmp_path / name / f"{file}.json").write_text(json.dumps(metrics))
-      continue
-    evaluated = {f"eval/{key}": number for key, number in metrics.items()}
-    lines = [{"step": 1, "loss": 3.0}, {"step": 2, **evaluated}]
-    (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+  write_runs(tmp_path, run_name, metric, value)
   ended = run(sys.executable, "scripts/demo_result.py", str(tmp_path))
-  shown = f"{value:.1%}" if metric not in ("rewards/margins", "reward") else f"{value:.1f}"
-  assert shown in ended.stdout
-  assert ended.stdout.count("\n") == 14
+  shown = f"{value:.1f}" if metric in ("rewards/margins", "reward", "objective/scores") else None
+  assert (shown or f"{value:.1%}") in ended.stdout
+  assert ended.stdout.count("\n") == 10
+  assert "SFT, step 150 " in ended.stdout
   assert ended.returncode == (1 if fault else 0)
   assert ended.stderr.startswith(fault or "")
   assert ended.stderr.count("\n") == (1 if fault else 0)
+
+
+@pytest.mark.parametrize(("wrong", "fault"), [(60, None), (120, "error: 86.7% of the answers are")])
+def test_answers_are_shown_and_judged(wrong, fault, tmp_path):
+  (tmp_path / "answers").mkdir()
+  lines = [
+    {
+      "images": [f"eval_{number // 3}.png"],
+      "prompt": "<image>\nCount the discs.",
+      "answer": "There are two.",
+      "reference": "There are one." if number < wrong else "There are two.",
+    }
+    for number in range(900)
+  ]
+  (tmp_path / "answers" / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+  (tmp_path / "answers" / "metrics.json").write_text(json.dumps({"exact_match": 1 - wrong / 900}))
+  ended = run(sys.executable, "scripts/demo_result.py", str(tmp_path), "answers")
+  first, *others = ended.stdout.splitlines()
+  shown = "eval_0.png Count the discs. There are two. wrong: There are one."
+  assert " ".join(first.split()) == shown
+  assert len(others) == 6
+  assert others[-2].endswith("right")
+  assert others[-1] == f"{1 - wrong / 900:.1%} of 900 answers are right word for word"
+  assert ended.returncode == (1 if fault else 0)
+  assert ended.stderr.startswith(fault or "")

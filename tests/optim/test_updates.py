@@ -80,6 +80,7 @@ def directory(tmp_path_factory):
 
 SCRIPTS = {"sft": train_sft, "reward": train_reward, "dpo": train_dpo, "ppo": train_ppo}
 PPO = {
+  "ppo.estimator": "gae",
   "num_train_epochs": 1.0,
   "max_steps": -1,
   "data.pack": False,
