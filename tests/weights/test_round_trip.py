@@ -98,6 +98,8 @@ VARIANTS = {
   "one_layer_of_three_in_a_list": {"vision_feature_layer": [-3], "layout": "old"},
   "qwen2": {"text": tiny_models.QWEN2_WINDOW},
   "mistral": {"text": tiny_models.MISTRAL_WINDOW},
+  "siglip": tiny_models.SIGLIP,
+  "siglip_old_layout": tiny_models.SIGLIP | {"layout": "old"},
 }
 
 
