@@ -114,6 +114,7 @@ class VisionTower(nnx.Module, abc.ABC):
 
   config: VisionConfig
   dtype: Any
+  layers: Any
 
   @abc.abstractmethod
   def embed(self, patches, mesh: Mesh | None):
