@@ -234,6 +234,14 @@ def test_other_towers_are_refused(directories, tmp_path):
     assemble(directories, str(tmp_path))
 
 
+def test_features_behind_the_last_norm_are_refused(directories, tmp_path):
+  vision = tiny_models.vision_config("siglip_vision_model", tie_last_hidden_states=True)
+  vision.save_pretrained(tmp_path)
+  tiny_models.save_image_processor(tmp_path, 12, model_type="siglip_vision_model")
+  with pytest.raises(InputError, match="tie_last_hidden_states, .* is not supported"):
+    assemble(directories, str(tmp_path))
+
+
 def test_pictures_that_are_not_square_are_refused(directories, tmp_path):
   vision = tiny_models.vision_config("siglip_vision_model", image_size=[12, 16])
   vision.save_pretrained(tmp_path)

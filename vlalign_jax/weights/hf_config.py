@@ -97,6 +97,10 @@ def vision_config(hf, index: int | list[int], strategy: str, where: str) -> Visi
   for key in ("image_size", "patch_size"):
     if not isinstance(getattr(hf, key), int):
       raise InputError(f"{where}: {key} is {getattr(hf, key)}; give the side of a square")
+  if getattr(hf, "tie_last_hidden_states", False):
+    raise InputError(
+      f"{where}: tie_last_hidden_states, features behind the tower's last norm, is not supported"
+    )
   used = feature_layers(index, hf.num_hidden_layers, where)
   return towers.TOWERS[hf.model_type].config(
     width=hf.hidden_size,
