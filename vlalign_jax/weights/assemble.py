@@ -34,7 +34,10 @@ def open_towers(model, aspect: str) -> ModelSource:
   """
   for key in ("vision", "language"):
     if not model[key]:
-      raise InputError(f"model.{key} is empty: a new model needs a vision and a language model")
+      raise InputError(
+        f"model.{key} is empty: a new model needs a vision tower (such as a CLIP or SigLIP "
+        "directory) and a language model (such as a LLaMA directory)"
+      )
   if model.projector not in PROJECTORS:
     raise InputError(f"model.projector is {model.projector!r}; choose from {', '.join(PROJECTORS)}")
   vision, language = read_configs(model.vision, model.language)

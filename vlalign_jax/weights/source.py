@@ -124,7 +124,7 @@ def open_source(model, aspect: str = "auto") -> ModelSource:
   if bool(model.init_from) == bool(model.vision or model.language):
     raise InputError(
       "give either model.init_from (a LLaVA directory or a run directory) or both model.vision "
-      "and model.language (a directory of each)"
+      "and model.language (such as a CLIP and a LLaMA directory)"
     )
   opened = _open(model, aspect)
   mmca = opened.config.mmca or model.mmca
