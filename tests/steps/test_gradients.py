@@ -169,6 +169,7 @@ ARCHITECTURES = {
   "qwen2": {"text": tiny_models.QWEN2_WINDOW},
   "mistral": {"text": tiny_models.MISTRAL_WINDOW},
   "siglip": tiny_models.SIGLIP | {"vision_feature_layer": [-3, -1]},
+  "siglip_vit_projector": tiny_models.SIGLIP | {"projector": "vit"},
 }
 
 
