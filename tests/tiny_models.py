@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tests.data import tokenizers
 
@@ -27,6 +28,12 @@ QWEN2_WINDOW = {
   "max_window_layers": 0,
 }
 QWEN3_WINDOW = QWEN2_WINDOW | {"model_type": "qwen3"}
+
+# A SigLIP tower and all its features, as overrides of `make_llava`.
+SIGLIP = {
+  "vision": {"model_type": "siglip_vision_model"},
+  "vision_feature_select_strategy": "full",
+}
 
 # transformers 5 name -> the name that earlier versions wrote.
 LAYOUTS = {
@@ -100,27 +107,31 @@ def text_config(tokenizer, model_type: str = "llama", **overrides):
   return transformers.AutoConfig.for_model(model_type, **values)
 
 
-def vision_config(**overrides) -> transformers.CLIPVisionConfig:
+def vision_config(model_type: str = "clip_vision_model", **overrides):
   """A tower whose every size differs from the language model's."""
-  return transformers.CLIPVisionConfig(
-    **{
-      "hidden_size": 24,
-      "intermediate_size": 40,
-      "num_hidden_layers": 3,
-      "num_attention_heads": 2,
-      "image_size": IMAGE_SIZE,
-      "patch_size": PATCH_SIZE,
-      "projection_dim": 16,
-      **overrides,
-    }
-  )
+  values = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH_SIZE,
+    **overrides,
+  }
+  if model_type == "clip_vision_model":
+    values = {"projection_dim": 16, **values}
+  return transformers.AutoConfig.for_model(model_type, **values)
 
 
-def save_image_processor(directory: str, size: int, **options) -> None:
-  """preprocessor_config.json for pictures of `size` x `size`."""
-  processor = CLIPImageProcessorPil(
-    size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **options
-  )
+def save_image_processor(
+  directory: str, size: int, *, model_type: str = "clip_vision_model", **options
+) -> None:
+  """preprocessor_config.json for pictures of `size` x `size`, of the class of the tower."""
+  square = {"height": size, "width": size}
+  if model_type == "siglip_vision_model":
+    processor = SiglipImageProcessorPil(size=square, **options)
+  else:
+    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square, **options)
   processor.save_pretrained(directory)
 
 
@@ -161,7 +172,8 @@ def make_llava(
       del tensors[rename("lm_head.weight", layout)]
     save_file(tensors, os.path.join(directory, "model.safetensors"), metadata={"format": "pt"})
   tokenizer.save_pretrained(directory)
-  save_image_processor(directory, config.vision_config.image_size)
+  vision_type = config.vision_config.model_type
+  save_image_processor(directory, config.vision_config.image_size, model_type=vision_type)
   return model
 
 
@@ -190,6 +202,24 @@ def make_clip(directory: str, *, whole: bool, seed: int = 1, **vision) -> torch.
   randomise(model.eval(), seed)
   model.save_pretrained(directory)
   save_image_processor(directory, config.image_size)
+  return model
+
+
+def make_siglip(directory: str, *, whole: bool, seed: int = 1, **vision) -> torch.nn.Module:
+  """Writes a SigLIP directory, with its text tower or without; returns the torch model."""
+  config = vision_config("siglip_vision_model", **vision)
+  if whole:
+    text = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1, "vocab_size": 64}
+    model = transformers.SiglipModel(
+      transformers.SiglipConfig(
+        vision_config=config.to_dict(), text_config=text | {"num_attention_heads": 2}
+      )
+    )
+  else:
+    model = transformers.SiglipVisionModel(config)
+  randomise(model.eval(), seed)
+  model.save_pretrained(directory)
+  save_image_processor(directory, config.image_size, model_type=config.model_type)
   return model
 
 

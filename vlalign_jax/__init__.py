@@ -1,4 +1,4 @@
-"""Alignment of vision-language models (CLIP-ViT + projector + LLaMA) in JAX."""
+"""Alignment of vision-language models (vision tower + projector + language model) in JAX."""
 
 import logging
 

@@ -53,17 +53,18 @@ def shared() -> Config:
   # a run directory, or a PEFT directory whose adapter_config.json names its base. Empty:
   # model.vision and model.language are joined to a new model.
   c.model.init_from = ""
-  c.model.vision = ""  # CLIP directory of a new model
+  c.model.vision = ""  # CLIP or SigLIP directory of a new model
   c.model.language = ""  # LLaMA, Qwen2, Qwen3 or Mistral directory of a new model
   # Published sizes that scripts/plan.py takes while no weights are named, see weights/published.py.
   # Training ignores it.
   c.model.architecture = ""
-  # Projector of a new model: mlp, linear (linear map and LayerNorm), vit (one more CLIP layer
-  # before that) or perceiver (256 embeddings per image, whatever its size).
+  # Projector of a new model: mlp, linear (linear map and LayerNorm), vit (one more layer of the
+  # tower before that) or perceiver (256 embeddings per image, whatever its size).
   c.model.projector = "mlp"
-  # CLIP layer that a new model reads, as in transformers; several: comma-separated.
+  # Layer of the tower that a new model reads, as in transformers; several: comma-separated.
   c.model.vision_feature_layer = "-2"
-  # CLIP embeddings that a new model reads: default (without the class token) or full.
+  # Embeddings of the tower that a new model reads: default (without the class token) or full;
+  # SigLIP has no class token and needs full.
   c.model.vision_feature_select_strategy = "default"
   # Multi-modal causal attention: text and images have a softmax each, and an image token sees no
   # other image token. A model that has it keeps it.

@@ -197,7 +197,7 @@ def step_flops(model, rows: int, length: int, images: int, learned: int, trained
   each = 6 if trained else 4
   decoder = each * (language.layers * layer * rows * length + head * learned)
   attention = 6 * rows * language.layers * length**2 * language.heads * language.head_dim
-  tokens = vision.patches + 1
+  tokens = vision.tokens
   tower = vision.layers * (4 * vision.width**2 + 2 * vision.width * vision.mlp_width)
   tower = 2 * images * tokens * (tower + 2 * vision.layers * tokens * vision.width)
   return decoder + attention + tower

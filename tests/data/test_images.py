@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoImageProcessor, AutoProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from vlalign_jax.data import images
 from vlalign_jax.data.images import ImagePreprocessor, image_path, open_image, pad_to_square
@@ -188,6 +189,7 @@ CLIP = {
   "size": {"shortest_edge": 28},
 }
 LLAVA_PAD = {**CLIP, "image_processor_type": "LlavaImageProcessor", "do_pad": True}
+SIGLIP = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 28, "width": 28}}
 CONFIGS = {
   "clip": (CLIP, "crop"),
   "old clip": (
@@ -210,12 +212,20 @@ CONFIGS = {
   "llava, pad": (LLAVA_PAD, "pad"),
   "pad without crop": ({**LLAVA_PAD, "do_center_crop": False}, "pad"),
   "pad, other mean": ({**LLAVA_PAD, "image_mean": [0.999, 0.0, 0.5]}, "pad"),
+  "siglip": (SIGLIP, "crop"),
+  "siglip 2": ({**SIGLIP, "resample": 2, "image_mean": [0.5] * 3, "do_convert_rgb": None}, "crop"),
+  "siglip, fast, not square": (
+    {"image_processor_type": "SiglipImageProcessorFast", "size": {"height": 20, "width": 31}},
+    "crop",
+  ),
 }
 SIZES = [(40, 60), (61, 33), (28, 28), (29, 28), (7, 90), (90, 8), (1, 1), (3, 5), (2, 3), (13, 13)]
 
 
 def reference_values(config, aspect, image):
   cls = LlavaImageProcessorPil if aspect == "pad" else CLIPImageProcessorPil
+  if config.get("image_processor_type", "").startswith("Siglip"):
+    cls = SiglipImageProcessorPil
   config = {key: value for key, value in config.items() if not key.endswith("_type")}
   return cls(**config)(image, return_tensors="np")["pixel_values"][0]
 
@@ -250,6 +260,26 @@ def test_the_aspect_can_be_chosen(config):
     values = float_values(ImagePreprocessor.from_config(config, aspect), image)
     expected = reference_values({**plain, "do_pad": aspect == "pad"}, aspect, image)
     np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_a_siglip_processor_that_pads_is_saved_as_one_of_llava(tmp_path):
+  """Its gray squares and statistics are kept, and it does not crop."""
+  preprocessor = ImagePreprocessor.from_config(SIGLIP, "pad")
+  preprocessor.save(str(tmp_path))
+  theirs = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+  assert isinstance(theirs, LlavaImageProcessorPil)
+  assert preprocessor.pad_color == (127, 127, 127)
+  for size in SIZES:
+    values = float_values(preprocessor, noise(*size))
+    expected = theirs(noise(*size), return_tensors="np")["pixel_values"][0]
+    np.testing.assert_allclose(values, expected, rtol=1e-6, atol=2e-6 * np.abs(expected).max())
+
+
+def test_a_file_without_a_class_is_of_the_kind_that_is_given():
+  config = {"size": {"height": 28, "width": 28}}
+  preprocessor = ImagePreprocessor.from_config(config, kind="SiglipImageProcessor")
+  assert (preprocessor.mean, preprocessor.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+  assert preprocessor.config["image_processor_type"] == "SiglipImageProcessor"
 
 
 def test_three_pixel_high_images_keep_their_channels():
@@ -307,10 +337,14 @@ def test_only_rgb_is_preprocessed():
 @pytest.mark.parametrize(
   ("config", "aspect", "message"),
   [
-    ({**CLIP, "image_processor_type": "SiglipImageProcessor"}, "auto", "Siglip.* not supported"),
+    ({**CLIP, "image_processor_type": "Siglip2ImageProcessor"}, "auto", "Siglip2.* not supported"),
     ({**CLIP, "do_center_crop": False}, "auto", "different sizes; set do_center_crop"),
     ({**CLIP, "do_center_crop": False, "do_resize": False}, "pad", "different sizes"),
     ({**CLIP, "do_pad": True}, "auto", "choose the aspect crop or pad"),
+    ({**SIGLIP, "do_pad": True}, "auto", "of a SiglipImageProcessor .* choose the aspect"),
+    ({**SIGLIP, "size": {"shortest_edge": 28}}, "auto", r'give size as \{"height", "width"\}'),
+    ({**SIGLIP, "size": {"width": 28}}, "auto", "not a usable image processor"),
+    ({**SIGLIP, "resample": 77}, "auto", "not a usable image processor"),
     ({**CLIP, "size": {"height": 3}}, "auto", "not a usable image processor"),
     ({**CLIP, "image_mean": [0.5]}, "auto", "need 3 values, not 1"),
     ({**CLIP, "resample": 77}, "auto", "not a usable image processor"),

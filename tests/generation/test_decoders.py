@@ -1,4 +1,4 @@
-"""Greedy answers with a sliding window equal transformers', also past the window."""
+"""Greedy answers of other towers equal transformers': with SigLIP, and past sliding windows."""
 
 import pytest
 
@@ -11,6 +11,13 @@ WINDOWS = {
   "mistral": tiny_models.MISTRAL_WINDOW,
   "qwen3": tiny_models.QWEN3_WINDOW,
 }
+
+
+def test_greedy_answers_about_pictures_that_siglip_sees(tmp_path):
+  model = tiny_llava.make(str(tmp_path), **tiny_models.SIGLIP)
+  assert model.config.tokens_per_image == model.config.vision.patches
+  expected = [model.torch_answer(prompt, max_new_tokens=NEW_TOKENS) for prompt in model.prompts]
+  assert answers(model, model.batch())[0] == expected
 
 
 @pytest.mark.parametrize("name", WINDOWS)

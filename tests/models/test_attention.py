@@ -10,7 +10,7 @@ import torch
 from tests.models import layouts
 from tests.models.layouts import H, K
 from tests.parity import relative_error
-from vlalign_jax.models import cudnn, splash, tiles
+from vlalign_jax.models import attention, cudnn, splash, tiles
 
 
 def expected(query, key, value, cotangent, mask):
@@ -139,6 +139,22 @@ def test_the_tpu_kernel_of_long_rows_of_odd_length():
   inputs = query, key, value, cotangent
   computed = layouts.with_gradients(attend, *inputs)
   for ours, theirs in zip(computed, expected(*inputs, mask), strict=True):
+    assert relative_error(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn", "tiles"])
+def test_pictures_with_heads_of_72(kernel):
+  """As in SigLIP; the number of patches is odd, and the kernels pad it."""
+  rng = np.random.default_rng(2)
+  query, cotangent = rng.normal(size=(2, 1, 169, H, 72)).astype(np.float32)
+  key, value = rng.normal(size=(2, 1, 169, K, 72)).astype(np.float32)
+  attend = {
+    "splash": functools.partial(splash.attend, layout=None, interpret=True),
+    "cudnn": functools.partial(cudnn.attend, layout=None, implementation="xla"),
+    "tiles": attention.attend,
+  }[kernel]
+  computed = layouts.with_gradients(attend, query, key, value, cotangent)
+  for ours, theirs in zip(computed, expected(query, key, value, cotangent, None), strict=True):
     assert relative_error(ours, theirs) < 1e-6
 
 

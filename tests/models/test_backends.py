@@ -18,6 +18,7 @@ BRANCHES = ROWS._replace(branches=True)
   [
     (ROWS, "cudnn"),
     (PICTURES, "cudnn"),
+    (PICTURES._replace(head_dim=72), "cudnn"),  # of SigLIP
     (BRANCHES, "cudnn"),
     (ROWS._replace(dtype="float32"), "tiles"),
     (ROWS._replace(head_dim=100), "tiles"),
@@ -25,6 +26,7 @@ BRANCHES = ROWS._replace(branches=True)
     (ROWS._replace(platform="tpu"), "splash"),
     (BRANCHES._replace(platform="tpu"), "splash"),
     (PICTURES._replace(platform="tpu"), "splash"),
+    (PICTURES._replace(platform="tpu", head_dim=72), "splash"),
     (ROWS._replace(platform="cpu"), "tiles"),
   ],
 )

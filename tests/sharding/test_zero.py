@@ -36,12 +36,11 @@ SPLIT = {
 }
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-  directory = str(tmp_path_factory.mktemp("llava"))
-  tiny_models.make_llava(directory)
+def run_steps(directory: str, *names: str, **model) -> dict:
+  """Makes a model with the options of make_llava, and runs these steps of it; default: all."""
+  tiny_models.make_llava(directory, **model)
   done = subprocess.run(
-    [sys.executable, "-m", "tests.sharding.zero_steps", directory],
+    [sys.executable, "-m", "tests.sharding.zero_steps", directory, *names],
     env=os.environ | cpu_devices(8),
     capture_output=True,
     text=True,
@@ -51,11 +50,29 @@ def runs(tmp_path_factory):
   return json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  return run_steps(str(tmp_path_factory.mktemp("llava")))
+
+
 @pytest.mark.parametrize("name", SPLIT)
 def test_numbers_equal_those_of_one_device(name, runs):
   run = runs[name]
   kind = name.rpartition(", ")[2]
   one = runs[f"one device, {kind}" if kind in ("frozen", "adapters") else "one device"]
+  assert_equal(run, one)
+
+
+def test_numbers_of_a_siglip_tower_equal_those_of_one_device(tmp_path):
+  names = "stage 3, tensor, adapters", "one device, adapters"
+  runs = run_steps(str(tmp_path), *names, **tiny_models.SIGLIP)
+  run, one = (runs[name] for name in names)
+  assert_equal(run, one)
+  assert "vision/layers/attention/query/lora_b" in one["params"]
+  assert run["share"]["frozen"] < 1 / 8 + 0.1
+
+
+def assert_equal(run, one):
   assert one["loss"][2] < one["loss"][0]
   for key in ("loss", "grad_norm"):
     np.testing.assert_allclose(run[key], one[key], rtol=1e-5, err_msg=key)

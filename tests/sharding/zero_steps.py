@@ -1,6 +1,6 @@
 """Train steps at every ZeRO stage on eight CPU devices, run as a process of its own by test_zero.
 
-python -m tests.sharding.zero_steps MODEL_DIRECTORY
+python -m tests.sharding.zero_steps MODEL_DIRECTORY [RUN ...]
 
 Writes one JSON object: run -> losses, gradient norms, and the share of bytes on one device.
 """
@@ -138,12 +138,12 @@ def run(
   }
 
 
-def main(directory: str) -> None:
+def main(directory: str, *chosen: str) -> None:
   rules.MIN_SIZE = 32  # a tiny model has no parameter of the real size
   opened = source.open_source(parity.model_group(init_from=directory))
-  runs = {name: run(opened, *options) for name, options in RUNS.items()}
+  runs = {name: run(opened, *options) for name, options in RUNS.items() if name in (chosen or RUNS)}
   print(json.dumps(runs | {"layers": opened.config.language.layers}))
 
 
 if __name__ == "__main__":
-  main(sys.argv[1])
+  main(*sys.argv[1:])

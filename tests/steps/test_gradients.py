@@ -70,11 +70,12 @@ def gradients_in_torch(model):
   loss, _ = parity.torch_loss(model.torch, model.config, model.examples, model.pictures)
   loss.backward()
   tensors = {name: param.grad for name, param in model.torch.named_parameters()}
-  # Features may come from a layer before the last, and LLaVA never applies the norm behind it.
+  # Features may come from a layer before the last, and LLaVA never applies what is behind it.
   layers = model.torch.config.vision_config.num_hidden_layers
   behind = [f"layers.{layer}." for layer in range(model.config.vision.layers, layers)]
+  behind += ["post_layernorm", "vision_tower.head."]
   unused = [name for name, grad in tensors.items() if grad is None]
-  assert all(any(part in name for part in ("post_layernorm", *behind)) for name in unused)
+  assert all(any(part in name for part in behind) for name in unused)
   return float(loss.detach()), parity.as_params(model.config, tensors)
 
 
@@ -168,6 +169,8 @@ ARCHITECTURES = {
   "qwen2": {"text": tiny_models.QWEN2_WINDOW},
   "mistral": {"text": tiny_models.MISTRAL_WINDOW},
   "qwen3": {"text": tiny_models.QWEN3_WINDOW},
+  "siglip": tiny_models.SIGLIP | {"vision_feature_layer": [-3, -1]},
+  "siglip_vit_projector": tiny_models.SIGLIP | {"projector": "vit"},
 }
 
 

@@ -73,6 +73,19 @@ GRID = {
     "text": {"model_type": "qwen3", "tie_word_embeddings": True, "attention_bias": True}
   },
   "qwen3_window": {"text": tiny_models.QWEN3_WINDOW},
+  "siglip": tiny_models.SIGLIP,
+  "siglip_last_layer_odd_size_gelu": {
+    "vision": tiny_models.SIGLIP["vision"]
+    | {"image_size": 15, "hidden_act": "gelu", "layer_norm_eps": 1e-2, "vision_use_head": False},
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
+  },
+  # As in transformers, `default` leaves out the first patch.
+  "siglip_list_default": {
+    "vision": tiny_models.SIGLIP["vision"],
+    "vision_feature_layer": [0, -2],
+    "text": tiny_models.QWEN2_WINDOW,
+  },
 }
 
 LENGTH, IMAGES = 96, 3

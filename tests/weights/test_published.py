@@ -3,6 +3,8 @@
 import dataclasses
 
 import pytest
+import torch
+import transformers
 from transformers import LlavaConfig
 
 from configs import sft
@@ -24,6 +26,9 @@ LANGUAGE = {
 }
 # clip-vit-large-patch14-336's tower less its last layer and norm, which LLaVA does not use.
 VISION = 303_507_456 - 12_596_224 - 2 * 1024
+
+
+FULL = {"vision_feature_select_strategy": "full"}
 
 
 def published(architecture: str, **keys):
@@ -49,6 +54,30 @@ def test_llava_equals_the_default_of_transformers():
   assert projector == ours.projector
   changed = {"vocab_size": 32064, "norm_epsilon": 1e-5, "rope": ours.language.rope}
   assert dataclasses.replace(language, **changed) == ours.language
+
+
+def test_parameters_of_siglip():
+  config = published("siglip_so400m_384", **FULL, vision_feature_layer="-1")
+  assert config.tokens_per_image == 729
+  assert config.vision.width // config.vision.heads == 72
+  sizes_in_torch = transformers.SiglipVisionConfig(
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    image_size=384,
+    patch_size=14,
+    vision_use_head=False,
+  )
+  with torch.device("meta"):
+    tower = transformers.SiglipVisionModel(sizes_in_torch)
+  _, params = vlm.abstract_params(config)
+  post_norm = 2 * 1152
+  assert trees.size(params["vision"]) == tower.num_parameters() - post_norm
+  converted = hf_config.vision_config(sizes_in_torch, -1, "full", "transformers")
+  assert config.vision == converted
+  with pytest.raises(InputError, match="no class token .*strategy=full"):
+    published("siglip_so400m_384")
 
 
 def test_unknown_name():

@@ -100,6 +100,8 @@ VARIANTS = {
   "mistral": {"text": tiny_models.MISTRAL_WINDOW},
   "qwen3": {"text": tiny_models.QWEN3_WINDOW},
   "qwen3_tied": {"text": {"model_type": "qwen3", "tie_word_embeddings": True}},
+  "siglip": tiny_models.SIGLIP,
+  "siglip_old_layout": tiny_models.SIGLIP | {"layout": "old"},
 }
 
 

@@ -3,6 +3,7 @@
 Rescaling and normalization run on the device: (pixels * rescale_factor - mean) / std.
 """
 
+import importlib
 import math
 import os
 from dataclasses import dataclass, replace
@@ -16,6 +17,13 @@ from vlalign_jax.errors import InputError, shorten
 
 MAX_PIXELS = 89_478_485  # PIL warns above this: 1 GiB / 4 / 3
 ASPECTS = ("auto", "crop", "pad")
+# Image processor in Hugging Face files -> module below transformers.models, and class there.
+_CLIP = ("clip.image_processing_pil_clip", "CLIPImageProcessorPil")
+PROCESSORS = {
+  "CLIPImageProcessor": _CLIP,
+  "LlavaImageProcessor": _CLIP,  # `pad_to_square` is what it has more
+  "SiglipImageProcessor": ("siglip.image_processing_pil_siglip", "SiglipImageProcessorPil"),
+}
 _TRANSPOSE = {  # EXIF orientation -> transposition that turns the image upright
   2: Image.Transpose.FLIP_LEFT_RIGHT,
   3: Image.Transpose.ROTATE_180,
@@ -135,19 +143,24 @@ class ImagePreprocessor:
   width: int
   rescale_factor: float
   pad_color: tuple[int, int, int]
-  processor: Any  # transformers' CLIPImageProcessorPil, without its float steps
+  processor: Any  # one of transformers', without its float steps
   config: dict[str, Any]  # the JSON that `save` writes
 
   @classmethod
-  def from_directory(cls, path: str, aspect: str = "auto") -> "ImagePreprocessor":
+  def from_directory(
+    cls, path: str, aspect: str = "auto", kind: str = "CLIPImageProcessor"
+  ) -> "ImagePreprocessor":
     """Reads processor_config.json (its `image_processor`) or preprocessor_config.json in `path`.
 
     Args:
       path: a Hugging Face directory.
-      aspect: "crop", "pad", or "auto": by the config's `do_pad`; crop if it has none.
+      aspect: "crop", "pad", or "auto": by the config's `do_pad`; crop if it has none. With "crop" a
+        SigLIP processor, which resizes without regard to the shape, crops nothing.
+      kind: the class of a processor whose file names none; it is then a LlavaImageProcessor if it
+        pads.
 
     Raises:
-      InputError: there is no such file, or it is not a CLIP or LLaVA processor, or its output has
+      InputError: there is no such file, or its class is not one of PROCESSORS, or its output has
         no fixed size.
     """
     for name in ("processor_config.json", "preprocessor_config.json"):  # transformers' precedence
@@ -155,7 +168,7 @@ class ImagePreprocessor:
       if name == "processor_config.json":
         config = config and config.get("image_processor")
       if config is not None:
-        return cls.from_config(config, aspect, where)
+        return cls.from_config(config, aspect, where, kind)
     raise InputError(
       f"{path}: no preprocessor_config.json (or processor_config.json with an image_processor);"
       " copy it from the model whose vision tower this is"
@@ -163,23 +176,25 @@ class ImagePreprocessor:
 
   @classmethod
   def from_config(
-    cls, config: dict[str, Any], aspect: str = "auto", where: str = "image processor"
+    cls,
+    config: dict[str, Any],
+    aspect: str = "auto",
+    where: str = "image processor",
+    kind: str = "CLIPImageProcessor",
   ) -> "ImagePreprocessor":
     """Reads the parsed JSON, as `from_directory` does; `where` names it in errors."""
-    # transformers takes seconds to import, and opening images does not need it.
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    kind = _processor_type(config, where)
+    kind = _processor_type(config, where, kind)
+    processor_class = _processor_class(kind)
     aspect = _resolve_aspect(config, aspect, kind, where)
-    names = CLIPImageProcessorPil.valid_kwargs.__annotations__
+    names = processor_class.valid_kwargs.__annotations__
     settings: Any = {key: config[key] for key in names if config.get(key) is not None}
     try:
       padding: Any = {"do_pad": aspect == "pad"}
-      full = CLIPImageProcessorPil(**{**settings, **padding})
+      full = processor_class(**{**settings, **padding})
       # `pad_to_square` pads (in transformers, only LLaVA does); float steps run on the device.
       off = ("do_pad", "do_rescale", "do_normalize", "do_convert_rgb")
       steps: Any = dict.fromkeys(off, False)
-      processor = CLIPImageProcessorPil(**{**settings, **steps})
+      processor = processor_class(**{**settings, **steps})
       mean, std = _per_channel(full.image_mean), _per_channel(full.image_std)
       preprocessor = cls(
         aspect=aspect,
@@ -190,10 +205,7 @@ class ImagePreprocessor:
         rescale_factor=float(full.rescale_factor) if full.do_rescale else 1.0,
         pad_color=(int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)),
         processor=processor,
-        config={
-          **full.to_dict(),
-          "image_processor_type": "LlavaImageProcessor" if aspect == "pad" else kind,
-        },
+        config=_saved(full, kind, aspect),
       )
       # The rules for sizes are many, so look at the outputs for images of several shapes.
       probes = [Image.new("RGB", size) for size in ((3, 2), (2, 3), (5, 4))]
@@ -253,16 +265,33 @@ class ImagePreprocessor:
       json_files.write(path, {**existing, "image_processor": self.config})
 
 
-def _processor_type(config: dict[str, Any], where: str) -> str:
+def _processor_class(kind: str) -> Any:
+  """Returns the class in transformers that computes what a processor of this kind does."""
+  # transformers takes seconds to import, and opening images does not need it.
+  module, name = PROCESSORS[kind]
+  return getattr(importlib.import_module(f"transformers.models.{module}"), name)
+
+
+def _saved(processor: Any, kind: str, aspect: str) -> dict[str, Any]:
+  """Returns the JSON from which transformers loads the processor."""
+  if aspect != "pad":
+    return processor.to_dict() | {"image_processor_type": kind}
+  # The only class that pads to a square; it crops to 224 x 224 if it is not told otherwise.
+  crops = {"do_center_crop": bool(processor.do_center_crop)}
+  return processor.to_dict() | crops | {"image_processor_type": "LlavaImageProcessor"}
+
+
+def _processor_type(config: dict[str, Any], where: str, default: str) -> str:
   kind = config.get("image_processor_type") or config.get("feature_extractor_type")
   if kind is None:
-    return "LlavaImageProcessor" if config.get("do_pad") else "CLIPImageProcessor"
+    return "LlavaImageProcessor" if config.get("do_pad") else default
   kind = str(kind).replace("FeatureExtractor", "ImageProcessor")
   kind = kind.removesuffix("Fast").removesuffix("Pil")
-  if kind not in ("CLIPImageProcessor", "LlavaImageProcessor"):
+  if kind not in PROCESSORS:
+    *others, last = PROCESSORS
     raise InputError(
       f"{where}: image_processor_type {kind} is not supported; use a model with a"
-      " CLIPImageProcessor or LlavaImageProcessor"
+      f" {', '.join(others)} or {last}"
     )
   return kind
 
@@ -272,10 +301,10 @@ def _resolve_aspect(config: dict[str, Any], aspect: str, kind: str, where: str) 
     raise InputError(f'image aspect "{aspect}" is unknown; choose one of {", ".join(ASPECTS)}')
   if aspect != "auto":
     return aspect
-  if config.get("do_pad") and kind == "CLIPImageProcessor":
-    # This class pads a batch to its largest image; only a LlavaImageProcessor pads to a square.
+  if config.get("do_pad") and kind != "LlavaImageProcessor":
+    # Other classes pad a batch to its largest image; only a LlavaImageProcessor pads to a square.
     raise InputError(
-      f"{where}: do_pad of a CLIPImageProcessor does not say whether images are padded to a"
+      f"{where}: do_pad of a {kind} does not say whether images are padded to a"
       " square; choose the aspect crop or pad"
     )
   return "pad" if config.get("do_pad") else "crop"

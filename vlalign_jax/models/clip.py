@@ -1,163 +1,46 @@
 """CLIP's vision transformer (Radford et al. 2021), up to the last layer that features come from."""
 
 import dataclasses
-import functools
-from typing import Any
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
-from vlalign_jax.models import activations, attention, backends, stack
-from vlalign_jax.sharding.mesh import constrain_rows, constrain_tensor
+from vlalign_jax.models import stack, vit
+from vlalign_jax.sharding.mesh import constrain_rows
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
-  width: int
-  mlp_width: int
-  layers: int  # layers to compute, the highest of feature_layers
-  heads: int
-  image_size: int
-  patch_size: int
-  activation: str
-  norm_epsilon: float
-  # The features are these hidden states, concatenated: 0 is the input of the first layer, l the
-  # output of layer l.
-  feature_layers: tuple[int, ...]
-  keep_class_token: bool
+class VisionConfig(vit.VisionConfig):
+  class_tokens: ClassVar[int] = 1
 
-  @property
-  def patches(self) -> int:
-    return (self.image_size // self.patch_size) ** 2
-
-  @property
-  def tokens_per_image(self) -> int:
-    return self.patches + self.keep_class_token
-
-  @property
-  def feature_width(self) -> int:
-    return self.width * len(self.feature_layers)
+  def build(self, *, dtype, param_dtype, rngs: nnx.Rngs) -> "VisionTower":
+    """Builds the module."""
+    return VisionTower(self, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 
-class VisionAttention(nnx.Module):
-  def __init__(self, config: VisionConfig, linear, rngs):
-    self.heads = config.heads
-    self.query = linear(config.width, config.width, rngs=rngs)
-    self.key = linear(config.width, config.width, rngs=rngs)
-    self.value = linear(config.width, config.width, rngs=rngs)
-    self.out = linear(config.width, config.width, rngs=rngs)
-
-  def __call__(self, x, mesh, attention_backend=backends.AUTO):
-    def heads(projected):
-      return constrain_tensor(projected.reshape(*x.shape[:-1], self.heads, -1), mesh, axis=2)
-
-    query, key, value = (heads(part(x)) for part in (self.query, self.key, self.value))
-    attended = attention.attend(query, key, value, mesh=mesh, backend=attention_backend)
-    return self.out(constrain_tensor(attended, mesh, axis=2).reshape(x.shape))
-
-
-class VisionMlp(nnx.Module):
-  def __init__(self, config: VisionConfig, linear, rngs):
-    self.activation = config.activation
-    self.up = linear(config.width, config.mlp_width, rngs=rngs)
-    self.down = linear(config.mlp_width, config.width, rngs=rngs)
-
-  def __call__(self, x, mesh):
-    hidden = constrain_tensor(self.up(x), mesh, axis=2)
-    return self.down(activations.ACTIVATIONS[self.activation](hidden))
-
-
-class VisionLayer(nnx.Module):
-  def __init__(self, config: VisionConfig, linear, norm, rngs):
-    self.attention_norm = norm(config.width, rngs=rngs)
-    self.attention = VisionAttention(config, linear, rngs)
-    self.mlp_norm = norm(config.width, rngs=rngs)
-    self.mlp = VisionMlp(config, linear, rngs)
-
-  def __call__(self, x, mesh, attention_backend=backends.AUTO):
-    x = x + self.attention(self.attention_norm(x), mesh, attention_backend)
-    return x + self.mlp(self.mlp_norm(x), mesh)
-
-
-def parts(config: VisionConfig, **types):
-  """Returns constructors (linear, norm) of a layer's modules; types: dtype and param_dtype."""
-  normal = nnx.initializers.normal(config.width**-0.5)
-  linear = functools.partial(nnx.Linear, kernel_init=normal, **types)
-  norm = functools.partial(
-    nnx.LayerNorm, epsilon=config.norm_epsilon, use_fast_variance=False, **types
-  )
-  return linear, norm
-
-
-class VisionTower(nnx.Module):
-  """Maps pixels to patch features."""
+class VisionTower(vit.VisionTower):
+  """Has a class token before the patches, and a norm before the first layer."""
 
   def __init__(self, config: VisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
     self.config = config
     self.dtype = dtype
-    linear, norm = parts(config, dtype=dtype, param_dtype=param_dtype)
+    linear, norm = vit.parts(config, dtype=dtype, param_dtype=param_dtype)
     # Kernel of the patch convolution, flattened in the order row, column, channel.
     self.patch_embedding = linear(config.patch_size**2 * 3, config.width, use_bias=False, rngs=rngs)
     normal = nnx.initializers.normal(config.width**-0.5)
     self.class_embedding = nnx.Param(normal(rngs.params(), (config.width,), param_dtype))
     self.position_embedding = nnx.Param(
-      normal(rngs.params(), (config.patches + 1, config.width), param_dtype)
+      normal(rngs.params(), (config.tokens, config.width), param_dtype)
     )
     self.input_norm = norm(config.width, rngs=rngs)
     if config.layers:
       self.layers = stack.build_stack(
-        lambda rngs: VisionLayer(config, linear, norm, rngs), config.layers, rngs
+        lambda rngs: vit.VisionLayer(config, linear, norm, rngs), config.layers, rngs
       )
 
-  def __call__(
-    self,
-    pixels,
-    *,
-    remat: str = "none",
-    mesh: Mesh | None = None,
-    attention: str = backends.AUTO,
-    dropout_key=None,
-  ):
-    """Computes features of images.
-
-    Args:
-      pixels: float[N, H, W, 3], normalized, H = W = config.image_size.
-      remat: see `stack.REMAT_NAMES`.
-      mesh: splits N.
-      attention: the kernel of attention, see `backends.ATTENTION_NAMES`.
-      dropout_key: for the dropout of adapters; None: no dropout.
-
-    Returns:
-      [N, P, F] in the tower's dtype: P = config.tokens_per_image, F = config.feature_width.
-    """
-    config = self.config
-    N, size, patch = pixels.shape[0], config.image_size, config.patch_size
-    side = size // patch
-    # Like a stride-p convolution with p x p kernels, drop incomplete patches at right and bottom.
-    pixels = pixels[:, : side * patch, : side * patch].astype(self.dtype)
-    patches = pixels.reshape(N, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-    patches = constrain_rows(patches.reshape(N, side * side, patch * patch * 3), mesh)
+  def embed(self, patches, mesh):
     x = constrain_rows(self.patch_embedding(patches), mesh)
-    first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (N, 1, config.width))
+    first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (len(x), 1, x.shape[-1]))
     x = jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(self.dtype)
-    x = self.input_norm(x)
-
-    several = len(config.feature_layers) > 1
-    hidden: list[Any] = [x] if 0 in config.feature_layers else [None]
-    if config.layers:
-      outputs: Any
-      last, outputs = stack.run_stack(
-        self.layers,
-        x,
-        lambda layer, x: layer(x, mesh, attention),
-        remat=remat,
-        mesh=mesh,
-        collect=several,
-        dropout_key=dropout_key,
-      )
-      # Without `several`, the only feature layer is the last.
-      hidden += [None] * (config.layers - 1) + [last] if not several else list(outputs)
-    features = jnp.concatenate([hidden[layer] for layer in config.feature_layers], axis=-1)
-    features = constrain_rows(features, mesh)
-    return features if config.keep_class_token else features[:, 1:]
+    return self.input_norm(x)

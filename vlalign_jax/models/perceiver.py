@@ -49,7 +49,7 @@ class PerceiverProjector(nnx.Module):
     norm = functools.partial(
       nnx.LayerNorm, width, epsilon=EPSILON, use_fast_variance=False, rngs=rngs, **types
     )
-    self.has_class_token = vision.keep_class_token
+    self.has_class_token = bool(vision.class_tokens) and vision.keep_class_token
     self.queries = nnx.Param(normal(rngs.params(), (QUERIES, width), param_dtype))
     self.query_norm = norm()
     self.input = linear(config.in_width, width, rngs=rngs)

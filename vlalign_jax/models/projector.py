@@ -6,7 +6,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vlalign_jax.errors import InputError
-from vlalign_jax.models import activations, clip, perceiver
+from vlalign_jax.models import activations, perceiver, vit
 from vlalign_jax.sharding.mesh import constrain_rows
 
 PROJECTORS = ("linear", "mlp", "vit", "perceiver")
@@ -21,12 +21,12 @@ class ProjectorConfig:
   use_bias: bool = True  # of `mlp` and `linear`
 
 
-def tokens_per_image(config: ProjectorConfig, vision: clip.VisionConfig) -> int:
+def tokens_per_image(config: ProjectorConfig, vision: vit.VisionConfig) -> int:
   """Returns the number of embeddings per image."""
   return perceiver.QUERIES if config.kind == "perceiver" else vision.tokens_per_image
 
 
-def check(config: ProjectorConfig, vision: clip.VisionConfig, where: str) -> None:
+def check(config: ProjectorConfig, vision: vit.VisionConfig, where: str) -> None:
   """Raises InputError if the projector does not fit the vision tower and the language model."""
   if config.kind not in PROJECTORS:
     kinds = ", ".join(PROJECTORS)
@@ -35,6 +35,11 @@ def check(config: ProjectorConfig, vision: clip.VisionConfig, where: str) -> Non
     raise InputError(
       f"{where}: the vit projector takes the features of one layer of the vision tower, but "
       f"vision_feature_layer names {len(vision.feature_layers)}: give one"
+    )
+  if config.kind == "perceiver" and not (vision.class_tokens or vision.keep_class_token):
+    raise InputError(
+      f"{where}: the perceiver projector takes all patches, and vision_feature_select_strategy "
+      "'default' leaves out the first of a vision tower without a class token: give 'full'"
     )
   if config.kind == "perceiver" and config.out_width % perceiver.HEAD_DIM:
     raise InputError(
@@ -78,7 +83,7 @@ class VitProjector(nnx.Module):
   """One more layer like the vision tower's, then linear map and LayerNorm."""
 
   def __init__(self, config: ProjectorConfig, vision, *, rngs: nnx.Rngs, **types):
-    self.block = clip.VisionLayer(vision, *clip.parts(vision, **types), rngs)
+    self.block = vit.VisionLayer(vision, *vit.parts(vision, **types), rngs)
     self.linear, self.norm = _linear_and_norm(config, rngs, **types)
 
   def __call__(self, features, mesh: Mesh | None = None):
@@ -87,7 +92,7 @@ class VitProjector(nnx.Module):
 
 
 def build_projector(
-  config: ProjectorConfig, vision: clip.VisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs
+  config: ProjectorConfig, vision: vit.VisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs
 ) -> nnx.Module:
   """Builds a projector.
 

@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 
 from vlalign_jax.models import backends
 from vlalign_jax.models import lora as adapters
-from vlalign_jax.models.clip import VisionConfig, VisionTower
 from vlalign_jax.models.llama import LanguageConfig, LanguageModel
 from vlalign_jax.models.projector import ProjectorConfig, build_projector, tokens_per_image
+from vlalign_jax.models.vit import VisionConfig
 
 # What a model predicts at a position: the next token, or (reward models and critics) one number.
 LANGUAGE, SCORE = "language", "score"
@@ -62,7 +62,7 @@ class VisionLanguageModel(nnx.Module):
     self.config = config
     self.options = {"remat": remat, "mesh": mesh, "attention": attention}
     types = {"dtype": dtype, "param_dtype": param_dtype}
-    self.vision = VisionTower(config.vision, rngs=rngs, **types)
+    self.vision = config.vision.build(rngs=rngs, **types)
     self.projector = build_projector(config.projector, config.vision, rngs=rngs, **types)
     self.language = LanguageModel(
       config.language, with_head=config.head == LANGUAGE, rngs=rngs, **types

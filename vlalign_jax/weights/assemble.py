@@ -1,4 +1,4 @@
-"""Opens a new model of two towers: a CLIP and a language model, joined by a fresh projector."""
+"""Opens a new model of two towers: of vision and of language, joined by a fresh projector."""
 
 import dataclasses
 from typing import Any
@@ -8,7 +8,7 @@ from transformers import LlavaConfig
 from vlalign_jax.data.images import ImagePreprocessor
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.projector import PROJECTORS
-from vlalign_jax.weights import hf_config, tensors
+from vlalign_jax.weights import hf_config, tensors, towers
 from vlalign_jax.weights.parts import (
   IMAGE_TOKEN,
   ModelSource,
@@ -34,7 +34,10 @@ def open_towers(model, aspect: str) -> ModelSource:
   """
   for key in ("vision", "language"):
     if not model[key]:
-      raise InputError(f"model.{key} is empty: a new model needs a CLIP and a LLaMA directory")
+      raise InputError(
+        f"model.{key} is empty: a new model needs a vision tower (such as a CLIP or SigLIP "
+        "directory) and a language model (such as a LLaMA directory)"
+      )
   if model.projector not in PROJECTORS:
     raise InputError(f"model.projector is {model.projector!r}; choose from {', '.join(PROJECTORS)}")
   vision, language = read_configs(model.vision, model.language)
@@ -54,9 +57,10 @@ def open_towers(model, aspect: str) -> ModelSource:
   )
   hf.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
   hf.projector_type = model.projector
-  images = ImagePreprocessor.from_directory(model.vision, aspect)
+  images = ImagePreprocessor.from_directory(model.vision, aspect, towers.processor_of(vision))
   where = f"{model.vision} with {model.language}"
   parts = from_parts(hf, load_generation(model.language, tokenizer), tokenizer, images, where)
+  towers.check_new(parts.config.vision, where)
   hf.image_seq_length = parts.config.tokens_per_image
   stored = {}
   for directory, prefix in ((model.vision, "vision."), (model.language, "language.")):
@@ -69,14 +73,14 @@ def read_configs(vision: str, language: str):
   """Returns the transformers configs of the two towers.
 
   Args:
-    vision: directory of a full CLIP or of its vision tower alone.
+    vision: directory of a vision tower, or of a model that also has a text tower.
     language: directory of a language model.
 
   Raises:
     InputError: a config is missing, unreadable or of an unsupported type.
   """
-  clip, language_config = hf_config.read_config(vision), hf_config.read_config(language)
-  vision_config = getattr(clip, "vision_config", clip)
+  vision_or_both, language_config = hf_config.read_config(vision), hf_config.read_config(language)
+  vision_config = getattr(vision_or_both, "vision_config", vision_or_both)
   hf_config.check_types(vision_config, vision, language_config, language)
   return vision_config, language_config
 

@@ -1,7 +1,7 @@
 """Copies the parameters that were not trained, or are never run, from the source's files.
 
-LLaVA takes its features from a layer of the vision tower. The later layers and post_layernorm are
-neither loaded nor run here; an export copies them unchanged.
+LLaVA takes its features from a layer of the vision tower. The later layers, post_layernorm and
+a head that pools the patches are neither loaded nor run here; an export copies them unchanged.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import numpy as np
 
 from vlalign_jax import trees
 from vlalign_jax.models import vlm
-from vlalign_jax.weights import load, names, shards
+from vlalign_jax.weights import load, names, shards, towers
 from vlalign_jax.weights.parts import ModelSource
 from vlalign_jax.weights.tensors import Tensor
 
@@ -25,12 +25,14 @@ class Tower:
     layers: its number of layers: as in the source, but if the source's files lack a layer after the
       last used one, the tower ends before it.
     feature_layer: `vision_feature_layer` of a tower with this number of layers.
-    unused: canonical name -> tensor of the layers that are not run, and of post_layernorm.
+    unused: canonical name -> tensor of the layers that are not run, of post_layernorm and the head.
+    head: whether it has the head that pools the last hidden state.
   """
 
   layers: int
   feature_layer: int | list[int]
   unused: dict[str, Tensor]
+  head: bool
 
   @property
   def has_post_norm(self) -> bool:
@@ -51,11 +53,15 @@ def tower_of(source: ModelSource) -> Tower:
     layers += 1
   if _holds(source, dict.fromkeys(POST_NORM, (config.vision.width,))):
     unused |= {name: source.tensors[name] for name in POST_NORM}
+  head = towers.head_of(config.vision, hf.vision_config)
+  if not _holds(source, head):
+    head = {}
+  unused |= {name: source.tensors[name] for name in head}
   feature_layer = hf.vision_feature_layer
   if layers < total:
     several = [layer - layers - 1 for layer in config.vision.feature_layers]
     feature_layer = several[0] if isinstance(feature_layer, int) else several
-  return Tower(layers, feature_layer, unused)
+  return Tower(layers, feature_layer, unused, bool(head))
 
 
 def _layer_shapes(config: vlm.ModelConfig) -> dict[str, tuple[int, ...]]:

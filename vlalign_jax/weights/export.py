@@ -7,7 +7,8 @@ that this code reads again, and whose towers transformers loads.
     config.json            as LLaVA's, with "architectures": ["VlalignForConditionalGeneration"],
                            "projector_type" and "mmca"
     projector.safetensors  the projector's tensors, multi_modal_projector.*, see `names`
-    vision/                the vision tower, for CLIPVisionModel, and its image processor
+    vision/                the vision tower, for CLIPVisionModel or the class of its type, and its
+                           image processor
     language/              the language model, for LlamaForCausalLM or the class of its type, and
                            its tokenizer; for a reward model LlamaForSequenceClassification
 
@@ -15,9 +16,9 @@ A reward model has `score.weight` [1, D] in place of the language head, read at 
 token, and the architecture "LlavaForSequenceClassification", by the naming rule of transformers.
 
 Parameters that were not trained are copied from the source's files, and so are the layers that are
-never run (see `copied`). Only what no model class has as a weight is left out: the rest of a full
-CLIP, a head that is tied or replaced by a score head, and the buffers position_ids and inv_freq of
-old files.
+never run (see `copied`). Only what no model class has as a weight is left out: the text tower of a
+full CLIP or SigLIP, a head that is tied or replaced by a score head, and the buffers position_ids
+and inv_freq of old files.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ from vlalign_jax import json_files, trees
 from vlalign_jax.data import jinja_template, templates
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.vlm import SCORE, ModelConfig
-from vlalign_jax.weights import copied, names
+from vlalign_jax.weights import copied, names, towers
 from vlalign_jax.weights.hf_config import OWN_FAMILY, PROJECTOR, REWARD_ARCHITECTURE, TOWERS
 from vlalign_jax.weights.parts import IMAGE_TOKEN, ModelSource, with_ends
 
@@ -72,7 +73,7 @@ def save_model_files(
   processor = {
     "processor_class": "LlavaProcessor",
     "image_token": IMAGE_TOKEN,
-    "num_additional_image_tokens": 1,
+    "num_additional_image_tokens": vision.class_tokens,
     "patch_size": vision.patch_size,
     "vision_feature_select_strategy": "full" if vision.keep_class_token else "default",
   }
@@ -108,6 +109,8 @@ def _config(source: ModelSource, dtype: str, vision_dtype: str | None) -> dict:
     part.pop("_name_or_path", None)  # a local directory
   hf["text_config"] |= _version_4_rope(hf["text_config"]["rope_parameters"])
   hf["vision_config"]["num_hidden_layers"] = tower.layers
+  if (head_key := towers.of(config.vision).head_key) and not tower.head:
+    hf["vision_config"][head_key] = False
   hf["vision_feature_layer"] = tower.feature_layer
   hf["image_seq_length"] = config.tokens_per_image
   hf["dtype"] = hf["text_config"]["dtype"] = dtype
@@ -126,22 +129,22 @@ def _config(source: ModelSource, dtype: str, vision_dtype: str | None) -> dict:
 
 def _save_parts(source: ModelSource, directory: str, dtype: str, vision_dtype: str | None) -> None:
   """Writes everything but the weights into the directories of the towers."""
-  hf, towers = _config(source, dtype, vision_dtype), {}
+  hf, configs = _config(source, dtype, vision_dtype), {}
   for tower, key in (("vision", "vision_config"), ("language", "text_config")):
     os.makedirs(os.path.join(directory, tower))
-    towers[tower] = hf[key] | {"transformers_version": hf["transformers_version"]}
-  towers["vision"]["architectures"] = ["CLIPVisionModel"]
+    configs[tower] = hf[key] | {"transformers_version": hf["transformers_version"]}
+  configs["vision"]["architectures"] = [towers.of(source.config.vision).architecture]
   if vision_dtype:
-    towers["vision"]["dtype"] = vision_dtype
+    configs["vision"]["dtype"] = vision_dtype
   family = type(source.hf.text_config).__name__.removesuffix("Config")
-  towers["language"] |= {
+  configs["language"] |= {
     "architectures": [f"{family}ForCausalLM"],
     "pad_token_id": source.tokenizer.pad_token_id,
     "tie_word_embeddings": source.config.language.tied_embeddings,
   }
   if source.config.head == SCORE:
-    towers["language"] |= {"architectures": [f"{family}{REWARD_ARCHITECTURE}"], **_SCORE_LABELS}
-  for tower, content in towers.items():
+    configs["language"] |= {"architectures": [f"{family}{REWARD_ARCHITECTURE}"], **_SCORE_LABELS}
+  for tower, content in configs.items():
     json_files.write(os.path.join(directory, tower, "config.json"), content)
   source.images.save(os.path.join(directory, "vision"))
   _save_tokenizer(source, os.path.join(directory, "language"), None)
@@ -289,7 +292,7 @@ def _tensors(source: ModelSource, table: list[names.Name], flat, dtype, exported
 
 
 def _unused(source: ModelSource, identity_dtype, dtype: np.dtype | None):
-  """Yields (canonical name, tensor) of the vision layers that are not run, and post_layernorm."""
+  """Yields (canonical name, tensor) of the vision tower behind its last used layer."""
   tower, layers = copied.tower_of(source), source.hf.vision_config.num_hidden_layers
   if tower.layers < layers:
     logging.warning(
@@ -299,6 +302,11 @@ def _unused(source: ModelSource, identity_dtype, dtype: np.dtype | None):
       tower.layers,
       tower.layers,
       tower.feature_layer,
+    )
+  if towers.head_of(source.config.vision, source.hf.vision_config) and not tower.head:
+    logging.warning(
+      "the source's config says that its vision tower has a pooling head, but its files lack it: "
+      "the exported tower has none"
     )
   for name, tensor in tower.unused.items():
     yield name, copied.as_stored(tensor.read(), dtype)

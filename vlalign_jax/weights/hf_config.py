@@ -7,13 +7,13 @@ from transformers import AutoConfig
 
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.activations import ACTIVATIONS
-from vlalign_jax.models.clip import VisionConfig
 from vlalign_jax.models.llama import LanguageConfig
 from vlalign_jax.models.projector import ProjectorConfig
 from vlalign_jax.models.rope import ROPE_KINDS, RopeConfig
+from vlalign_jax.models.vit import VisionConfig
+from vlalign_jax.weights import towers
 from vlalign_jax.weights.decoders import DECODERS
 
-VISION_TYPES = ("clip_vision_model",)
 # For models that transformers has no class for: the start of their architectures' names, the
 # directory of each tower with the path prefixes of its parameters, and the projector's file.
 OWN_FAMILY = "Vlalign"
@@ -41,7 +41,7 @@ def read_config(directory: str):
 
 def check_types(vision, vision_where: str, language, language_where: str) -> None:
   """Raises an InputError unless the configs of both towers are of supported types."""
-  _check_type(vision, VISION_TYPES, "vision tower", vision_where)
+  _check_type(vision, tuple(towers.TOWERS), "vision tower", vision_where)
   _check_type(language, tuple(DECODERS), "language model", language_where)
 
 
@@ -70,7 +70,7 @@ def feature_layers(index: int | list[int], layers: int, where: str) -> tuple[int
 
 
 def keeps_class_token(strategy: str, where: str) -> bool:
-  """Returns whether `vision_feature_select_strategy` keeps the class token."""
+  """Returns whether `vision_feature_select_strategy` keeps the first embedding of the tower."""
   if strategy not in ("default", "full"):
     raise InputError(
       f"{where}: vision_feature_select_strategy {strategy!r} is not 'default' or 'full'"
@@ -79,12 +79,30 @@ def keeps_class_token(strategy: str, where: str) -> bool:
 
 
 def vision_config(hf, index: int | list[int], strategy: str, where: str) -> VisionConfig:
-  """Converts a CLIPVisionConfig; `index` and `strategy` are LLaVA's settings for the features."""
-  _check_type(hf, VISION_TYPES, "vision tower", where)
+  """Converts the config of a tower whose type is in `towers.TOWERS`.
+
+  Args:
+    hf: transformers' config of the tower.
+    index: LLaVA's `vision_feature_layer`.
+    strategy: LLaVA's `vision_feature_select_strategy`: `default` leaves out the first embedding,
+      `full` does not. As in transformers, `default` does so in a tower without a class token too.
+    where: name of the config in errors.
+
+  Raises:
+    InputError: the tower or its features are not supported.
+  """
+  _check_type(hf, tuple(towers.TOWERS), "vision tower", where)
   if hf.num_channels != 3:
     raise InputError(f"{where}: num_channels is {hf.num_channels}; only RGB towers are supported")
+  for key in ("image_size", "patch_size"):
+    if not isinstance(getattr(hf, key), int):
+      raise InputError(f"{where}: {key} is {getattr(hf, key)}; give the side of a square")
+  if getattr(hf, "tie_last_hidden_states", False):
+    raise InputError(
+      f"{where}: tie_last_hidden_states, features behind the tower's last norm, is not supported"
+    )
   used = feature_layers(index, hf.num_hidden_layers, where)
-  return VisionConfig(
+  return towers.TOWERS[hf.model_type].config(
     width=hf.hidden_size,
     mlp_width=hf.intermediate_size,
     layers=max(used),

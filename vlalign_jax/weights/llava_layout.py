@@ -12,7 +12,7 @@ from transformers import AutoConfig, LlavaConfig, PreTrainedTokenizerBase
 
 from vlalign_jax import json_files
 from vlalign_jax.errors import InputError
-from vlalign_jax.weights import hf_config
+from vlalign_jax.weights import hf_config, towers
 
 TOWER = "vision_tower"
 _PROJECTOR = "mlp2x_gelu"
@@ -80,6 +80,12 @@ def convert(
   vision = hf_config.read_config(tower)
   vision = getattr(vision, "vision_config", vision)
   hf_config.check_types(vision, tower, language, where)
+  if not towers.TOWERS[vision.model_type].config.class_tokens:
+    raise InputError(
+      f"{where}: a vision tower of type {vision.model_type!r}, and in the layout of LLaVA's "
+      "repository only CLIP is supported: other towers' features are not named there as in "
+      "transformers; convert it to transformers' layout, or train a new model of its towers"
+    )
   features = config.get("mm_vision_select_feature") or "patch"
   options: Any = {
     "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),

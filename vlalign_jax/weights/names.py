@@ -1,70 +1,16 @@
 """Maps Hugging Face tensors to parameters; import and export both read this table."""
 
-import dataclasses
 import re
 
 import numpy as np
 
 from vlalign_jax.models.vlm import SCORE, ModelConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Name:
-  """Names a parameter and its tensor.
-
-  Attributes:
-    path: of the parameter, such as "language/layers/attention/query/kernel"; under ".../layers/" it
-      is stacked over layers.
-    tensor: the canonical name of its tensor, see `canonical`; "{}" stands for the layer.
-    kind: how the tensor's axes become the parameter's, see `to_param`.
-  """
-
-  path: str
-  tensor: str
-  kind: str = "same"
-
-  @property
-  def stacked(self) -> bool:
-    return "{}" in self.tensor
-
-
-def _linear(path: str, tensor: str, use_bias: bool) -> list[Name]:
-  names = [Name(f"{path}/kernel", f"{tensor}.weight", "transposed")]
-  return names + ([Name(f"{path}/bias", f"{tensor}.bias")] if use_bias else [])
-
-
-def _layer_norm(path: str, tensor: str) -> list[Name]:
-  return [Name(f"{path}/scale", f"{tensor}.weight"), Name(f"{path}/bias", f"{tensor}.bias")]
-
-
-def _vision(config: ModelConfig) -> list[Name]:
-  names = [
-    Name("vision/class_embedding", "vision.embeddings.class_embedding"),
-    Name("vision/position_embedding", "vision.embeddings.position_embedding.weight"),
-    Name("vision/patch_embedding/kernel", "vision.embeddings.patch_embedding.weight", "patches"),
-    *_layer_norm("vision/input_norm", "vision.pre_layrnorm"),
-  ]
-  if not config.vision.layers:
-    return names
-  return names + _vision_layer("vision/layers", "vision.encoder.layers.{}")
-
-
-def _attention(ours: str, theirs: str) -> list[Name]:
-  """Returns the attention of the vision tower and of projectors: CLIP's names, with biases."""
-  names = []
-  for part, tensor in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "out")):
-    names += _linear(f"{ours}/{part}", f"{theirs}.{tensor}_proj", True)
-  return names
-
-
-def _vision_layer(ours: str, theirs: str) -> list[Name]:
-  return [
-    *_attention(f"{ours}/attention", f"{theirs}.self_attn"),
-    *_linear(f"{ours}/mlp/up", f"{theirs}.mlp.fc1", True),
-    *_linear(f"{ours}/mlp/down", f"{theirs}.mlp.fc2", True),
-    *_layer_norm(f"{ours}/attention_norm", f"{theirs}.layer_norm1"),
-    *_layer_norm(f"{ours}/mlp_norm", f"{theirs}.layer_norm2"),
-  ]
+from vlalign_jax.weights import towers
+from vlalign_jax.weights.vision_names import Name
+from vlalign_jax.weights.vision_names import attention as _attention
+from vlalign_jax.weights.vision_names import layer as _vision_layer
+from vlalign_jax.weights.vision_names import layer_norm as _layer_norm
+from vlalign_jax.weights.vision_names import linear as _linear
 
 
 def _projector(config: ModelConfig) -> list[Name]:
@@ -120,7 +66,8 @@ def _language(config: ModelConfig) -> list[Name]:
 
 def names_of(config: ModelConfig) -> list[Name]:
   """Returns the names of all parameters of the model."""
-  return _vision(config) + _projector(config) + _language(config)
+  vision = towers.of(config.vision).names(config.vision)
+  return vision + _projector(config) + _language(config)
 
 
 def layers_of(name: Name, config: ModelConfig) -> range:
@@ -138,16 +85,18 @@ _CANONICAL = (
   (r"^vision_tower\.(vision_model\.)?", "vision."),
   (r"^multi_modal_projector\.", "projector."),
   (r"^language_model\.(model\.)?", "language."),
-  # A CLIP directory, full or vision only; a LLaMA directory, with a head or without.
-  (r"^(vision_model\.)?(embeddings|encoder|pre_layrnorm|post_layernorm)\.", r"vision.\2."),
+  # The directory of a vision tower, or of a model with a text tower; of a language model, with a
+  # head or without.
+  (r"^(vision_model\.)?(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.", r"vision.\2."),
   (r"^(model\.)?(layers|embed_tokens|norm)\.", r"language.\2."),
   (r"^lm_head\.", "language.lm_head."),
 )
 
 _NOT_OURS = re.compile(
-  r"^(text_model|text_projection|visual_projection|logit_scale)\b"  # the rest of a full CLIP
+  # The rest of a full CLIP or SigLIP.
+  r"^(text_model|text_projection|visual_projection|logit_scale|logit_bias)\b"
   r"|\.position_ids$|\.rotary_emb\.inv_freq$"  # buffers in old files
-  r"|^vision\.post_layernorm\."  # comes after the features
+  r"|^vision\.(post_layernorm|head)\."  # come after the features
 )
 
 

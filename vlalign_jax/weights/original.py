@@ -20,7 +20,7 @@ from transformers import LlavaConfig
 from vlalign_jax import json_files
 from vlalign_jax.data.images import ImagePreprocessor
 from vlalign_jax.errors import InputError
-from vlalign_jax.weights import assemble, hf_config, original_names, original_tokenizer
+from vlalign_jax.weights import assemble, hf_config, original_names, original_tokenizer, towers
 from vlalign_jax.weights.parts import IMAGE_TOKEN, ModelSource, from_parts, load_generation
 from vlalign_jax.weights.pickled import PickledTensor, read_pickle
 
@@ -67,7 +67,7 @@ def open_original(
     hf.architectures = [hf_config.OWN_FAMILY + hf_config.REWARD_ARCHITECTURE]
   tokenizer = original_tokenizer.load(directory, language)
   hf.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-  images = ImagePreprocessor.from_directory(vision)
+  images = ImagePreprocessor.from_directory(vision, kind=towers.processor_of(hf.vision_config))
   parts = from_parts(hf, load_generation(language, tokenizer), tokenizer, images, directory)
   hf.image_seq_length = parts.config.tokens_per_image
   return dataclasses.replace(parts, tensors=tensors, fresh=())

@@ -2,17 +2,18 @@
 
 import dataclasses
 
+from vlalign_jax.data.images import ImagePreprocessor
 from vlalign_jax.errors import InputError
+from vlalign_jax.models import clip, siglip
 from vlalign_jax.models import projector as projectors
-from vlalign_jax.models.clip import VisionConfig
 from vlalign_jax.models.llama import LanguageConfig
 from vlalign_jax.models.projector import ProjectorConfig
 from vlalign_jax.models.rope import RopeConfig
 from vlalign_jax.models.vlm import ModelConfig
-from vlalign_jax.weights import assemble, hf_config
+from vlalign_jax.weights import assemble, hf_config, towers
 
 # openai/clip-vit-large-patch14-336 with all layers; a run's config says which features it uses.
-CLIP_L_336 = VisionConfig(
+CLIP_L_336 = clip.VisionConfig(
   width=1024,
   mlp_width=4096,
   layers=24,
@@ -25,6 +26,20 @@ CLIP_L_336 = VisionConfig(
   keep_class_token=False,
 )
 CLIP_L_224 = dataclasses.replace(CLIP_L_336, image_size=224)  # openai/clip-vit-large-patch14
+
+# google/siglip-so400m-patch14-384 and google/siglip2-so400m-patch14-384
+SIGLIP_SO400M_384 = siglip.VisionConfig(
+  width=1152,
+  mlp_width=4304,
+  layers=27,
+  heads=16,
+  image_size=384,
+  patch_size=14,
+  activation="gelu_pytorch_tanh",
+  norm_epsilon=1e-6,
+  feature_layers=(27,),
+  keep_class_token=True,
+)
 
 
 def _llama(width, mlp_width, layers, heads, kv_heads, vocab_size, rope=RopeConfig()):  # noqa: B008
@@ -60,6 +75,7 @@ MODELS = {
   "qwen3_8b": (CLIP_L_336, _QWEN3_8B),
   "clip_llama2_7b": (CLIP_L_224, _VICUNA_7B),  # Vision-LLM-Alignment's towers
   "clip_llama3_8b": (CLIP_L_224, _LLAMA_3_8B),
+  "siglip_so400m_384": (SIGLIP_SO400M_384, _LLAMA_3_8B),
 }
 
 
@@ -83,6 +99,8 @@ def published(group) -> ModelConfig:
     feature_layers=used,
     keep_class_token=hf_config.keeps_class_token(group.vision_feature_select_strategy, where),
   )
+  towers.check_new(vision, where)
+  images = ImagePreprocessor.from_config({}, kind=towers.of(vision).processor)
   projector = ProjectorConfig(group.projector, vision.feature_width, language.width)
   projectors.check(projector, vision, where)
   return ModelConfig(
@@ -90,7 +108,7 @@ def published(group) -> ModelConfig:
     projector=projector,
     language=language,
     image_token_id=language.vocab_size - 1,
-    image_mean=(0.48145466, 0.4578275, 0.40821073),
-    image_std=(0.26862954, 0.26130258, 0.27577711),
+    image_mean=images.mean,
+    image_std=images.std,
     mmca=group.mmca,
   )

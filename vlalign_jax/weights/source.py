@@ -1,4 +1,4 @@
-"""Opens the model that a config names: a LLaVA directory, a CLIP and a LLaMA directory, or a run.
+"""Opens the model that a config names: a LLaVA directory, one of each tower, or a run.
 
 Opening reads configs, tokenizer and tensor headers, and reports every mistake that shows without
 reading weights; `weights.load` then reads the weights.
@@ -25,6 +25,7 @@ from vlalign_jax.weights import (
   peft,
   provenance,
   tensors,
+  towers,
 )
 from vlalign_jax.weights.parts import (
   IMAGE_TOKEN,
@@ -123,7 +124,7 @@ def open_source(model, aspect: str = "auto") -> ModelSource:
   if bool(model.init_from) == bool(model.vision or model.language):
     raise InputError(
       "give either model.init_from (a LLaVA directory or a run directory) or both model.vision "
-      "and model.language (a CLIP and a LLaMA directory)"
+      "and model.language (such as a CLIP and a LLaMA directory)"
     )
   opened = _open(model, aspect)
   mmca = opened.config.mmca or model.mmca
@@ -165,13 +166,14 @@ def _open_original_llava(directory: str, config: dict, aspect: str) -> ModelSour
   tokenizer = load_tokenizer(directory)
   tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
   hf = llava_layout.convert(config, tower, tokenizer, directory)
-  images = ImagePreprocessor.from_directory(tower, llava_layout.aspect_of(config, aspect))
+  kind = towers.processor_of(hf.vision_config)
+  images = ImagePreprocessor.from_directory(tower, llava_layout.aspect_of(config, aspect), kind)
   opened = from_parts(hf, load_generation(directory, tokenizer), tokenizer, images, directory)
   hf.image_seq_length = opened.config.tokens_per_image
   stored = tensors.find_tensors(directory)
   if not any(name.startswith("vision.") for name in stored):
-    clip = tensors.find_tensors(tower)
-    stored |= {name: tensor for name, tensor in clip.items() if name.startswith("vision.")}
+    vision = tensors.find_tensors(tower)
+    stored |= {name: tensor for name, tensor in vision.items() if name.startswith("vision.")}
   return dataclasses.replace(opened, tensors=stored, fresh=(), new_tokens=True)
 
 
@@ -182,8 +184,11 @@ def _open_llava(directory: str, aspect: str) -> ModelSource:
       f"{directory}: a model of type {hf.model_type!r}, not 'llava'; name separate towers as "
       "model.vision and model.language"
     )
+  hf_config.check_types(hf.vision_config, directory, hf.text_config, directory)
   tokenizer = load_tokenizer(directory)
-  images = ImagePreprocessor.from_directory(directory, aspect)
+  images = ImagePreprocessor.from_directory(
+    directory, aspect, towers.processor_of(hf.vision_config)
+  )
   generation = load_generation(directory, tokenizer)
   opened = from_parts(hf, generation, tokenizer, images, directory)
   if opened.hf.architectures and opened.hf.architectures[0].startswith(hf_config.OWN_FAMILY):
@@ -201,6 +206,7 @@ def _open_run(directory: str, which: str, aspect: str) -> ModelSource:
   base = provenance.check(base, directory)
   files = storage.local(f"{directory}/model")
   trained = hf_config.read_config(files)
+  kind = towers.processor_of(trained.vision_config)
   head = SCORE if hf_config.is_reward_model(trained) else LANGUAGE
   base = _with_head(base, head, config["model"]["init_from"])
   tokenizer = load_tokenizer(files)
@@ -210,7 +216,7 @@ def _open_run(directory: str, which: str, aspect: str) -> ModelSource:
     base,
     tokenizer=tokenizer,
     generation=with_ends(base.generation, ends),
-    images=ImagePreprocessor.from_directory(files, aspect),
+    images=ImagePreprocessor.from_directory(files, aspect, kind),
     runs=(*base.runs, (directory, step)),
   )
 
