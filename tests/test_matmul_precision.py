@@ -37,6 +37,9 @@ def test_float32_products_are_exact_on_accelerators(caplog):
 def test_other_types_change_nothing(dtype):
   matmul_precision.set_for(dtype, "gpu")
   assert jax.config.jax_default_matmul_precision is None
+  matmul_precision.set_for("float32", "gpu")
+  matmul_precision.set_for(dtype, "gpu")
+  assert jax.config.jax_default_matmul_precision is None
 
 
 def test_the_environment_decides(monkeypatch):

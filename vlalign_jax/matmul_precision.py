@@ -15,10 +15,15 @@ def set_for(dtype: str, platform: str) -> None:
   bfloat16 (8 bits). The environment's JAX_DEFAULT_MATMUL_PRECISION is kept.
 
   Args:
-    dtype: the config's model.dtype. With bfloat16 or float16 nothing is set.
+    dtype: the config's model.dtype. With bfloat16 or float16 only what an earlier call has set is
+      taken back: TPU kernels refuse it for such factors.
     platform: of the devices: cpu, gpu or tpu.
   """
-  if dtype != "float32" or os.environ.get("JAX_DEFAULT_MATMUL_PRECISION"):
+  if os.environ.get("JAX_DEFAULT_MATMUL_PRECISION"):
+    return
+  if dtype != "float32":
+    if jax.config.jax_default_matmul_precision == HIGHEST:  # of an earlier run of this process
+      jax.config.update("jax_default_matmul_precision", None)
     return
   jax.config.update("jax_default_matmul_precision", HIGHEST)
   if platform != "cpu":

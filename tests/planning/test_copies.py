@@ -62,7 +62,7 @@ def test_bytes_that_a_run_holds(name, directory, tmp_path, monkeypatch):
   overrides |= {"model.remat": "full", "train.vision": False}
   measured = {}
 
-  def run(config, workdir, functions, state, progress, batches, manager, steps):
+  def run(config, workdir, functions, state, progress, batches, manager, steps, *_):
     batch = functions.to_device(next(iter(batches)))
     state, metrics, _ = functions.train_step(state, batch, {})
     assert math.isfinite(metrics["loss"])
