@@ -49,7 +49,7 @@ def array(path: str) -> Iterator[tuple[int, str, Any]]:
     text = _Text(path, file)
     text.skip_space()
     if text.take() != "[":
-      raise InputError(f"{path}: is no list of records; wrap them in [ ]")
+      raise InputError(f"{path}: is not a list of records; wrap them in [ ]")
     text.skip_space()
     if text.peek() == "]":
       text.take()

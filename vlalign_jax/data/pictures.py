@@ -16,7 +16,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def of_record(entry: dict[str, Any], root: str, store: PictureStore) -> tuple[str, ...]:
-  """Returns the pictures that a record names beside its messages, in order.
+  """Returns the pictures that a record names next to its messages, in order.
 
   Args:
     entry: the record; `image`, `images` or `image_path` is a picture as for `locate`, or a list.
