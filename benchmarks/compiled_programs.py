@@ -41,7 +41,7 @@ class Row:
     stage, program, topology: what it is, and for which devices.
     length: T, tokens of a row.
     kernels: the attention kernels that it calls.
-    temporaries: bytes of a device besides the arguments.
+    temporaries: bytes of a device, without the arguments.
     total: bytes of a device.
     seconds: of lowering and compiling.
     problems: what it must not have.

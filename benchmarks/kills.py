@@ -144,7 +144,7 @@ def _command(config) -> list[str]:
 
 
 def plan_kills(kills: int, steps: int, generator: random.Random) -> list[tuple[int, str]]:
-  """(step after which, what the run shall be doing): steps are spread evenly over the whole run."""
+  """(step after which, what the run is doing then): steps are spread evenly over the whole run."""
   kinds = [WRITING] * (kills * 2 // 5) + [STARTING] * (kills // 10)
   kinds += [TRAINING] * (kills - len(kinds))
   generator.shuffle(kinds)

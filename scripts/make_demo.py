@@ -30,8 +30,8 @@ from transformers import (
 
 from vlalign_jax import cli
 from vlalign_jax.data import templates
-from vlalign_jax.data.images import ImagePreprocessor
-from vlalign_jax.data.records import Turn
+from vlalign_jax.data.conversations import Turn
+from vlalign_jax.data.image_processor import ImagePreprocessor
 from vlalign_jax.models import vlm
 from vlalign_jax.weights import assemble, export, parts
 

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from vlalign_jax.config_checks import Config, check_at_least, check_choices, check_seed, value
+from vlalign_jax.data.placeholders import PLACEHOLDERS
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.backends import ATTENTION_NAMES
 from vlalign_jax.models.stack import REMAT_NAMES
@@ -16,7 +17,7 @@ from vlalign_jax.writers import choose as writers
 DTYPES = ("float32", "bfloat16", "float16")
 # Sums of small updates need more than float16 has.
 PARAM_DTYPES = ("float32", "bfloat16")
-DATA_CHOICES = {"data.on_bad_record": ("error", "skip"), "data.placeholders": ("match", "first")}
+DATA_CHOICES = {"data.on_bad_record": ("error", "skip"), "data.placeholders": PLACEHOLDERS}
 SCHEDULES = (
   "linear",
   "cosine",

@@ -22,7 +22,7 @@ def set_for(dtype: str, platform: str) -> None:
   if os.environ.get("JAX_DEFAULT_MATMUL_PRECISION"):
     return
   if dtype != "float32":
-    if jax.config.jax_default_matmul_precision == HIGHEST:  # of an earlier run of this process
+    if jax.config.read("jax_default_matmul_precision") == HIGHEST:  # of an earlier run of this process
       jax.config.update("jax_default_matmul_precision", None)
     return
   jax.config.update("jax_default_matmul_precision", HIGHEST)

@@ -6,8 +6,9 @@ from tokenizers import AddedToken, processors
 from transformers import ByT5Tokenizer
 
 from tests.data.tokenizers import byte_level_tokenizer, sentencepiece_style_tokenizer
+from vlalign_jax.data.conversations import Turn
 from vlalign_jax.data.encode import Example, encode
-from vlalign_jax.data.records import Record, Turn
+from vlalign_jax.data.records import Record
 from vlalign_jax.data.templates import render, turn_pieces
 from vlalign_jax.errors import InputError
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from tests.data import test_encode
+from vlalign_jax.data.conversations import Turn
 from vlalign_jax.data.encode import encode
 from vlalign_jax.data.encode_preferences import encode_preferences
-from vlalign_jax.data.records import Record, Turn
+from vlalign_jax.data.records import Record
 from vlalign_jax.data.rows import build_row
 from vlalign_jax.errors import InputError
 

@@ -145,7 +145,10 @@ BAD = [
   (record(conversations=["hi"]), r"conversations\[0\] is text"),
   (record(conversations=[gpt(), human()]), r'conversations\[0\]: "from" is "gpt" where "human"'),
   (record(conversations=[human(), human()]), r'conversations\[1\]: "from" is "human" where "gpt"'),
-  (record(conversations=[{"from": "system", "value": "x"}]), "no message but the system's"),
+  (
+    record(conversations=[{"from": "system", "value": "x"}]),
+    "the system's message is the only one",
+  ),
   (record(conversations=[{"value": "x"}]), '"from" is null'),
   (record(conversations=[{"from": ["human"], "value": "x"}]), "human and gpt take turns"),
   (record(conversations=[human(3), gpt()]), r'conversations\[0\]: "value" is a number'),

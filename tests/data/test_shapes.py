@@ -1,54 +1,27 @@
 """Tests that a record in any shape is read as the same record in LLaVA's own shape."""
 
-import base64
 import json
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
-from tests import tiny_models
+from tests.data.twins import (
+  IMAGE,
+  ONE,
+  PAIR,
+  PICTURE,
+  SYSTEM,
+  TWO_TURNS,
+  assert_equal,
+  assistant,
+  gpt,
+  human,
+  llava,
+  read,
+  text,
+  user,
+)
 from vlalign_jax.data.encode import encode
 from vlalign_jax.data.encode_preferences import encode_preferences
-from vlalign_jax.data.images import open_image
-from vlalign_jax.data.records import Options, load_records
-from vlalign_jax.errors import InputError
-
-
-def human(value="<image>\nWhat?"):
-  return {"from": "human", "value": value}
-
-
-def gpt(value="teal"):
-  return {"from": "gpt", "value": value}
-
-
-def user(content="<image>\nWhat?"):
-  return {"role": "user", "content": content}
-
-
-def assistant(content="teal"):
-  return {"role": "assistant", "content": content}
-
-
-def text(words):
-  return {"type": "text", "text": words}
-
-
-SYSTEM = {"role": "system", "content": "Be brief."}
-IMAGE = {"type": "image"}
-
-
-def llava(*messages, image="a.png", **fields):
-  """Returns a record in LLaVA's shape; without messages a question and its answer."""
-  return {"image": image, "conversations": list(messages or (human(), gpt())), **fields}
-
-
-ONE, PAIR = llava(), llava(human(), gpt(["teal", "rust"]))
-TWO_TURNS = llava(human(), gpt(), human("Bright?"), gpt("no"))
-PICTURE = {"image": "a.png"}
 
 # Shape -> (record, the same record in LLaVA's shape).
 SINGLE = {
@@ -81,7 +54,7 @@ SINGLE = {
     },
     ONE,
   ),
-  "a part's own picture beside the record's": (
+  "a part's own picture, and the record's": (
     {
       "images": ["a.png"],
       "messages": [user([IMAGE, {"type": "image", "path": "b.png"}, text("Same?")]), assistant()],
@@ -204,37 +177,6 @@ RANKED = {
 }
 
 
-@pytest.fixture
-def directory(tmp_path):
-  """Returns a directory with the pictures a.png and b.png."""
-  for name, color in (("a.png", (0, 120, 120)), ("b.png", (180, 60, 10))):
-    Image.new("RGB", (20, 20), color).save(tmp_path / name)
-  return tmp_path
-
-
-def read(directory, entry, answers="one", name="train.json", **options):
-  (directory / name).write_text(json.dumps([entry]))
-  (record,) = load_records(
-    str(directory / name), Options("", answers, cache=str(directory / "cache"), **options)
-  )
-  return record
-
-
-def assert_equal(record, twin, encoder):
-  """Compares what a model gets of two records: tokens and pictures."""
-  assert (record.answers, record.system) == (twin.answers, twin.system)
-  tokenizer = tiny_models.make_tokenizer()
-  image_token = tokenizer.convert_tokens_to_ids("<image>")
-  mine, theirs = (
-    encoder(one, "vicuna", tokenizer, image_token, 9, 500).example for one in (record, twin)
-  )
-  for name in ("tokens", "positions", "branches", "targets", "loss_mask", "answers"):
-    np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name))
-  assert np.sum(mine.loss_mask)
-  for one, other in zip(record.image_files, twin.image_files, strict=True):
-    np.testing.assert_array_equal(np.asarray(open_image(one)), np.asarray(open_image(other)))
-
-
 @pytest.mark.parametrize("shape", SINGLE)
 def test_single_answers(directory, shape):
   entry, twin = SINGLE[shape]
@@ -248,165 +190,3 @@ def test_ranked_answers(directory, shape):
   for answers in ("ranked", "optional"):
     record, expected = read(directory, entry, answers), read(directory, twin, answers)
     assert_equal(record, expected, encode_preferences)
-
-
-def encoded(content: bytes) -> str:
-  return base64.b64encode(content).decode()
-
-
-# How a record may name its picture: (directory, the picture's bytes) -> value.
-PICTURES = {
-  "a relative path": lambda directory, content: "./a.png",
-  "an absolute path": lambda directory, content: str(directory / "a.png"),
-  "a file URI": lambda directory, content: f"file://{directory}/a.png",
-  "base64": lambda directory, content: encoded(content),
-  "base64 on several lines": lambda directory, content: base64.encodebytes(content).decode(),
-  "a data URI": lambda directory, content: f"data:image/png;base64,{encoded(content)}",
-  "an object with a path": lambda directory, content: {"bytes": None, "path": "a.png"},
-  "an object with base64": lambda directory, content: {"bytes": encoded(content), "path": "x"},
-}
-
-
-@pytest.mark.parametrize("in_list", [False, True])
-@pytest.mark.parametrize("form", PICTURES)
-def test_pictures(directory, form, in_list):
-  value = PICTURES[form](directory, (directory / "a.png").read_bytes())
-  record = read(directory, {**ONE, "image": [value] if in_list else value})
-  assert_equal(record, read(directory, ONE), encode)
-  part = {"type": "image", "image": value}
-  parts = {"messages": [user([part, text("What?")]), assistant()]}
-  assert_equal(read(directory, parts), read(directory, ONE), encode)
-
-
-def rows(content: bytes) -> list[dict]:
-  """Returns rows of a table, with pictures as bytes, and the same records in LLaVA's shape."""
-  return [
-    {
-      "images": [{"bytes": content, "path": "x.png"}],
-      "messages": [user([IMAGE | {"text": None}, text("What?")]), assistant([text("teal")])],
-      "system": None,
-      "source": "drawn",
-    },
-    {
-      "images": [],
-      "messages": [user([text("Who?")]), assistant([text("me")])],
-      "system": "Be brief.",
-      "source": None,
-    },
-    {
-      "images": [{"bytes": None, "path": "b.png"}],
-      "messages": [user([text("What?")]), assistant([text("rust")])],
-      "system": None,
-      "source": None,
-    },
-  ]
-
-
-TWINS = [
-  ONE,
-  {"conversations": [human("Who?"), gpt("me")], "system": "Be brief."},
-  llava(human("What?"), gpt("rust"), image="b.png"),
-]
-
-
-def save_parquet(directory, table):
-  pq.write_table(table, directory / "train.bin", row_group_size=2)  # told by content
-  return directory / "train.bin"
-
-
-def save_shards(directory, table):
-  (directory / "shards").mkdir()
-  for number in range(2):
-    part = table.slice(2 * number, 2)
-    pq.write_table(part, directory / "shards" / f"train-0000{number}-of-00002.parquet")
-  return directory / "shards"
-
-
-def save_pattern(directory, table):
-  pq.write_table(table, save_shards(directory, table) / "test-00000-of-00001.parquet")
-  return directory / "shards" / "train-*.parquet"
-
-
-def save_dataset(directory, table):
-  datasets = pytest.importorskip("datasets")
-  datasets.Dataset(table).save_to_disk(directory / "saved", num_shards=2)
-  return directory / "saved"
-
-
-@pytest.mark.parametrize("save", [save_parquet, save_shards, save_pattern, save_dataset])
-def test_tables(directory, save):
-  table = pa.Table.from_pylist(rows((directory / "a.png").read_bytes()))
-  path = str(save(directory, table))
-  records = load_records(path, Options(str(directory), cache=str(directory / "cache")))
-  assert [record.index for record in records] == [0, 1, 2]
-  for record, twin in zip(records, TWINS, strict=True):
-    assert_equal(record, read(directory, twin), encode)
-  kept = [file for file in (directory / "cache").rglob("*") if file.is_file()]
-  assert [file.read_bytes() for file in kept] == [(directory / "a.png").read_bytes()]
-  last = "train-00001-of-00002.parquet, row 0" if "shards" in path else "row 2"
-  if "saved" not in path:
-    assert records[2].where == f"{path}, {last}"
-
-
-def test_a_binary_column(directory):
-  content = (directory / "a.png").read_bytes()
-  table = pa.Table.from_pylist([{"image": content, "prompt": "What?", "completion": "teal"}])
-  pq.write_table(table, directory / "train.parquet")
-  options = Options(cache=str(directory / "cache"))
-  (record,) = load_records(str(directory / "train.parquet"), options)
-  assert_equal(record, read(directory, ONE), encode)
-
-
-def test_placeholders_first(directory):
-  """As the original does: taken out and put before the first question."""
-  entry = llava(human(), gpt(), human("<image>\nBright?<image>"), gpt("no"))
-  assert_equal(read(directory, entry, placeholders="first"), read(directory, TWO_TURNS), encode)
-  stray = {"conversations": [human("<image>\nWhat?"), gpt()]}
-  plain = {"conversations": [human("What?"), gpt()]}
-  assert_equal(read(directory, stray, placeholders="first"), read(directory, plain), encode)
-  matching = llava(human("Who?"), gpt("me"), human("<image>What?"), gpt())
-  moved = read(directory, matching, placeholders="first")
-  assert_equal(moved, read(directory, matching), encode)  # nothing to move
-
-
-def test_the_image_word_in_an_answer_is_plain(directory):
-  entry = llava(human(), gpt("![fig](<image>)"))
-  record = read(directory, entry)
-  assert record.turns[0].gpt == "![fig](<image>)"
-  tokenizer = tiny_models.make_tokenizer()
-  image_token = tokenizer.convert_tokens_to_ids("<image>")
-  example = encode(record, "vicuna", tokenizer, image_token, 9, 500).example
-  assert np.sum(example.tokens == image_token) == 9
-  assert "![fig](<image>)" in tokenizer.decode(example.tokens[example.tokens != image_token])
-
-
-def test_columns_are_kept_for_reward_functions(directory):
-  content = encoded((directory / "a.png").read_bytes())
-  entry = {**ONE, "image": content, "solution": "teal", "level": {"of": [1, None]}}
-  record = read(directory, entry, keeps_columns=True)
-  assert record.columns == {
-    **{"image": record.images[0], "conversations": ONE["conversations"]},
-    **{"solution": "teal", "level": {"of": [1, None]}},
-  }
-  assert read(directory, entry).columns is None
-
-
-def test_keys_that_nothing_reads_are_logged(directory, caplog):
-  entry = {**ONE, "source": "web", "license": "MIT", "score": None}
-  with caplog.at_level("INFO", logger="absl"):
-    read(directory, entry)
-  assert "keys that nothing reads: source (1), license (1)" in caplog.text
-
-
-def test_bad_records_are_left_out_by_choice(directory, caplog):
-  path = directory / "train.json"
-  path.write_text(json.dumps([ONE] * 3 + [llava(human())]))
-  with caplog.at_level("WARNING", logger="absl"):
-    records = load_records(str(path), Options(on_bad_record="skip"))
-  assert len(records) == 3
-  assert "Left out: " in caplog.text
-  assert "record 3: conversations[0]: the last question has no answer" in caplog.text
-  path.write_text(json.dumps([ONE] * 3 + [llava(human())] * 2))
-  with pytest.raises(InputError, match="2 of 5 records could not be read.*writes the others"):
-    load_records(str(path), Options(on_bad_record="skip"))
-  assert len(load_records(str(path), Options(on_bad_record="skip", max_bad_records=0.5))) == 3

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.data.tokenizers import byte_level_tokenizer, sentencepiece_style_tokenizer
-from vlalign_jax.data.records import Turn
+from vlalign_jax.data.conversations import Turn
 from vlalign_jax.data.templates import (
   TEMPLATES,
   Piece,

@@ -13,7 +13,8 @@ from tests import parity
 from tests.data.test_jinja_template import LLAMA_3
 from tests.generation.test_greedy import answers
 from vlalign_jax.data import encode, templates
-from vlalign_jax.data.records import Record, Turn
+from vlalign_jax.data.conversations import Turn
+from vlalign_jax.data.records import Record
 from vlalign_jax.input_pipeline import prompts
 from vlalign_jax.weights import export, parts
 

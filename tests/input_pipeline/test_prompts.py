@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from tests.data import test_encode
+from vlalign_jax.data.conversations import Turn
 from vlalign_jax.data.encode import encode
 from vlalign_jax.data.plan import ImageSets, plan_batches
-from vlalign_jax.data.records import Record, Turn
+from vlalign_jax.data.records import Record
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline.prompts import (
   encode_prompt,

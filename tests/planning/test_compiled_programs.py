@@ -4,8 +4,6 @@ The models are narrow, as compiling takes long; `benchmarks/compiled_programs.py
 a 7B model.
 """
 
-import importlib.util
-
 import pytest
 
 from benchmarks import compiled_programs
@@ -14,8 +12,7 @@ from vlalign_jax.planning import topology
 
 pytestmark = pytest.mark.slow
 
-_HAS_CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
-needs_cuda = pytest.mark.skipif(not _HAS_CUDA, reason=topology.INSTALL_CUDA)
+needs_cuda = pytest.mark.skipif(not topology.has_cuda_plugin(), reason=topology.INSTALL_CUDA)
 
 
 def compiled(stage: str, devices: str, length: int, attention: str = "auto"):

@@ -91,14 +91,9 @@ def test_without_a_compiler_the_line_that_installs_it(monkeypatch):
     assert (pathlib.Path(__file__).parents[2] / line.split()[-1]).exists()
 
 
-HAS_CUDA = (
-  importlib.util.find_spec("jax_plugins.xla_cuda12")
-  if importlib.util.find_spec("jax_plugins")
-  else None
+@pytest.mark.skipif(
+  not topology.has_cuda_plugin(), reason=f"the compiler for GPUs: {topology.INSTALL_CUDA}"
 )
-
-
-@pytest.mark.skipif(not HAS_CUDA, reason=f"the compiler for GPUs: {topology.INSTALL_CUDA}")
 @pytest.mark.parametrize(("name", "chip"), chips.GPUS.items())
 def test_a_gpu_that_is_not_there(name, chip):
   """Runs if requirements-gpu-plan.txt is installed."""

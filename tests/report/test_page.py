@@ -154,7 +154,7 @@ def test_bad_directories(tmp_path, places):
     tmp_path / "hub": "a config of the stage None; name a run of sft, reward, dpo, ppo, or",
     tmp_path / "list": "list/config.json is not a config",
     empty: "empty has no numbers yet; metrics.jsonl is written from the first step on",
-    damaged: "damaged/metrics.jsonl, line 2: damaged .*; delete it",
+    damaged: "damaged/metrics.jsonl, line 2: damaged .*; delete this line",
     unfinished: "unfinished has no metrics.json yet; repeat the command of the prediction",
     places[0]: "a/sft is given twice",
   }

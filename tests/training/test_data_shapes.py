@@ -3,6 +3,7 @@
 import base64
 import json
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -102,7 +103,6 @@ def write(directory, form, name: str) -> str:
   elif name.endswith(".parquet"):
     pq.write_table(pa.Table.from_pylist(changed), directory / name, row_group_size=5)
   else:
-    datasets = pytest.importorskip("datasets")
     datasets.Dataset(pa.Table.from_pylist(changed)).save_to_disk(directory / name, num_shards=2)
   return name
 

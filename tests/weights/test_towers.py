@@ -4,7 +4,6 @@ import json
 import logging
 
 import numpy as np
-import peft
 import pytest
 import torch
 import transformers
@@ -20,7 +19,7 @@ from tests.weights.test_round_trip import (
 )
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import vlm
-from vlalign_jax.weights import export, export_adapters, load, names, source, towers
+from vlalign_jax.weights import export, load, names, source, towers
 
 FULL = {"vision_feature_select_strategy": "full"}
 
@@ -170,27 +169,8 @@ def test_adapters_equal_those_of_peft(tmp_path):
   """The head has maps of the names that adapters have in layers, and gets none."""
   torch_model = tiny_models.make_llava(tmp_path, **tiny_models.SIGLIP)
   vision = peft_models.VISION.replace(r"\d+", "[01]")
-  adapted = peft_models.add(torch_model, r=3, lora_alpha=6, lora_dropout=0.0, target_modules=vision)
-  adapted.save_pretrained(tmp_path / "peft")
-  opened, graphdef, params = peft_models.open_model(
-    str(tmp_path), vision_rank=3, alpha=6.0, targets="/layers/", init_from=f"{tmp_path}/peft"
-  )
-  config = opened.config
-  pictures = parity.make_pictures(1, config.vision.image_size)
-  example = parity.make_example(config, 20, tuple(pictures))
-  rows = parity.make_rows(config, [[example]], pictures, len(example.tokens), 1)
-  with torch.no_grad():
-    expected = parity.torch_logits(adapted, config, example, pictures)
-  assert parity.relative_error(parity.logits(graphdef, params, rows)[0], expected) < 1e-5
-  flat = parity.trees.flatten(params)
-  kept = {path: x for path, x in flat.items() if "lora_" in path}
-  assert {path.split("/")[0] for path in kept} == {"vision"}
-  export_adapters.export_adapters(config, kept, str(tmp_path / "out"))
-  base = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
-  exported = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
-  with torch.no_grad():
-    logits = parity.torch_logits(exported, config, example, pictures)
-  assert parity.relative_error(logits, expected) < 1e-5
+  options = {"vision_rank": 3, "targets": "/layers/"}
+  assert peft_models.check_both_ways(torch_model, tmp_path, vision, **options) == {"vision"}
 
 
 def test_a_new_model_reads_all_patches(directories):

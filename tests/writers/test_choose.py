@@ -61,7 +61,6 @@ def test_packages_are_imported_only_if_asked_for():
 
 
 def test_a_missing_key_of_wandb_is_explained(tmp_path, monkeypatch):
-  pytest.importorskip("wandb")
   code = (
     "from tests.writers.test_choose import log; from vlalign_jax.writers import choose\n"
     "try: choose.check(log('wandb'))\n"

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vlalign_jax.data.records import IMAGE_PLACEHOLDER
+from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER
 from vlalign_jax.data.tokens import vocabulary
 from vlalign_jax.errors import InputError
 

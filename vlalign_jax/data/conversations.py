@@ -62,7 +62,7 @@ def parse(entry: dict[str, Any], answers: Answers, max_candidates: int | None) -
   messages, ranked = dialog.messages, dialog.answers
   system, messages = _system(entry, messages)
   if not messages:
-    raise InputError("there is no message but the system's; give a question")
+    raise InputError("the system's message is the only one; give a question")
   if ranked is None and (listed := _ranked_list(messages)) is not None:
     ranked, messages = listed, messages[:-1]
   turns, shown = _turns(messages)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlalign_jax.data.records import IMAGE_PLACEHOLDER, Record, Turn
+from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER, Turn
+from vlalign_jax.data.records import Record
 from vlalign_jax.data.templates import closing, turn_pieces
 from vlalign_jax.data.tokens import tokenize_branches, vocabulary
 from vlalign_jax.errors import InputError

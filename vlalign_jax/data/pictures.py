@@ -4,7 +4,6 @@ import os
 import re
 from typing import Any
 
-from vlalign_jax.data.images import image_path
 from vlalign_jax.data.picture_store import PictureStore, written_in_text
 from vlalign_jax.data.values import as_text, kind, quote
 from vlalign_jax.errors import InputError
@@ -71,25 +70,37 @@ def locate(value: Any, name: str, root: str, store: PictureStore) -> str:
     content = written_in_text(value)
   except InputError as error:
     raise InputError(f"{name} holds {error}") from error
-  return _below(value, root) if content is None else store.keep(content)
+  return below(value, root) if content is None else store.keep(content)
 
 
-def _below(path: str, root: str) -> str:
+def below(path: str, root: str) -> str:
+  """Returns a path in its normal form below `root`, without access to the disk.
+
+  `..` is resolved by name only, so a symbolic link inside the root may lead elsewhere.
+
+  Raises:
+    InputError: it is empty, a URL, or leads out of the root.
+  """
   path = path.removeprefix("file://")
+  shown = f"image {quote(path)}"
+  if not path:
+    raise InputError('image "" is an empty path; name the file relative to data.images')
   if _URL.match(path):
     raise InputError(
-      f"image {quote(path)} is a URL, and pictures must be local: download it below data.images"
-      " (wget, img2dataset) and give its path"
+      f"{shown} is a URL, and pictures must be local: download it below data.images (wget,"
+      " img2dataset) and give its path"
     )
-  if os.path.isabs(path):
-    relative = os.path.relpath(path, os.path.abspath(root or "."))
-    if relative.split(os.sep, 1)[0] == os.pardir:
-      raise InputError(
-        f"image {quote(path)} is an absolute path outside of data.images ({root or '.'}); set"
-        " data.images to a directory above it"
-      )
-    return relative
-  return image_path(path)
+  is_absolute = os.path.isabs(path)
+  normal = os.path.relpath(path, os.path.abspath(root or ".")) if is_absolute else path
+  normal = os.path.normpath(normal)
+  if normal.split(os.sep, 1)[0] != os.pardir:
+    return normal
+  if is_absolute:
+    raise InputError(
+      f"{shown} is an absolute path outside of data.images ({root or '.'}); set data.images to a"
+      " directory above it"
+    )
+  raise InputError(f"{shown} leaves the image root; move it there or set data.images")
 
 
 def of_part(content: dict[str, Any]) -> Any:

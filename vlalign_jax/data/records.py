@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from vlalign_jax.data import bad_records, conversations, picture_store, pictures
-from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER, Answers, Conversation, Turn
+from vlalign_jax.data.columns import columns_of
+from vlalign_jax.data.conversations import Answers, Turn
 from vlalign_jax.data.entries import entries
-from vlalign_jax.data.picture_store import PictureStore
+from vlalign_jax.data.placeholders import place_images
 from vlalign_jax.data.values import as_text, kind, quote
 from vlalign_jax.errors import InputError
 
 _THREADS = 32  # existence checks wait for network disks, not for the processor
-PLACEHOLDERS = ("match", "first")
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,13 +204,13 @@ def parse_record(
     root, store = options.image_root, picture_store.store(options.cache)
     images = pictures.of_record(entry, root, store)
     conversation = conversations.parse(entry, options.answers, options.max_candidates)
-    turns, images = _place_images(conversation, images, options, store)
+    turns, images = place_images(conversation, images, options.placeholders, root, store)
     for turn, question in zip(turns, conversation.places, strict=True):
       if not turn.human.strip():
         raise InputError(f"{question}: the question is empty; give it or drop the record")
   except InputError as error:
     raise InputError(f"{_where(file, place, index, identity)}: {error}") from error
-  columns = _columns(entry, images) if options.keeps_columns else None
+  columns = columns_of(entry, images) if options.keeps_columns else None
   record = Record(
     file=file,
     index=index,
@@ -225,58 +225,6 @@ def parse_record(
   )
   known = {"id", "idx", *pictures.KEYS, *conversation.keys}
   return record, [key for key, value in entry.items() if key not in known and value is not None]
-
-
-def _place_images(
-  conversation: Conversation, images: tuple[str, ...], options: Options, store: PictureStore
-) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-  """Returns the turns and the images of their placeholders, one each."""
-  turns, root = conversation.turns, options.image_root
-  # A message's part may hold its picture; the record's own pictures fill the other placeholders.
-  own = [
-    None if value is None else pictures.locate(value, "a message's part", root, store)
-    for value in conversation.pictures
-  ]
-  held = tuple(image for image in own if image is not None)
-  open_places = len(own) - len(held)
-  if open_places == len(images):
-    rest = iter(images)
-    return turns, tuple(next(rest) if image is None else image for image in own)
-  if open_places and options.placeholders != "first":
-    number = len(images) + len(held)
-    raise InputError(
-      f"its questions hold {len(own)} {IMAGE_PLACEHOLDER} but it has {number}"
-      f" {'image' if number == 1 else 'images'}; make them agree, or set data.placeholders=first"
-      " to put all images first"
-    )
-  before = len(images)
-  if open_places:  # taken out
-    turns = tuple(replace(turn, human=_without_placeholders(turn.human)) for turn in turns)
-    before += len(held)
-  first = replace(turns[0], human=f"{IMAGE_PLACEHOLDER}\n" * before + turns[0].human)
-  return (first, *turns[1:]), images + held
-
-
-def _without_placeholders(text: str) -> str:
-  return text.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "").strip()
-
-
-def _columns(entry: dict[str, Any], images: tuple[str, ...]) -> dict[str, Any]:
-  """Returns an entry's columns as reward functions get them: paths in place of pictures' bytes."""
-  columns = {key: _without_bytes(value) for key, value in entry.items()}
-  for key in pictures.KEYS:
-    if columns.get(key) is not None:
-      columns[key] = list(images) if isinstance(columns[key], list) else next(iter(images), None)
-  return columns
-
-
-def _without_bytes(value: Any) -> Any:
-  if isinstance(value, dict):
-    return {key: _without_bytes(part) for key, part in value.items()}
-  if isinstance(value, list):
-    return [_without_bytes(part) for part in value]
-  is_picture = isinstance(value, bytes) or (isinstance(value, str) and value[:5] == "data:")
-  return None if is_picture else value
 
 
 def _missing(images: Iterable[str], root: str) -> set[str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vlalign_jax.data.chat_template import TRIAL, CleanTurn, cut_conversation, takes_typed_content
-from vlalign_jax.data.records import IMAGE_PLACEHOLDER, Turn
+from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER, Turn
 from vlalign_jax.data.tokens import plain_text, vocabulary
 from vlalign_jax.errors import InputError
 

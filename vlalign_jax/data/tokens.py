@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from tokenizers import Tokenizer
 
-from vlalign_jax.data.records import IMAGE_PLACEHOLDER
+from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER
 from vlalign_jax.errors import InputError
 
 # A Unicode noncharacter: the texts on its two sides are tokenized separately, and it is not.

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from vlalign_jax.data import bad_records, blank, images, measure, mixture, plan, templates
+from vlalign_jax.data import (
+  bad_records,
+  blank,
+  image_processor,
+  images,
+  measure,
+  mixture,
+  plan,
+  templates,
+)
 from vlalign_jax.data.conversations import Answers
 from vlalign_jax.data.encode import Encoded
 from vlalign_jax.data.pipeline import Prepared
@@ -89,7 +98,7 @@ class LoadExample:
 class LoadImage:
   """Loads the image at a path as uint8[H, W, 3] for the vision tower."""
 
-  preprocessor: images.ImagePreprocessor
+  preprocessor: image_processor.ImagePreprocessor
   blank: bool  # gray in place of the image
 
   def __call__(self, path: str) -> np.ndarray:

@@ -132,7 +132,7 @@ def _gpu(name: str, shape: str) -> Topology:
   nodes, rest = divmod(count, chips.NVLINK_GPUS)
   if nodes and rest:
     raise InputError(f"--topology={name}: nodes have {chips.NVLINK_GPUS} GPUs; name a multiple")
-  if not _has_cuda_plugin():
+  if not has_cuda_plugin():
     raise InputError(
       f"--topology={name}: the compiler for GPUs is not installed; no GPU is needed for it: "
       f"{INSTALL_CUDA}"
@@ -148,7 +148,8 @@ def _gpu(name: str, shape: str) -> Topology:
   return Topology(name, chip, devices, note)
 
 
-def _has_cuda_plugin() -> bool:
+def has_cuda_plugin() -> bool:
+  """Returns whether the compiler for GPUs is installed."""
   names = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
   return bool(importlib.util.find_spec("jax_plugins")) and any(map(importlib.util.find_spec, names))
 

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 
-from vlalign_jax import storage, trees
+from vlalign_jax import json_lines, storage, trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.prediction import settings
 
@@ -104,27 +104,8 @@ def _check_same(workdir: str, stored: dict, config: dict, inputs: dict) -> None:
 
 
 def read_lines(path: str) -> list[dict]:
-  """Returns the lines of a file, without a half-written last one; [] if there is no file.
-
-  Raises:
-    InputError: a line before the last is damaged.
-  """
-  try:
-    with open(path, "rb") as file:
-      content = file.read()
-  except FileNotFoundError:
-    return []
-  lines = []
-  for number, text in enumerate(content.split(b"\n")[:-1], start=1):
-    try:
-      lines.append(json.loads(text))
-      if not (isinstance(lines[-1], dict) and isinstance(lines[-1].get("record"), int)):
-        raise ValueError("not an object with the number of a record")
-    except ValueError as error:
-      raise InputError(
-        f"{path}, line {number}: damaged ({error}); delete this line, and it is computed again"
-      ) from error
-  return lines
+  """Returns the lines of a file of predictions, see `json_lines.read`."""
+  return json_lines.read(path, "record", "delete this line, and it is computed again")
 
 
 def write_lines(path: str, lines: list[dict]) -> None:

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 
 from etils import epath
 
-from vlalign_jax import stages, storage, trees
+from vlalign_jax import json_lines, stages, storage, trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.prediction import directory as predictions
 from vlalign_jax.prediction import settings
@@ -15,6 +14,7 @@ from vlalign_jax.rollout import samples
 from vlalign_jax.runs import run_directory
 
 METRICS, NUMBERS = "metrics.jsonl", "metrics.json"
+_FIX = "delete this line"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +96,12 @@ def _read(place: str, name: str) -> Run:
   lines, numbers = [], {}
   if stage == settings.STAGE:
     numbers = _numbers(path / NUMBERS)
-    found = _lines(path / predictions.PREDICTIONS)
+    found = json_lines.read(f"{place}/{predictions.PREDICTIONS}", "record", _FIX)
   else:
-    lines = _lines(path / METRICS)
+    lines = json_lines.read(f"{place}/{METRICS}", "step", _FIX)
     if not lines:
       raise InputError(f"{place} has no numbers yet; {METRICS} is written from the first step on")
-    found = _lines(path / samples.FILE)
+    found = json_lines.read(f"{place}/{samples.FILE}", "step", _FIX)
     newest = max((line["step"] for line in found), default=0)
     found = [line for line in found if line["step"] == newest]
   return Run(name, stage, _flat(config), _flat(defaults.to_dict()), lines, numbers, found)
@@ -137,18 +137,3 @@ def _numbers(path: epath.Path) -> dict:
     raise InputError(
       f"{path} is not JSON ({error}); delete it and repeat the command of the prediction"
     ) from error
-
-
-def _lines(path: epath.Path) -> list[dict]:
-  """Returns the lines of a file, without a half-written last one; [] if there is no file."""
-  if not path.exists():
-    return []
-  lines = []
-  for number, text in enumerate(path.read_text().split("\n")[:-1], start=1):
-    try:
-      lines.append(json.loads(text))
-      if not isinstance(lines[-1], dict) or not {"step", "record"} & lines[-1].keys():
-        raise ValueError("not an object with a step or a record")
-    except ValueError as error:
-      raise InputError(f"{os.fspath(path)}, line {number}: damaged ({error}); delete it") from error
-  return lines

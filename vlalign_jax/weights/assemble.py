@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import LlavaConfig
 
-from vlalign_jax.data.images import ImagePreprocessor
+from vlalign_jax.data.image_processor import ImagePreprocessor
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.projector import PROJECTORS
 from vlalign_jax.weights import hf_config, tensors, towers

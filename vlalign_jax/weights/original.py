@@ -18,7 +18,7 @@ from absl import logging
 from transformers import LlavaConfig
 
 from vlalign_jax import json_files
-from vlalign_jax.data.images import ImagePreprocessor
+from vlalign_jax.data.image_processor import ImagePreprocessor
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights import assemble, hf_config, original_names, original_tokenizer, towers
 from vlalign_jax.weights.parts import IMAGE_TOKEN, ModelSource, from_parts, load_generation

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedTokenizerBase
 
 from vlalign_jax import json_files
-from vlalign_jax.data.images import ImagePreprocessor
+from vlalign_jax.data.image_processor import ImagePreprocessor
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.projector import check as check_projector
 from vlalign_jax.models.vlm import LANGUAGE, SCORE, ModelConfig

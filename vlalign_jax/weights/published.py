@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from vlalign_jax.data.images import ImagePreprocessor
+from vlalign_jax.data.image_processor import ImagePreprocessor
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import clip, siglip
 from vlalign_jax.models import projector as projectors

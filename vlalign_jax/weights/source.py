@@ -10,7 +10,7 @@ import os
 from transformers import LlavaConfig
 
 from vlalign_jax import storage, trees
-from vlalign_jax.data.images import ImagePreprocessor
+from vlalign_jax.data.image_processor import ImagePreprocessor
 from vlalign_jax.data.templates import end_tokens
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora, vlm
