@@ -93,16 +93,15 @@ def read(directory: str, part: str, steps: int) -> dict:
   records, _ = prepare.load_records(sft.TASK, c)
   loaded = time.perf_counter() - start
   train = prepare.prepare_train(sft.TASK, c, opened, records, 1)
-  digest, resumed = hashlib.sha256(), hashlib.sha256()
+  digest = resumed = hashlib.sha256()
   start = time.perf_counter()
   with train.batches(threads=2) as batches:
     for step in range(steps):
       _add(digest, next(batches))
       if step == steps // 2 - 1:
-        digest_of_first_half = digest.copy()
+        resumed = digest.copy()
         state = batches.get_state()
   seconds = time.perf_counter() - start
-  resumed = digest_of_first_half
   with train.batches(threads=2) as batches:
     batches.set_state(state)
     for _ in range(steps - steps // 2):

@@ -1,6 +1,7 @@
 """Makes float32 mean float32: accelerators round the factors of products unless they are told."""
 
 import os
+from typing import Any
 
 import jax
 from absl import logging
@@ -22,7 +23,8 @@ def set_for(dtype: str, platform: str) -> None:
   if os.environ.get("JAX_DEFAULT_MATMUL_PRECISION"):
     return
   if dtype != "float32":
-    if jax.config.read("jax_default_matmul_precision") == HIGHEST:  # of an earlier run of this process
+    settings: Any = jax.config
+    if settings.jax_default_matmul_precision == HIGHEST:  # of an earlier run of this process
       jax.config.update("jax_default_matmul_precision", None)
     return
   jax.config.update("jax_default_matmul_precision", HIGHEST)

@@ -1,6 +1,7 @@
 """Tests the ways in which a record names or holds its pictures, and where they stand."""
 
 import base64
+import json
 import os
 
 import numpy as np
@@ -22,6 +23,7 @@ from tests.data.twins import (
 )
 from vlalign_jax.data import pictures
 from vlalign_jax.data.encode import encode
+from vlalign_jax.data.records import Options, load_records
 from vlalign_jax.errors import InputError
 
 # How a record may name its picture: (directory, the picture's bytes) -> value.
@@ -81,3 +83,15 @@ def test_paths_are_normalized():
   assert pictures.below("./b//c/../a.png", "root") == "b/a.png"
   assert pictures.below("..a.png", "root") == "..a.png"
   assert pictures.below(os.path.abspath("root/b/../a.png"), "root") == "a.png"
+
+
+def test_where_held_pictures_are_kept_changes_no_digest(directory):
+  entry = {**ONE, "image": encoded((directory / "a.png").read_bytes())}
+  first = read(directory, entry)
+  (directory / "cache").rename(directory / "moved")
+  (directory / "train.json").write_text(json.dumps([entry]))
+  options = Options(cache=str(directory / "elsewhere"))
+  (second,) = load_records(str(directory / "train.json"), options)
+  assert first.images != second.images
+  assert first.content == second.content
+  assert first.content != read(directory, ONE).content

@@ -62,8 +62,10 @@ class Record:
 
   @property
   def content(self) -> tuple:
-    """Returns what a model reads of the record, and where its pictures are; for digests."""
-    return self.images, self.turns, self.answers, *((self.system,) if self.system else ())
+    """Returns what a model reads of the record, and which pictures; for digests."""
+    # Pictures that the file holds are named by their content, wherever they are kept.
+    names = tuple(os.path.basename(i) if os.path.isabs(i) else i for i in self.images)
+    return names, self.turns, self.answers, *((self.system,) if self.system else ())
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ _HARMLESS = (
   "log.project",
   "log.name",
   "data.workers",
+  "data.max_bad_records",
+  "data.cache",
   "mesh.data",
   "mesh.fsdp",
   "mesh.tensor",

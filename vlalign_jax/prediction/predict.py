@@ -79,7 +79,8 @@ def predict(c, workdir: str) -> tuple[list[dict], tuple]:
   with writers.opened(c, workdir, resumes=True) as opened_writers:
     for writer in opened_writers:
       writer.scalars(0, numbers)
-    shown = [line for line in lines if line["record"] in gallery.shown_records(c, lines)]
+    numbers_shown = {*gallery.shown_records(c, lines)}
+    shown = [line for line in lines if line["record"] in numbers_shown]
     tables.write(opened_writers, "predictions", 0, records, shown)
   for name, value in numbers.items():
     logging.info("%s: %s", name, f"{value:.4g}" if isinstance(value, float) else value)

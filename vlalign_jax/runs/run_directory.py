@@ -25,6 +25,8 @@ HARMLESS = (
   "metric_for_best_model",
   "data.workers",
   "data.on_bad_record",
+  "data.max_bad_records",
+  "data.cache",
   "model.architecture",
   "ppo.log_samples_every",
   "ppo.log_samples",
