@@ -23,7 +23,7 @@ from PIL import Image
 
 DIRECTORY = flags.DEFINE_string("directory", None, "Where data goes; reused.", required=True)
 ROWS = flags.DEFINE_integer("rows", 20_000, "Records, each with a picture of its own.")
-STEPS = flags.DEFINE_integer("steps", 60, "Batches of 64 that are read.")
+STEPS = flags.DEFINE_integer("steps", 60, "Batches of 64 that are read.", lower_bound=2)
 PART = flags.DEFINE_string("part", "", "Set by this script in its own processes.")
 SIZE = (500, 375)  # as most of COCO, of which LLaVA's pictures are
 GROUP = 1000  # rows of a row group

@@ -116,3 +116,22 @@ def test_writers_are_closed_as_failed(tmp_path, monkeypatch):
   with pytest.raises(ZeroDivisionError), choose.opened(defaults("sft"), str(tmp_path)):
     1 / 0  # noqa: B018
   assert closed == [False, True]
+
+
+def test_all_writers_are_closed_even_if_closing_one_fails(tmp_path, monkeypatch):
+  closed = []
+
+  class Fails:
+    def __init__(self, name):
+      self._name = name
+
+    def close(self, failed=False):
+      closed.append((self._name, failed))
+      raise OSError("no space left")
+
+  monkeypatch.setattr(choose, "_open", lambda name, *_: Fails(name))
+  config = defaults("sft")
+  config.log.writers = "wandb,tensorboard"
+  with pytest.raises(OSError, match="no space"), choose.opened(config, str(tmp_path)):
+    pass
+  assert closed == [("tensorboard", False), ("wandb", True)]

@@ -112,13 +112,15 @@ def test_trackio(tmp_path):
 
 
 def board_lines(workdir: pathlib.Path) -> list[dict]:
-  """Returns what TensorBoard's files have, a line for each step."""
-  lines = []
+  """Returns what TensorBoard shows of its files: a line for each step, without purged points."""
+  lines: list[dict] = []
   for path in sorted(workdir.glob("events.*")):
     content, place = path.read_bytes(), 0
     while place < len(content):
       length = int.from_bytes(content[place : place + 8], "little")
       event = event_pb2.Event.FromString(content[place + 12 : place + 12 + length])
+      if event.session_log.status == event_pb2.SessionLog.START:
+        lines = [line for line in lines if line["step"] < event.step]
       lines += [{"step": event.step, one.tag: one.simple_value} for one in event.summary.value]
       place += length + 16
   return merged(lines)
@@ -133,6 +135,25 @@ def test_tensorboard(tmp_path):
   assert math.isnan(lines[0].pop("grad_norm"))
   for found, line in zip(lines, metrics, strict=True):
     assert found == pytest.approx(line, rel=1e-6)  # float32
+
+
+def test_tensorboard_replaces_the_points_after_a_checkpoint(tmp_path):
+  (tmp_path / "run").mkdir()
+  log(tmp_path, "tensorboard", "crash")
+  lines = board_lines(tmp_path / "run")
+  assert [line["step"] for line in lines] == [1, 2, 3, 4]  # they were flushed before the crash
+  (path,) = (tmp_path / "run").glob("events.*")
+  path.rename(path.with_name("events.out.tfevents.0.first"))  # names count seconds
+  log(tmp_path, "tensorboard")
+  lines = board_lines(tmp_path / "run")
+  assert [line["perf/tokens_per_second"] for line in lines] == [1000.0, 1000.0, 2000.0, 2000.0]
+  (tmp_path / "run" / "metrics.jsonl").unlink()
+  log(tmp_path, "tensorboard")  # starts again
+  assert [line["loss"] for line in board_lines(tmp_path / "run")] == pytest.approx(
+    [1 / (step + 1) for step in (1, 2, 3, 4)]
+  )
+  session = [line["perf/tokens_per_second"] for line in board_lines(tmp_path / "run")]
+  assert session == [1000.0] * 4
 
 
 def test_without_writers_metrics_are_written(tmp_path):

@@ -125,9 +125,8 @@ def _stream(record: Record) -> int:
   prompt = [(turn.human, turn.gpt) for turn in record.turns[:-1]], record.turns[-1].human
   if record.system:
     prompt = record.system, *prompt
-  return (
-    zlib.crc32(f"{record.index} {record.id} {record.content[0]} {prompt}".encode()) & 0x7FFFFFFF
-  )
+  images, *_ = record.content
+  return zlib.crc32(f"{record.index} {record.id} {images} {prompt}".encode()) & 0x7FFFFFFF
 
 
 def _read(source: ModelSource, numbers: np.ndarray, generated: Generated) -> Iterator[Answer]:

@@ -1,6 +1,7 @@
 """`log.writers`: which writers a run has, checked first, opened when it begins."""
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Iterator
 
@@ -69,15 +70,15 @@ def opened(config: Config, workdir: str, step: int = 0, resumes: bool = False) -
   """
   writers: list[Writer] = []
   asked = names(config.log) if jax.process_index() == 0 else []
-  failed = True
-  try:
+
+  def close(writer: Writer, error_type, *_) -> None:
+    writer.close(failed=error_type is not None)
+
+  with contextlib.ExitStack() as stack:  # closes all, even if closing one fails
     for name in asked:
       writers.append(_open(name, config, workdir, step, resumes))
+      stack.push(functools.partial(close, writers[-1]))
     yield writers
-    failed = False
-  finally:
-    for writer in writers:
-      writer.close(failed)
 
 
 def _open(name: str, config: Config, workdir: str, step: int, resumes: bool) -> Writer:
