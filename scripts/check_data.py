@@ -9,11 +9,14 @@ if there is one. Writes a page with lengths, picture sizes, examples and the bad
 and the good records of data.train to --write_good, as JSON or JSON lines (.jsonl).
 """
 
+import os
+
 from absl import flags
 from ml_collections import config_flags
 
 from vlalign_jax import cli, stages, storage
 from vlalign_jax.data import convert
+from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline import check, data_page, report
 from vlalign_jax.weights import source
 
@@ -26,7 +29,13 @@ def check_data(c, show: int = 0, page: str = "", write_good: str = "") -> list[c
     show: number of examples to print.
     page: where the page is written; empty: nowhere.
     write_good: where the good records of data.train are written; empty: nowhere.
+
+  Raises:
+    InputError: the config is wrong, or an output cannot be written.
   """
+  convert.check_new(write_good, "--write_good")
+  if page and not os.path.isdir(os.path.dirname(page) or "."):
+    raise InputError(f"--page {page}: no such directory; make it")
   stage = stages.of_config(c)
   stage.check(c)
   model_source = source.open_source(c.model, c.data.image_aspect)
@@ -40,7 +49,10 @@ def check_data(c, show: int = 0, page: str = "", write_good: str = "") -> list[c
     print()
   print("\n".join(report.summary(reports)))
   if page:
-    storage.write(page, data_page.page(c, reports).encode())
+    try:
+      storage.write(page, data_page.page(c, reports))
+    except OSError as error:
+      raise InputError(f"--page {page}: cannot be written ({error.strerror})") from error
     print(f"written: {page}")
   if write_good:
     convert.write(write_good, check.good_entries(reports[0]), "--write_good")

@@ -32,8 +32,7 @@ def convert_data(
   for flag, path in (("input", source), ("output", output)):
     if not path:
       raise InputError(f"--{flag} is missing: the file to {'read' if flag == 'input' else 'write'}")
-  if os.path.exists(output):
-    raise InputError(f"--output {output} exists; remove it or name another file")
+  convert.check_new(output, "--output")
   directory = os.path.abspath(images or os.path.dirname(output) or ".")
   records, errors = convert.convert(source, directory, placeholders)
   if errors and on_bad_record == "error":

@@ -13,11 +13,11 @@ if [ "${1:-}" = --all ]; then
   shift
 fi
 out=${1:-}
+if [ $# -gt 1 ] || [ "${out#-}" != "$out" ]; then
+  echo "usage: bash scripts/demo.sh [--all] [DIRECTORY]" >&2
+  exit 1
+fi
 case $out in
-  -*)
-    echo "usage: bash scripts/demo.sh [--all] [DIRECTORY]" >&2
-    exit 1
-    ;;
   "" | /*) ;;
   *) out=$PWD/$out ;;
 esac

@@ -29,10 +29,12 @@ def report(places: list[str], output: str = "") -> str:
     raise InputError("no directory is given: python scripts/report.py RUN [RUN ...]")
   content = page(directory.read_all(places))
   output = output or f"{storage.absolute(places[0])}/report.html"
+  storage.check(output, "--output")
   try:
     storage.write(output, content)
   except OSError as error:
-    raise InputError(f"--output {output}: cannot be written ({error.strerror})") from error
+    message = f"{output}: cannot be written ({error.strerror}); name another place with --output"
+    raise InputError(message) from error
   logging.info("%s: %d directories, %.1f MB", output, len(places), len(content.encode()) / 1e6)
   return output
 

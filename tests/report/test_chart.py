@@ -60,5 +60,6 @@ def test_long_curves_keep_their_peaks():
   assert len(kept) <= chart.MOST_POINTS + 2
   assert (1234, 9.0) in kept
   assert (7777, -9.0) in kept
+  assert (5000, None) in kept
   assert [step for step, _ in kept] == sorted(step for step, _ in kept)
   assert chart.thin(points[:50]) == points[:50]

@@ -29,13 +29,14 @@ def places(tmp_path):
   name = runs.picture(images, "a.png")
   data = str(images / "train.json")
   other = [line | {"loss": 2.5} for line in SFT_LINES]
+  root = {"image_root": str(images)}
   rollouts = [
-    runs.answer(0, [name], "an old answer", step=1, score=0.5, kl=0.1),
-    runs.answer(0, [name], f"new {EVIL}", step=3, score=0.75, kl=0.2),
-    runs.answer(1, ["missing.png"], "without", step=3, score=None, kl=0.3),
+    runs.answer(0, [name], "an old answer", step=1, score=0.5, kl=0.1, **root),
+    runs.answer(0, [name], f"new {EVIL}", step=3, score=0.75, kl=0.2, **root),
+    runs.answer(1, ["missing.png"], "without", step=3, score=None, kl=0.3, **root),
   ]
   ppo = [{"step": 0, "eval/objective/scores": 1.0}, {"step": 1, "objective/scores": 1.5}]
-  answers = [runs.answer(0, [name], "an answer", reference="right", reward=0.125)]
+  answers = [runs.answer(0, [name], "an answer", reference="right", reward=0.125, **root)]
   return [
     str(runs.train(tmp_path / "a" / "sft", "sft", SFT_LINES, data__train=data, seed=7)),
     str(runs.train(tmp_path / "b" / "sft", "sft", other, data__train=data, seed=8)),
@@ -112,7 +113,8 @@ def test_runs_that_record_little(tmp_path):
   content = pathlib.Path(report.report(places)).read_text()
   assert "nothing was evaluated" in content
   assert "held out: dashed" not in content
-  assert "grad_norm" not in content
+  assert "never finite: grad_norm" in content
+  assert content.count("grad_norm") == 1
   read = directory.read_all(places)
   assert len({*curves.colors(read).values()}) == 9
   (header, row), *_ = [Page(tables.cost([run])).text.strip().splitlines()[:2] for run in read]
@@ -164,7 +166,7 @@ def test_bad_directories(tmp_path, places):
     assert "\n" not in str(caught.value)
   with pytest.raises(InputError, match="no directory is given"):
     report.report([])
-  with pytest.raises(InputError, match="--output .*: cannot be written"):
+  with pytest.raises(InputError, match="page.html: cannot be written .*; name another place"):
     report.report(places, str(tmp_path / "no" / "page.html"))
 
 

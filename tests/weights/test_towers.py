@@ -242,3 +242,12 @@ def test_the_layout_of_llavas_repository_has_no_other_towers(directories, tmp_pa
   path.write_text(json.dumps(content))
   with pytest.raises(InputError, match="'siglip_vision_model'.* only CLIP is supported"):
     parity.open_model(tmp_path)
+
+
+def test_a_head_that_the_tower_cannot_have_is_refused(tmp_path):
+  tiny_models.make_llava(tmp_path)
+  path = tmp_path / "model.safetensors"
+  stray = {"vision_tower.vision_model.head.probe": torch.ones(1, 1, 4)}
+  save_file(load_file(path) | stray, path, {"format": "pt"})
+  with pytest.raises(InputError, match="head.probe"):
+    parity.open_model(tmp_path)

@@ -71,8 +71,7 @@ def write(path: str, records: Iterable[Any], flag: str) -> None:
   Raises:
     InputError: the file exists or cannot be written.
   """
-  if os.path.exists(path):
-    raise InputError(f"{flag} {path} exists; remove it or name another file")
+  check_new(path, flag)
   as_lines = path.lower().endswith((".jsonl", ".ndjson"))
   partial = f"{path}.part"
   try:
@@ -89,6 +88,14 @@ def write(path: str, records: Iterable[Any], flag: str) -> None:
   finally:
     if os.path.exists(partial):
       os.remove(partial)
+
+
+def check_new(path: str, flag: str) -> None:
+  """Raises an InputError if a file exists, or its directory does not; empty paths are fine."""
+  if path and os.path.exists(path):
+    raise InputError(f"{flag} {path} exists; remove it or name another file")
+  if path and not os.path.isdir(os.path.dirname(path) or "."):
+    raise InputError(f"{flag} {path}: cannot be written (No such file or directory)")
 
 
 def _spell(value: Any) -> str:

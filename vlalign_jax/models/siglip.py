@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from flax import nnx
 
-from vlalign_jax.models import stack, vit
+from vlalign_jax.models import vit
 from vlalign_jax.sharding.mesh import constrain_rows
 
 
@@ -25,20 +25,8 @@ class VisionConfig(vit.VisionConfig):
 class VisionTower(vit.VisionTower):
   """Has only patches, with a bias, and no norm before the first layer."""
 
-  def __init__(self, config: VisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-    self.config = config
-    self.dtype = dtype
-    linear, norm = vit.parts(config, dtype=dtype, param_dtype=param_dtype)
-    # Kernel of the patch convolution, flattened in the order row, column, channel.
-    self.patch_embedding = linear(config.patch_size**2 * 3, config.width, rngs=rngs)
-    normal = nnx.initializers.normal(config.width**-0.5)
-    self.position_embedding = nnx.Param(
-      normal(rngs.params(), (config.tokens, config.width), param_dtype)
-    )
-    if config.layers:
-      self.layers = stack.build_stack(
-        lambda rngs: vit.VisionLayer(config, linear, norm, rngs), config.layers, rngs
-      )
+  patch_bias = True
+  has_input_norm = False
 
   def embed(self, patches, mesh):
     x = constrain_rows(self.patch_embedding(patches), mesh)

@@ -110,11 +110,37 @@ def parts(config: VisionConfig, **types):
 
 
 class VisionTower(nnx.Module, abc.ABC):
-  """Maps pixels to patch features; a tower also has `layers`, if its config has any."""
+  """Maps pixels to patch features.
 
-  config: VisionConfig
-  dtype: Any
-  layers: Any
+  Attributes:
+    patch_bias: whether the patch convolution has a bias.
+    has_input_norm: whether there is a norm before the first layer.
+  """
+
+  patch_bias: ClassVar[bool]
+  has_input_norm: ClassVar[bool]
+
+  def __init__(self, config: VisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    self.config = config
+    self.dtype = dtype
+    linear, norm = parts(config, dtype=dtype, param_dtype=param_dtype)
+    normal = nnx.initializers.normal(config.width**-0.5)
+
+    def embedding(*shape):
+      return nnx.Param(normal(rngs.params(), (*shape, config.width), param_dtype))
+
+    # Kernel of the patch convolution, flattened in the order row, column, channel.
+    inputs = config.patch_size**2 * 3
+    self.patch_embedding = linear(inputs, config.width, use_bias=self.patch_bias, rngs=rngs)
+    if config.class_tokens:
+      self.class_embedding = embedding()
+    self.position_embedding = embedding(config.tokens)
+    if self.has_input_norm:
+      self.input_norm = norm(config.width, rngs=rngs)
+    if config.layers:
+      self.layers = stack.build_stack(
+        lambda rngs: VisionLayer(config, linear, norm, rngs), config.layers, rngs
+      )
 
   @abc.abstractmethod
   def embed(self, patches, mesh: Mesh | None):

@@ -62,6 +62,8 @@ def answers_section(
     lines, values: as in `section`.
   """
   parts = [f'<p class="label">{html.text(where)}</p>']
+  if system := lines[0].get("system"):
+    parts.append(f'<p class="label">{html.text(system)}</p>')
   for human, gpt in lines[0].get("history", ()):
     parts += [f"<p>{html.text(human)}</p>", f"<p><em>{html.text(gpt)}</em></p>"]
   parts.append(f"<p>{html.text(lines[0]['prompt'])}</p>")

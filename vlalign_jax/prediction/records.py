@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 
 from absl import logging
 
@@ -40,6 +41,8 @@ def shown(number: int, record: Record) -> dict:
   """Returns the fields of a line that describe its record."""
   *before, last = record.turns
   line = {"record": number, "id": record.id, "images": list(record.images), "prompt": last.human}
+  if record.images:
+    line["image_root"] = os.path.abspath(record.root)
   if record.system:
     line["system"] = record.system
   if before:

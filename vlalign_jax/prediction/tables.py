@@ -44,7 +44,8 @@ def write(
     number = line["record"]
     if number not in pictures:
       pictures[number] = side_by_side(records[number].image_files)
-    said = [text for turn in line.get("history", ()) for text in turn] + [line["prompt"]]
+    said = [line["system"]] if "system" in line else []
+    said += [text for turn in line.get("history", ()) for text in turn] + [line["prompt"]]
     cells = number, str(line["id"]), " ".join(line["images"]), pictures[number], "\n".join(said)
     answers = line["answer"], line.get("reference")
     rows.append([*cells, *answers, *(line.get(name) for name in values)])

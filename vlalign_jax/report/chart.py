@@ -89,17 +89,18 @@ def ticks(low: float, high: float, whole: bool = False) -> list[float]:
 
 
 def thin(points: Sequence[tuple[int, float | None]], most: int = MOST_POINTS) -> list:
-  """Returns at most about so many points: of each part of the curve its lowest and its highest."""
+  """Returns about so many points: of each part of the curve its lowest, its highest and a gap."""
   if len(points) <= most:
     return list(points)
   size, kept = math.ceil(2 * len(points) / most), []
   for start in range(0, len(points), size):
     part = points[start : start + size]
     finite = [(value, step) for step, value in part if value is not None]
+    gap = next((step for step, value in part if value is None), None)
+    chosen: dict[int, float | None] = {} if gap is None else {gap: None}
     if finite:
-      kept += sorted((step, value) for value, step in {min(finite), max(finite)})
-    else:
-      kept.append(part[0])
+      chosen |= {step: value for value, step in (min(finite), max(finite))}
+    kept += sorted(chosen.items(), key=lambda point: point[0])
   return kept
 
 

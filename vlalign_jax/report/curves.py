@@ -50,7 +50,7 @@ def charts(stage: str, runs: Sequence[Run], color_of: dict[str, str]) -> list[st
     runs: at least one.
     color_of: from `colors`.
   """
-  drawn, constant = {}, {}
+  drawn, constant, never = {}, {}, []
   for name in _names(runs):
     curves = _curves(name, runs, color_of)
     values = {value for curve in curves for _, value in curve.points if value is not None}
@@ -58,6 +58,8 @@ def charts(stage: str, runs: Sequence[Run], color_of: dict[str, str]) -> list[st
       drawn[name] = chart.draw(name, curves)
     elif values:
       constant[name] = values.pop()
+    else:
+      never.append(name)
   first = [metric.removeprefix(_EVAL) for metric in stages.STAGES[stage].metrics]
   main = [name for name in dict.fromkeys(("loss", *first, *_MAIN)) if name in drawn]
   others = [name for name in sorted(drawn) if name not in main]
@@ -68,6 +70,8 @@ def charts(stage: str, runs: Sequence[Run], color_of: dict[str, str]) -> list[st
   if constant:
     shown = ", ".join(f"{name} {value:.4g}" for name, value in sorted(constant.items()))
     body.append(f'<p class="label">one value only: {html.text(shown)}</p>')
+  if never:
+    body.append(f'<p class="label">never finite: {html.text(", ".join(sorted(never)))}</p>')
   return body
 
 

@@ -25,18 +25,6 @@ def sections(run: Run) -> list[str]:
   for lines in shown:
     first = lines[0]
     where = f'record {first["record"]} ("id": "{first["id"]}")'
-    root = _root(run, first["images"])
-    files = [os.path.join(root, image) for image in first["images"]]
+    files = [os.path.join(first.get("image_root", ""), image) for image in first["images"]]
     parts.append(gallery.answers_section(where, files, lines, _VALUES))
   return parts
-
-
-def _root(run: Run, images: list[str]) -> str:
-  """Returns the directory that pictures start at: data.images, or that of a data file."""
-  if run.config["data.images"]:
-    return run.config["data.images"]
-  files = [run.config.get(key) or "" for key in ("data.train", "data.eval")]
-  names = [file.strip() for file in ",".join(files).split(",") if file.strip()]
-  roots = [name if os.path.isdir(name) else os.path.dirname(name) for name in names]
-  having = (root for root in roots if images and os.path.exists(os.path.join(root, images[0])))
-  return next(having, roots[0])

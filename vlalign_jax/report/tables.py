@@ -5,25 +5,16 @@ from collections.abc import Iterable, Sequence
 
 from vlalign_jax import html
 from vlalign_jax.report.directory import Run
-from vlalign_jax.runs import preservation
+from vlalign_jax.runs import preservation, run_directory
 
-# Shown for every run, where its stage has the key.
+# Shown first, and even if they have their defaults; not if they are empty, None or 0.
 _MAIN = (
   *("mode", "model.init_from", "model.vision", "model.language", "reward_model"),
   *("ppo.reward_model", "ppo.reward_function", "data.train", "data.eval", "batch_size"),
   *("max_steps", "num_train_epochs", "optim.learning_rate", "lora.rank", "seed"),
 )
-# Change nothing that is learned, so that they are shown only if they are set to something else.
-_QUIET = (
-  "log.",
-  "log_every",
-  "save_",
-  "eval_every",
-  "data.workers",
-  "stage",
-  "gallery",
-  "ppo.log_",
-)
+# Change nothing that is learned or answered; the stage is in the heading.
+_QUIET = {*run_directory.HARMLESS, "gallery", "stage"}
 
 
 def config(runs: Sequence[Run]) -> str:
@@ -31,7 +22,7 @@ def config(runs: Sequence[Run]) -> str:
   keys = [key for key in _MAIN if any(run.config.get(key) for run in runs)]
   for key in sorted({key for run in runs for key in run.config} - {*keys}):
     changed = any(run.config.get(key) != run.defaults.get(key) for run in runs)
-    if changed and not key.startswith(_QUIET):
+    if changed and key not in _QUIET:
       keys.append(key)
   rows = []
   for key in keys:

@@ -5,36 +5,32 @@ import re
 import numpy as np
 
 from vlalign_jax.models.vlm import SCORE, ModelConfig
-from vlalign_jax.weights import towers
+from vlalign_jax.weights import towers, vision_names
 from vlalign_jax.weights.vision_names import Name
-from vlalign_jax.weights.vision_names import attention as _attention
-from vlalign_jax.weights.vision_names import layer as _vision_layer
-from vlalign_jax.weights.vision_names import layer_norm as _layer_norm
-from vlalign_jax.weights.vision_names import linear as _linear
 
 
 def _projector(config: ModelConfig) -> list[Name]:
   kind, use_bias = config.projector.kind, config.projector.use_bias
   last = [
-    *_linear("projector/linear", "projector.linear", use_bias or kind == "perceiver"),
-    *_layer_norm("projector/norm", "projector.norm"),
+    *vision_names.linear("projector/linear", "projector.linear", use_bias or kind == "perceiver"),
+    *vision_names.layer_norm("projector/norm", "projector.norm"),
   ]
   if kind == "linear":
     return last
   if kind == "vit":
-    return _vision_layer("projector/block", "projector.block") + last
+    return vision_names.layer("projector/block", "projector.block") + last
   if kind == "perceiver":
     return [
       Name("projector/queries", "projector.queries"),
-      *_layer_norm("projector/query_norm", "projector.query_norm"),
-      *_linear("projector/input", "projector.input", True),
-      *_layer_norm("projector/input_norm", "projector.input_norm"),
-      *_attention("projector/attention", "projector.attention"),
+      *vision_names.layer_norm("projector/query_norm", "projector.query_norm"),
+      *vision_names.linear("projector/input", "projector.input", True),
+      *vision_names.layer_norm("projector/input_norm", "projector.input_norm"),
+      *vision_names.attention("projector/attention", "projector.attention"),
       *last,
     ]
   return [
-    *_linear("projector/first", "projector.linear_1", use_bias),
-    *_linear("projector/second", "projector.linear_2", use_bias),
+    *vision_names.linear("projector/first", "projector.linear_1", use_bias),
+    *vision_names.linear("projector/second", "projector.linear_2", use_bias),
   ]
 
 
@@ -44,14 +40,18 @@ def _language(config: ModelConfig) -> list[Name]:
   names = [Name("language/embedding/embedding", "language.embed_tokens.weight", "vocabulary")]
   for part, tensor in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
     use_bias = language.attention_bias or (language.qkv_bias and part != "out")
-    names += _linear(f"{ours}/attention/{part}", f"{theirs}.self_attn.{tensor}_proj", use_bias)
+    names += vision_names.linear(
+      f"{ours}/attention/{part}", f"{theirs}.self_attn.{tensor}_proj", use_bias
+    )
   if language.query_key_norm:
     for part, tensor in (("query", "q"), ("key", "k")):
       names.append(
         Name(f"{ours}/attention/{part}_norm/scale", f"{theirs}.self_attn.{tensor}_norm.weight")
       )
   for part in ("gate", "up", "down"):
-    names += _linear(f"{ours}/mlp/{part}", f"{theirs}.mlp.{part}_proj", language.mlp_bias)
+    names += vision_names.linear(
+      f"{ours}/mlp/{part}", f"{theirs}.mlp.{part}_proj", language.mlp_bias
+    )
   names += [
     Name(f"{ours}/attention_norm/scale", f"{theirs}.input_layernorm.weight"),
     Name(f"{ours}/mlp_norm/scale", f"{theirs}.post_attention_layernorm.weight"),
@@ -96,7 +96,7 @@ _NOT_OURS = re.compile(
   # The rest of a full CLIP or SigLIP.
   r"^(text_model|text_projection|visual_projection|logit_scale|logit_bias)\b"
   r"|\.position_ids$|\.rotary_emb\.inv_freq$"  # buffers in old files
-  r"|^vision\.(post_layernorm|head)\."  # come after the features
+  r"|^vision\.post_layernorm\."  # comes after the features
 )
 
 
@@ -113,6 +113,8 @@ def is_unused(tensor: str, config: ModelConfig) -> bool:
   """Returns whether the model may leave out the tensor of this canonical name."""
   if _NOT_OURS.search(tensor):
     return True
+  if tensor.startswith("vision.head."):
+    return towers.of(config.vision).head is not None
   layer = re.match(r"^vision\.encoder\.layers\.(\d+)\.", tensor)
   if layer:
     return int(layer.group(1)) >= config.vision.layers
