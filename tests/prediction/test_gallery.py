@@ -45,6 +45,7 @@ def records(models):
   entry = {
     "id": EVIL,
     "image": "0.png",
+    "system": f"{EVIL} be brief",
     "conversations": [
       {"from": "human", "value": f"<image>{EVIL}?"},
       {"from": "gpt", "value": f"{EVIL}!"},
@@ -81,7 +82,16 @@ def check(content: str) -> Page:
 def test_gallery(models, records):
   lines = make_lines(records, reference=f"{EVIL}1", reason=EVIL)
   page = check(gallery.gallery(models.config(), lines, records, {EVIL: 1.5}))
-  for text in (f"{EVIL}?", f"{EVIL}!", f"{EVIL}??", f"{EVIL}1", f"{EVIL}2", f"({EVIL})", "1.5"):
+  for text in (
+    f"{EVIL} be brief",
+    f"{EVIL}?",
+    f"{EVIL}!",
+    f"{EVIL}??",
+    f"{EVIL}1",
+    f"{EVIL}2",
+    f"({EVIL})",
+    "1.5",
+  ):
     assert text in page.text
   assert page.tags.count("section") == 2
   assert 'image "missing.png" under' in page.text  # its name, and the page continues
