@@ -84,6 +84,8 @@ def _arrow_files(path: str) -> list[str]:
 
 
 def _rows(paths: list[str], batches) -> Iterator[tuple[int, str, dict[str, Any]]]:
+  import pyarrow as pa
+
   number = 0
   for path in paths:
     prefix = f"{os.path.basename(path)}, " if len(paths) > 1 else ""
@@ -93,8 +95,6 @@ def _rows(paths: list[str], batches) -> Iterator[tuple[int, str, dict[str, Any]]
         for values in batch.to_pylist():
           yield number, f"{prefix}row {row}", values
           number, row = number + 1, row + 1
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
-      if isinstance(error, InputError):
-        raise
+    except (OSError, pa.ArrowException) as error:
       reason = " ".join(str(error).split())
       raise InputError(f"{path}: row {row}: cannot be read ({reason}); replace the file") from error

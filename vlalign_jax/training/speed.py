@@ -54,7 +54,7 @@ class Speed:
 
   @contextlib.contextmanager
   def step(self, number: int, shape: tuple[int, ...]) -> Iterator[None]:
-    """Logs how long the first step with batches of a shape took to compile, or to load.
+    """Logs how long the first step with batches of a shape took, most of it to compile or load.
 
     Args:
       number: of the step.
@@ -66,7 +66,7 @@ class Speed:
       self._shapes.add(shape)
       rows = " x ".join(map(str, shape))
       logging.info(
-        "step %d: compiled or loaded for %s tokens in %.1f s; shape number %d of this run",
+        "step %d is the first with %s tokens: %.1f s, compilation included; shape number %d",
         *(number, rows, time.perf_counter() - start, len(self._shapes)),
       )
 
