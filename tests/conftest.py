@@ -25,7 +25,20 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
   atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+import jax
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def precision():
+  """Takes back the precision of products that a float32 run in this process has set.
+
+  A test that compiles bfloat16 kernels for TPUs may come after it; they refuse that precision.
+  """
+  before = jax.config.jax_default_matmul_precision
+  jax.config.update("jax_default_matmul_precision", None)
+  yield
+  jax.config.update("jax_default_matmul_precision", before)
 
 
 @pytest.fixture(scope="session")

@@ -8,14 +8,6 @@ from vlalign_jax import matmul_precision
 from vlalign_jax.planning import topology
 
 
-@pytest.fixture(autouse=True)
-def restored():
-  before = jax.config.jax_default_matmul_precision
-  jax.config.update("jax_default_matmul_precision", None)
-  yield
-  jax.config.update("jax_default_matmul_precision", before)
-
-
 def product_for_a_tpu() -> str:
   """Returns the text of a float32 product, compiled for a TPU."""
   device = topology.open_topology("v5e:1x1").devices[0]
