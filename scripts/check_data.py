@@ -34,7 +34,8 @@ def check_data(c, show: int = 0, page: str = "", write_good: str = "") -> list[c
     InputError: the config is wrong, or an output cannot be written.
   """
   convert.check_new(write_good, "--write_good")
-  if page and not os.path.isdir(os.path.dirname(page) or "."):
+  storage.check(page, "--page")
+  if page and not storage.is_url(page) and not os.path.isdir(os.path.dirname(page) or "."):
     raise InputError(f"--page {page}: no such directory; make it")
   stage = stages.of_config(c)
   stage.check(c)

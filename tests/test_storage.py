@@ -7,7 +7,8 @@ import fsspec
 import pytest
 from etils.epath import backend
 
-from tests import sft_run
+from scripts import check_data
+from tests import sft_run, tiny_models
 from vlalign_jax import storage
 from vlalign_jax.errors import InputError
 from vlalign_jax.runs import run_directory
@@ -69,6 +70,14 @@ def test_a_run_directory(bucket):
   assert run_directory.open_run(RUN, config)
   with pytest.raises(InputError, match=r"\(seed: 1234 there, 5 now\)"):
     run_directory.open_run(RUN, sft_run.make_config("model", "train.json", seed=5))
+
+
+def test_the_page_of_check_data(bucket, tmp_path):
+  tiny_models.make_llava(tmp_path / "model")
+  records = sft_run.make_records(str(tmp_path), 2)
+  train = sft_run.write_json(tmp_path / "train.json", records)
+  check_data.check_data(sft_run.make_config(tmp_path / "model", train), page=f"{RUN}/data.html")
+  assert "<section>" in bucket()["data.html"]
 
 
 def test_metrics(bucket):

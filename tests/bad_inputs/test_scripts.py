@@ -1,10 +1,15 @@
 """The whole way: scripts end with one line and exit code 1."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
+import pytest
+
+from scripts import check_data
 from tests import sft_run
+from vlalign_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -33,3 +38,17 @@ def test_scripts_end_with_one_line_and_code_1(tmp_path, model, records):
   assert done.returncode == 1
   assert 'train.json, record 0 ("id": "r0"): image "000.png"' in done.stdout
   assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_outputs_of_check_data_are_checked_first(tmp_path):
+  """Before the config is read: nothing is computed for a page that cannot be written."""
+  config = sft_run.make_config("nowhere", "nowhere.json")
+  missing = tmp_path / "missing"
+  for keys, line in (
+    ({"page": f"{missing}/x.html"}, f"--page {missing}/x.html: no such directory; make it"),
+    ({"page": "s3://bucket/x.html"}, "--page s3://bucket/x.html: only gs:// is supported"),
+    ({"write_good": f"{missing}/x.json"}, f"--write_good {missing}/x.json: cannot be written"),
+    ({"write_good": __file__}, f"--write_good {__file__} exists; remove it"),
+  ):
+    with pytest.raises(InputError, match=re.escape(line)):
+      check_data.check_data(config, **keys)
