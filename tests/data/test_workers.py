@@ -1,6 +1,7 @@
 """Tests worker processes under signals, and when one of them dies."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vlalign_jax.data.workers import call, start_pool
+from vlalign_jax.data.workers import SharedList, StoredList, call, start_pool
 
 
 def _sleep_or_die(seconds):
@@ -35,7 +36,7 @@ def test_when_one_dies_a_busy_one_is_not_waited_for():
 
 SCRIPT = """
   import signal, sys, time
-  from vlalign_jax.data.workers import call, start_pool
+  from vlalign_jax.data.workers import SharedList, StoredList, call, start_pool
 
   def slow(number):
     time.sleep(0.2)
@@ -73,3 +74,18 @@ def test_a_sigterm_to_all_processes_leaves_the_workers_to_the_run(tmp_path):
   os.killpg(run.pid, signal.SIGTERM)  # as scancel and timeout do
   assert run.communicate(timeout=20) == ("6 7\n", "")
   assert run.returncode == 0
+
+
+def test_shared_list_reaches_a_reader_as_a_file():
+  items = [{"id": i, "text": "é" * i} for i in range(50)]
+  shared = SharedList(items)
+  stored = pickle.loads(pickle.dumps(shared))
+  assert isinstance(stored, StoredList)
+  assert len(stored) == len(shared) == 50
+  assert list(stored) == items == list(shared)
+  assert stored[-1] == items[-1]
+  with pytest.raises(IndexError):
+    stored[50]
+  assert pickle.loads(pickle.dumps(stored))[7] == items[7]
+  empty = SharedList([])
+  assert list(pickle.loads(pickle.dumps(empty))) == []

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from configs import predict as predict_config
 from scripts import export_hf, train_dpo, train_ppo, train_reward, train_sft
 from tests import parity, sft_run, tiny_models
-from tests.weights.test_round_trip import load_in_torch, our_logits, torch_logits
+from tests.weights.round_trip import load_in_torch, our_logits, torch_logits
 from vlalign_jax.prediction.predict import predict
 from vlalign_jax.weights import names
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from tests import parity, peft_models, tiny_models
-from tests.weights.test_round_trip import assert_same_bits, example_of, our_logits
+from tests.weights.round_trip import assert_same_bits, example_of, our_logits
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import vlm

@@ -1,9 +1,6 @@
-"""Tests exporting models and importing them again, and directories that cannot be read."""
+"""Tests exporting models and importing them again."""
 
 import json
-import logging
-import os
-import types
 
 import jax
 import ml_dtypes
@@ -12,74 +9,16 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests import parity, tiny_models
-from vlalign_jax import trees
+from tests.weights.round_trip import (
+  assert_same_bits,
+  load_in_torch,
+  torch_logits,
+)
 from vlalign_jax.errors import InputError
-from vlalign_jax.weights import export, source
-
-
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory):
-  """Directories of a full CLIP, its vision tower alone, and a LLaMA; the torch models."""
-  root = tmp_path_factory.mktemp("towers")
-  clip = tiny_models.make_clip(root / "clip", whole=True)
-  alone = tiny_models.make_clip(root / "vision", whole=False, seed=9)
-  alone.load_state_dict(clip.vision_model.state_dict())
-  alone.save_pretrained(root / "vision")
-  llama = tiny_models.make_llama(root / "llama")
-  return types.SimpleNamespace(
-    clip=str(root / "clip"),
-    vision=str(root / "vision"),
-    language=str(root / "llama"),
-    torch_vision=alone,
-    torch_language=llama,
-  )
-
-
-def assert_same_bits(first, second):
-  first, second = trees.flatten(first), trees.flatten(second)
-  assert first.keys() == second.keys()
-  for path, array in first.items():
-    assert array.dtype == second[path].dtype
-    np.testing.assert_array_equal(array, second[path], err_msg=path)
-
-
-def load_in_torch(directory: str):
-  """Returns a LlavaForConditionalGeneration; fails if weights are missing or loading it warns."""
-  warnings = []
-  handler = logging.Handler(logging.WARNING)
-  handler.emit = lambda record: warnings.append(record.getMessage())
-  logger = logging.getLogger("transformers")
-  logger.addHandler(handler)
-  try:
-    model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
-      directory, output_loading_info=True
-    )
-  finally:
-    logger.removeHandler(handler)
-  assert not any(info.values()), info
-  assert not warnings
-  return model.eval()
-
-
-def example_of(config):
-  """Returns (an example with two images, pictures)."""
-  pictures = parity.make_pictures(2, config.vision.image_size)
-  return parity.make_example(config, 20, tuple(pictures)), pictures
-
-
-def torch_logits(model, config):
-  with torch.no_grad():
-    return parity.torch_logits(model, config, *example_of(config)).numpy()
-
-
-def our_logits(config, graphdef, params):
-  example, pictures = example_of(config)
-  rows = parity.make_rows(config, [[example]], pictures, len(example.tokens), 2)
-  return parity.logits(graphdef, params, rows)[0]
-
+from vlalign_jax.weights import export
 
 VARIANTS = {
   "base": {},
@@ -214,141 +153,3 @@ def test_export_refuses_a_directory_that_is_not_empty(tmp_path):
   with pytest.raises(InputError, match="is not empty; choose another output directory"):
     export.export_model(opened, params, str(tmp_path))
   assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def assemble(towers, **keys):
-  """Returns (source, graphdef, params) of a new model of a vision and a language directory."""
-  opened = source.open_source(
-    parity.model_group(**{"vision": towers.clip, "language": towers.language, **keys})
-  )
-  return opened, *parity.load_all(opened, seed=3)
-
-
-def test_a_linear_projector_between_two_towers(towers, tmp_path):
-  opened, graphdef, params = assemble(towers, projector="linear")
-  config, tokenizer = opened.config, opened.tokenizer
-  assert config.image_token_id == tokenizer.convert_tokens_to_ids("<image>") == 502
-  assert tokenizer.pad_token_id == tokenizer.convert_tokens_to_ids("<pad>") == 503
-  assert config.language.vocab_size == 512
-
-  llama = towers.torch_language
-  for ours, theirs in (
-    (params["language"]["embedding"]["embedding"], llama.model.embed_tokens.weight),
-    (params["language"]["head"]["kernel"].T, llama.lm_head.weight),
-  ):
-    theirs = theirs.detach().numpy()
-    np.testing.assert_array_equal(ours[:502], theirs)
-    mean = theirs.mean(0, dtype=np.float64).astype(np.float32)
-    np.testing.assert_array_equal(ours[502:], np.broadcast_to(mean, (10, 32)))
-
-  # The same computation in torch, with our fresh projector. Its outputs are made small, so that the
-  # epsilon of the norm matters.
-  params["projector"]["linear"] = jax.tree.map(lambda x: x * 1e-3, params["projector"]["linear"])
-  projector = jax.tree.map(lambda x: torch.tensor(np.asarray(x)), params["projector"])
-  norm = projector["norm"]
-  example, pictures = example_of(config)
-  with torch.no_grad():
-    pixels = parity.pixel_values(config, [pictures[path] for path in example.images])
-    features = towers.torch_vision(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    projected = features @ projector["linear"]["kernel"] + projector["linear"]["bias"]
-    projected = torch.nn.functional.layer_norm(
-      projected, (32,), norm["scale"], norm["bias"], eps=1e-12
-    )
-    tokens = torch.tensor(example.tokens)
-    is_image = tokens == config.image_token_id
-    embedded = llama.model.embed_tokens(torch.where(is_image, 0, tokens))
-    embedded[is_image] = projected.reshape(-1, 32)
-    expected = llama(inputs_embeds=embedded[None]).logits[0]
-  logits = our_logits(config, graphdef, params)
-  assert parity.relative_error(logits[:, :502], expected) < 1e-5
-
-  out = str(tmp_path / "out")
-  export.export_model(opened, params, out)
-  imported, _, imported_params = parity.open_model(out)
-  assert (imported.config, imported.fresh) == (config, ())
-  assert_same_bits(imported_params, params)
-  stored = json.loads((tmp_path / "out" / "config.json").read_text())
-  assert stored["architectures"] == ["VlalignForConditionalGeneration"]
-  assert stored["projector_type"] == "linear"
-
-
-def test_an_mlp_projector_between_two_towers_is_a_llava(towers, tmp_path):
-  opened, graphdef, params = assemble(towers, vision=towers.vision, vision_feature_layer="-3,-1")
-  out = str(tmp_path / "out")
-  export.export_model(opened, params, out)
-  logits = our_logits(opened.config, graphdef, params)
-  expected = torch_logits(load_in_torch(out), opened.config)
-  assert parity.relative_error(logits, expected) < 1e-5
-  assert_same_bits(parity.open_model(out)[2], params)
-
-
-def test_a_full_clip_and_its_vision_tower_give_the_same(towers):
-  _, _, from_clip = assemble(towers)
-  _, _, from_tower = assemble(towers, vision=towers.vision)
-  assert_same_bits(from_clip, from_tower)
-  jax.tree.map(lambda x: np.testing.assert_equal(np.isfinite(x).all(), True), from_clip)
-
-
-def test_one_error_names_every_tensor_that_does_not_fit(tmp_path):
-  tiny_models.make_llava(tmp_path, layout="old")
-  file = tmp_path / "model.safetensors"
-  stored = load_file(file)
-  del stored["language_model.model.norm.weight"]
-  del stored["vision_tower.vision_model.encoder.layers.1.mlp.fc1.bias"]
-  stored["multi_modal_projector.linear_1.weight"] = torch.zeros(32, 25)
-  stored["language_model.model.layers.2.mlp.up_proj.weight"] = torch.zeros(48, 32)
-  stored["image_newline"] = torch.zeros(32)
-  save_file(stored, file)
-  with pytest.raises(InputError) as caught:
-    parity.open_model(tmp_path)
-  summary, *lines = str(caught.value).split("\n  ")
-  assert summary == "5 tensors do not fit the model that config.json describes:"
-  assert sorted(lines) == [
-    "missing language.norm.weight (32,)",
-    "missing vision.encoder.layers.1.mlp.fc1.bias (40,)",
-    f"multi_modal_projector.linear_1.weight in {file} is (32, 25), not (32, 24)",
-    f"unexpected image_newline (32,) in {file}",
-    f"unexpected language_model.model.layers.2.mlp.up_proj.weight (48, 32) in {file}",
-  ]
-
-
-def test_weights_that_only_pickle_can_read(tmp_path):
-  tiny_models.make_llava(tmp_path)
-  os.remove(tmp_path / "model.safetensors")
-  with pytest.raises(InputError, match=r"no model\.safetensors and no model\.safetensors\.index"):
-    parity.open_model(tmp_path)
-  (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
-  with pytest.raises(InputError, match="only pickled weights there, which are not read"):
-    parity.open_model(tmp_path)
-
-
-@pytest.mark.parametrize("kept", [0, 4, 2000, -1])
-def test_a_cut_off_file(kept, tmp_path):
-  tiny_models.make_llava(tmp_path)
-  file = tmp_path / "model.safetensors"
-  file.write_bytes(file.read_bytes()[:kept])
-  with pytest.raises(InputError, match=rf"{file}: damaged or cut off .*; copy it again"):
-    parity.open_model(tmp_path)
-
-
-def test_a_missing_shard_and_a_broken_index(tmp_path):
-  tiny_models.make_llava(tmp_path, max_shard_size="40KB")
-  shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
-  shard.unlink()
-  with pytest.raises(InputError, match=f"names files that are missing: {shard.name}"):
-    parity.open_model(tmp_path)
-  (tmp_path / "model.safetensors.index.json").write_text("{")
-  with pytest.raises(InputError, match="not a safetensors index"):
-    parity.open_model(tmp_path)
-
-
-def test_a_head_that_differs_from_the_tied_embedding_is_refused(tmp_path):
-  tiny_models.make_llava(tmp_path, layout="old", text={"tie_word_embeddings": True})
-  file = tmp_path / "model.safetensors"
-  stored = load_file(file)
-  embedding = stored["language_model.model.embed_tokens.weight"]
-  save_file({**stored, "language_model.lm_head.weight": embedding.clone()}, file)
-  parity.open_model(tmp_path)
-  save_file({**stored, "language_model.lm_head.weight": embedding + 1}, file)
-  with pytest.raises(InputError, match="lm_head.weight differs from the embedding"):
-    parity.open_model(tmp_path)

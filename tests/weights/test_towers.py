@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests import parity, peft_models, tiny_models
-from tests.weights.test_round_trip import (
+from tests.weights.round_trip import (
   assert_same_bits,
   load_in_torch,
   our_logits,

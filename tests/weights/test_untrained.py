@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from scripts import export_hf, train_sft
 from tests import parity, sft_run, tiny_models
-from tests.weights.test_round_trip import load_in_torch, our_logits, torch_logits
+from tests.weights.round_trip import load_in_torch, our_logits, torch_logits
 from vlalign_jax.errors import InputError
 from vlalign_jax.weights import export, names
 
