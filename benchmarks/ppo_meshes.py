@@ -25,7 +25,10 @@ SETTINGS = {
   "2,3": {"mesh.fsdp": 8, "ppo.actor_zero_stage": 2, "ppo.critic_zero_stage": 3},
   "3,3": {"mesh.data": 2, "mesh.fsdp": 4, "mesh.zero_stage": 3},
   "3,3 tensor": {"mesh.fsdp": 4, "mesh.tensor": 2, "mesh.zero_stage": 3},
-  "3,3 gathered": {"mesh.fsdp": 8, "mesh.zero_stage": 3, "ppo.gather": True},
+  "3,3 in place": {"mesh.fsdp": 8, "mesh.zero_stage": 3, "ppo.sampling_mesh": ""},
+  "3,3 to rows": {"mesh.fsdp": 8, "mesh.zero_stage": 3, "ppo.sampling_mesh": "data=8"},
+  "3,3 to heads": {"mesh.fsdp": 8, "mesh.zero_stage": 3, "ppo.sampling_mesh": "tensor=2"},
+  "0,0 to heads": {"mesh.data": 8, "ppo.sampling_mesh": "tensor=2"},
 }
 
 

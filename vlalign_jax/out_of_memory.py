@@ -205,8 +205,8 @@ def _advice_for_prediction(program: str, config) -> str:
     changes.append(f"lower batch_size (now {config.batch_size})")
   if program == SAMPLING:
     changes.append("lower generation.num_return_sequences or generation.max_new_tokens")
-    if config.generation.get("gather"):
-      changes.append("set generation.gather=false")
+    if config.generation.get("sampling_mesh"):
+      changes.append('set generation.sampling_mesh=""')
   if config.model.get("dtype") != "bfloat16":
     changes.append('set model.dtype="bfloat16"')
   return "; ".join([*changes, "use more devices (mesh.fsdp, mesh.tensor)"])

@@ -16,7 +16,7 @@ from vlalign_jax.models import cache, vlm
 from vlalign_jax.optim import optimizer
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import zero
-from vlalign_jax.steps import answer_rows, ppo_program
+from vlalign_jax.steps import answer_rows, ppo_program, sampler
 
 
 def decode(settings):
@@ -98,10 +98,13 @@ def ppo(settings):
     return result, {"what": name, "s": took}
 
   actor = trees.merge(state.params, frozen)
+  answering = sampler.make_sampler(c, model, program.actor, sampling, mesh, length, held=0)
+  placed, line = part("place", lambda: answering.place(actor))
+  yield line
   features, line = part("tower", lambda: program.vision_features(actor, prompts, None))
   yield line
   prompts = prompts | {"vision_features": features}
-  answers, line = part("sample", lambda: program.sample(actor, prompts, streams, np.int32(0)))
+  answers, line = part("sample", lambda: answering.sample(placed, prompts, streams, np.int32(0)))
   yield line | {"tokens_per_s": c.batch_size * new / line["s"]}
   rows = program.answer_rows(prompts, answers.tokens, answers.lengths)
   expected, line = part("reference", lambda: program.reference((reference, frozen), rows, shape))
@@ -130,7 +133,7 @@ def ppo(settings):
   yield line
   rows = rows | fields
   index = np.arange(c.batch_size // c.ppo.num_mini_batches, dtype=np.int32)
-  actor = features = None
+  actor = placed = features = None
   held = {"state": state}
 
   def update():

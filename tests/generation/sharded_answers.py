@@ -14,6 +14,7 @@ import numpy as np
 
 from tests import parity
 from tests.generation import tiny_llava
+from vlalign_jax import trees
 from vlalign_jax.generation.generate import make_generate
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models import vlm
@@ -23,12 +24,13 @@ from vlalign_jax.stages import defaults
 from vlalign_jax.weights import load, source
 
 ROWS = 16
-# Name -> (data, fsdp, tensor, whether parameters are split over fsdp, and gathered once).
+# Name -> (data, fsdp, tensor, whether parameters are split over fsdp, and tensor of the sampler).
 RUNS = {
-  "one device": (1, 1, 1, False, False),
-  "ZeRO 3": (2, 4, 1, True, False),
-  "ZeRO 3, tensor": (1, 4, 2, True, False),
-  "ZeRO 3, tensor, gathered": (2, 2, 2, True, True),
+  "one device": (1, 1, 1, False, 0),
+  "ZeRO 3": (2, 4, 1, True, 0),
+  "ZeRO 3, tensor": (1, 4, 2, True, 0),
+  "ZeRO 3, moved to heads": (1, 8, 1, True, 2),
+  "ZeRO 0, moved to rows": (4, 1, 2, False, 1),
 }
 SAMPLING = Sampling(
   12,
@@ -41,7 +43,7 @@ SAMPLING = Sampling(
 )
 
 
-def run(opened, prompts, data: int, fsdp: int, tensor: int, split: bool, gather: bool) -> dict:
+def run(opened, prompts, data: int, fsdp: int, tensor: int, split: bool, moved: int) -> dict:
   c = defaults("sft")
   c.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
   mesh = meshes.make_mesh(c.mesh, jax.devices()[: data * fsdp * tensor])
@@ -54,7 +56,12 @@ def run(opened, prompts, data: int, fsdp: int, tensor: int, split: bool, gather:
   batch = parity.make_rows(opened.config, layout, pictures, tiny_llava.LENGTH, tiny_llava.IMAGES)
   batch = hosts.to_device(mesh, batch | {"numbers": np.arange(ROWS, dtype=np.int32)})
   numbers = batch.pop("numbers")
-  program = make_generate(opened.config, SAMPLING, mesh=mesh, gather=gather)
+  if moved:
+    mesh = layout.make_mesh(mesh, {"tensor": moved}, opened.config, "ppo.sampling_mesh")
+    wanted, flat = layout.placement(mesh, params, "float32"), trees.flatten(params)
+    leaves = {path: flat[path] for path in wanted}
+    params = trees.unflatten(flat | layout.make_move(wanted)(leaves))
+  program = make_generate(opened.config, SAMPLING, mesh=mesh)
   compiled = program.lower(params, batch, numbers, 0).compile()
   generated = jax.device_get(compiled(params, batch, numbers, 0))
   answers = {name: array.tolist() for name, array in generated._asdict().items()}

@@ -11,7 +11,7 @@ from vlalign_jax import trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora, vlm
 from vlalign_jax.planning import ppo, ppo_models, report, step_plan, topology, train_step
-from vlalign_jax.steps import ppo_program
+from vlalign_jax.steps import ppo_program, sampler
 
 ADAPTED = {"lora__rank": 8, "train__projector": False}
 # Wide, so that attention takes a small part of the operations.
@@ -45,7 +45,7 @@ def test_flops_of_each_program_of_a_step(tiny, keys):
   small.check(c)
   plan = step_plan.compile_plan(ppo.plan(c, topology.open_topology("cpu:1")))
   programs = {program.name: program for program in plan.programs}
-  assert ("pictures" in programs) == ("train__vision" not in keys)
+  assert "pictures" in programs
   assert ("reward model" in programs) == ("ppo__reward_function" not in keys)
   text = report.as_text(plan)
   assert max(map(len, text.splitlines())) <= 100
@@ -74,7 +74,7 @@ def test_flops_of_each_program_of_a_step(tiny, keys):
 
 def test_a_tpu_slice(tiny):
   """Compiles sampling for TPUs."""
-  c = config(mesh__data=1, mesh__fsdp=-1, mesh__zero_stage=3)
+  c = config(mesh__data=1, mesh__fsdp=-1, mesh__zero_stage=3, ppo__sampling_mesh="")
   plan = ppo.plan(c, topology.open_topology("v5e:2x2"))
   sampling = next(program for program in plan.programs if program.name == "sampling")
   plan = step_plan.compile_plan(dataclasses.replace(plan, programs=(sampling,)))
@@ -96,8 +96,11 @@ def make_plan(preset: str, where: str, **settings):
   program = ppo_program.make_program(
     c, models.actor, models.critic, models.reward, models.sampling, plan.mesh, 10
   )
+  answers = sampler.make_sampler(
+    c, models.actor, program.actor, models.sampling, plan.mesh, c.data.max_length, held=0
+  )
   base = trees.size(lora.base_params(program.actor.params))
-  rollout = ppo.RolloutShapes(c, models, plan.mesh, program)
+  rollout = ppo.RolloutShapes(c, models, plan.mesh, program, answers)
   return plan, rollout, base, trees.size(program.actor.params) - base
 
 

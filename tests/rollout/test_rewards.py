@@ -167,9 +167,8 @@ def test_an_empty_answer_is_scored_as_any_other(files, tmp_path):
   """The first token ends every answer."""
   run = tiny_ppo.make_run(files, files.config(**GRPO), str(tmp_path / "a"))
   ends = tuple(n for n in range(512) if n != run.model.image_token_id)
-  program = tiny_ppo.with_sampling(run, dataclasses.replace(run.sampling, stop_tokens=ends))
+  held = tiny_ppo.with_sampling(run, dataclasses.replace(run.sampling, stop_tokens=ends))
   rows, records = first_prompts(run)
-  held = dataclasses.replace(run.held, program=program)
   rollout = collect.collect(held, run.state, rows, records, np.arange(len(records)), 3)
   assert np.all(np.asarray(rollout.lengths) == 1)
   assert np.isfinite(rollout.scores).all()
@@ -185,8 +184,8 @@ def test_answers_of_which_none_ends_keep_their_scores(files, tmp_path):
   """All are cut, which costs each of them the penalty."""
   config = files.config(**GRPO, **{"ppo.missing_eos_penalty": 0.5})
   run = tiny_ppo.make_run(files, config, str(tmp_path))
-  program = tiny_ppo.with_sampling(run, dataclasses.replace(run.sampling, stop_tokens=()))
-  held, seen = dataclasses.replace(run.held, program=program), []
+  held = tiny_ppo.with_sampling(run, dataclasses.replace(run.sampling, stop_tokens=()))
+  seen = []
   step = learn.make_train_step(
     held, run.train, run.records, lambda step, rollout, numbers: seen.append(rollout)
   )

@@ -133,7 +133,8 @@ def make_run(
   )
   os.makedirs(f"{workdir}/model")
   state = roles.make_state(config, workdir, sources, program)
-  held = roles.load(config, sources, program, mesh, scorers)
+  length = int(train.plan.lengths.max())
+  held = roles.load(config, sources, program, mesh, scorers, state, length)
   if with_other:
     opened = source.open_source(parity.model_group(init_from=f"{files.directory}/other"))
     placed = program.actor.params
@@ -145,9 +146,10 @@ def make_run(
 
 
 def with_sampling(run: Run, sampling: Sampling):
-  """The run's program, which answers otherwise."""
-  sample = make_generate(run.model, sampling, mesh=run.held.mesh)
-  return dataclasses.replace(run.held.program, sample=sample)
+  """The run's roles, which answer otherwise."""
+  sample = make_generate(run.model, sampling, mesh=run.held.sampler.mesh)
+  sampler = dataclasses.replace(run.held.sampler, sample=sample)
+  return dataclasses.replace(run.held, sampler=sampler)
 
 
 def text_reader(run: Run, images: int, answers: int) -> TextReader:

@@ -47,7 +47,6 @@ def generate_answers(
   sampling: Sampling,
   mesh: Mesh,
   *,
-  gather: bool = False,
   done: Collection[int] = (),
 ) -> Iterator[Answer]:
   """Answers records, batch by batch; a batch has prompts of similar lengths.
@@ -62,7 +61,6 @@ def generate_answers(
     records: their last answers are not read.
     sampling: how tokens are chosen; without stop tokens, those of model and template end an answer.
     mesh: the mesh that prompts are split over.
-    gather: see `generate.generate`.
     done: numbers of records that already have answers. They count in the plan of batches, so that
       a resumed run gives the same answers as an uninterrupted one.
 
@@ -83,7 +81,6 @@ def generate_answers(
     mesh=mesh,
     dtype=config.model.dtype,
     attention=config.model.attention,
-    gather=gather,
     pad_id=source.tokenizer.pad_token_id,
   )
   share, plan, pending = hosts.row_share(mesh), prepared.plan, None

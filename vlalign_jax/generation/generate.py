@@ -9,14 +9,12 @@ from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
-from vlalign_jax import trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.generation import sampling as samplings
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models import cache
 from vlalign_jax.models.vlm import LANGUAGE, ModelConfig, abstract_params
 from vlalign_jax.sharding import mesh as meshes
-from vlalign_jax.sharding import zero
 
 
 class Generated(NamedTuple):
@@ -55,7 +53,7 @@ def make_generate(model: ModelConfig, sampling: Sampling, *, mesh: Mesh | None =
     model: the architecture.
     sampling: how tokens are chosen.
     mesh: the mesh that rows are split over.
-    **options: dtype and attention of `vlm.abstract_params`; gather and pad_id of `generate`.
+    **options: dtype and attention of `vlm.abstract_params`; pad_id of `generate`.
 
   Raises:
     InputError: the model has no language head, or does not suit the mesh or the sampling.
@@ -80,7 +78,6 @@ def generate(
   *,
   graphdef,
   sampling: Sampling,
-  gather: bool = False,
   pad_id: int = 0,
 ) -> Generated:
   """Answers prompts; to be called under `jax.jit`.
@@ -96,14 +93,10 @@ def generate(
     seed: int32[].
     graphdef: of the model.
     sampling: how tokens are chosen.
-    gather: gather the language model's parameters over `fsdp`, in the dtype in which they are
-      used, once before the first token; else at every token, a layer at a time.
     pad_id: id of the tokens after an answer's end.
   """
   model = nnx.merge(graphdef, params)
   mesh = model.options["mesh"]
-  if gather:
-    model = nnx.merge(graphdef, _gather(params, mesh, model.language.embedding.dtype))
   N, M = sampling.num_return_sequences, sampling.max_new_tokens
   B, V = batch["tokens"].shape[0], model.config.language.vocab_size
   lengths = jnp.sum(batch["segments"] > 0, axis=1)
@@ -183,21 +176,6 @@ def _seen(batch, samples: int, vocab_size: int):
   tokens = jnp.where(batch["segments"] > 0, batch["tokens"], vocab_size)
   seen = jnp.zeros((B, vocab_size), bool).at[row, tokens].set(True, mode="drop")
   return jnp.broadcast_to(seen[:, None], (B, samples, vocab_size))
-
-
-def _gather(params, mesh: Mesh | None, dtype):
-  """Returns parameters with the language model's split over `tensor` alone, its matrices cast."""
-
-  def cast(path, leaf):
-    matrix = path.endswith(("/kernel", "/embedding", "/lora_a", "/lora_b"))
-    return leaf.astype(dtype) if matrix and path.startswith("language/") else leaf
-
-  params = trees.map_paths(cast, params)
-  if mesh is None:
-    return params
-  language = {"language": params["language"]}
-  shardings = zero.shardings(mesh, language, split=False)
-  return params | jax.lax.with_sharding_constraint(language, shardings)
 
 
 def log_memory(

@@ -20,6 +20,7 @@ from vlalign_jax.rollout import collect
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import ppo_program
 from vlalign_jax.steps import program as programs
+from vlalign_jax.steps import sampler as samplers
 
 
 class Sizes(NamedTuple):
@@ -41,6 +42,7 @@ class RolloutShapes:
   models: ppo_models.Models
   mesh: Mesh
   program: ppo_program.PPOProgram
+  sampler: samplers.Sampler
 
   @property
   def sizes(self) -> Sizes:
@@ -69,12 +71,16 @@ class RolloutShapes:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(self.mesh))
 
   def batch(self, role: str = "actor", length: int | None = None) -> dict:
-    """Returns the shapes of the batch that a role reads: prompts of a length, or else full rows."""
+    """Returns the shapes of the batch that a role reads: prompts of a length, or else full rows.
+
+    The role "sampler" always has the pictures' features.
+    """
     B, _, I, _, _, T = self.sizes
     batch = programs.abstract_batch(self.models.actor, self.mesh, B, length or T, I)
-    if self.shares_features and (
-      role == "actor" or (self.same_towers[role] and not self.config.ppo.blank_images)
-    ):
+    sees_blank, keeps = self.config.ppo.blank_images, self.shares_features
+    seen_by_actor = role in ("actor", "sampler")
+    same = seen_by_actor or (self.same_towers[role] and not sees_blank)
+    if role == "sampler" or (keeps and same):
       encode = functools.partial(self.program.vision_features, shape=None)
       params = trees.merge(self.program.state.params, self.frozen)
       features = jax.eval_shape(encode, params, batch)
@@ -105,14 +111,18 @@ def plan(config, topology: Topology) -> StepPlan:
   program = ppo_program.make_program(
     config, *architectures, models.sampling, mesh, train_step.TOTAL_STEPS
   )
-  rollout = RolloutShapes(config, models, mesh, program)
+  resident = ppo_models.resident_bytes(models, program, config)
+  actor, length = models.actor, config.data.max_length
+  sampler = samplers.make_sampler(
+    config, actor, program.actor, models.sampling, mesh, length, sum(resident.values())
+  )
+  rollout = RolloutShapes(config, models, mesh, program, sampler)
   sizes, tokens = rollout.sizes, models.actor.tokens_per_image
   if sizes.I * tokens > sizes.L:
     raise InputError(
       f"{sizes.I} images of {tokens} tokens do not fit into prompts of config.data.max_length="
       f"{sizes.L}; raise it, or lower config.data.max_images"
     )
-  resident = ppo_models.resident_bytes(models, program, config)
   return StepPlan(
     config=config,
     topology=topology,
@@ -150,7 +160,10 @@ def _summary(rollout: RolloutShapes) -> Iterator[str]:
     f"sampled in {ppo.sample_parts} part{'s' * (ppo.sample_parts > 1)}; {ppo.num_ppo_epochs} x "
     f"{ppo.num_mini_batches} updates, micro-batches of each: {config.grad_accumulation}"
   )
-  size = cache_bytes(rollout) / 2**30
+  sampler, size = rollout.sampler, cache_bytes(rollout) / 2**30
+  axes = " x ".join(f"{axis}={size}" for axis, size in sampler.mesh.shape.items() if size > 1)
+  copied = device_bytes(sampler.moved) / 2**30
+  yield f"sampled on {axes or 'one device'}, with {copied:,.2f} GiB a device of weights moved there"
   yield f"keys and values while sampling: {size:,.2f} GiB a device, among its temporaries"
 
 
@@ -175,21 +188,25 @@ def _programs(rollout: RolloutShapes) -> Iterator[StepProgram]:
   actor, shape = trees.merge(program.state.params, rollout.frozen), (N, M)
   blocks = meshes.row_blocks(rollout.mesh)
 
-  def one(name, lower, num_rows=B, parts=1, times=1, length=T, decoded=0):
+  def one(name, lower, num_rows=B, parts=1, times=1, length=T, decoded=0, held=0.0):
     head_tokens = num_rows // (blocks * parts) * N * M
     trips = train_step.trips(rollout.mesh, length, head_tokens, decoded)
-    return StepProgram(name, times, trips, lower)
+    return StepProgram(name, times, trips, lower, held)
 
   def lower(function, *arguments):
     return lambda: function.lower(*arguments)
 
-  prompts = rollout.batch(length=L)
-  if rollout.shares_features:
-    images = {name: x for name, x in prompts.items() if name != "vision_features"}
-    yield one("pictures", lower(program.vision_features, actor, images, None), length=L)
+  prompts, sampler = rollout.batch("sampler", L), rollout.sampler
+  images = {name: x for name, x in prompts.items() if name != "vision_features"}
+  yield one("pictures", lower(program.vision_features, actor, images, None), length=L)
+  flat = trees.flatten(actor)
+  if sampler.moved:
+    leaves = {path: flat[path] for path in sampler.moved}
+    yield one("weights to the sampler", lower(sampler.move, leaves))
+  placed = trees.unflatten(flat | sampler.moved)
   prompts = collect.for_sampling(prompts), rollout.array((B,), jnp.int32)
-  sample = lower(program.sample, actor, *prompts, 0)
-  yield one("sampling", sample, length=L, decoded=max(1, M - 1))
+  sample, held = lower(sampler.sample, placed, *prompts, 0), device_bytes(sampler.moved)
+  yield one("sampling", sample, length=L, decoded=max(1, M - 1), held=held)
   parts = config.ppo.num_mini_batches * config.grad_accumulation  # read one by one
   params = program.actor.reference, rollout.frozen
   yield one("reference", lower(program.reference, params, rollout.batch(), shape), parts=parts)

@@ -3,8 +3,8 @@
 import dataclasses
 import textwrap
 
-from vlalign_jax.planning import roofline
 from vlalign_jax.planning.step_plan import StepPlan
+from vlalign_jax.sharding import roofline
 from vlalign_jax.sharding.chips import GIB
 
 

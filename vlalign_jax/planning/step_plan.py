@@ -8,9 +8,9 @@ import jax
 
 from vlalign_jax.config_checks import Config
 from vlalign_jax.hlo.loops import Trips
-from vlalign_jax.planning import roofline
 from vlalign_jax.planning.compiled import Compiled, compile_program
 from vlalign_jax.planning.topology import Topology
+from vlalign_jax.sharding import roofline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class StepProgram:
     times: runs in a step.
     trips: how often loops run whose count depends on data.
     lower: () -> the result of `jax.jit(...).lower(...)`.
+    held: bytes that a device holds while it runs, besides what is resident and its own.
     compiled: what the compiler says; None until it is compiled.
     time: of one run; None if the chip's speed is not known or the program is refused.
   """
@@ -30,6 +31,7 @@ class StepProgram:
   times: int
   trips: Trips
   lower: Callable
+  held: float = 0.0
   compiled: Compiled | None = None
   time: roofline.Time | None = None
 
@@ -68,7 +70,7 @@ class StepPlan:
     if compiled.refused or len(self.programs) == 1:
       return compiled.total
     # The compiler would count twice what two models of a program share.
-    return sum(self.resident.values()) + compiled.temporaries
+    return sum(self.resident.values()) + program.held + compiled.temporaries
 
   @property
   def largest(self) -> StepProgram:
@@ -112,7 +114,8 @@ def compile_plan(plan: StepPlan, show: Callable[[str], None] = lambda line: None
   for program in plan.programs:
     compiled = compile_program(program.lower, plan.mesh.size, plan.topology.kind, program.trips)
     show(f"{program.name}: compiled in {compiled.seconds:.0f} s")
-    time = None if compiled.refused else roofline.estimate(plan.topology.chip, compiled)
+    work = compiled.flops, compiled.bytes_accessed, compiled.sent
+    time = None if compiled.refused else roofline.estimate(plan.topology.chip, *work)
     programs.append(dataclasses.replace(program, compiled=compiled, time=time))
   return dataclasses.replace(plan, programs=tuple(programs))
 

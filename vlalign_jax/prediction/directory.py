@@ -16,7 +16,7 @@ REWARDS = "rewards.jsonl"  # scores, until all are there
 _HARMLESS = (
   "batch_size",
   "gallery",
-  "generation.gather",
+  "generation.sampling_mesh",
   "log.writers",
   "log.project",
   "log.name",

@@ -57,8 +57,7 @@ def generate(
     logging.info("%s: resumed, %d of %d records have answers", path, len(done), len(records))
   missing = set(range(len(records))) - done
   if missing:
-    options = {"gather": config.generation.gather, "done": done}
-    answers = generate_answers(config, source, load()[1], records, sampling, mesh, **options)
+    answers = generate_answers(config, source, load()[1], records, sampling, mesh, done=done)
     total = len(missing) * sampling.num_return_sequences
     with directory.append_lines(path) as append:
       for answer in progress.shown(answers, "generate", total):

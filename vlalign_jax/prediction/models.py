@@ -7,6 +7,8 @@ from ml_collections import ConfigDict
 from vlalign_jax import config as configs
 from vlalign_jax import trees
 from vlalign_jax.config_checks import Config
+from vlalign_jax.generation import layout
+from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models import backends, vlm
 from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.sharding import mesh as meshes
@@ -45,6 +47,33 @@ def trained_template(where: str) -> str | None:
   """Returns the template that a run was trained with; None for a Hugging Face directory."""
   run = checkpoints.find_run(where)
   return run_directory.stored_config(run[0])["data"]["template"] if run else None
+
+
+def sampling_mesh(
+  config: Config, model: vlm.ModelConfig, sampling: Sampling, mesh: jax.sharding.Mesh
+) -> jax.sharding.Mesh:
+  """Returns the mesh that answers are sampled on, see `generation.layout`.
+
+  Args:
+    config: of the prediction.
+    model: the architecture.
+    sampling: how tokens are chosen.
+    mesh: as config.mesh says.
+
+  Raises:
+    InputError: generation.sampling_mesh does not suit the devices or the heads.
+  """
+  key, value = "generation.sampling_mesh", config.generation.sampling_mesh
+  if wanted := layout.sizes(value, key):
+    return layout.make_mesh(mesh, wanted, model, key)
+  if value == layout.OWN:
+    return mesh
+  dtype, blocks = config.model.dtype, mesh.size
+  num_rows = -(-config.batch_size // blocks) * blocks
+  shapes = vlm.abstract_params(model, param_dtype=dtype)[1]
+  shapes = meshes.place(shapes, zero.shardings(mesh, shapes, split=True))
+  demand = layout.Demand(model, sampling, num_rows, config.data.max_length, dtype)
+  return layout.choose(mesh, shapes, demand, 0.0) or mesh
 
 
 def load_model(

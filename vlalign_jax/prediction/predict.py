@@ -56,15 +56,17 @@ def predict(c, workdir: str) -> tuple[list[dict], tuple]:
   directory.open_directory(workdir, c, data.inputs(records, opened))
 
   # --- Answers, one line each; only one model is on the devices at a time ---
-  def make_load(opened):
+  def make_load(opened, mesh):
     load = functools.partial(models.load_model, opened, c.model.dtype, mesh, c.model.attention)
     return out_of_memory.explained(out_of_memory.LOADING, c)(load)
 
-  load = make_load(model)
+  load = make_load(model, mesh)
   if sampling is not None:
-    lines = generated.generate(c, workdir, model, load, records, sampling, mesh)
+    its_mesh = models.sampling_mesh(c, model.config, sampling, mesh)
+    load = make_load(model, its_mesh)
+    lines = generated.generate(c, workdir, model, load, records, sampling, its_mesh)
     if reward_model:
-      load = make_load(reward_model)
+      load = make_load(reward_model, mesh)
       lines = best.add_rewards(c, workdir, lines, reward_model, load, records, mesh)
     numbers = metrics.summarize_generated(lines)
   else:

@@ -6,6 +6,7 @@ from vlalign_jax import config as configs
 from vlalign_jax import storage
 from vlalign_jax.config_checks import Config
 from vlalign_jax.errors import InputError
+from vlalign_jax.generation import layout
 from vlalign_jax.generation import sampling as samplings
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models.backends import ATTENTION_NAMES
@@ -45,8 +46,9 @@ def defaults() -> Config:
   c.generation.min_new_tokens = 0  # tokens before which no answer may end
   # Tokens or ids that end an answer, comma-separated; empty: those of the template and the model.
   c.generation.stop_tokens = ""
-  # Gather parameters that are split over fsdp once a batch instead of at every token.
-  c.generation.gather = False
+  # The devices as answers are sampled on them: auto (the fastest layout that fits), sizes such as
+  # tensor=4 or data=2,tensor=4 (weights are copied over data), or empty: as mesh says.
+  c.generation.sampling_mesh = "auto"
 
   c.data = ConfigDict()
   names = ("eval", "eval_samples", "images", "cache", "placeholders", "template", "max_length")
@@ -82,6 +84,7 @@ def check(config: Config) -> None:
   at_least = {"batch_size": 1, "gallery": 0, "data.max_length": 2}
   configs.check_at_least(config, at_least | {"data.max_images": 1, "data.workers": 0})
   configs.check_seed(config)
+  layout.sizes(config.generation.sampling_mesh, "generation.sampling_mesh")
   writers.names(config.log)
   for key, what in (
     ("model.init_from", "a Hugging Face directory or a run directory"),
@@ -108,7 +111,7 @@ def sampling(config: Config, model: ModelSource) -> Sampling | None:
   if config.mode != GENERATE:
     return None
   options = config.generation.to_dict()
-  del options["gather"]
+  del options["sampling_mesh"]
   names = options.pop("stop_tokens")
   stops = [name.strip() for name in names.split(",")] if names else []
   stop_ids = tuple(_token_id(stop, model.tokenizer) for stop in stops)

@@ -19,6 +19,7 @@ from vlalign_jax.sharding import hosts
 from vlalign_jax.steps import answer_rows as layout
 from vlalign_jax.steps.ppo import PPOState
 from vlalign_jax.steps.ppo_program import PPOProgram
+from vlalign_jax.steps.sampler import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Roles:
 
   Attributes:
     program: of the run.
+    sampler: of answers.
     frozen: the actor's parameters that are not trained.
     reference: the initial values of those that are.
     critic_frozen: the critic's frozen parameters; None: there is no critic.
@@ -37,10 +39,12 @@ class Roles:
     config: of the run.
     mesh: over which batches are split.
     shares_features: whether the actor's tower is frozen, so that a rollout's pictures go through it
-      once; same_tower_critic, same_tower_reward: whether these two have the same tower.
+      once, and not again in updates.
+    same_tower_critic, same_tower_reward: whether these two have the actor's tower.
   """
 
   program: PPOProgram
+  sampler: Sampler
   frozen: dict
   reference: dict | None
   critic_frozen: dict | None
@@ -126,11 +130,18 @@ def collect(
   """
   program, settings = roles.program, roles.config.ppo
   actor = trees.merge(state.params, roles.frozen)
-  if roles.shares_features and prompts["images"].shape[1]:
-    prompts = prompts | {"vision_features": program.vision_features(actor, prompts, None)}
+  seen = prompts
+  if prompts["images"].shape[1]:
+    seen = prompts | {"vision_features": program.vision_features(actor, prompts, None)}
   on_devices = hosts.whole_to_device(roles.mesh, {"streams": streams.astype(np.int32)})
-  program.check_memory(*prompts["tokens"].shape)
-  generated = program.sample(actor, for_sampling(prompts), on_devices["streams"], seed)
+  roles.sampler.check_memory(*prompts["tokens"].shape)
+  # The sampler's own weights are let go when the answers are there.
+  params = roles.sampler.place(actor)
+  generated = roles.sampler.sample(params, for_sampling(seen), on_devices["streams"], seed)
+  del params
+  if roles.shares_features:
+    prompts = seen
+  del seen
   tokens, lengths, ended = hosts.fetch((generated.tokens, generated.lengths, generated.ended))
   shape = tokens.shape[1], layout.answer_length(int(lengths.max()), settings.max_new_tokens)
   tokens = tokens[:, :, : shape[1]]

@@ -1,7 +1,9 @@
 """Opens, checks and loads the models of a PPO run besides the actor."""
 
 import dataclasses
+import math
 
+import jax
 import jax.numpy as jnp
 from absl import logging
 from etils import epath
@@ -19,6 +21,7 @@ from vlalign_jax.optim import optimizer
 from vlalign_jax.rollout import collect
 from vlalign_jax.rollout.reward_text import TextReader
 from vlalign_jax.runs import checkpoints, run_directory
+from vlalign_jax.steps import sampler
 from vlalign_jax.steps.ppo import PPOState
 from vlalign_jax.steps.ppo_program import PPOProgram
 from vlalign_jax.training import start
@@ -186,7 +189,15 @@ def make_state(config: Config, workdir: str, sources: RoleSources, program: PPOP
 
 
 @out_of_memory.names(out_of_memory.LOADING)
-def load(config: Config, sources: RoleSources, program: PPOProgram, mesh: Mesh, scorers):
+def load(
+  config: Config,
+  sources: RoleSources,
+  program: PPOProgram,
+  mesh: Mesh,
+  scorers,
+  state: PPOState,
+  prompt_length: int,
+) -> collect.Roles:
   """Loads the models of a run; weights that several of them share are on the devices once.
 
   Args:
@@ -194,6 +205,11 @@ def load(config: Config, sources: RoleSources, program: PPOProgram, mesh: Mesh, 
     sources, program: of the run.
     mesh: over which it runs.
     scorers: of `find_scorers`.
+    state: which is on the devices, too.
+    prompt_length: tokens of the longest row of prompts.
+
+  Raises:
+    InputError: ppo.sampling_mesh does not suit the devices, the heads or the rows.
   """
   pool, files = {}, identity.Files()
   known = identity.identities(sources.actor, files)
@@ -211,10 +227,23 @@ def load(config: Config, sources: RoleSources, program: PPOProgram, mesh: Mesh, 
     critic, of_critic = load(sources.critic, program.critic.params, is_frozen)
   if sources.reward is not None:
     reward, of_reward = load(sources.reward, program.reward.params)
+  reference = start.load_reference(config, sources.actor, program.actor)
+  held = device_bytes([state, frozen, reference, critic, reward])
+  actor = sources.actor
   return collect.Roles(
     program=program,
+    sampler=sampler.make_sampler(
+      config,
+      actor.config,
+      program.actor,
+      program.sampling,
+      mesh,
+      prompt_length,
+      held,
+      actor.tokenizer.pad_token_id,
+    ),
     frozen=frozen,
-    reference=start.load_reference(config, sources.actor, program.actor),
+    reference=reference,
     critic_frozen=critic,
     reward=reward,
     reader=scorers[0],
@@ -225,6 +254,15 @@ def load(config: Config, sources: RoleSources, program: PPOProgram, mesh: Mesh, 
     shares_features=not (config.train.vision or config.lora.vision_rank),
     same_tower_critic=of_critic,
     same_tower_reward=of_reward,
+  )
+
+
+def device_bytes(trees_of_arrays) -> int:
+  """Returns the bytes that arrays take on a device; those that several trees share count once."""
+  arrays = {id(leaf): leaf for leaf in jax.tree.leaves(trees_of_arrays)}
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in arrays.values()
   )
 
 

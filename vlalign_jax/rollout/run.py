@@ -47,7 +47,6 @@ def train_and_evaluate(stage: Stage, c, workdir: str, profile: int = 0) -> None:
     data.make_sampling(c, actor),
     mesh,
     train.plan.steps,
-    actor.tokenizer.pad_token_id,
   )
   ppo_program.check_updates(c, program, train.plan.steps)
 
@@ -58,7 +57,8 @@ def train_and_evaluate(stage: Stage, c, workdir: str, profile: int = 0) -> None:
   )
   if state is None:  # the run is finished
     return
-  models = roles.load(c, sources, program, mesh, scorers)
+  lengths = [int(one.plan.lengths.max()) for one in (train, held_out) if one is not None]
+  models = roles.load(c, sources, program, mesh, scorers, state, max(lengths))
 
   # --- The loop: a step is a rollout and the updates that learn from it ---
   first, steps = progress.get("step", 0), train.plan.steps

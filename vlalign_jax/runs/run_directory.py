@@ -47,7 +47,7 @@ ROUNDING = (
   "mesh.offload_optimizer",
   "ppo.actor_zero_stage",
   "ppo.critic_zero_stage",
-  "ppo.gather",
+  "ppo.sampling_mesh",
   "ppo.sample_parts",
 )
 

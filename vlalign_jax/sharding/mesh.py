@@ -97,6 +97,15 @@ def check_batch(batch_size: int, grad_accumulation: int, pack: bool, mesh: Mesh)
     )
 
 
+def check_rows(rows: int, mesh: Mesh, key: str) -> None:
+  """Raises InputError if a mesh, of the config's `key`, does not split so many rows evenly."""
+  if rows % row_blocks(mesh):
+    fits = ", ".join(str(n) for n in range(1, mesh.size + 1) if not (rows % n or mesh.size % n))
+    raise InputError(
+      f"config.{key} splits {rows} prompts over {row_blocks(mesh)} devices; choose data from {fits}"
+    )
+
+
 def check_heads(mesh: Mesh, heads: int, kv_heads: int) -> None:
   """Raises InputError if `tensor` does not divide the numbers of heads of the language model."""
   common = math.gcd(heads, kv_heads)

@@ -4,6 +4,7 @@ from ml_collections import ConfigDict, config_dict
 
 from vlalign_jax.config_checks import Config, check_at_least, check_choices
 from vlalign_jax.errors import InputError
+from vlalign_jax.generation import layout
 from vlalign_jax.input_pipeline.prompts import TASK
 from vlalign_jax.losses import advantages, kl
 from vlalign_jax.losses import ppo as losses
@@ -49,7 +50,9 @@ def add_keys(c: Config) -> None:
   ppo.temperature = 1.0  # temperature of the policy (TRL: 0.7; original: 0.75)
   ppo.top_k = 0  # sample among this many likeliest tokens; 0: all (original: 50)
   ppo.top_p = 1.0  # sample among the likeliest tokens of this probability (original: 0.95)
-  ppo.gather = False  # gather parameters over fsdp once per rollout, before sampling
+  # The devices as answers are sampled on them: auto (the fastest layout that fits), sizes such as
+  # tensor=4 or data=2,tensor=4 (weights are copied to it for each rollout), or empty: as mesh says.
+  ppo.sampling_mesh = "auto"
   ppo.sample_parts = 1  # parts of a rollout that are sampled in turn, each with its own cache
   # --- Learning from a rollout.
   ppo.estimator = "gae"  # estimator of advantages: gae (with a critic), rloo, grpo (without one)
@@ -129,6 +132,7 @@ def check_keys(config: Config) -> None:
       f"config.ppo.min_new_tokens is {ppo.min_new_tokens}, above ppo.max_new_tokens, "
       f"{ppo.max_new_tokens}; lower it"
     )
+  layout.sizes(ppo.sampling_mesh, "ppo.sampling_mesh")
   if not ppo.temperature:
     raise InputError("config.ppo.temperature is 0; give more, or nothing is explored")
   if not (ppo.reward_model or ppo.reward_function):

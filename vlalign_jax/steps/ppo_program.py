@@ -10,7 +10,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vlalign_jax import trees
-from vlalign_jax.generation.generate import log_memory, make_generate
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models.vlm import ModelConfig, abstract_params
 from vlalign_jax.optim import updates
@@ -41,14 +40,12 @@ class PPOProgram:
   are given.
 
   Attributes:
+    sampling: how answers are sampled.
     actor: with a reference.
     critic: None: there is none.
     reward: None: a function alone scores.
     state: shapes of the PPOState.
     init_state: (actor's trained parameters, critic's or None; both given up) -> PPOState.
-    check_memory: (rows, tokens of each) -> bytes that sampling holds on each device, stated once;
-      see `generate.log_memory`.
-    sample: (all parameters, prompts, int32[B] streams, seed) -> Generated.
     answer_rows: see `steps.answer_rows`.
     vision_features: (the actor's vision parameters, batch) -> float[B, I, P, W].
     reference: ((reference's parameters, the actor's frozen ones), batch, shape) ->
@@ -61,13 +58,12 @@ class PPOProgram:
     finish: PPOState -> PPOState, with one more rollout counted; the state is given up.
   """
 
+  sampling: Sampling
   actor: program.TrainedModel
   critic: program.TrainedModel | None
   reward: Scorer | None
   state: ppo.PPOState
   init_state: Callable
-  check_memory: Callable
-  sample: Callable
   answer_rows: Callable
   vision_features: Callable
   reference: Callable
@@ -86,7 +82,6 @@ def make_program(
   sampling: Sampling,
   mesh: Mesh,
   steps: int,
-  pad_id: int = 0,
 ) -> PPOProgram:
   """Returns the program of a run.
 
@@ -96,7 +91,6 @@ def make_program(
     sampling: of answers.
     mesh: over which rows are split.
     steps: rollouts of the whole run.
-    pad_id: the token that follows an answer's end.
   """
   settings = config.ppo
   parts = settings.num_mini_batches * config.grad_accumulation
@@ -136,24 +130,6 @@ def make_program(
     of_critic_state = critic.init_state(critic_params) if critic else ()
     return ppo.make_state(actor.init_state(params), of_critic_state)
 
-  generate = make_generate(
-    model,
-    sampling,
-    mesh=mesh,
-    dtype=config.model.dtype,
-    attention=config.model.attention,
-    gather=settings.gather,
-    pad_id=pad_id,
-  )
-
-  @functools.cache
-  def check_memory(rows, length):
-    remedy = (
-      "raise ppo.sample_parts, or lower batch_size, ppo.num_generations or ppo.max_new_tokens"
-    )
-    rows //= settings.sample_parts
-    return log_memory(model, sampling, rows, length, config.model.dtype, mesh, remedy)
-
   state = jax.eval_shape(init_state, actor.state.params, critic and critic.state.params)
   placement = ppo.make_state(actor.placement, critic.placement if critic else ())
   placement = placement._replace(step=everywhere)
@@ -161,13 +137,12 @@ def make_program(
     ppo.update_step, actor=actor, critic=critic, config=config, sampling=sampling, mesh=mesh
   )
   return PPOProgram(
+    sampling=sampling,
     actor=actor,
     critic=critic,
     reward=reward,
     state=meshes.place(state, placement),
     init_state=jax.jit(init_state, out_shardings=placement, donate_argnums=(0, 1)),
-    check_memory=check_memory,
-    sample=_sample_by_parts(generate, mesh, settings.sample_parts, rows_place),
     answer_rows=jax.jit(layout.answer_rows, out_shardings=rows_place),
     vision_features=of_parts(vision_features),
     reference=of_parts(reference),
@@ -260,19 +235,3 @@ def _by_parts(function, *, mesh: Mesh, parts: int, placement):
     return accumulate.join_rows(jax.lax.map(of_part, accumulate.split_rows(batch, parts)))
 
   return jax.jit(whole, static_argnames="shape", out_shardings=placement)
-
-
-def _sample_by_parts(generate, mesh: Mesh, parts: int, placement):
-  """Samples some rows at a time, so that one cache is freed before the next is made."""
-  if parts == 1:
-    return generate
-
-  def whole(params, prompts, streams, seed):
-    def of_part(part):
-      part = jax.tree.map(lambda x: meshes.constrain_rows(x, mesh), part)
-      return generate(params, *part, seed)
-
-    given = accumulate.split_rows((prompts, streams), parts)
-    return jax.tree.map(accumulate.join_rows, jax.lax.map(of_part, given))
-
-  return jax.jit(whole, out_shardings=placement)

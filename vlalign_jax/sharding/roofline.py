@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from vlalign_jax.planning.compiled import Compiled
 from vlalign_jax.sharding.chips import Chip
 
 # The share of the maker's numbers that large products and transfers reach.
@@ -37,12 +36,19 @@ class Time:
     return max(times, key=lambda name: times[name])
 
 
-def estimate(chip: Chip, program: Compiled) -> Time | None:
-  """Returns the time of a program on one device; None if the chip's speed is not known."""
+def estimate(chip: Chip, flops: float, accessed: float, sent: float) -> Time | None:
+  """Returns the time of a program on one device; None if the chip's speed is not known.
+
+  Args:
+    chip: the device.
+    flops: operations that it runs.
+    accessed: bytes between its memory and its cores.
+    sent: bytes that it sends to other devices.
+  """
   if chip.flops is None or chip.bandwidth is None or chip.interconnect is None:
     return None
   return Time(
-    compute=program.flops / (chip.flops * UTILIZATION["compute"]),
-    memory=program.bytes_accessed / (chip.bandwidth * UTILIZATION["memory"]),
-    interconnect=program.sent / (chip.interconnect * UTILIZATION["interconnect"]),
+    compute=flops / (chip.flops * UTILIZATION["compute"]),
+    memory=accessed / (chip.bandwidth * UTILIZATION["memory"]),
+    interconnect=sent / (chip.interconnect * UTILIZATION["interconnect"]),
   )

@@ -1,0 +1,118 @@
+"""The sampler of PPO: the actor's weights where decoding reads them, and answers from them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from vlalign_jax import trees
+from vlalign_jax.generation import layout
+from vlalign_jax.generation.generate import log_memory, make_generate
+from vlalign_jax.generation.sampling import Sampling
+from vlalign_jax.models.vlm import ModelConfig
+from vlalign_jax.sharding import mesh as meshes
+from vlalign_jax.steps import accumulate
+from vlalign_jax.steps.program import TrainedModel
+
+KEY = "ppo.sampling_mesh"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """Compiled functions and the mesh that they run on; nothing here is allocated.
+
+  Attributes:
+    mesh: that answers are sampled on.
+    moved: path -> shape of the parameters that the sampler has for itself; see `layout.placement`.
+    move: {path: parameter} -> the same in their places.
+    sample: (all parameters, prompts, int32[B] streams, seed) -> Generated, whose rows are split as
+      the run splits them.
+    check_memory: (rows, tokens of each) -> bytes that keys and values take on each device, stated
+      once; see `generate.log_memory`.
+  """
+
+  mesh: Mesh
+  moved: dict[str, jax.ShapeDtypeStruct]
+  move: Callable
+  sample: Callable
+  check_memory: Callable
+
+  def place(self, params: dict) -> dict:
+    """Returns all parameters as `sample` takes them; those that are in place are not copied."""
+    flat = trees.flatten(params)
+    return trees.unflatten(flat | self.move({path: flat[path] for path in self.moved}))
+
+
+def make_sampler(
+  config,
+  model: ModelConfig,
+  actor: TrainedModel,
+  sampling: Sampling,
+  mesh: Mesh,
+  length: int,
+  held: float,
+  pad_id: int = 0,
+) -> Sampler:
+  """Returns the sampler of a run.
+
+  Args:
+    config: of the run.
+    model: the actor's architecture.
+    actor: has the shapes of its parameters.
+    sampling: of answers.
+    mesh: of the run.
+    length: tokens of the longest row of prompts.
+    held: bytes that a device holds while answers are sampled, for `auto`.
+    pad_id: the token that follows an answer's end.
+
+  Raises:
+    InputError: ppo.sampling_mesh does not suit the devices, the heads or the rows.
+  """
+  settings, dtype = config.ppo, config.model.dtype
+  num_rows = config.batch_size // settings.sample_parts
+  own, wanted = mesh, layout.sizes(settings.sampling_mesh, KEY)
+  if settings.sampling_mesh == layout.AUTO:
+    demand = layout.Demand(model, sampling, num_rows, length, dtype)
+    chosen = layout.choose(own, actor.params, demand, held)
+  else:
+    chosen = layout.make_mesh(own, wanted, model, KEY) if wanted else None
+  if chosen is not None:
+    meshes.check_rows(num_rows, chosen, KEY)
+  moved = {} if chosen is None else layout.placement(chosen, actor.params, dtype)
+  mesh = own if chosen is None else chosen
+  options = {"dtype": dtype, "attention": config.model.attention, "pad_id": pad_id}
+  generate = make_generate(model, sampling, mesh=mesh, **options)
+
+  @functools.cache
+  def check_memory(rows, length):
+    remedy = (
+      "raise ppo.sample_parts, or lower batch_size, ppo.num_generations or ppo.max_new_tokens"
+    )
+    rows //= settings.sample_parts
+    return log_memory(model, sampling, rows, length, dtype, mesh, remedy)
+
+  return Sampler(
+    mesh=mesh,
+    moved=moved,
+    move=layout.make_move(moved),
+    sample=_by_parts(generate, mesh, settings.sample_parts, meshes.batch_sharding(own)),
+    check_memory=check_memory,
+  )
+
+
+def _by_parts(generate, mesh: Mesh, parts: int, placement):
+  """Samples some rows at a time, so that one cache is freed before the next is made."""
+
+  def whole(params, prompts, streams, seed):
+    def of_part(part):
+      part = jax.tree.map(lambda x: meshes.constrain_rows(x, mesh), part)
+      return generate(params, *part, seed)
+
+    if parts == 1:
+      return of_part((prompts, streams))
+    given = accumulate.split_rows((prompts, streams), parts)
+    return jax.tree.map(accumulate.join_rows, jax.lax.map(of_part, given))
+
+  return jax.jit(whole, out_shardings=placement)
