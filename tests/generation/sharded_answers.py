@@ -15,6 +15,7 @@ import numpy as np
 from tests import parity
 from tests.generation import tiny_llava
 from vlalign_jax import trees
+from vlalign_jax.generation import layout as layouts
 from vlalign_jax.generation.generate import make_generate
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models import vlm
@@ -57,10 +58,10 @@ def run(opened, prompts, data: int, fsdp: int, tensor: int, split: bool, moved: 
   batch = hosts.to_device(mesh, batch | {"numbers": np.arange(ROWS, dtype=np.int32)})
   numbers = batch.pop("numbers")
   if moved:
-    mesh = layout.make_mesh(mesh, {"tensor": moved}, opened.config, "ppo.sampling_mesh")
-    wanted, flat = layout.placement(mesh, params, "float32"), trees.flatten(params)
+    mesh = layouts.make_mesh(mesh, {"tensor": moved}, opened.config, "ppo.sampling_mesh")
+    wanted, flat = layouts.placement(mesh, params, "float32"), trees.flatten(params)
     leaves = {path: flat[path] for path in wanted}
-    params = trees.unflatten(flat | layout.make_move(wanted)(leaves))
+    params = trees.unflatten(flat | layouts.make_move(wanted)(leaves))
   program = make_generate(opened.config, SAMPLING, mesh=mesh)
   compiled = program.lower(params, batch, numbers, 0).compile()
   generated = jax.device_get(compiled(params, batch, numbers, 0))
