@@ -52,30 +52,46 @@ def _moved(program: HloProgram, instruction: Instruction, computation: Computati
     return 2 * _bytes(instructions[instruction.operands[1 if opcode == _UPDATES[0] else -1]])
   sizes = [_bytes(instructions[x]) if x in instructions else 0.0 for x in instruction.operands]
   if opcode == "fusion":
-    return _moved_by_fusion(program.computations[instruction.attribute("calls")], sizes)
+    fused = program.computations[instruction.attribute("calls")]
+    return _moved_by_fusion(program, fused, sizes)
   return sum(sizes) + _bytes(instruction)
 
 
-def _moved_by_fusion(fused: Computation, operands: list[float]) -> float:
+def _users(computation: Computation) -> dict[str, list[Instruction]]:
+  """Returns name -> the instructions that take it."""
   users: dict[str, list[Instruction]] = {}
-  for instruction in fused.instructions.values():
+  for instruction in computation.instructions.values():
     for name in instruction.operands:
       users.setdefault(name, []).append(instruction)
+  return users
+
+
+def _moved_by_fusion(program: HloProgram, fused: Computation, operands: list[float]) -> float:
+  users = _users(fused)
   results = fused.root.operands if fused.root.opcode == "tuple" else (fused.root.name,)
   total = sum(_written(fused, name) for name in results)
   for instruction in fused.instructions.values():
     if instruction.opcode == "parameter":
       size = operands[int(instruction.operands[0])]
-      reads = [size if read is None else read for read in _reads(instruction, users)]
+      reads = [size if read is None else read for read in _reads(program, instruction, users)]
       total += min(size, sum(reads)) if reads else size
   return total
 
 
-def _reads(array: Instruction, users: dict[str, list[Instruction]]) -> Iterator[float | None]:
+def _reads(
+  program: HloProgram, array: Instruction, users: dict[str, list[Instruction]]
+) -> Iterator[float | None]:
   """Yields the bytes of an array that each user reads; None: all of them."""
   for user in users.get(array.name, ()):
     if user.opcode == "bitcast":
-      yield from _reads(user, users)
+      yield from _reads(program, user, users)
+    elif user.opcode == "fusion":  # a TPU's fusion of a product has one that slices its operand
+      nested = program.computations[user.attribute("calls")]
+      inner = _users(nested)
+      for parameter in nested.instructions.values():
+        is_input = parameter.opcode == "parameter"
+        if is_input and user.operands[int(parameter.operands[0])] == array.name:
+          yield from _reads(program, parameter, inner)
     elif user.opcode in _SLICES and user.operands[0] == array.name:
       yield _bytes(user)
     elif user.opcode in _UPDATES and user.operands[0] == array.name:
