@@ -157,6 +157,7 @@ def our_side(directory: str, size: str):
     generation=None,
     tokenizer=None,
     images=None,
+    layout=None,
     tensors=tensors.find_tensors(directory),
   )
   mesh = meshes.make_mesh(defaults("sft").mesh)

@@ -73,7 +73,7 @@ def write_checkpoint(config: vlm.ModelConfig, directory: str) -> int:
 def load_checkpoint(gigabytes: float, directory: str) -> None:
   """Loads and prints the peak in bytes and the seconds."""
   config = model_config(gigabytes)
-  opened = source.ModelSource(config, None, None, None, None, tensors.find_tensors(directory))
+  opened = source.ModelSource(config, None, None, None, None, None, tensors.find_tensors(directory))
   _, abstract = vlm.abstract_params(config)
   mesh = meshes.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
   place = jax.tree.map(lambda _: meshes.replicated(mesh), abstract)

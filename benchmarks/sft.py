@@ -165,6 +165,7 @@ def our_steps(directory: str, load: str, batch: int):
     generation=None,
     tokenizer=None,
     images=None,
+    layout=None,
     tensors=tensors.find_tensors(directory),
   )
   mesh = meshes.make_mesh(c.mesh)

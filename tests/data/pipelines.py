@@ -51,10 +51,10 @@ class TwoPartError(Exception):
     super().__init__(f"{first} {second}")
 
 
-def load_image(path):
+def load_image(path, size=None):
   if path.startswith("bad"):
     raise InputError(f'image "{path}" not found')
-  return np.full((*SIZE, 3), int(path), np.uint8)
+  return np.full((1, *SIZE, 3), int(path), np.uint8)
 
 
 def make(texts, paths, batch_size=4, row_multiple=2, epochs=1, pack=True):
@@ -92,7 +92,7 @@ def expected(plan, load, step):
   }
   text["image_slots"] -= 1
   text["loss_mask"] = np.zeros((rows, length), np.float32)
-  images = np.zeros((rows, plan.images, *SIZE, 3), np.uint8)
+  images = np.zeros((rows, plan.image_counts[step], *SIZE, 3), np.uint8)
   for row in range(rows):
     at, seen = 0, []
     for segment, e in enumerate(plan.rows_of(step, row), 1):

@@ -8,6 +8,7 @@ from transformers import ByT5Tokenizer
 from tests.data.tokenizers import byte_level_tokenizer, sentencepiece_style_tokenizer
 from vlalign_jax.data.conversations import Turn
 from vlalign_jax.data.encode import Example, encode
+from vlalign_jax.data.picture_tokens import OneTile
 from vlalign_jax.data.records import Record
 from vlalign_jax.data.templates import render, turn_pieces
 from vlalign_jax.errors import InputError
@@ -73,7 +74,8 @@ def make_record(turns) -> Record:
 def encode_with(tokenizer, turns, template, tokens_per_image=1, max_length=100_000):
   image_token_id = tokenizer.convert_tokens_to_ids("<image>")
   record = make_record(turns)
-  return encode(record, template, tokenizer, image_token_id, tokens_per_image, max_length)
+  layout = OneTile(image_token_id, tokens_per_image)
+  return encode(record, template, tokenizer, layout, max_length)
 
 
 def learned_texts(example: Example, tokenizer) -> list[str]:
@@ -282,7 +284,7 @@ def test_users_may_write_added_tokens_that_are_not_special():
 def test_errors():
   tokenizer = TOKENIZERS["first"]
   with pytest.raises(InputError, match=r"reads <image> as \[\d+\], not as the image token 5; add"):
-    encode(make_record(NORMAL), "vicuna", tokenizer, 5, 1, 1000)
+    encode(make_record(NORMAL), "vicuna", tokenizer, OneTile(5, 1), 1000)
   with pytest.raises(InputError, match=r'record 3 \("id": "x"\): the last turn has no answer'):
     encode_with(tokenizer, (Turn("Who?", None),), "vicuna")
   with pytest.raises(InputError, match="has no fast tokenizer"):

@@ -7,6 +7,7 @@ from tests.data import test_encode
 from vlalign_jax.data.conversations import Turn
 from vlalign_jax.data.encode import encode
 from vlalign_jax.data.encode_preferences import encode_preferences
+from vlalign_jax.data.picture_tokens import OneTile
 from vlalign_jax.data.records import Record
 from vlalign_jax.data.rows import build_row
 from vlalign_jax.errors import InputError
@@ -33,7 +34,7 @@ def make_record(turns, answers) -> Record:
 def encode_with(tokenizer, turns, answers, template, max_length=100_000, patches=PATCHES):
   image = tokenizer.convert_tokens_to_ids("<image>")
   record = make_record(turns, answers)
-  return encode_preferences(record, template, tokenizer, image, patches, max_length)
+  return encode_preferences(record, template, tokenizer, OneTile(image, patches), max_length)
 
 
 def encode_alone(tokenizer, turns, answer, template, patches=PATCHES):
@@ -42,7 +43,7 @@ def encode_alone(tokenizer, turns, answer, template, patches=PATCHES):
   record = make_record(turns, ())
   turns = (*turns[:-1], Turn(turns[-1].human, answer))
   record = Record(record.file, record.index, record.id, record.images, turns)
-  return encode(record, template, tokenizer, image, patches, 100_000).example
+  return encode(record, template, tokenizer, OneTile(image, patches), 100_000).example
 
 
 def check(example, alone, earlier_turns):
@@ -186,7 +187,7 @@ def test_errors():
   tokenizer = TOKENIZERS["first"]
   record = make_record(test_encode.NORMAL[:1], ("a", "b"))
   with pytest.raises(InputError, match=r"reads <image> as \[\d+\], not as the image token 5; add"):
-    encode_preferences(record, "vicuna", tokenizer, 5, 1, 1000)
+    encode_preferences(record, "vicuna", tokenizer, OneTile(5, 1), 1000)
   with pytest.raises(InputError, match="is not one of"):
     encode_with(tokenizer, test_encode.NORMAL, ("a", "b"), "alpaca")
 

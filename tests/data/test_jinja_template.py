@@ -7,6 +7,7 @@ import pytest
 from tests.data.tokenizers import byte_level_tokenizer, sentencepiece_style_tokenizer
 from vlalign_jax.data import encode, jinja_template, templates
 from vlalign_jax.data.conversations import Turn
+from vlalign_jax.data.picture_tokens import OneTile
 from vlalign_jax.data.records import Record
 from vlalign_jax.input_pipeline import prompts
 
@@ -101,7 +102,7 @@ def test_ids_are_those_of_training(name, kind, text, typed):
     ]
   for part in (turns, turns[:1]):
     record = Record("t.json", 0, "x", ("a",) * 9, tuple(part), ())
-    options = (name, trained, image, 1, 10_000)
+    options = (name, trained, OneTile(image, 1), 10_000)
     example = encode.encode(record, *options).example
     got = ids_of(served, messages_of(part, typed))
     if name == "auto":  # such a template may write more after the last end token
@@ -149,7 +150,7 @@ def test_an_exported_template_stays_as_it_is(name, kind, text):
   record = Record("t.json", 0, "x", (), tuple(turns), ())
   image = trained.convert_tokens_to_ids("<image>")
   first, second = (
-    encode.encode(record, template, tokenizer, image, 1, 10_000).example.tokens
+    encode.encode(record, template, tokenizer, OneTile(image, 1), 10_000).example.tokens
     for template, tokenizer in ((name, trained), ("auto", served))
   )
   np.testing.assert_array_equal(second, first[: len(second)])

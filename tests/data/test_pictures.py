@@ -23,6 +23,7 @@ from tests.data.twins import (
 )
 from vlalign_jax.data import pictures
 from vlalign_jax.data.encode import encode
+from vlalign_jax.data.picture_tokens import OneTile
 from vlalign_jax.data.records import Options, load_records
 from vlalign_jax.errors import InputError
 
@@ -68,7 +69,7 @@ def test_the_image_word_in_an_answer_is_plain(directory):
   assert record.turns[0].gpt == "![fig](<image>)"
   tokenizer = tiny_models.make_tokenizer()
   image_token = tokenizer.convert_tokens_to_ids("<image>")
-  example = encode(record, "vicuna", tokenizer, image_token, 9, 500).example
+  example = encode(record, "vicuna", tokenizer, OneTile(image_token, 9), 500).example
   assert np.sum(example.tokens == image_token) == 9
   assert "![fig](<image>)" in tokenizer.decode(example.tokens[example.tokens != image_token])
 

@@ -294,7 +294,7 @@ def test_statistics_by_hand():
     ({"order": np.zeros(0, np.int64)}, "no examples"),
     ({"max_length": 63}, "example 1 has 64 tokens; 1 to 63"),
     ({"lengths": np.array([3, 0], np.int32)}, "example 1 has 0 tokens"),
-    ({"max_images_per_row": 1}, "example 0 has 2 images; a row takes 1"),
+    ({"max_images_per_row": 1}, "example 0 has 2 tiles of images; a row takes 1"),
     ({"buckets": [32]}, "64 tokens does not fit"),
   ],
 )

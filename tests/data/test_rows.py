@@ -96,7 +96,7 @@ def test_an_exactly_full_row():
   ("examples", "message"),
   [
     ([example([1, 2, 3]), example([1, 2])], "5 tokens in a row of 4"),
-    ([example([9, 9], ["a"]), example([9, 9], ["b"])], "2 distinct images in a row of 1"),
+    ([example([9, 9], ["a"]), example([9, 9], ["b"])], "2 tiles of distinct images in a row of 1"),
     ([example([9, 1, 2], ["a"])], "record 3: 1 image tokens for 1 images of 2 tokens"),
     # The sum of the two is right; each alone is not.
     ([example([9, 9], []), example([1, 2], ["a"])], "record 3: 2 image tokens for 0 images"),

@@ -7,6 +7,7 @@ import numpy as np
 
 from tests import tiny_models
 from vlalign_jax.data.images import open_image
+from vlalign_jax.data.picture_tokens import OneTile
 from vlalign_jax.data.records import Options, load_records
 
 
@@ -58,7 +59,8 @@ def assert_equal(record, twin, encoder):
   tokenizer = tiny_models.make_tokenizer()
   image_token = tokenizer.convert_tokens_to_ids("<image>")
   mine, theirs = (
-    encoder(one, "vicuna", tokenizer, image_token, 9, 500).example for one in (record, twin)
+    encoder(one, "vicuna", tokenizer, OneTile(image_token, 9), 500).example
+    for one in (record, twin)
   )
   for name in ("tokens", "positions", "branches", "targets", "loss_mask", "answers"):
     np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name))

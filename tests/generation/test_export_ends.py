@@ -14,6 +14,7 @@ from tests.data.test_jinja_template import LLAMA_3
 from tests.generation.test_greedy import answers
 from vlalign_jax.data import encode, templates
 from vlalign_jax.data.conversations import Turn
+from vlalign_jax.data.picture_tokens import OneTile
 from vlalign_jax.data.records import Record
 from vlalign_jax.input_pipeline import prompts
 from vlalign_jax.weights import export, parts
@@ -81,7 +82,8 @@ def test_generate_ends_where_prediction_ends(model, template, tmp_path):
   turns = TURNS[:1] if template == "plain" else TURNS
   turns = (*turns[:-1], dataclasses.replace(turns[-1], gpt=None))
   record = Record("t.json", 0, "x", ("0.png",), turns, ())
-  options = (template, tokenizer, config.image_token_id, config.tokens_per_image, 1000)
+  layout = OneTile(config.image_token_id, config.tokens_per_image)
+  options = (template, tokenizer, layout, 1000)
   ours = prompts.encode_prompt(record, *options).example
   cases = [(ours, make_inputs(processor, turns, None, typed, picture))]
   if template != "plain":

@@ -27,9 +27,7 @@ def parts_of(prepared, number):
   load = prepared.load_example
   return [
     "".join(f"[{text}]" if learned else text for text, learned in parts)
-    for parts in examples.parts_of(
-      load(number), load.tokenizer, load.image_token_id, load.tokens_per_image
-    )
+    for parts in examples.parts_of(load(number), load.tokenizer, load.layout.image_token_id)
   ]
 
 

@@ -8,6 +8,7 @@ import pytest
 from tests.data import test_encode
 from vlalign_jax.data.conversations import Turn
 from vlalign_jax.data.encode import encode
+from vlalign_jax.data.picture_tokens import OneTile
 from vlalign_jax.data.plan import ImageSets, plan_batches
 from vlalign_jax.data.records import Record
 from vlalign_jax.errors import InputError
@@ -28,7 +29,7 @@ def record_of(turns, images, answers=()) -> Record:
 
 def prompt_of(record, template, tokenizer, max_length=100_000):
   image = tokenizer.convert_tokens_to_ids("<image>")
-  return encode_prompt(record, template, tokenizer, image, PATCHES, max_length)
+  return encode_prompt(record, template, tokenizer, OneTile(image, PATCHES), max_length)
 
 
 @pytest.mark.parametrize("answer", ["A cat and two dogs.", " leading", "\n猫", "</s>"])
@@ -39,7 +40,7 @@ def test_is_what_training_puts_before_the_answer(template, name, answer):
   question = "And here?\n<image>"
   trained = record_of([*before, Turn(question, answer)], 2)
   image = tokenizer.convert_tokens_to_ids("<image>")
-  example = encode(trained, template, tokenizer, image, PATCHES, 100_000).example
+  example = encode(trained, template, tokenizer, OneTile(image, PATCHES), 100_000).example
   learned = np.flatnonzero(example.loss_mask)
   gaps = np.flatnonzero(np.diff(learned) > 1)
   start = int(learned[gaps[-1] + 1]) + 1  # where the last answer begins
@@ -77,7 +78,7 @@ def test_stop_tokens_are_the_template_s_and_the_model_s(template, name):
   image = tokenizer.convert_tokens_to_ids("<image>")
   asked = "<image>\nA?" if template == "plain" else "A?"
   record = record_of([Turn(asked, "word")], template == "plain")
-  example = encode(record, template, tokenizer, image, 1, 1000).example
+  example = encode(record, template, tokenizer, OneTile(image, 1), 1000).example
   learned = example.targets[example.loss_mask > 0]
   special = {tokenizer.convert_tokens_to_ids(text) for text in ("<|eot_id|>", "</s>")}
   special |= {tokenizer.eos_token_id}

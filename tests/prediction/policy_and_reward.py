@@ -77,9 +77,8 @@ class Tiny:
     record = dataclasses.replace(
       record, turns=(*before, dataclasses.replace(last, gpt=answer)), answers=()
     )
-    config = self.opened.config
-    sizes = config.image_token_id, config.tokens_per_image, 10_000
-    return encode(record, "vicuna", self.opened.tokenizer, *sizes).example
+    opened = self.opened
+    return encode(record, "vicuna", opened.tokenizer, opened.layout, 10_000).example
 
   def inputs(self, example) -> dict:
     """Returns the torch models' inputs for an example."""

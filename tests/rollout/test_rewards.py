@@ -58,12 +58,11 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(files, tmp_path):
         answered,
         "vicuna",
         tokenizer,
-        opened.config.image_token_id,
-        opened.config.tokens_per_image,
+        opened.layout,
         10_000,
       ).example
       load_image = run.train.load_image
-      shown = [load_image(os.path.join(files.directory, path)) for path in record.images]
+      shown = [load_image(os.path.join(files.directory, path))[0] for path in record.images]
       pixels = parity.pixel_values(opened.config, shown) if shown else None
       tokens = torch.tensor(example.tokens)[None].long()
       with torch.no_grad():

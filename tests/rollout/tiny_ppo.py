@@ -163,7 +163,7 @@ def examples_of(prepared, step: int = 0) -> list:
   plan = prepared.plan
   numbers = [number for row in range(plan.rows) for number in plan.rows_of(step, row)]
   examples = [load_example(int(number)) for number in numbers]
-  return [(example, [load_image(path) for path in example.images]) for example in examples]
+  return [(example, [load_image(path)[0] for path in example.images]) for example in examples]
 
 
 def inputs(model_config, example, pictures, answer) -> dict:

@@ -6,11 +6,12 @@ SFT, several in rankings, none where the model is to generate it.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER, Turn
+from vlalign_jax.data.picture_tokens import PictureLayout, PictureTokens, tokens_of_record
 from vlalign_jax.data.records import Record
 from vlalign_jax.data.templates import closing, turn_pieces
 from vlalign_jax.data.tokens import tokenize_branches, vocabulary
@@ -21,7 +22,7 @@ from vlalign_jax.errors import InputError
 class Example:
   """One tokenized example; rows are packed from these.
 
-  tokens: int32[N] ids; an image takes tokens_per_image positions, each with the image token id.
+  tokens: int32[N] ids; an image takes those of its `PictureTokens`.
   positions: int32[N] RoPE positions.
   branches: int32[N] 0 for what all answers share; k > 0 for the k-th ranked answer.
   targets: int32[N] id of the next token where loss_mask is 1, else 0.
@@ -29,6 +30,7 @@ class Example:
   images: paths in the order in which their tokens appear.
   where: names the record in error messages.
   answers: int32[K] position of the last token of each ranked answer, best first; empty in SFT.
+  pictures: the tokens of each of `images`; empty: each image is one tile.
   """
 
   tokens: np.ndarray
@@ -39,6 +41,13 @@ class Example:
   images: tuple[str, ...]
   where: str
   answers: np.ndarray = dataclasses.field(default_factory=functools.partial(np.zeros, 0, np.int32))
+  pictures: tuple[PictureTokens, ...] = ()
+
+  @property
+  def tiles(self) -> dict[str, int]:
+    """Returns distinct image -> its number of tiles."""
+    tiles = [picture.tiles for picture in self.pictures] or [1] * len(self.images)
+    return dict(zip(self.images, tiles, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,8 +71,7 @@ def encode(
   record: Record,
   template: str,
   tokenizer,
-  image_token_id: int,
-  tokens_per_image: int,
+  layout: PictureLayout,
   max_length: int,
 ) -> Encoded:
   """Encodes a conversation whose every turn has an answer; `counts` is (turns dropped,).
@@ -75,8 +83,7 @@ def encode(
     record: the conversation; its last turn needs an answer too.
     template: one of `templates.TEMPLATES`.
     tokenizer: a fast Hugging Face tokenizer.
-    image_token_id: id of the tokenizer's `<image>`.
-    tokens_per_image: positions that an image takes.
+    layout: says which tokens a picture takes.
     max_length: the most positions of an example, image positions included.
 
   Raises:
@@ -85,9 +92,7 @@ def encode(
   turns, last = record.turns, record.turns[-1].gpt
   if last is None:
     raise InputError(f"{record.where}: the last turn has no answer to learn; give it one")
-  pieces, [(answer, final)] = tokenize_turns(
-    record, [last], template, tokenizer, image_token_id, tokens_per_image
-  )
+  pieces, [(answer, final)], pictures = tokenize_turns(record, [last], template, tokenizer, layout)
   pieces.append(answer)
   ends = np.cumsum([len(piece) for piece in pieces])[1::2]  # of each turn's answer
   kept = int(np.searchsorted(ends, max_length - len(final), side="right"))
@@ -96,8 +101,8 @@ def encode(
   pieces = [*pieces[: 2 * kept], final]
   learned = np.repeat([False, True] * kept + [True], [len(piece) for piece in pieces])
   num_images = sum(turn.human.count(IMAGE_PLACEHOLDER) for turn in turns[:kept])
-  images = record.images[:num_images]
-  example = branch(np.concatenate(pieces), [], images, record.where, learned)
+  images, shown = record.images[:num_images], pictures[:num_images]
+  example = branch(np.concatenate(pieces), [], images, record.where, learned, shown)
   return Encoded(example, (len(turns) - kept,))
 
 
@@ -106,23 +111,24 @@ def tokenize_turns(
   answers: Sequence[str],
   template: str,
   tokenizer,
-  image_token_id: int,
-  tokens_per_image: int,
-) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+  layout: PictureLayout,
+) -> tuple[list[np.ndarray], list[list[np.ndarray]], tuple[PictureTokens, ...]]:
   """Tokenizes a record up to its last question, and each of `answers` to that question.
 
   Args:
     record: its last turn's own answer, if any, is not read.
     answers: may be empty.
-    template, tokenizer, image_token_id, tokens_per_image: as for `encode`.
+    template, tokenizer, layout: as for `encode`.
 
   Returns:
     (int32[N] ids of each prompt and earlier answer in turn, [ids with the end token, ids of what
-    closes the example] of each of `answers`); images take all their positions.
+    closes the example] of each of `answers`, the tokens of each picture, which are in the prompts).
 
   Raises:
-    InputError: the template, the tokenizer and the record do not go together.
+    InputError: the template, the tokenizer and the record do not go together, or a picture cannot
+      be read.
   """
+  image_token_id = layout.image_token_id
   check_image_token(tokenizer, image_token_id)
   *before, last = record.turns
   prompt, written, where = [], [], record.where
@@ -142,29 +148,43 @@ def tokenize_turns(
       f"{record.where}: {sum(placed + in_answers)} image tokens were written for {sum(images)}"
       " images; choose another data.template"
     )
-  repeats = [np.where(ids == image_token_id, tokens_per_image, 1) for ids in pieces]
-  return list(map(np.repeat, pieces, repeats)), branches
+  pictures = tokens_of_record(record, layout)
+  rest = iter(pictures)
+  return [_with_pictures(ids, image_token_id, rest) for ids in pieces], branches, pictures
+
+
+def _with_pictures(
+  ids: np.ndarray, image_token_id: int, pictures: Iterator[PictureTokens]
+) -> np.ndarray:
+  """Returns ids with each image token replaced by the tokens of the next picture."""
+  places = np.flatnonzero(ids == image_token_id)
+  if not len(places):
+    return ids
+  parts = np.split(ids, np.stack([places, places + 1], axis=1).reshape(-1))
+  parts[1::2] = [next(pictures).ids for _ in places]
+  return np.concatenate(parts)
 
 
 def tokenize_prompt(
   record: Record, answers: Sequence[str], *options
-) -> tuple[np.ndarray, list[np.ndarray]]:
+) -> tuple[np.ndarray, list[np.ndarray], tuple[PictureTokens, ...]]:
   """Tokenizes a record up to its last question, in one piece, and answers to that question.
 
   Args:
     record, answers, *options: as for `tokenize_turns`.
 
   Returns:
-    (int32[N] ids of the prompt, int32[M] ids of each answer with what closes the example).
+    (int32[N] ids of the prompt, int32[M] ids of each answer with what closes the example, the
+    tokens of each picture).
 
   Raises:
     InputError: as there, or the prompt is empty.
   """
-  pieces, branches = tokenize_turns(record, answers, *options)
+  pieces, branches, pictures = tokenize_turns(record, answers, *options)
   prompt = np.concatenate(pieces)
   if not len(prompt):
     raise InputError(f"{record.where}: the prompt has no token; choose another data.template")
-  return prompt, [np.concatenate(ids) for ids in branches]
+  return prompt, [np.concatenate(ids) for ids in branches], pictures
 
 
 def fit_answers(
@@ -185,6 +205,7 @@ def branch(
   images: tuple[str, ...],
   where: str,
   learned: np.ndarray | bool = False,
+  pictures: tuple[PictureTokens, ...] = (),
 ) -> Example:
   """Makes an example of a prompt (branch 0) and answers to it (branches k > 0).
 
@@ -194,7 +215,7 @@ def branch(
   Args:
     prompt: int32[N] ids of what all answers share; a whole conversation has no answers.
     answers: int32[M] ids of each, with its end; all of them are learned.
-    images, where: as in Example.
+    images, where, pictures: as in Example.
     learned: which tokens of the prompt are learned: none, or bool[N] if there are no answers.
   """
   shared = len(prompt) - bool(answers)
@@ -217,6 +238,7 @@ def branch(
     images=images,
     where=where,
     answers=(starts + sizes - 1)[1:].astype(np.int32),
+    pictures=pictures,
   )
 
 

@@ -1,6 +1,7 @@
 """Encodes a record with ranked answers: the prompt once, each answer as a branch after it."""
 
 from vlalign_jax.data.encode import Encoded, branch, fit_answers, tokenize_prompt
+from vlalign_jax.data.picture_tokens import PictureLayout
 from vlalign_jax.data.records import Record
 
 
@@ -8,8 +9,7 @@ def encode_preferences(
   record: Record,
   template: str,
   tokenizer,
-  image_token_id: int,
-  tokens_per_image: int,
+  layout: PictureLayout,
   max_length: int,
 ) -> Encoded:
   """Encodes a record's prompt as branch 0 and its ranked answers as branches, see `branch`.
@@ -20,7 +20,7 @@ def encode_preferences(
 
   Args:
     record: with ranked answers to its last question.
-    template, tokenizer, image_token_id, tokens_per_image, max_length: as for `encode.encode`.
+    template, tokenizer, layout, max_length: as for `encode.encode`.
 
   Returns:
     `counts` is the number of answers (kept, with the tokens of a better one, empty, too long).
@@ -34,8 +34,8 @@ def encode_preferences(
     return Encoded(None, (len(ranks), 0, empty, 0), tuple(ranks))
 
   texts = [record.answers[rank] for rank in ranks]
-  options = template, tokenizer, image_token_id, tokens_per_image
-  prompt, answers = tokenize_prompt(record, texts, *options)
+  options = template, tokenizer, layout
+  prompt, answers, pictures = tokenize_prompt(record, texts, *options)
   distinct, seen = {}, set()
   for rank, ids in zip(ranks, answers, strict=True):
     if ids.tobytes() not in seen:
@@ -45,5 +45,6 @@ def encode_preferences(
   counts = len(kept), len(ranks) - len(distinct), empty, len(distinct) - len(kept)
   example = None
   if len(kept) > 1:
-    example = branch(prompt, [distinct[rank] for rank in kept], record.images, record.where)
+    chosen = [distinct[rank] for rank in kept]
+    example = branch(prompt, chosen, record.images, record.where, pictures=pictures)
   return Encoded(example, counts, kept)

@@ -122,7 +122,7 @@ class ImagePreprocessor:
       )
       # The rules for sizes are many, so look at the outputs for images of several shapes.
       probes = [Image.new("RGB", size) for size in ((3, 2), (2, 3), (5, 4))]
-      shapes = {preprocessor._pixels(image).shape for image in probes}
+      shapes = {preprocessor._pixels(image).shape[1:] for image in probes}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
       reason = " ".join(str(error).split())
       raise InputError(f"{where}: not a usable image processor ({reason}); fix it") from error
@@ -135,7 +135,12 @@ class ImagePreprocessor:
     return replace(preprocessor, height=height, width=width)
 
   def preprocess(self, image: Image.Image) -> np.ndarray:
-    """Returns uint8[height, width, 3] of an RGB image of any size."""
+    """Returns uint8[height, width, 3] of an RGB image of any size, which must have one tile."""
+    (pixels,) = self.tiles(image)
+    return pixels
+
+  def tiles(self, image: Image.Image) -> np.ndarray:
+    """Returns uint8[n, height, width, 3], the tiles of an RGB image of any size."""
     if image.mode != "RGB":
       raise ValueError(f"expected an RGB image as images.open_image returns it, not {image.mode}")
     return self._pixels(image)
@@ -144,8 +149,9 @@ class ImagePreprocessor:
     image = self._bounded(image)
     if self.aspect == "pad":
       image = pad_to_square(image, self.pad_color)
-    pixels = self.processor(image)["pixel_values"][0]  # uint8[3, H, W]
-    return np.ascontiguousarray(np.moveaxis(pixels, 0, -1))
+    pixels = np.asarray(self.processor(image)["pixel_values"])  # uint8[..., 3, H, W]
+    pixels = pixels.reshape(-1, *pixels.shape[-3:])
+    return np.ascontiguousarray(np.moveaxis(pixels, 1, -1))
 
   def _bounded(self, image: Image.Image) -> Image.Image:
     """Crops or reduces an extreme shape (1 x 50000), so that no step exceeds images.MAX_PIXELS."""

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,52 @@ def open_image(path: str) -> Image.Image:
     InputError: the file is missing, truncated or not an image, or it has more than MAX_PIXELS
       pixels.
   """
-  shown = f'image "{os.path.basename(path)}" under {os.path.dirname(path) or "."}'
+  return _read(path, _decode)
+
+
+def size(path: str) -> tuple[int, int]:
+  """Returns (width, height) of the image that `open_image` would return, by its header alone.
+
+  Raises:
+    InputError: see `open_image`, of which only what the header shows is noticed.
+  """
+  return _read(path, _size)
+
+
+def check_size(path: str, image: Image.Image, expected: tuple[int, int] | None) -> None:
+  """Raises an InputError if a decoded image has another size than its tokens were counted for.
+
+  Args:
+    path: of the image.
+    image: from `open_image`.
+    expected: its (width, height) by `size`; None: any.
+  """
+  if expected is not None and image.size != expected:
+    width, height = image.size
+    raise InputError(
+      f"{_shown(path)} has {width} x {height} pixels, and had {expected[0]} x {expected[1]} when "
+      "the run was planned; put the old file back, or start a new run in another --workdir"
+    )
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+  turned = _orientation(image) in (5, 6, 7, 8)
+  return image.size[::-1] if turned else image.size
+
+
+def _decode(image: Image.Image) -> Image.Image:
+  image.load()
+  return _to_rgb(_upright(image))
+
+
+def _read(path: str, function: Callable[[Image.Image], Any]) -> Any:
+  """Returns `function` of an opened image; errors as in `open_image`."""
+  shown = _shown(path)
   try:
     with Image.open(path) as image:
       if math.prod(image.size) > MAX_PIXELS:  # by the header; nothing is decoded yet
         raise Image.DecompressionBombError(f"it claims {image.size[0]} x {image.size[1]}")
-      image.load()
-      return _to_rgb(_upright(image))
+      return function(image)
   except (FileNotFoundError, NotADirectoryError) as error:
     raise InputError(f"{shown} not found; put it there or set data.images") from error
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -46,18 +86,19 @@ def open_image(path: str) -> Image.Image:
     raise InputError(f"{shown} {message}") from error
 
 
-def size(path: str) -> tuple[int, int]:
-  """Returns (width, height) in pixels of an image that `open_image` can open, by its header."""
-  with Image.open(path) as image:
-    return image.size
+def _shown(path: str) -> str:
+  return f'image "{os.path.basename(path)}" under {os.path.dirname(path) or "."}'
+
+
+def _orientation(image: Image.Image) -> Any:
+  try:
+    return image.getexif().get(ExifTags.Base.Orientation)
+  except Exception:  # broken EXIF raises any exception too; image viewers then do not rotate
+    return None
 
 
 def _upright(image: Image.Image) -> Image.Image:
-  try:
-    orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
-  except Exception:  # broken EXIF raises any exception too; image viewers then do not rotate
-    orientation = None
-  method = _TRANSPOSE.get(orientation)
+  method = _TRANSPOSE.get(_orientation(image))
   return image if method is None else image.transpose(method)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -21,8 +21,8 @@ POOL_FROM = 20_000
 MAX_WORKERS = 32
 _CHUNK = 500
 
-# Record number -> (tokens, C counts, image paths).
-LoadEncoded = Callable[[int], tuple[int, Sequence[int], Sequence[str]]]
+# Record number -> (tokens, C counts, image paths, as a mapping if images may have several tiles).
+LoadEncoded = Callable[[int], tuple[int, Sequence[int], Sequence[str] | Mapping[str, int]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -28,10 +28,10 @@ class Prepared:
     plan: which examples share which row at which step.
     load_example: example number -> Example. It should hold the records in a `workers.SharedList`,
       else each worker process gets a copy of them all.
-    load_image: path -> uint8[H, W, 3].
+    load_image: (path, its size by the plan or None) -> uint8[n, H, W, 3], its n tiles.
     image_token_id: the id that marks image positions.
-    tokens_per_image: P, image tokens of one image.
-    image_size: (H, W) in pixels.
+    tokens_per_image: P, image tokens of one tile; an image of a LLaVA is one.
+    image_size: (H, W) of a tile in pixels.
     pad_id: the token id of padding.
     records: the number of distinct records in the plan.
     max_answers: K, the most ranked answers of an example; 0 if examples have none.
@@ -42,7 +42,7 @@ class Prepared:
 
   plan: BatchPlan
   load_example: Callable[[int], Example]
-  load_image: Callable[[str], np.ndarray]
+  load_image: Callable[[str, tuple[int, int] | None], np.ndarray]
   image_token_id: int
   tokens_per_image: int
   image_size: tuple[int, int]
@@ -67,8 +67,8 @@ class Prepared:
     The rows of a step are cut into block_count equal blocks of consecutive rows. A batch has those
     of `blocks`, in this order, B rows together: the arrays of `rows.empty_row` with a leading B;
     images uint8[B, I, H, W, 3], zeros where a row has fewer; skipped int32[B], examples left out of
-    each row; with max_answers also those of `rows.answer_places`. I is `plan.images`; B and T may
-    change from step to step (`plan.row_counts`, `plan.lengths`).
+    each row; with max_answers also those of `rows.answer_places`. B, T and I may change from step
+    to step (`plan.row_counts`, `plan.lengths`, `plan.image_counts`).
 
     Args:
       blocks, block_count: this host's share of the rows.
@@ -216,7 +216,8 @@ class _Row:
   """One row, as a thread or a worker process returns it."""
 
   arrays: dict[str, np.ndarray]  # of `rows.build_row`
-  images: np.ndarray  # uint8[n, H, W, 3], its n distinct images
+  images: np.ndarray  # uint8[n, H, W, 3], the tiles of its distinct images
+  places: int  # I of its step
   problems: tuple[str, ...]  # errors of the examples left out
 
 
@@ -242,18 +243,18 @@ class _LoadRow:
     step, row = divmod(int(element), self.num_rows)
     per_block = int(plan.row_counts[step]) // self.block_count
     if row >= per_block * len(self.blocks):
-      return _Row({}, np.zeros(0), ())
+      return _Row({}, np.zeros(0), 0, ())
     block, row = divmod(row, per_block)
     numbers = plan.rows_of(step, self.blocks[block] * per_block + row)
     try:
-      return self._load(numbers, int(plan.lengths[step]))
+      return self._load(numbers, int(plan.lengths[step]), int(plan.image_counts[step]))
     except Exception as error:
       # An exception that cannot be unpickled would break the pool without being shown.
       failure = RuntimeError(f"examples {numbers.tolist()}: {type(error).__name__}: {error}")
       failure.add_note(traceback.format_exc())
       raise failure from None
 
-  def _load(self, numbers: np.ndarray, length: int) -> _Row:
+  def _load(self, numbers: np.ndarray, length: int, places: int) -> _Row:
     data, examples, loaded, problems, pixels = self.data, [], [], [], {}
     for number in numbers:
       try:
@@ -262,28 +263,27 @@ class _LoadRow:
         problems.append(str(error))
         continue
       try:
-        for path in example.images:
+        sizes = [picture.size for picture in example.pictures] or [None] * len(example.images)
+        for path, size in zip(example.images, sizes, strict=True):
           if path not in pixels:
-            pixels[path] = data.load_image(path)
+            pixels[path] = data.load_image(path, size)
       except InputError as error:
         problems.append(f"{example.where}: {error}")
         continue
       examples.append(example)
       loaded.append(int(number))
-    sizes = data.plan.images, data.image_token_id, data.tokens_per_image
+    sizes = places, data.image_token_id, data.tokens_per_image
     arrays, paths = build_row(examples, length, *sizes, data.pad_id)
     if data.max_answers:
       arrays |= answer_places(examples, loaded, data.max_segments, data.max_answers)
-    images = np.zeros((len(paths), *data.image_size, 3), np.uint8)
-    for slot, path in enumerate(paths):
-      images[slot] = pixels[path]
-    return _Row(arrays, images, tuple(problems))
+    images = [np.zeros((0, *data.image_size, 3), np.uint8), *(pixels[path] for path in paths)]
+    return _Row(arrays, np.concatenate(images), places, tuple(problems))
 
   def stack(self, rows: Sequence[_Row]) -> tuple[dict[str, np.ndarray], list[str]]:
     """Returns (the batch of these rows, the problems of all of them)."""
     rows = [row for row in rows if row.arrays]
     batch = {name: np.stack([row.arrays[name] for row in rows]) for name in rows[0].arrays}
-    shape = len(rows), self.data.plan.images, *self.data.image_size, 3
+    shape = len(rows), rows[0].places, *self.data.image_size, 3
     batch["images"] = np.zeros(shape, np.uint8)
     for place, row in zip(batch["images"], rows, strict=True):
       place[: len(row.images)] = row.images

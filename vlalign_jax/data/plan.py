@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -27,25 +27,45 @@ class ImageSets:
   Attributes:
     offsets: int64[N+1].
     ids: int32[K], an image has the same number in every example that shows it.
+    tiles: int32[M], the tiles of each image, which are its places in a row; None: one each.
   """
 
   offsets: np.ndarray
   ids: np.ndarray
+  tiles: np.ndarray | None = None
 
   @classmethod
-  def from_paths(cls, paths: Iterable[Sequence[str]]) -> ImageSets:
-    """Numbers the images of each example; a path twice in one example counts once."""
+  def from_paths(cls, paths: Iterable[Sequence[str] | Mapping[str, int]]) -> ImageSets:
+    """Numbers the images of each example; a path twice in one example counts once.
+
+    Args:
+      paths: of each example's images; a mapping gives the tiles of each image, else it has one.
+    """
     number: dict[str, int] = {}
-    offsets, ids = [0], []
+    offsets, ids, tiles = [0], [], {}
     for example in paths:
       ids.extend(number.setdefault(path, len(number)) for path in dict.fromkeys(example))
       offsets.append(len(ids))
-    return cls(np.array(offsets, np.int64), np.array(ids, np.int32))
+      if isinstance(example, Mapping):
+        tiles |= example
+    places = [tiles.get(path, 1) for path in number]
+    return cls(np.array(offsets, np.int64), np.array(ids, np.int32), np.array(places, np.int32))
 
   @property
   def counts(self) -> np.ndarray:
     """Returns int64[N], the number of distinct images of each example."""
     return np.diff(self.offsets)
+
+  @property
+  def places(self) -> np.ndarray:
+    """Returns int64[N], the number of tiles of the distinct images of each example."""
+    total = np.append(0, np.cumsum(self.tiles_of(self.ids)))
+    return total[self.offsets[1:]] - total[self.offsets[:-1]]
+
+  def tiles_of(self, ids: np.ndarray) -> np.ndarray:
+    """Returns int64[...], the tiles of images."""
+    ids = np.asarray(ids, np.int64)
+    return np.ones_like(ids) if self.tiles is None else self.tiles[ids].astype(np.int64)
 
   def gather(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lists the images of `examples`: (int64[K'] index into `examples`, int32[K'] image)."""
@@ -57,18 +77,20 @@ class ImageSets:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BatchPlan:
-  """Steps of up to R rows; a row of step s holds up to I distinct images and lengths[s] tokens.
+  """Steps of up to R rows; a row of step s holds up to lengths[s] tokens and image_counts[s] tiles.
 
   Attributes:
     batch_size: examples of a step (the last step may have fewer).
     rows: R, the most rows of a step, over all hosts.
     row_counts: int32[S], rows of each step; few distinct numbers.
-    images: I, image places of every row; 0 if there is no image at all.
+    image_counts: int32[S], I of each step: places for the tiles of a row's distinct images (an
+      image of one tile has one). Steps with equal rows and lengths have the same, so that sizes of
+      images add no shape to compile; 0 where no such step has an image.
     lengths: int32[S], T of each step.
     examples: int64[M], example numbers, row by row.
     offsets: int64[S*R+1], row r of step s holds examples[offsets[s*R+r]:offsets[s*R+r+1]].
     tokens: int64[S], tokens of each step that are not padding.
-    row_images: int32[S*R], distinct images of each row.
+    row_images: int32[S*R], tiles of the distinct images of each row.
     fingerprints: uint32[S+1], a checksum of the examples before each step; packing does not
       change it.
   """
@@ -76,7 +98,7 @@ class BatchPlan:
   batch_size: int
   rows: int
   row_counts: np.ndarray
-  images: int
+  image_counts: np.ndarray
   lengths: np.ndarray
   examples: np.ndarray
   offsets: np.ndarray
@@ -87,6 +109,11 @@ class BatchPlan:
   @property
   def steps(self) -> int:
     return len(self.lengths)
+
+  @property
+  def images(self) -> int:
+    """Returns the most image places of a row."""
+    return int(self.image_counts.max())
 
   @functools.cached_property
   def max_segments(self) -> int:
@@ -126,7 +153,7 @@ def plan_batches(
     row_multiple: the number of rows of a step is a multiple of this (data shards times gradient
       accumulation); blocks of R / row_multiple consecutive rows get about the same load.
     pack: whether examples share rows.
-    max_images_per_row: the most distinct images of a row; None for no limit.
+    max_images_per_row: the most tiles of distinct images of a row; None for no limit.
     buckets: row lengths to choose from; by default `default_buckets(max_length)`.
 
   Raises:
@@ -137,13 +164,15 @@ def plan_batches(
   lengths = np.asarray(lengths, np.int32)
   if order.size == 0:
     raise ValueError("no examples to plan for")
-  longest, counts = int(lengths[order].max()), images.counts
+  longest, counts = int(lengths[order].max()), images.places
   if longest > max_length or int(lengths[order].min()) < 1:
     bad = order[(lengths[order] > max_length) | (lengths[order] < 1)][0]
     raise ValueError(f"example {bad} has {lengths[bad]} tokens; 1 to {max_length} can be planned")
   if max_images_per_row is not None and int(counts[order].max()) > max_images_per_row:
     bad = order[np.argmax(counts[order])]
-    raise ValueError(f"example {bad} has {counts[bad]} images; a row takes {max_images_per_row}")
+    raise ValueError(
+      f"example {bad} has {counts[bad]} tiles of images; a row takes {max_images_per_row}"
+    )
   buckets = sorted(default_buckets(max_length) if buckets is None else buckets)
   if longest > buckets[-1]:
     raise ValueError(f"an example of {longest} tokens does not fit the buckets {buckets}")
@@ -183,7 +212,7 @@ def plan_batches(
     batch_size=batch_size,
     rows=rows,
     row_counts=row_counts,
-    images=int(row_images.max()),
+    image_counts=_image_counts(row_images.reshape(steps, rows), row_counts, step_lengths),
     lengths=step_lengths,
     examples=examples,
     offsets=offsets,
@@ -204,24 +233,41 @@ def statistics(plan: BatchPlan) -> dict[str, float]:
   Returns:
     steps, rows (the most of a step), images_per_row; shapes, the number of distinct batch shapes
     (compilations); tokens, without padding; packing_efficiency, tokens over token places;
-    image_efficiency, images over image places; empty_rows, the fraction of rows of padding;
-    examples_per_row, over the other rows.
+    image_efficiency, tiles of images over image places; empty_rows, the fraction of rows of
+    padding; examples_per_row, over the other rows.
   """
   per_row = np.diff(plan.offsets)
   num_rows, used_rows = int(plan.row_counts.sum()), int(np.sum(per_row > 0))
-  image_places = num_rows * plan.images
+  image_places = int(np.sum(plan.row_counts * plan.image_counts, dtype=np.int64))
   token_places = int(np.sum(plan.row_counts * plan.lengths, dtype=np.int64))
   return {
     "steps": plan.steps,
     "rows": plan.rows,
     "images_per_row": plan.images,
-    "shapes": len(np.unique(np.stack([plan.row_counts, plan.lengths]), axis=1).T),
+    "shapes": len(_shapes(plan.row_counts, plan.lengths)[0]),
     "tokens": int(plan.tokens.sum()),
     "packing_efficiency": float(plan.tokens.sum() / token_places),
     "image_efficiency": float(plan.row_images.sum() / image_places) if image_places else 1.0,
     "empty_rows": 1 - used_rows / num_rows,
     "examples_per_row": float(per_row.sum() / used_rows),
   }
+
+
+def _shapes(row_counts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (the distinct pairs [K, 2] of rows and length, int64[S] the pair of each step)."""
+  pairs = np.stack([row_counts, lengths], axis=1)
+  distinct, shape_of = np.unique(pairs, axis=0, return_inverse=True)
+  return distinct, shape_of.reshape(-1)
+
+
+def _image_counts(
+  row_images: np.ndarray, row_counts: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:
+  """Returns int32[S], the most of row_images [S, R] in all steps with the rows and length of s."""
+  distinct, shape_of = _shapes(row_counts, lengths)
+  most = np.zeros(len(distinct), np.int32)
+  np.maximum.at(most, shape_of, row_images.max(axis=1))
+  return most[shape_of]
 
 
 def _pack(stream, sizes, images, candidates, row_multiple, max_images_per_row):
@@ -267,7 +313,7 @@ def _first_fit(
     sizes: int32[S, B], their tokens.
     images: distinct images of each example.
     length: tokens of a row.
-    max_images: distinct images of a row, or None.
+    max_images: tiles of distinct images of a row, or None.
 
   Returns:
     (int64[S, B] row of each example, -1 where there is none; tokens of the fullest row).
@@ -275,7 +321,7 @@ def _first_fit(
   steps, batch_size = stream.shape
   all_steps = np.arange(steps)
   limited = max_images is not None
-  counts = np.where(stream >= 0, images.counts[stream], 0)
+  counts = np.where(stream >= 0, images.places[stream], 0)
   shared = _shared_images(stream, images) if limited else {}
   rows_with: dict[tuple[int, int], set[int]] = {}  # (step, shared image) -> rows that have it
   free_tokens = np.full((steps, batch_size), length, np.int64)
@@ -291,7 +337,7 @@ def _first_fit(
     for s, ids in shared.get(k, ()):
       saved = np.zeros(columns, np.int64)
       for image in ids:
-        saved[list(rows_with.get((s, image), ()))] += 1
+        saved[list(rows_with.get((s, image), ()))] += images.tiles_of(image)
       row[s] = np.argmax(fits_tokens[s] & (free_images[s, :columns] + saved >= counts[s, k]))
       added[s] -= saved[row[s]]
       for image in ids:
@@ -324,11 +370,12 @@ def _shared_images(stream: np.ndarray, images: ImageSets) -> dict[int, list[tupl
 def _distinct_images(
   row: np.ndarray, examples: np.ndarray, images: ImageSets, num_rows: int
 ) -> np.ndarray:
-  """Returns int32[num_rows], distinct images of each row, from the row of each of `examples`."""
+  """Returns int32[num_rows], tiles of each row's distinct images, from the row of each example."""
   index, image = images.gather(examples)
   num_images = int(images.ids.max(initial=0)) + 1
   pairs = np.unique(row[index] * num_images + image)
-  return np.bincount(pairs // num_images, minlength=num_rows).astype(np.int32)
+  tiles = images.tiles_of(pairs % num_images)
+  return np.bincount(pairs // num_images, tiles, minlength=num_rows).astype(np.int32)
 
 
 def _fingerprints(order: np.ndarray, sizes: np.ndarray, batch_size: int) -> np.ndarray:

@@ -37,6 +37,8 @@ class Record:
     columns: what else the record has, by key, for reward functions; None if it is not kept.
     place: its name within the file, such as "record 17" or "line 17".
     root: the directory that `images` are relative to.
+    image_sizes: (width, height) of each of `images`, None where its header cannot be read; empty
+      where nothing depends on it.
   """
 
   file: str
@@ -49,6 +51,7 @@ class Record:
   columns: dict[str, Any] | None = field(default=None, compare=False)
   place: str = field(default="", compare=False)
   root: str = field(default="", compare=False)
+  image_sizes: tuple[tuple[int, int] | None, ...] = field(default=(), compare=False)
 
   @property
   def where(self) -> str:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vlalign_jax.data.picture_tokens import TEXT
+
 if TYPE_CHECKING:
   from vlalign_jax.data.encode import Example
 
@@ -39,32 +41,36 @@ def build_row(
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
   """Concatenates examples into one row; an image that several of them show is stored once.
 
-  The n-th image token of an example belongs to its image n // P, where P is `tokens_per_image`,
-  and points at slot j * P + n % P, where j is the index of that image in the returned paths. If a
-  prompt ends with an image, its last token begins every answer's branch, and is counted once.
+  The images' tiles follow each other in the order of the returned paths. An image token points at
+  slot j * P + s, where P is `tokens_per_image`, j the place of its image's first tile and s its
+  slot in `Example.pictures`; a slot below 0 stays as it is. If a prompt ends with an image token,
+  it begins every answer's branch, and is counted once.
 
   Args:
     examples: the examples of the row, in order; may be empty.
     length: T, tokens in the row.
-    num_images: I, the most distinct images that the row may have.
+    num_images: I, the most tiles of distinct images that the row may have.
     image_token_id: the id that marks image positions in `tokens`.
-    tokens_per_image: P, image tokens of one image.
+    tokens_per_image: P, image tokens of one tile; of an image where `pictures` is empty.
     pad_id: the token id of padding.
 
   Returns:
     (arrays as in `empty_row`, with segments counted from 1; paths of the distinct images in slot
-    order, at most I).
+    order, whose tiles are at most I).
 
   Raises:
     ValueError: the examples do not fit, or an example's image tokens and images disagree.
   """
   row = empty_row(length, pad_id)
-  slot_of: dict[str, int] = {}
+  first_tile: dict[str, int] = {}
+  tiles = 0
   for example in examples:
-    for path in example.images:
-      slot_of.setdefault(path, len(slot_of))
-  if len(slot_of) > num_images:
-    raise ValueError(f"{len(slot_of)} distinct images in a row of {num_images}")
+    for path, count in example.tiles.items():
+      if path not in first_tile:
+        first_tile[path] = tiles
+        tiles += count
+  if tiles > num_images:
+    raise ValueError(f"{tiles} tiles of distinct images in a row of {num_images}")
   if not examples:
     return row, ()
 
@@ -80,25 +86,33 @@ def build_row(
   start = 0
   for example in examples:
     here = is_image[start : start + len(example.tokens)]
-    slots = _slots(example, here, [slot_of[path] for path in example.images], tokens_per_image)
+    slots = _slots(example, here, [first_tile[path] for path in example.images], tokens_per_image)
     row["image_slots"][start : start + len(here)][here] = slots
     start += len(here)
-  return row, tuple(slot_of)
+  return row, tuple(first_tile)
 
 
 def _slots(
-  example: Example, is_image: np.ndarray, images: list[int], tokens_per_image: int
+  example: Example, is_image: np.ndarray, first_tiles: list[int], tokens_per_image: int
 ) -> np.ndarray:
-  """Returns int[n], the slot of each image token, from the index of each image of the example."""
+  """Returns int[n], the slot of each image token, from the first tile of each of the images."""
+  one_tile = np.arange(tokens_per_image)
+  slots = [p.slots[p.slots != TEXT] for p in example.pictures] or [one_tile] * len(first_tiles)
+  slots = [
+    np.where(own >= 0, first * tokens_per_image + own, own)
+    for own, first in zip(slots, first_tiles, strict=True)
+  ]
+  expected = sum(map(len, slots))
   shared = example.branches[is_image] == 0
   copies = example.branches[is_image][~shared]
   count = int(np.sum(shared)) + bool(len(copies))
-  if count != len(images) * tokens_per_image or len(set(copies.tolist())) < len(copies):
+  if count != expected or len(set(copies.tolist())) < len(copies):
     raise ValueError(
-      f"{example.where}: {count} image tokens for {len(images)} images of {tokens_per_image} tokens"
+      f"{example.where}: {count} image tokens for {len(slots)} images of {expected} tokens in all"
     )
-  image, patch = np.divmod(np.minimum(np.cumsum(shared) - shared, count - 1), tokens_per_image)
-  return np.array(images, np.int32)[image] * tokens_per_image + patch
+  if not count:
+    return np.zeros(0, np.int32)
+  return np.concatenate(slots)[np.minimum(np.cumsum(shared) - shared, count - 1)]
 
 
 def answer_places(

@@ -29,7 +29,7 @@ class MeasuredRecord:
   tokens: int = 0
   learned: int = 0
   counts: tuple[int, ...] = ()  # of `Encoded`
-  images: tuple[str, ...] = ()  # full paths
+  images: dict[str, int] = dataclasses.field(default_factory=dict)  # full path -> tiles
   problem: str | None = None
 
 
@@ -47,7 +47,7 @@ class MeasureRecord:
     if encoded.example is None:
       return MeasuredRecord(counts=encoded.counts)
     tokens, learned = len(encoded.example.tokens), int(encoded.example.loss_mask.sum())
-    return MeasuredRecord(tokens, learned, encoded.counts, encoded.example.images)
+    return MeasuredRecord(tokens, learned, encoded.counts, encoded.example.tiles)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,7 +156,7 @@ def look_at(
   paths: set[str], source: ModelSource
 ) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
   """Decodes pictures; returns (path -> width and height, path -> why it cannot be decoded)."""
-  load = prepare.LoadImage(source.images, blank=False)
+  load = prepare.LoadImage(source.images, source.layout, blank=False)
 
   def look(path: str) -> tuple[int, int] | str:
     try:

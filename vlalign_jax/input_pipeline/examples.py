@@ -9,6 +9,7 @@ import numpy as np
 from vlalign_jax import html
 from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER
 from vlalign_jax.data.encode import Example
+from vlalign_jax.data.picture_tokens import TEXT
 from vlalign_jax.input_pipeline.prepare import LoadExample, Prepared
 
 FILE = "examples.html"
@@ -35,22 +36,20 @@ def section(load: LoadExample, example: Example) -> str:
   size = f"{len(example.tokens)} tokens, {int(example.loss_mask.sum())} learned"
   texts = [
     f"<p>{_marked(parts)}</p>"
-    for parts in parts_of(example, load.tokenizer, load.image_token_id, load.tokens_per_image)
+    for parts in parts_of(example, load.tokenizer, load.layout.image_token_id)
   ]
   label = f'<p class="label">{html.text(example.where)}: {size}</p>'
   pictures = html.pictures(example.images)
   return f"<section>{pictures}<div>{label}{''.join(texts)}</div></section>"
 
 
-def parts_of(
-  example: Example, tokenizer, image_token_id: int, tokens_per_image: int
-) -> Iterator[list[tuple[str, bool]]]:
+def parts_of(example: Example, tokenizer, image_token_id: int) -> Iterator[list[tuple[str, bool]]]:
   """Yields the texts of an example: the conversation, or the prompt and then its ranked answers.
 
   Args:
     example: tokenized.
     tokenizer: that made its tokens.
-    image_token_id, tokens_per_image: of the model.
+    image_token_id: of the model.
 
   Yields:
     Consecutive pieces of a text, each with whether it is learned.
@@ -62,6 +61,7 @@ def parts_of(
     texts[0] = texts[0] | (np.arange(len(learned)) == firsts[0])
     rest = ~np.isin(np.arange(len(learned)), firsts)
     texts += [rest & (example.branches == k + 1) for k in range(len(example.answers))]
+  sizes = [int(np.sum(picture.slots != TEXT)) for picture in example.pictures]
   for chosen in texts:
     tokens, marks = example.tokens[chosen], learned[chosen]
     pieces, ids, before = [], [], ""
@@ -71,7 +71,7 @@ def parts_of(
     ):
       found = [int(token) for *_, token in group]
       if picture:
-        pieces.append((IMAGE_PLACEHOLDER * (len(found) // tokens_per_image), bool(mark)))
+        pieces.append((IMAGE_PLACEHOLDER * _take(sizes, len(found)), bool(mark)))
         continue
       # What a token reads as may depend on those before it.
       ids += found
@@ -79,6 +79,19 @@ def parts_of(
       pieces.append((text[len(before) :], bool(mark)))
       before = text
     yield pieces
+
+
+def _take(sizes: list[int], tokens: int) -> int:
+  """Takes image tokens from those that pictures have left; returns of how many pictures."""
+  pictures = 0
+  while tokens:
+    taken = min(tokens, sizes[0])
+    tokens -= taken
+    sizes[0] -= taken
+    pictures += 1
+    if not sizes[0]:
+      sizes.pop(0)
+  return pictures
 
 
 def _kind(token) -> tuple[bool, bool]:

@@ -21,10 +21,12 @@ from vlalign_jax.data import (
 )
 from vlalign_jax.data.conversations import Answers
 from vlalign_jax.data.encode import Encoded
+from vlalign_jax.data.picture_tokens import PictureLayout
 from vlalign_jax.data.pipeline import Prepared
 from vlalign_jax.data.records import Options, Record
 from vlalign_jax.data.workers import SharedList
 from vlalign_jax.errors import InputError
+from vlalign_jax.input_pipeline import picture_sizes
 from vlalign_jax.weights.source import ModelSource
 
 
@@ -53,8 +55,7 @@ class LoadExample:
   records: SharedList
   data: dict  # template, max_length, max_images, concatenate
   tokenizer: Any
-  image_token_id: int
-  tokens_per_image: int
+  layout: PictureLayout
 
   def encoded(self, number: int) -> Encoded:
     """Encodes a record by `task.encode`.
@@ -64,30 +65,27 @@ class LoadExample:
     """
     record, data = self.records[number], self.data
     encoded = self.task.encode(
-      record,
-      data["template"],
-      self.tokenizer,
-      self.image_token_id,
-      self.tokens_per_image,
-      data["max_length"],
+      record, data["template"], self.tokenizer, self.layout, data["max_length"]
     )
     if encoded.example is None:
       return encoded
     paths = record.image_files[: len(encoded.example.images)]  # of the turns that are kept
-    if data["max_images"] and len(set(paths)) > data["max_images"]:
+    example = dataclasses.replace(encoded.example, images=paths)
+    tiles = sum(example.tiles.values())
+    if data["max_images"] and tiles > data["max_images"]:
       fix = "split the record" if data["concatenate"] == 1 else "lower data.concatenate"
+      count = f"{tiles} {'tiles of ' if self.layout.most_tiles > 1 else ''}images"
       raise InputError(
-        f"{record.where}: {len(set(paths))} images, data.max_images is {data['max_images']}; "
-        f"raise it or {fix}"
+        f"{record.where}: {count}, data.max_images is {data['max_images']}; raise it or {fix}"
       )
-    return dataclasses.replace(encoded, example=dataclasses.replace(encoded.example, images=paths))
+    return dataclasses.replace(encoded, example=example)
 
-  def measured(self, number: int) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
-    """Returns (tokens, the task's counts, image paths); 0 tokens if nothing is left to learn."""
+  def measured(self, number: int) -> tuple[int, tuple[int, ...], dict[str, int]]:
+    """Returns (tokens, the task's counts, image path -> tiles); 0 tokens: nothing is to learn."""
     encoded = self.encoded(number)
     if encoded.example is None:
-      return 0, encoded.counts, ()
-    return len(encoded.example.tokens), encoded.counts, encoded.example.images
+      return 0, encoded.counts, {}
+    return len(encoded.example.tokens), encoded.counts, encoded.example.tiles
 
   def __call__(self, number: int) -> Any:
     """Returns an Example; None if nothing of the record is left."""
@@ -96,16 +94,36 @@ class LoadExample:
 
 @dataclasses.dataclass(frozen=True)
 class LoadImage:
-  """Loads the image at a path as uint8[H, W, 3] for the vision tower."""
+  """Loads the image at a path as uint8[n, H, W, 3] for the vision tower, n tiles.
+
+  Attributes:
+    preprocessor: of the model.
+    layout: of the model.
+    blank: gray in place of the image.
+  """
 
   preprocessor: image_processor.ImagePreprocessor
-  blank: bool  # gray in place of the image
+  layout: PictureLayout
+  blank: bool
 
-  def __call__(self, path: str) -> np.ndarray:
-    size = (self.preprocessor.height, self.preprocessor.width, 3)
+  def __call__(self, path: str, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Loads an image.
+
+    Args:
+      path: of the image.
+      size: its width and height by the plan; None: any.
+
+    Raises:
+      InputError: it cannot be decoded, or has another size.
+    """
     if self.blank:
-      return np.full(size, blank.GRAY, np.uint8)
-    return self.preprocessor.preprocess(images.open_image(path))
+      tiles = self.layout.tokens_of(size).tiles
+      return np.full(
+        (tiles, self.preprocessor.height, self.preprocessor.width, 3), blank.GRAY, np.uint8
+      )
+    image = images.open_image(path)
+    images.check_size(path, image, size)
+    return self.preprocessor.tiles(image)
 
 
 def record_options(data, answers: Answers, keeps_columns: bool = False) -> Options:
@@ -151,14 +169,27 @@ def load_records(
 
 
 def prepare_train(
-  task: Task, config, source: ModelSource, train: mixture.Mixture, row_multiple: int
+  task: Task,
+  config,
+  source: ModelSource,
+  train: mixture.Mixture,
+  row_multiple: int,
+  workdir: str = "",
 ) -> Prepared:
   """Plans all steps of a run, as many as `config.max_steps` or `config.num_train_epochs` says.
+
+  Args:
+    task: of the stage.
+    config: of the run.
+    source: the model.
+    train: the records.
+    row_multiple: the number of rows of a step is a multiple of this.
+    workdir: the run directory; see `example_loader`.
 
   Raises:
     InputError: nothing can be learned from any record.
   """
-  load, measured = measure_records(task, config, source, train.records, "data.train")
+  load, measured = measure_records(task, config, source, train.records, "data.train", workdir)
   usable = measured.lengths > 0
   if not np.any(usable & (np.asarray(train.repeats)[train.file_of] > 0)):
     raise _nothing_fits(task, config, "data.train")
@@ -180,16 +211,23 @@ def prepare_train(
 
 
 def prepare_eval(
-  task: Task, config, source: ModelSource, records: tuple[Record, ...], row_multiple: int
+  task: Task,
+  config,
+  source: ModelSource,
+  records: tuple[Record, ...],
+  row_multiple: int,
+  workdir: str = "",
 ) -> Prepared | None:
   """Plans one pass over the evaluation records in order; None if there are none.
+
+  Arguments are those of `prepare_train`.
 
   Raises:
     InputError: nothing can be learned from any record.
   """
   if not records:
     return None
-  load, measured = measure_records(task, config, source, records, "data.eval")
+  load, measured = measure_records(task, config, source, records, "data.eval", workdir)
   order = np.flatnonzero(measured.lengths > 0)
   if not len(order):
     raise _nothing_fits(task, config, "data.eval")
@@ -207,8 +245,17 @@ def _nothing_fits(task: Task, config, name: str) -> InputError:
 _EXAMPLE_KEYS = ("template", "max_length", "max_images", "concatenate")
 
 
-def example_loader(task: Task, config, source: ModelSource, records) -> LoadExample:
+def example_loader(
+  task: Task, config, source: ModelSource, records, workdir: str = ""
+) -> LoadExample:
   """Returns a loader of the examples of `records`, by a config and the model's tokenizer.
+
+  Args:
+    task: of the stage.
+    config: of the run.
+    source: the model.
+    records: to be encoded.
+    workdir: keeps what is read of pictures, see `picture_sizes.with_sizes`.
 
   Raises:
     InputError: template and tokenizer do not go together.
@@ -216,21 +263,20 @@ def example_loader(task: Task, config, source: ModelSource, records) -> LoadExam
   templates.check_template(config.data.template, source.tokenizer)
   return LoadExample(
     task,
-    SharedList(records),
+    SharedList(picture_sizes.with_sizes(records, source.layout, workdir)),
     {key: config.data.get(key, 1) for key in _EXAMPLE_KEYS},
     source.tokenizer,
-    source.config.image_token_id,
-    source.config.tokens_per_image,
+    source.layout,
   )
 
 
-def measure_records(task: Task, config, source: ModelSource, records, name: str):
+def measure_records(task: Task, config, source: ModelSource, records, name: str, workdir: str = ""):
   """Returns (LoadExample, Measured) of all records; logs what was kept and left out.
 
   Raises:
     InputError: a record does not go with the template, unless data.on_bad_record leaves it out.
   """
-  load = example_loader(task, config, source, records)
+  load = example_loader(task, config, source, records, workdir)
   skips = config.data.on_bad_record == "skip"
   measured = measure.measure(load.measured, len(records), os.cpu_count() or 1, skips=skips)
   bad_records.warn(name, measured.problems)
@@ -260,19 +306,22 @@ def lay_out(
   )
   statistics = plan.statistics(planned)
   logging.info(
-    "%s: %d steps of %s rows x %s tokens, %d images a row; %.1f %% of the tokens are real",
+    "%s: %d steps of %s rows x %s tokens, %s %s a row; %.1f %% of the tokens and %.1f %% of the "
+    "places for pictures are used",
     name,
     planned.steps,
     "/".join(map(str, np.unique(planned.row_counts))),
     "/".join(map(str, np.unique(planned.lengths))),
-    planned.images,
+    "/".join(map(str, np.unique(planned.image_counts))),
+    "tiles of images" if source.layout.most_tiles > 1 else "images",
     100 * statistics["packing_efficiency"],
+    100 * statistics["image_efficiency"],
   )
   max_answers = int(measured.counts[order, 0].max()) if load.task.answers == "ranked" else 0
   return Prepared(
     plan=planned,
     load_example=load,
-    load_image=LoadImage(source.images, data.blank_images),
+    load_image=LoadImage(source.images, source.layout, data.blank_images),
     image_token_id=source.config.image_token_id,
     tokens_per_image=source.config.tokens_per_image,
     image_size=(source.images.height, source.images.width),

@@ -4,6 +4,7 @@ import numpy as np
 
 from vlalign_jax.data import measure, plan
 from vlalign_jax.data.encode import Encoded, branch, tokenize_prompt
+from vlalign_jax.data.picture_tokens import PictureLayout
 from vlalign_jax.data.records import Record
 from vlalign_jax.data.templates import end_tokens
 from vlalign_jax.errors import InputError
@@ -17,8 +18,7 @@ def encode_prompt(
   record: Record,
   template: str,
   tokenizer,
-  image_token_id: int,
-  tokens_per_image: int,
+  layout: PictureLayout,
   max_length: int,
 ) -> Encoded:
   """Encodes a record up to its last answer or answers, which are not read.
@@ -27,16 +27,16 @@ def encode_prompt(
   `counts` is (1 if it does not fit, else 0,).
 
   Args:
-    record, template, tokenizer, image_token_id, tokens_per_image, max_length: as for
+    record, template, tokenizer, layout, max_length: as for
       `encode.encode`.
 
   Raises:
     InputError: the template, the tokenizer and the record do not go together.
   """
-  prompt, _ = tokenize_prompt(record, [], template, tokenizer, image_token_id, tokens_per_image)
+  prompt, _, pictures = tokenize_prompt(record, [], template, tokenizer, layout)
   if len(prompt) > max_length:
     return Encoded(None, (1,))
-  return Encoded(branch(prompt, [], record.images, record.where), (0,))
+  return Encoded(branch(prompt, [], record.images, record.where, pictures=pictures), (0,))
 
 
 def _describe(measured: measure.Measured, max_length: int) -> str:

@@ -37,9 +37,10 @@ def describe(config, report: check.Report) -> list[str]:
   lines.append(f"  {total:,} tokens, {learned:,} of them learned ({learned / total:.1%})")
   lines += ["  tokens of a record", *(f"    {line}" for line in histogram(lengths[lengths > 0]))]
   packing = check.packing(config, report)
+  places = "tiles of pictures" if report.load.layout.most_tiles > 1 else "pictures"
   lines.append(
     f"  packed: {packing['steps']:,} steps of {packing['rows']:,} rows x"
-    f" {packing['row_length']:,} tokens, {packing['images_per_row']} pictures a row;"
+    f" {packing['row_length']:,} tokens, {packing['images_per_row']} {places} a row;"
     f" {packing['packing_efficiency']:.1%} of the tokens and"
     f" {packing['image_efficiency']:.1%} of the picture places are used"
   )
@@ -103,7 +104,7 @@ def render(load: LoadExample, number: int) -> str:
 
 
 def _text(load: LoadExample, tokens: np.ndarray, learned: np.ndarray) -> str:
-  kinds = np.where(tokens == load.image_token_id, 2, learned)
+  kinds = np.where(tokens == load.layout.image_token_id, 2, learned)
   starts = np.flatnonzero(np.diff(kinds, prepend=-1))
   parts = []
   for start, part in zip(starts, np.split(tokens, starts[1:]), strict=True):

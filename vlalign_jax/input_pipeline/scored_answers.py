@@ -8,6 +8,7 @@ import numpy as np
 
 from vlalign_jax.data import measure
 from vlalign_jax.data.encode import Encoded, branch, fit_answers, tokenize_prompt
+from vlalign_jax.data.picture_tokens import PictureLayout
 from vlalign_jax.data.records import Record
 from vlalign_jax.errors import InputError
 from vlalign_jax.input_pipeline import prepare
@@ -31,14 +32,13 @@ def encode_answers(
   record: Record,
   template: str,
   tokenizer,
-  image_token_id: int,
-  tokens_per_image: int,
+  layout: PictureLayout,
   max_length: int,
 ) -> Encoded:
   """Encodes `record.answers` as branches; one is enough, and equal or empty ones are kept.
 
   Args:
-    record, template, tokenizer, image_token_id, tokens_per_image, max_length: as for
+    record, template, tokenizer, layout, max_length: as for
       `encode_preferences`.
 
   Returns:
@@ -47,14 +47,15 @@ def encode_answers(
   Raises:
     InputError: the template, the tokenizer and the record do not go together.
   """
-  options = template, tokenizer, image_token_id, tokens_per_image
-  prompt, answers = tokenize_prompt(record, record.answers, *options)
+  options = template, tokenizer, layout
+  prompt, answers, pictures = tokenize_prompt(record, record.answers, *options)
   kept = fit_answers(prompt, dict(enumerate(answers)), max_length)
   fit = [n for n, ids in enumerate(answers) if len(prompt) + len(ids) <= max_length]
   apart = tuple(n for n in fit if n not in kept)
   example = None
   if kept:
-    example = branch(prompt, [answers[n] for n in kept], record.images, record.where)
+    chosen = [answers[n] for n in kept]
+    example = branch(prompt, chosen, record.images, record.where, pictures=pictures)
   return Encoded(example, (len(kept), len(apart), len(answers) - len(fit)), kept, apart)
 
 

@@ -7,12 +7,15 @@ from absl import logging
 
 from vlalign_jax import out_of_memory, progress
 from vlalign_jax.data.records import Record
+from vlalign_jax.errors import InputError
 from vlalign_jax.generation.answers import Answer, generate_answers
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.input_pipeline import prompts
 from vlalign_jax.prediction import directory
 from vlalign_jax.prediction import records as data
 from vlalign_jax.weights.source import ModelSource
+
+UNREADABLE = "its images cannot be read"
 
 
 def finished(lines: list[dict], samples: int) -> list[dict]:
@@ -73,12 +76,14 @@ def generate(
 
 def _reason(config, source: ModelSource, record: Record) -> str:
   """Returns why a record was not answered."""
-  length, model = config.data.max_length, source.config
-  sizes = model.image_token_id, model.tokens_per_image, length
-  encoded = prompts.encode_prompt(record, config.data.template, source.tokenizer, *sizes)
+  length, template = config.data.max_length, config.data.template
+  try:
+    encoded = prompts.encode_prompt(record, template, source.tokenizer, source.layout, length)
+  except InputError:  # the tokens of its images depend on their sizes
+    return UNREADABLE
   if encoded.example is None:
     return f"its prompt does not fit config.data.max_length={length}"
-  return "its images cannot be read"
+  return UNREADABLE
 
 
 def _line(answer: Answer, record: Record) -> dict:

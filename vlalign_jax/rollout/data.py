@@ -7,13 +7,15 @@ from vlalign_jax.models.vlm import ModelConfig
 from vlalign_jax.weights.source import ModelSource
 
 
-def prepare_train(config, source: ModelSource, records, row_multiple: int) -> prepare.Prepared:
+def prepare_train(
+  config, source: ModelSource, records, row_multiple: int, workdir: str = ""
+) -> prepare.Prepared:
   """Plans the prompts of all steps, see `prepare.prepare_train`.
 
   Raises:
     InputError: no prompt fits, or the run ends before its actor learns.
   """
-  prepared = prepare.prepare_train(prompts.TASK, config, source, records, row_multiple)
+  prepared = prepare.prepare_train(prompts.TASK, config, source, records, row_multiple, workdir)
   steps, warmup = prepared.plan.steps, config.ppo.critic_warmup
   if warmup >= steps:
     raise InputError(

@@ -47,8 +47,11 @@ def prepare(config, source: ModelSource, mesh: Mesh, steps: int) -> Prepared | N
   multiple = meshes.row_blocks(mesh) * config.grad_accumulation
   prepared = prepare_data.prepare_train(sft.TASK, sft_config, source, records, multiple)
   # All batches have the rows of the fullest: an update is compiled for each shape.
-  rows = np.full_like(prepared.plan.row_counts, prepared.plan.rows)
-  return dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, row_counts=rows))
+  plan = prepared.plan
+  rows = np.full_like(plan.row_counts, plan.rows)
+  images = np.full_like(plan.image_counts, plan.images)
+  plan = dataclasses.replace(plan, row_counts=rows, image_counts=images)
+  return dataclasses.replace(prepared, plan=plan)
 
 
 class Stream:

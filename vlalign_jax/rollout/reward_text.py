@@ -22,7 +22,7 @@ class TextReader:
   Attributes:
     source: the reward model.
     template: in which it reads.
-    images: of every row.
+    images: of every row, in tiles.
     answers: N, to each prompt.
     blank: whether it sees gray pictures, `ppo.blank_images`.
   """
@@ -58,9 +58,10 @@ class TextReader:
     longest, length = hosts.greatest(longest), LENGTH_MULTIPLE
     while length < longest:
       length *= 2  # few lengths, so that few shapes are compiled
-    model, height = self.source.config, self.source.images.height
-    pixels = np.zeros((len(records), self.images, height, self.source.images.width, 3), np.uint8)
-    rows, load = [], LoadImage(self.source.images, self.blank)
+    model, processor = self.source.config, self.source.images
+    size = self.images, processor.height, processor.width, 3
+    pixels = np.zeros((len(records), *size), np.uint8)
+    rows, load = [], LoadImage(processor, self.source.layout, self.blank)
     for place, row in enumerate(examples):
       arrays, paths = build_row(
         row,
@@ -71,8 +72,14 @@ class TextReader:
         self.source.tokenizer.pad_token_id,
       )
       rows.append(arrays | answer_places(row, [0] * len(row), 1, self.answers))
-      for slot, path in enumerate(paths):
-        pixels[place, slot] = load(path)
+      shown = {
+        path: picture.size
+        for example in row
+        for path, picture in zip(example.images, example.pictures, strict=True)
+      }
+      if paths:
+        tiles = np.concatenate([load(path, shown[path]) for path in paths])
+        pixels[place, : len(tiles)] = tiles
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     del batch["examples"]
     return batch | {"images": pixels}
@@ -82,7 +89,6 @@ class TextReader:
     record = dataclasses.replace(
       record, turns=(*before, dataclasses.replace(last, gpt=None)), answers=tuple(answers)
     )
-    model = self.source.config
-    sizes = model.image_token_id, model.tokens_per_image, 2**31 - 1
-    example: Any = encode_answers(record, self.template, self.source.tokenizer, *sizes).example
+    options = self.template, self.source.tokenizer, self.source.layout, 2**31 - 1
+    example: Any = encode_answers(record, *options).example
     return dataclasses.replace(example, images=record.image_files)

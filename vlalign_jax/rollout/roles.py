@@ -13,8 +13,10 @@ from ml_collections import ConfigDict
 from vlalign_jax import config as configs
 from vlalign_jax import out_of_memory, trees
 from vlalign_jax.config_checks import Config
+from vlalign_jax.data.picture_tokens import PictureLayout, tokens_of_record
 from vlalign_jax.data.templates import closing
 from vlalign_jax.errors import InputError
+from vlalign_jax.input_pipeline import picture_sizes
 from vlalign_jax.models import lora
 from vlalign_jax.models.vlm import SCORE
 from vlalign_jax.optim import optimizer
@@ -127,8 +129,7 @@ def same_tokens(actor: ModelSource, other: ModelSource) -> bool:
   first, second = (
     (
       source.tokenizer.backend_tokenizer.to_str(),
-      source.config.image_token_id,
-      source.config.tokens_per_image,
+      source.layout,
       source.config.vision.image_size,
       source.images.config,
     )
@@ -160,16 +161,30 @@ def find_scorers(config: Config, sources: RoleSources, records):
   if one_end and template == config.data.template and same_tokens(sources.actor, reward):
     return None, function
   logging.info("the reward model reads answers as text, in its own tokens (%s)", template)
-  images = max((len(set(record.images)) for record in records), default=0)
   reader = TextReader(
     reward,
     template,
-    images,
+    _most_tiles(records, reward.layout),
     config.ppo.num_generations,
     config.ppo.blank_images,
   )
   reader.check()
   return reader, function
+
+
+def _most_tiles(records, layout: PictureLayout) -> int:
+  """Returns the most tiles of a record's pictures."""
+  if not layout.by_size:
+    return max((len(set(record.images)) for record in records), default=0)
+  tiles = [0]
+  for record in picture_sizes.with_sizes(records, layout):
+    try:
+      tokens = tokens_of_record(record, layout)
+    except InputError:  # the actor's data are checked; a record that is left out has no answers
+      continue
+    by_path = dict(zip(record.images, tokens, strict=True))
+    tiles.append(sum(picture.tiles for picture in by_path.values()))
+  return max(tiles)
 
 
 @out_of_memory.names(out_of_memory.LOADING)

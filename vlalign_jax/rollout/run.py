@@ -33,8 +33,8 @@ def train_and_evaluate(stage: Stage, c, workdir: str, profile: int = 0) -> None:
 
   # --- Data: which prompt is in which row at which step is decided here, for the whole run ---
   multiple = meshes.row_blocks(mesh) * stage.rows_divide_into(c)
-  train = data.prepare_train(c, actor, records, multiple)
-  held_out = prepare.prepare_eval(stage.task, c, actor, eval_records, multiple)
+  train = data.prepare_train(c, actor, records, multiple, workdir)
+  held_out = prepare.prepare_eval(stage.task, c, actor, eval_records, multiple, workdir)
   conversations = pretraining.prepare(c, actor, mesh, train.plan.steps)
   start.check_same_data(train, held_out, conversations)
 

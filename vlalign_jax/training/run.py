@@ -29,8 +29,9 @@ def train_and_evaluate(stage: Stage, c, workdir: str, profile: int = 0) -> None:
 
   # --- Data: which record is in which row at which step is decided here, for the whole run ---
   blocks = meshes.row_blocks(mesh)
-  train = prepare.prepare_train(stage.task, c, source, records, blocks * c.grad_accumulation)
-  held_out = prepare.prepare_eval(stage.task, c, source, eval_records, blocks)
+  multiple = blocks * c.grad_accumulation
+  train = prepare.prepare_train(stage.task, c, source, records, multiple, workdir)
+  held_out = prepare.prepare_eval(stage.task, c, source, eval_records, blocks, workdir)
   start.check_same_data(train, held_out)
 
   # --- The compiled functions and the shapes of what they take; nothing is allocated yet ---

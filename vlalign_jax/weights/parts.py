@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTraine
 
 from vlalign_jax import json_files
 from vlalign_jax.data.image_processor import ImagePreprocessor
+from vlalign_jax.data.picture_tokens import OneTile, PictureLayout
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.projector import check as check_projector
 from vlalign_jax.models.vlm import LANGUAGE, SCORE, ModelConfig
@@ -29,6 +30,7 @@ class ModelSource:
     generation: its generation config.
     tokenizer: has `<image>` and a pad token.
     images: turns pictures into the tower's pixels.
+    layout: says which tokens a picture takes.
     tensors: canonical name -> tensor in a file.
     fresh: path prefixes of the parameters that start from random values.
     runs: (run directory, checkpoint step) of the runs that trained the model, oldest first; their
@@ -42,6 +44,7 @@ class ModelSource:
   generation: GenerationConfig
   tokenizer: Any  # PreTrainedTokenizerBase
   images: ImagePreprocessor
+  layout: PictureLayout
   tensors: dict[str, tensors.Tensor]
   fresh: tuple[str, ...] = ()
   runs: tuple[tuple[str, int], ...] = ()
@@ -139,12 +142,14 @@ def from_parts(
   Raises:
     InputError: the parts do not fit together.
   """
+  config = _model_config(hf, images, tokenizer, where)
   return ModelSource(
-    config=_model_config(hf, images, tokenizer, where),
+    config=config,
     hf=hf,
     generation=generation,
     tokenizer=_with_pad_token(tokenizer, where),
     images=images,
+    layout=OneTile(config.image_token_id, config.tokens_per_image),
     tensors={},
     fresh=("vision/", "projector/", "language/"),
   )
