@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from vlalign_jax.models import activations, backends, cache, rope, stack
 from vlalign_jax.models import attention as attentions
+from vlalign_jax.models.linear import Linear
 from vlalign_jax.sharding.mesh import constrain_rows, constrain_tensor
 
 
@@ -98,7 +99,7 @@ class LanguageModel(nnx.Module):
     self.config = config
     types = {"dtype": dtype, "param_dtype": param_dtype}
     normal = nnx.initializers.normal(config.width**-0.5)
-    linear = functools.partial(nnx.Linear, kernel_init=normal, **types)
+    linear = functools.partial(Linear, kernel_init=normal, **types)
     norm = functools.partial(nnx.RMSNorm, epsilon=config.norm_epsilon, **types)
     self.embedding = nnx.Embed(
       config.vocab_size, config.width, embedding_init=normal, rngs=rngs, **types

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vlalign_jax.models import attention
+from vlalign_jax.models.linear import Linear
 from vlalign_jax.sharding.mesh import constrain_rows, constrain_tensor
 
 GRID = 16  # queries along a side
@@ -45,7 +46,7 @@ class PerceiverProjector(nnx.Module):
     """Builds the module; see `projector.build_projector`."""
     width, types = config.out_width, {"dtype": dtype, "param_dtype": param_dtype}
     normal = nnx.initializers.normal(0.02)
-    linear = functools.partial(nnx.Linear, kernel_init=normal, **types)
+    linear = functools.partial(Linear, kernel_init=normal, **types)
     norm = functools.partial(
       nnx.LayerNorm, width, epsilon=EPSILON, use_fast_variance=False, rngs=rngs, **types
     )

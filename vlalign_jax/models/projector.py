@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import activations, perceiver, vit
+from vlalign_jax.models.linear import Linear
 from vlalign_jax.sharding.mesh import constrain_rows
 
 PROJECTORS = ("linear", "mlp", "vit", "perceiver")
@@ -50,7 +51,7 @@ def check(config: ProjectorConfig, vision: vit.VisionConfig, where: str) -> None
 
 def _linear_and_norm(config: ProjectorConfig, rngs: nnx.Rngs, **types):
   widths = config.in_width, config.out_width
-  linear = nnx.Linear(*widths, use_bias=config.use_bias, rngs=rngs, **types)
+  linear = Linear(*widths, use_bias=config.use_bias, rngs=rngs, **types)
   norm = nnx.LayerNorm(widths[1], epsilon=1e-12, use_fast_variance=False, rngs=rngs, **types)
   return linear, norm
 
@@ -71,8 +72,8 @@ class MlpProjector(nnx.Module):
   def __init__(self, config: ProjectorConfig, vision, *, rngs: nnx.Rngs, **types):
     types["use_bias"] = config.use_bias
     self.activation = config.activation
-    self.first = nnx.Linear(config.in_width, config.out_width, rngs=rngs, **types)
-    self.second = nnx.Linear(config.out_width, config.out_width, rngs=rngs, **types)
+    self.first = Linear(config.in_width, config.out_width, rngs=rngs, **types)
+    self.second = Linear(config.out_width, config.out_width, rngs=rngs, **types)
 
   def __call__(self, features, mesh: Mesh | None = None):
     hidden = constrain_rows(self.first(features), mesh)

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vlalign_jax.models import activations, attention, backends, stack
+from vlalign_jax.models.linear import Linear
 from vlalign_jax.sharding.mesh import constrain_rows, constrain_tensor
 
 
@@ -102,7 +103,7 @@ class VisionLayer(nnx.Module):
 def parts(config: VisionConfig, **types):
   """Returns constructors (linear, norm) of a layer's modules; types: dtype and param_dtype."""
   normal = nnx.initializers.normal(config.width**-0.5)
-  linear = functools.partial(nnx.Linear, kernel_init=normal, **types)
+  linear = functools.partial(Linear, kernel_init=normal, **types)
   norm = functools.partial(
     nnx.LayerNorm, epsilon=config.norm_epsilon, use_fast_variance=False, **types
   )
