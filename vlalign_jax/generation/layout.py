@@ -125,7 +125,7 @@ def choose(mesh: Mesh, params: dict, demand: Demand, held: float) -> Mesh | None
     the least.
   """
   chip = _chip(mesh)
-  costs = {None: _own_cost(mesh, params, demand, chip)}
+  costs: dict[tuple[int, int] | None, Cost] = {None: _own_cost(mesh, params, demand, chip)}
   for data, tensor in layouts(mesh, demand.model):
     if demand.rows % data == 0:
       costs[data, tensor] = _cost(data, tensor, demand, chip)

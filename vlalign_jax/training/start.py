@@ -76,7 +76,7 @@ def restore_or_load(
   train: Prepared,
   defaults: Config,
   make_state=None,
-):
+) -> tuple[Any, Any, dict]:
   """Restores the newest checkpoint's state, or loads the first one.
 
   Args:
