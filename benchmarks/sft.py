@@ -1,6 +1,6 @@
 """One SFT step of ours against transformers' (torch) on the CPU: same weights, batches, optimizer.
 
-  python benchmarks/sft.py [--rounds=7] [--batch=8]
+  python benchmarks/sft.py [--turns=12] [--batch=8] [--load=full]
 
 A LLaVA of about 60M parameters in float32, its vision tower frozen, AdamW and clipping on both
 sides, both on all cores. The two run in processes of their own and take turns step by step, so that
@@ -8,6 +8,7 @@ the machine's mood hits both. Two loads:
   full     sequences of one length, every position learned (image positions too): nothing to save
   answers  lengths as in ScienceQA conversations, only answers learned; torch pads to the longest of
            the batch, ours packs
+A turn in which a side compiles, or does its first step, is printed and not measured.
 Needs requirements-dev.txt.
 """
 
@@ -89,7 +90,7 @@ def make_model(directory: str) -> None:
 
 
 def torch_steps(directory: str, load: str, batch: int):
-  """Yields the loss of step after step."""
+  """Yields (loss, whether the step is the first one) of step after step."""
   import torch
   from transformers import LlavaForConditionalGeneration
 
@@ -102,6 +103,7 @@ def torch_steps(directory: str, load: str, batch: int):
   examples, pixels = make_examples(load, 0), pictures(batch)
   pixels = (torch.tensor(pixels).permute(0, 3, 1, 2) / 255 - mean) / std
   model.train()
+  is_first = True
   while True:
     for start in range(0, len(examples), batch):
       part = examples[start : start + batch]
@@ -127,7 +129,8 @@ def torch_steps(directory: str, load: str, batch: int):
       torch.nn.utils.clip_grad_norm_(trained, CLIP)
       optimizer.step()
       optimizer.zero_grad(set_to_none=True)
-      yield float(out.loss.detach())
+      yield float(out.loss.detach()), is_first
+      is_first = False
 
 
 def normalization():
@@ -136,7 +139,7 @@ def normalization():
 
 
 def our_steps(directory: str, load: str, batch: int):
-  """Yields the loss of step after step: planned rows, the step of scripts/train_sft.py."""
+  """Yields (loss, whether it compiled) of step after step: the step of scripts/train_sft.py."""
   import functools
 
   from configs import sft as preset
@@ -220,24 +223,28 @@ def our_steps(directory: str, load: str, batch: int):
         images[row, slot] = pixels[int(name)]
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]} | {"images": images}
 
+  shapes = set()
   while True:
     for number in range(plan.steps):
-      state, metrics = program.train_step(state, frozen, hosts.to_device(mesh, rows_of(number)))
-      yield float(metrics["loss"])
+      rows = rows_of(number)
+      is_new = rows["tokens"].shape not in shapes
+      shapes.add(rows["tokens"].shape)
+      state, metrics = program.train_step(state, frozen, hosts.to_device(mesh, rows))
+      yield float(metrics["loss"]), is_new
 
 
 def worker(side: str, directory: str, load: str, batch: int) -> None:
-  """Does one step for every line on stdin and answers with its seconds and loss."""
+  """Does one step for every line on stdin and answers with [seconds, loss, is a warm-up]."""
   steps = (our_steps if side == "ours" else torch_steps)(directory, load, batch)
   print("ready", flush=True)
   for _ in sys.stdin:
     start = time.perf_counter()
-    loss = next(steps)
-    print(json.dumps([time.perf_counter() - start, loss]), flush=True)
+    loss, is_warm_up = next(steps)
+    print(json.dumps([time.perf_counter() - start, loss, is_warm_up]), flush=True)
 
 
-def compare(directory: str, load: str, rounds: int, batch: int) -> None:
-  """Prints the medians over `rounds` passes of all batches, after one pass of warm-up."""
+def compare(directory: str, load: str, turns: int, batch: int) -> None:
+  """Prints the medians of those of `turns` turns in which no side warms up."""
   sides = {}
   for side in ("ours", "transformers"):
     arguments = [f"--worker={side}", f"--directory={directory}", f"--load={load}"]
@@ -248,20 +255,27 @@ def compare(directory: str, load: str, rounds: int, batch: int) -> None:
       text=True,
     )
     assert sides[side].stdout.readline() == "ready\n", f"{side} did not start"
-  batches = -(-len(LENGTHS) // batch)
-  seconds, losses = {side: [] for side in sides}, {side: [] for side in sides}
-  for turn in range(batches * (rounds + 1)):
+  seconds, gap = {side: [] for side in sides}, 0.0
+  for turn in range(turns):
+    told = {}
     for side, process in sides.items():
       process.stdin.write("step\n")
       process.stdin.flush()
-      took, loss = json.loads(process.stdout.readline())
-      losses[side].append(loss)
-      if turn >= batches:
+      told[side] = json.loads(process.stdout.readline())
+    (ours, loss, ours_warms_up), (theirs, their_loss, theirs_warms_up) = told.values()
+    is_measured = not (ours_warms_up or theirs_warms_up)
+    gap = max(gap, abs(loss - their_loss))
+    if is_measured:
+      for side, took in zip(seconds, (ours, theirs), strict=True):
         seconds[side].append(took)
+    print(
+      f"{load:8} turn {turn + 1}/{turns}: {ours:.2f} s, transformers {theirs:.2f} s"
+      f"{'' if is_measured else ' (warm-up)'}",
+      flush=True,
+    )
   for process in sides.values():
     process.stdin.close()
     process.wait()
-  gap = max(abs(a - b) for a, b in zip(losses["ours"], losses["transformers"], strict=True))
   medians = {side: statistics.median(times) for side, times in seconds.items()}
   # Every turn has one step of each on the same batch, so ratios are taken turn by turn.
   ratio = statistics.median(
@@ -269,13 +283,15 @@ def compare(directory: str, load: str, rounds: int, batch: int) -> None:
   )
   shown = ", ".join(f"{side} {median:.3f} s" for side, median in medians.items())
   print(
-    f"{load:8} {shown} a step of {batch}; {ratio:.2f} x; largest loss gap {gap:.1e}", flush=True
+    f"{load:8} {shown} a step of {batch}; {ratio:.2f} x (median of {len(seconds['ours'])} turns); "
+    f"largest loss gap {gap:.1e}",
+    flush=True,
   )
 
 
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument("--rounds", type=int, default=3)
+  parser.add_argument("--turns", type=int, default=12)
   parser.add_argument("--batch", type=int, default=8)
   parser.add_argument("--load", choices=("full", "answers"))
   parser.add_argument("--worker", choices=("ours", "transformers"), help=argparse.SUPPRESS)
@@ -290,7 +306,7 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as directory:
     make_model(directory)
     for load in [arguments.load] if arguments.load else ("full", "answers"):
-      compare(directory, load, arguments.rounds, arguments.batch)
+      compare(directory, load, arguments.turns, arguments.batch)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from vlalign_jax.steps import ppo_program
 from vlalign_jax.steps import program as programs
 from vlalign_jax.steps import sampler as samplers
 
+MOVE = "weights to the sampler"  # the program that only copies
+
 
 class Sizes(NamedTuple):
   """B prompts of L tokens with I images; N answers of M tokens to each, in rows of T tokens."""
@@ -202,7 +204,7 @@ def _programs(rollout: RolloutShapes) -> Iterator[StepProgram]:
   flat = trees.flatten(actor)
   if sampler.moved:
     leaves = {path: flat[path] for path in sampler.moved}
-    yield one("weights to the sampler", lower(sampler.move, leaves))
+    yield one(MOVE, lower(sampler.move, leaves))
   placed = trees.unflatten(flat | sampler.moved)
   prompts = collect.for_sampling(prompts), rollout.array((B,), jnp.int32)
   sample, held = lower(sampler.sample, placed, *prompts, 0), device_bytes(sampler.moved)
