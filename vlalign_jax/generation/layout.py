@@ -211,9 +211,10 @@ def _sample(
 
 
 def placement(mesh: Mesh, params: dict, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns what the sampler needs of the language model in another place or dtype.
+  """Returns the shapes and places of what the sampler reads: all parameters but the tower's.
 
-  Matrices are in the dtype that they are used in, split over `tensor` alone.
+  Matrices are in the dtype that they are used in, split over `tensor` alone. All lie on the mesh of
+  the sampler, as a program with a kernel of cuDNN may know one mesh alone.
 
   Args:
     mesh: of the sampler.
@@ -221,19 +222,23 @@ def placement(mesh: Mesh, params: dict, dtype: str) -> dict[str, jax.ShapeDtypeS
     dtype: that the model computes in.
 
   Returns:
-    Path -> shape with its sharding, of the parameters that are not as the sampler needs them.
+    Path -> shape with its sharding.
   """
   found = {}
-  for path, leaf in trees.flatten({"language": params["language"]}).items():
+  read = {name: part for name, part in params.items() if name != "vision"}
+  for path, leaf in trees.flatten(read).items():
     matrix = path.endswith(("/kernel", "/embedding", "/lora_a", "/lora_b"))
     sharding = NamedSharding(mesh, rules.spec(path, leaf.shape, mesh, split=False))
-    wanted = jax.ShapeDtypeStruct(
+    found[path] = jax.ShapeDtypeStruct(
       leaf.shape, jnp.dtype(dtype) if matrix else leaf.dtype, sharding=sharding
     )
-    same_place = sharding.is_equivalent_to(leaf.sharding, len(leaf.shape))
-    if leaf.dtype != wanted.dtype or not same_place:
-      found[path] = wanted
   return found
+
+
+def is_in_place(leaf, wanted: jax.ShapeDtypeStruct) -> bool:
+  """Returns whether an array, or a shape with a sharding, need not be copied to be as wanted."""
+  is_there = wanted.sharding.is_equivalent_to(leaf.sharding, len(leaf.shape))
+  return is_there and leaf.dtype == wanted.dtype
 
 
 def make_move(wanted: dict[str, jax.ShapeDtypeStruct]):
