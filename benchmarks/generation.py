@@ -44,13 +44,18 @@ def image_tokens(size: str) -> int:
   return (image // patch) ** 2
 
 
+def image_token(size: str) -> int:
+  """The id of an image's tokens, the last one."""
+  return SIZES[size][1][-1] - 1
+
+
 def make_prompts(size: str) -> list[np.ndarray]:
   """Token ids int32[S] of each: its image, then text."""
   rng = np.random.default_rng(0)
   vocabulary = SIZES[size][1][-1]
   return [
     np.concatenate(
-      [np.full(image_tokens(size), vocabulary - 1), rng.integers(5, vocabulary - 100, length)]
+      [np.full(image_tokens(size), image_token(size)), rng.integers(5, vocabulary - 100, length)]
     ).astype(np.int32)
     for length in TEXT_LENGTHS
   ]
@@ -86,19 +91,28 @@ def make_model(directory: str, size: str) -> None:
       num_attention_heads=heads,
       initializer_range=0.05,
     ),
-    image_token_index=vocabulary - 1,
+    image_token_index=image_token(size),
     image_seq_length=image_tokens(size),
   )
   LlavaForConditionalGeneration(config).save_pretrained(directory)
 
 
-def torch_side(directory: str, size: str, one_at_a_time: bool):
-  """`(drawn) -> int[8, 64]`, with transformers."""
+def torch_side(directory: str, size: str, one_at_a_time: bool, model=None, sampling=None):
+  """`(drawn) -> int[8, 64]`, with transformers.
+
+  Args:
+    directory: of the weights.
+    size: a key of SIZES.
+    one_at_a_time: whether prompts are answered one after the other.
+    model: that answers; None: of the directory.
+    sampling: options of `generate` for drawn answers; None: SAMPLING.
+  """
   import torch
   from transformers import LlavaForConditionalGeneration
 
   torch.set_num_threads(os.cpu_count())
-  model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+  if model is None:
+    model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
   mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
   pixels = (torch.tensor(pictures(size)).permute(0, 3, 1, 2) / 255 - mean) / std
   prompts = make_prompts(size)
@@ -112,7 +126,7 @@ def torch_side(directory: str, size: str, one_at_a_time: bool):
   forever = {"max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
 
   def generate(drawn: bool):
-    how = {"do_sample": True, **SAMPLING} if drawn else {"do_sample": False}
+    how = {"do_sample": True, **(sampling or SAMPLING)} if drawn else {"do_sample": False}
     if not one_at_a_time:
       found = model.generate(
         input_ids=tokens, attention_mask=mask, pixel_values=pixels, **how, **forever
@@ -134,25 +148,17 @@ def torch_side(directory: str, size: str, one_at_a_time: bool):
   return generate
 
 
-def our_side(directory: str, size: str):
-  """`(drawn) -> int[8, 64]`, with ours; one row length, as `prepare_prompts` gives to one batch."""
-  import jax
-
+def open_ours(directory: str, size: str):
+  """Returns (ModelSource, rows of prompts of one length as `prepare_prompts` makes them)."""
   from vlalign_jax.data.encode import Example
   from vlalign_jax.data.rows import build_row
-  from vlalign_jax.generation.generate import make_generate
-  from vlalign_jax.generation.sampling import Sampling
   from vlalign_jax.input_pipeline.prompts import row_lengths
   from vlalign_jax.models import vlm
-  from vlalign_jax.sharding import mesh as meshes
-  from vlalign_jax.stages import defaults
-  from vlalign_jax.weights import hf_config, load, source, tensors
+  from vlalign_jax.weights import hf_config, source, tensors
 
   parts = hf_config.parts_of(hf_config.read_config(directory), directory)
-  image_token = SIZES[size][1][-1] - 1
-  config = vlm.ModelConfig(*parts, image_token, MEAN, STD)
   opened = source.ModelSource(
-    config=config,
+    config=vlm.ModelConfig(*parts, image_token(size), MEAN, STD),
     hf=None,
     generation=None,
     tokenizer=None,
@@ -160,10 +166,6 @@ def our_side(directory: str, size: str):
     layout=None,
     tensors=tensors.find_tensors(directory),
   )
-  mesh = meshes.make_mesh(defaults("sft").mesh)
-  _, abstract = vlm.abstract_params(config, mesh=mesh)
-  place = meshes.replicated(mesh)
-  params = load.load_params(opened, meshes.place(abstract, jax.tree.map(lambda _: place, abstract)))
   prompts = make_prompts(size)
   (length,) = row_lengths(np.full(PROMPTS, max(map(len, prompts))))
   rows = []
@@ -172,12 +174,30 @@ def our_side(directory: str, size: str):
     example = Example(
       ids, np.arange(len(ids), dtype=np.int32), zeros, zeros, zeros * 1.0, ("0",), "a prompt"
     )
-    rows.append(build_row([example], length, 1, image_token, image_tokens(size))[0])
+    rows.append(build_row([example], length, 1, image_token(size), image_tokens(size))[0])
   rows = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-  rows["images"] = pictures(size)[:, None]
+  return opened, rows | {"images": pictures(size)[:, None]}
+
+
+def our_side(directory: str, size: str):
+  """`(drawn) -> int[8, 64]`, with ours."""
+  import jax
+
+  from vlalign_jax.generation.generate import make_generate
+  from vlalign_jax.generation.sampling import Sampling
+  from vlalign_jax.models import vlm
+  from vlalign_jax.sharding import mesh as meshes
+  from vlalign_jax.stages import defaults
+  from vlalign_jax.weights import load
+
+  opened, rows = open_ours(directory, size)
+  mesh = meshes.make_mesh(defaults("sft").mesh)
+  _, abstract = vlm.abstract_params(opened.config, mesh=mesh)
+  place = meshes.replicated(mesh)
+  params = load.load_params(opened, meshes.place(abstract, jax.tree.map(lambda _: place, abstract)))
   programs = {
-    True: make_generate(config, Sampling(NEW_TOKENS, **SAMPLING), mesh=mesh),
-    False: make_generate(config, Sampling(NEW_TOKENS, temperature=0), mesh=mesh),
+    True: make_generate(opened.config, Sampling(NEW_TOKENS, **SAMPLING), mesh=mesh),
+    False: make_generate(opened.config, Sampling(NEW_TOKENS, temperature=0), mesh=mesh),
   }
 
   def generate(drawn: bool):
