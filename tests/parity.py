@@ -131,6 +131,7 @@ def torch_name(tensor: str) -> str:
   """The name in transformers 5's state dict, from the canonical one of `names`."""
   for canonical, name in (
     ("vision.", "model.vision_tower."),
+    ("projector.newline", "model.image_newline"),
     ("projector.", "model.multi_modal_projector."),
     ("language.lm_head.", "lm_head."),
     ("language.", "model.language_model."),

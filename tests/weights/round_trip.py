@@ -18,17 +18,15 @@ def assert_same_bits(first, second):
     np.testing.assert_array_equal(array, second[path], err_msg=path)
 
 
-def load_in_torch(directory: str):
-  """Returns a LlavaForConditionalGeneration; fails if weights are missing or loading it warns."""
+def load_in_torch(directory: str, kind=transformers.LlavaForConditionalGeneration):
+  """Returns a model of a class of transformers; fails if weights are missing or loading warns."""
   warnings = []
   handler = logging.Handler(logging.WARNING)
   handler.emit = lambda record: warnings.append(record.getMessage())
   logger = logging.getLogger("transformers")
   logger.addHandler(handler)
   try:
-    model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
-      directory, output_loading_info=True
-    )
+    model, info = kind.from_pretrained(directory, output_loading_info=True)
   finally:
     logger.removeHandler(handler)
   assert not any(info.values()), info

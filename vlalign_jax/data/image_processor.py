@@ -17,13 +17,19 @@ from vlalign_jax.data import images
 from vlalign_jax.errors import InputError
 
 ASPECTS = ("auto", "crop", "pad")
+TILES = "tiles"  # the aspect of processors that cut pictures into tiles
 # Image processor in Hugging Face files -> module below transformers.models, and class there.
 _CLIP = ("clip.image_processing_pil_clip", "CLIPImageProcessorPil")
 PROCESSORS = {
   "CLIPImageProcessor": _CLIP,
   "LlavaImageProcessor": _CLIP,  # `pad_to_square` is what it has more
   "SiglipImageProcessor": ("siglip.image_processing_pil_siglip", "SiglipImageProcessorPil"),
+  "LlavaNextImageProcessor": (
+    "llava_next.image_processing_pil_llava_next",
+    "LlavaNextImageProcessorPil",
+  ),
 }
+TILED = ("LlavaNextImageProcessor",)  # those that cut pictures into tiles
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
@@ -42,10 +48,11 @@ class ImagePreprocessor:
   """The steps of a Hugging Face image processor before it rescales; picklable.
 
   Attributes:
-    aspect: "crop" (shorter side to size, then the center) or "pad" (to a square, then to size).
+    aspect: "crop" (shorter side to size, then the center), "pad" (to a square, then to size), or
+      TILES (as the processor cuts pictures into tiles).
     mean, std: per channel, on the scale of `pixels * rescale_factor`; 0 and 1 if it does not
       normalize.
-    height, width: of every output, in pixels.
+    height, width: of every output, or tile of one, in pixels.
     rescale_factor: 1 if the processor does not rescale.
   """
 
@@ -68,7 +75,8 @@ class ImagePreprocessor:
     Args:
       path: a Hugging Face directory.
       aspect: "crop", "pad", or "auto": by the config's `do_pad`; crop if it has none. With "crop" a
-        SigLIP processor, which resizes without regard to the shape, crops nothing.
+        SigLIP processor, which resizes without regard to the shape, crops nothing. A processor that
+        cuts pictures into tiles takes "auto" only.
       kind: the class of a processor whose file names none; it is then a LlavaImageProcessor if it
         pads.
 
@@ -102,7 +110,7 @@ class ImagePreprocessor:
     names = processor_class.valid_kwargs.__annotations__
     settings: Any = {key: config[key] for key in names if config.get(key) is not None}
     try:
-      padding: Any = {"do_pad": aspect == "pad"}
+      padding: Any = {} if aspect == TILES else {"do_pad": aspect == "pad"}
       full = processor_class(**{**settings, **padding})
       # `pad_to_square` pads (in transformers, only LLaVA does); float steps run on the device.
       off = ("do_pad", "do_rescale", "do_normalize", "do_convert_rgb")
@@ -146,7 +154,8 @@ class ImagePreprocessor:
     return self._pixels(image)
 
   def _pixels(self, image: Image.Image) -> np.ndarray:
-    image = self._bounded(image)
+    if self.aspect != TILES:
+      image = self._bounded(image)
     if self.aspect == "pad":
       image = pad_to_square(image, self.pad_color)
     pixels = np.asarray(self.processor(image)["pixel_values"])  # uint8[..., 3, H, W]
@@ -218,6 +227,13 @@ def _processor_type(config: dict[str, Any], where: str, default: str) -> str:
 def _resolve_aspect(config: dict[str, Any], aspect: str, kind: str, where: str) -> str:
   if aspect not in ASPECTS:
     raise InputError(f'image aspect "{aspect}" is unknown; choose one of {", ".join(ASPECTS)}')
+  if kind in TILED:
+    if aspect != "auto":
+      raise InputError(
+        f'{where}: a {kind} cuts pictures into tiles, and data.image_aspect is "{aspect}"; leave '
+        'it at "auto"'
+      )
+    return TILES
   if aspect != "auto":
     return aspect
   if config.get("do_pad") and kind != "LlavaImageProcessor":

@@ -19,6 +19,7 @@ class ProjectorConfig:
   out_width: int
   activation: str = "gelu"  # of `mlp`
   use_bias: bool = True  # of `mlp` and `linear`
+  newline: bool = False  # whether there is an embedding of the end of a line of patches
 
 
 def tokens_per_image(config: ProjectorConfig, vision: vit.VisionConfig) -> int:
@@ -105,7 +106,7 @@ def build_projector(
 
   Returns:
     A module `(features, mesh=None)` that maps [N, P, in_width] to [N, `tokens_per_image`,
-    out_width]; the mesh splits N.
+    out_width]; the mesh splits N. With `config.newline` it has `newline` [out_width].
   """
   kinds = {
     "linear": LinearProjector,
@@ -113,4 +114,8 @@ def build_projector(
     "vit": VitProjector,
     "perceiver": perceiver.PerceiverProjector,
   }
-  return kinds[config.kind](config, vision, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  projector = kinds[config.kind](config, vision, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  if config.newline:
+    normal = nnx.initializers.normal(config.out_width**-0.5)
+    projector.newline = nnx.Param(normal(rngs.params(), (config.out_width,), param_dtype))
+  return projector

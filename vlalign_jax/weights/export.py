@@ -1,6 +1,7 @@
 """Writes a trained model as a Hugging Face directory.
 
-With the `mlp` projector LlavaForConditionalGeneration loads the result. transformers has neither
+With the `mlp` projector LlavaForConditionalGeneration, or the class of the model's family
+(`families`), loads the result. transformers has neither
 the other projectors nor multi-modal causal attention: a model with these is written in a layout
 that this code reads again, and whose towers transformers loads.
 
@@ -36,8 +37,8 @@ from safetensors.numpy import save_file
 from vlalign_jax import json_files, trees
 from vlalign_jax.data import jinja_template, templates
 from vlalign_jax.errors import InputError
-from vlalign_jax.models.vlm import SCORE, ModelConfig
-from vlalign_jax.weights import copied, names, towers
+from vlalign_jax.models.vlm import SCORE
+from vlalign_jax.weights import copied, families, names, towers
 from vlalign_jax.weights.hf_config import OWN_FAMILY, PROJECTOR, REWARD_ARCHITECTURE, TOWERS
 from vlalign_jax.weights.parts import IMAGE_TOKEN, ModelSource, with_ends
 
@@ -71,7 +72,7 @@ def save_model_files(
     return  # transformers' processor counts patches
   vision = source.config.vision
   processor = {
-    "processor_class": "LlavaProcessor",
+    "processor_class": f"{families.of(source.config).name}Processor",
     "image_token": IMAGE_TOKEN,
     "num_additional_image_tokens": vision.class_tokens,
     "patch_size": vision.patch_size,
@@ -95,11 +96,6 @@ def _save_tokenizer(source: ModelSource, directory: str, template: str | None) -
   generation.save_pretrained(directory)
 
 
-def is_llava(config: ModelConfig) -> bool:
-  """Returns whether transformers has a class for the model."""
-  return config.projector.kind == "mlp" and not config.mmca
-
-
 def _config(source: ModelSource, dtype: str, vision_dtype: str | None) -> dict:
   """Returns the content of config.json."""
   config, tower = source.config, copied.tower_of(source)
@@ -116,7 +112,7 @@ def _config(source: ModelSource, dtype: str, vision_dtype: str | None) -> dict:
   hf["dtype"] = hf["text_config"]["dtype"] = dtype
   if vision_dtype and hf["vision_config"].get("dtype"):  # else the dtype of the model applies
     hf["vision_config"]["dtype"] = vision_dtype
-  family = "Llava" if is_llava(config) else OWN_FAMILY
+  family = families.of(config).name if families.in_transformers(config) else OWN_FAMILY
   hf["architectures"] = [f"{family}ForConditionalGeneration"]
   for key in ("projector_type", "mmca"):
     hf.pop(key, None)
@@ -204,7 +200,7 @@ def export_model(
     if partial:
       save_model_files(source, partial, dtype_name, vision_dtype=vision_dtype)
     table = names.names_of(source.config)
-    if is_llava(source.config):
+    if families.in_transformers(source.config):
       tensors = _tensors(source, table, flat, dtype, names.exported, bool(partial))
       _save_weights(tensors, partial, max_shard_bytes)
       return

@@ -12,7 +12,7 @@ from vlalign_jax import json_files
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora
 from vlalign_jax.models.vlm import ModelConfig
-from vlalign_jax.weights import export, hf_config, names, peft
+from vlalign_jax.weights import export, families, hf_config, names, peft
 
 # Path prefix of parameters that may be fully trained with adapters -> their module in PEFT.
 MODULES_TO_SAVE = {
@@ -60,7 +60,7 @@ def export_adapters(
         adapter_config = _adapter_config(config, adapted, full, bases.get(tower), tower)
         _save(os.path.join(directory, tower), peft.WEIGHTS, content)
         json_files.write(os.path.join(directory, tower, peft.CONFIG), adapter_config)
-    if not export.is_llava(config):
+    if not families.in_transformers(config):
       projector = [name for name in others if name.path.startswith("projector/")]
       content = {names.exported_part(n): x for n, x in export.gather(projector, params, dtype)}
       if directory and content:
@@ -69,7 +69,7 @@ def export_adapters(
 
 def _towers(config: ModelConfig) -> dict[str, tuple[str, ...]]:
   """Returns directory below the output -> path prefixes of the parameters in it."""
-  return {"": ("",)} if export.is_llava(config) else hf_config.TOWERS
+  return {"": ("",)} if families.in_transformers(config) else hf_config.TOWERS
 
 
 def _save(directory: str, file: str, content: dict[str, np.ndarray]) -> None:
@@ -81,7 +81,7 @@ def _check_fully_trained(config: ModelConfig, params) -> None:
   """Raises an InputError for trained parameters that PEFT has no place for."""
   full = [path for path in params if not lora.is_adapter(path)]
   wrong = [path for path in full if not path.startswith(tuple(MODULES_TO_SAVE))]
-  if not export.is_llava(config):
+  if not families.in_transformers(config):
     adapted = {path for path in params if lora.is_adapter(path)}
     wrong += sorted(path for path in adapted if path.startswith("projector/"))
     wrong += [
@@ -134,14 +134,12 @@ def _adapter_config(config: ModelConfig, adapted, full, base: str | None, tower:
     for prefix, module in MODULES_TO_SAVE.items()
     if any(name.path.startswith(prefix) for name in full)
   }
-  llava = {
-    "base_model_class": "LlavaForConditionalGeneration",
-    "parent_library": "transformers.models.llava.modeling_llava",
-  }
+  family = families.of(config)
+  whole = {"base_model_class": family.architecture, "parent_library": family.module}
   return {
     "peft_type": "LORA",
     "task_type": None,
-    "auto_mapping": None if tower else llava,
+    "auto_mapping": None if tower else whole,
     "base_model_name_or_path": base,
     "inference_mode": True,
     "r": rank,

@@ -11,7 +11,7 @@ from vlalign_jax.models.llama import LanguageConfig
 from vlalign_jax.models.projector import ProjectorConfig
 from vlalign_jax.models.rope import ROPE_KINDS, RopeConfig
 from vlalign_jax.models.vit import VisionConfig
-from vlalign_jax.weights import towers
+from vlalign_jax.weights import families, towers
 from vlalign_jax.weights.decoders import DECODERS
 
 # For models that transformers has no class for: the start of their architectures' names, the
@@ -159,7 +159,7 @@ def is_reward_model(hf: Any) -> bool:
 
 
 def parts_of(hf: Any, where: str) -> tuple[VisionConfig, ProjectorConfig, LanguageConfig]:
-  """Converts the three parts of a LLaVA config; `projector_type` is ours, see `weights.export`."""
+  """Converts the parts of a model's config; `projector_type` is ours, see `weights.export`."""
   vision = vision_config(
     hf.vision_config, hf.vision_feature_layer, hf.vision_feature_select_strategy, where
   )
@@ -172,5 +172,6 @@ def parts_of(hf: Any, where: str) -> tuple[VisionConfig, ProjectorConfig, Langua
     out_width=language.width,
     activation=_check_activation(hf.projector_hidden_act, where),
     use_bias=hf.multimodal_projector_bias,
+    newline=families.FAMILIES[hf.model_type].newline,
   )
   return vision, projector, language

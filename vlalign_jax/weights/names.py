@@ -10,6 +10,11 @@ from vlalign_jax.weights.vision_names import Name
 
 
 def _projector(config: ModelConfig) -> list[Name]:
+  newline = [Name("projector/newline", "projector.newline")] if config.projector.newline else []
+  return newline + _projector_maps(config)
+
+
+def _projector_maps(config: ModelConfig) -> list[Name]:
   kind, use_bias = config.projector.kind, config.projector.use_bias
   last = [
     *vision_names.linear("projector/linear", "projector.linear", use_bias or kind == "perceiver"),
@@ -76,6 +81,7 @@ def layers_of(name: Name, config: ModelConfig) -> range:
 
 
 _CANONICAL = (
+  (r"^(model\.)?image_newline$", "projector.newline"),
   # LLaVA's original repository.
   (r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision."),
   (r"^model\.mm_projector\.0\.", "projector.linear_1."),
@@ -130,6 +136,7 @@ def exported(tensor: str) -> str:
   return replace_prefix(
     tensor,
     ("vision.", "vision_tower.vision_model."),
+    ("projector.newline", "image_newline"),
     ("projector.", "multi_modal_projector."),
     ("language.lm_head.", "language_model.lm_head."),
     ("language.", "language_model.model."),
@@ -141,6 +148,7 @@ def exported_part(tensor: str) -> str:
   return replace_prefix(
     tensor,
     ("vision.", "vision_model."),
+    ("projector.newline", "image_newline"),
     ("projector.", "multi_modal_projector."),
     ("language.lm_head.", "lm_head."),
     ("language.", "model."),

@@ -6,15 +6,15 @@ import os
 from collections.abc import Collection
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from vlalign_jax import json_files
 from vlalign_jax.data.image_processor import ImagePreprocessor
-from vlalign_jax.data.picture_tokens import OneTile, PictureLayout
+from vlalign_jax.data.picture_tokens import PictureLayout
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.projector import check as check_projector
 from vlalign_jax.models.vlm import LANGUAGE, SCORE, ModelConfig
-from vlalign_jax.weights import adapters, hf_config, sentencepiece_model, tensors
+from vlalign_jax.weights import adapters, families, hf_config, sentencepiece_model, tensors
 
 IMAGE_TOKEN = "<image>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -26,7 +26,8 @@ class ModelSource:
 
   Attributes:
     config: the architecture.
-    hf: the model's LLaVA config, with all layers of the source's vision tower.
+    hf: transformers' config of the model, of one of `families`, with all layers of the source's
+      vision tower.
     generation: its generation config.
     tokenizer: has `<image>` and a pad token.
     images: turns pictures into the tower's pixels.
@@ -40,7 +41,7 @@ class ModelSource:
   """
 
   config: ModelConfig
-  hf: Any  # LlavaConfig
+  hf: Any
   generation: GenerationConfig
   tokenizer: Any  # PreTrainedTokenizerBase
   images: ImagePreprocessor
@@ -127,7 +128,7 @@ def with_ends(generation: GenerationConfig, ends: Collection[int]) -> Generation
 
 
 def from_parts(
-  hf: LlavaConfig,
+  hf: Any,
   generation: GenerationConfig,
   tokenizer: PreTrainedTokenizerBase,
   images: ImagePreprocessor,
@@ -143,20 +144,22 @@ def from_parts(
     InputError: the parts do not fit together.
   """
   config = _model_config(hf, images, tokenizer, where)
+  layout = families.layout_of(hf, config.vision, config.tokens_per_image, images, where)
+  config = dataclasses.replace(config, most_tiles=layout.most_tiles)
   return ModelSource(
     config=config,
     hf=hf,
     generation=generation,
     tokenizer=_with_pad_token(tokenizer, where),
     images=images,
-    layout=OneTile(config.image_token_id, config.tokens_per_image),
+    layout=layout,
     tensors={},
     fresh=("vision/", "projector/", "language/"),
   )
 
 
 def _model_config(
-  hf: LlavaConfig, images: ImagePreprocessor, tokenizer: PreTrainedTokenizerBase, where: str
+  hf: Any, images: ImagePreprocessor, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> ModelConfig:
   vision, projector, language = hf_config.parts_of(hf, where)
   check_projector(projector, vision, where)
@@ -186,6 +189,7 @@ def _model_config(
     rescale_factor=images.rescale_factor,
     head=SCORE if hf_config.is_reward_model(hf) else LANGUAGE,
     mmca=getattr(hf, "mmca", False),
+    family=hf.model_type,
   )
 
 

@@ -50,6 +50,7 @@ def names_of(config: ModelConfig) -> list[names.Name]:
 _MODULES = {
   "": (
     ("vision.", "model.vision_tower."),
+    ("projector.newline", "model.image_newline"),
     ("projector.", "model.multi_modal_projector."),
     ("language.lm_head.", "lm_head."),
     ("language.", "model.language_model."),

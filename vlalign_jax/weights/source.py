@@ -7,8 +7,6 @@ reading weights; `weights.load` then reads the weights.
 import dataclasses
 import os
 
-from transformers import LlavaConfig
-
 from vlalign_jax import storage, trees
 from vlalign_jax.data.image_processor import ImagePreprocessor
 from vlalign_jax.data.templates import end_tokens
@@ -19,6 +17,7 @@ from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.weights import (
   adapters,
   assemble,
+  families,
   hf_config,
   llava_layout,
   merged,
@@ -157,7 +156,7 @@ def is_convertible(directory: str) -> bool:
 def _open_directory(directory: str, aspect: str) -> ModelSource:
   if (config := llava_layout.read(directory)) is not None:
     return _open_original_llava(directory, config, aspect)
-  return _open_llava(directory, aspect)
+  return _open_whole(directory, aspect)
 
 
 def _open_original_llava(directory: str, config: dict, aspect: str) -> ModelSource:
@@ -177,18 +176,12 @@ def _open_original_llava(directory: str, config: dict, aspect: str) -> ModelSour
   return dataclasses.replace(opened, tensors=stored, fresh=(), new_tokens=True)
 
 
-def _open_llava(directory: str, aspect: str) -> ModelSource:
+def _open_whole(directory: str, aspect: str) -> ModelSource:
   hf = hf_config.read_config(directory)
-  if not isinstance(hf, LlavaConfig):
-    raise InputError(
-      f"{directory}: a model of type {hf.model_type!r}, not 'llava'; name separate towers as "
-      "model.vision and model.language"
-    )
+  families.check_type(hf, directory)
   hf_config.check_types(hf.vision_config, directory, hf.text_config, directory)
   tokenizer = load_tokenizer(directory)
-  images = ImagePreprocessor.from_directory(
-    directory, aspect, towers.processor_of(hf.vision_config)
-  )
+  images = ImagePreprocessor.from_directory(directory, aspect, _processor_of(hf))
   generation = load_generation(directory, tokenizer)
   opened = from_parts(hf, generation, tokenizer, images, directory)
   if opened.hf.architectures and opened.hf.architectures[0].startswith(hf_config.OWN_FAMILY):
@@ -206,7 +199,6 @@ def _open_run(directory: str, which: str, aspect: str) -> ModelSource:
   base = provenance.check(base, directory)
   files = storage.local(f"{directory}/model")
   trained = hf_config.read_config(files)
-  kind = towers.processor_of(trained.vision_config)
   head = SCORE if hf_config.is_reward_model(trained) else LANGUAGE
   base = _with_head(base, head, config["model"]["init_from"])
   tokenizer = load_tokenizer(files)
@@ -216,9 +208,14 @@ def _open_run(directory: str, which: str, aspect: str) -> ModelSource:
     base,
     tokenizer=tokenizer,
     generation=with_ends(base.generation, ends),
-    images=ImagePreprocessor.from_directory(files, aspect, kind),
+    images=ImagePreprocessor.from_directory(files, aspect, _processor_of(trained)),
     runs=(*base.runs, (directory, step)),
   )
+
+
+def _processor_of(hf) -> str:
+  """Returns the class of a model's image processor if its file names none."""
+  return families.FAMILIES[hf.model_type].processor or towers.processor_of(hf.vision_config)
 
 
 class _Group(dict):

@@ -1,0 +1,68 @@
+"""Prompts and tiles of models that cut pictures equal those of transformers' processors."""
+
+import numpy as np
+import pytest
+
+from tests import parity, tiled_models
+from tests.data.processors import noise
+from vlalign_jax.data import templates
+
+PROMPTS = 50
+
+
+@pytest.fixture(scope="module", params=tiled_models.MODELS)
+def model(request, tmp_path_factory):
+  return tiled_models.make(request.param, tmp_path_factory.mktemp(request.param) / "model")
+
+
+def draw_prompt(model, seed: int):
+  """Returns a record of random words with up to three new pictures of any shape between them."""
+  rng = np.random.default_rng(seed)
+  shown = [f"drawn{seed}_{number}.png" for number in range(rng.integers(0, 4))]
+  for path in shown:
+    width, height = (int(2 ** rng.uniform(0, 7)) for _ in range(2))
+    noise(width, height, seed).save(f"{model.root}/{path}")
+  places = [*rng.choice(tiled_models.WORDS, rng.integers(1, 12)), *["<image>"] * len(shown)]
+  rng.shuffle(places)
+  return model.record(" ".join(places), None, *shown)
+
+
+def test_prompts_and_pixels_equal_the_processors(model):
+  tokenizer, layout = model.source.tokenizer, model.source.layout
+  tiles = set()
+  for seed in range(PROMPTS):
+    record = draw_prompt(model, seed)
+    pieces = templates.turn_pieces(
+      record.turns, tiled_models.TEMPLATE, tokenizer, record.where, record.system
+    )
+    pictures = [model.picture(path) for path in record.images]
+    text = "".join(piece.text for piece in pieces if not piece.learn)
+    processed = model.processor(
+      images=pictures or None, text=tiled_models.as_typed(model, text), return_tensors="np"
+    )
+    example = model.encoded(record)
+    assert processed["input_ids"][0].tolist() == example.tokens.tolist(), record
+    for picture, tokens in zip(pictures, example.pictures, strict=True):
+      ours = model.source.images.tiles(picture)
+      assert len(ours) == tokens.tiles <= layout.most_tiles
+      theirs = model.processor.image_processor([picture], return_tensors="np")["pixel_values"]
+      theirs = theirs.reshape(-1, *theirs.shape[-3:])
+      found = parity.pixel_values(model.config, ours).numpy()
+      np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-6)
+      tiles.add(tokens.tiles)
+  assert max(tiles) == layout.most_tiles
+  assert len(tiles) > 2
+
+
+def test_every_embedding_stands_once(model):
+  """Each token has its own embedding, in order; embeddings of borders stand nowhere."""
+  P = model.config.tokens_per_image
+  for seed in range(200):
+    rng = np.random.default_rng(seed)
+    width, height = (int(2 ** rng.uniform(0, 8)) for _ in range(2))
+    tokens = model.source.layout.tokens_of((width, height))
+    slots = tokens.slots[tokens.slots >= 0]
+    assert len(set(slots.tolist())) == len(slots) <= tokens.tiles * P
+    assert slots.max() < tokens.tiles * P
+    is_image = tokens.ids == model.config.image_token_id
+    np.testing.assert_array_equal(is_image, tokens.slots != -1)

@@ -1,0 +1,203 @@
+"""Tiny random models whose pictures are several tiles, in JAX and in torch, with records for them.
+
+Everything on the torch side comes from transformers' own processor of the model, which reads the
+exported or published files. No weight has a special value, and no picture is a square.
+"""
+
+import dataclasses
+import os
+
+import numpy as np
+import torch
+import transformers
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+  LlavaNextImageProcessorPil,
+)
+
+from tests import parity, tiny_models
+from tests.data.processors import noise
+from vlalign_jax.data import encode, images
+from vlalign_jax.data.conversations import Turn
+from vlalign_jax.data.encode import Example
+from vlalign_jax.data.records import Record
+from vlalign_jax.data.rows import build_row
+from vlalign_jax.input_pipeline import prompts
+from vlalign_jax.weights.source import ModelSource
+
+TEMPLATE = "vicuna"
+SIZES = {"wide.png": (37, 11), "tall.png": (9, 41), "near.png": (25, 23), "line.png": (50, 1)}
+WORDS = ("what", "is", "in", "the", "red", "picture", "on", "left", "?", "über", "12", "cat,")
+
+
+def make_llava_next(directory: str, *, seed: int = 0, text: dict | None = None, **overrides):
+  """Writes a LLaVA-NeXT directory and returns the torch model; see `tiny_models.make_llava`."""
+  tokenizer = tiny_models.make_tokenizer()
+  vision = tiny_models.vision_config(**overrides.pop("vision", {}))
+  side = vision.image_size
+  grids = ([1, 2], [2, 1], [2, 2], [3, 1], [1, 3])
+  pinpoints = [[rows * side, columns * side] for rows, columns in grids]
+  config = transformers.LlavaNextConfig(
+    vision_config=vision,
+    text_config=tiny_models.text_config(tokenizer, **(text or {})),
+    image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    image_grid_pinpoints=pinpoints,
+    **overrides,
+  )
+  model = transformers.LlavaNextForConditionalGeneration(config).eval()
+  tiny_models.randomise(model, seed)
+  images = LlavaNextImageProcessorPil(
+    size={"shortest_edge": side},
+    crop_size={"height": side, "width": side},
+    image_grid_pinpoints=pinpoints,
+  )
+  processor = transformers.LlavaNextProcessor(
+    images,
+    tokenizer,
+    patch_size=vision.patch_size,
+    vision_feature_select_strategy=config.vision_feature_select_strategy,
+    num_additional_image_tokens=int(vision.model_type == "clip_vision_model"),
+  )
+  return _save(directory, model, processor)
+
+
+def _save(directory: str, model, processor):
+  model.save_pretrained(directory)
+  processor.save_pretrained(directory)
+  return model
+
+
+# Name -> function of a directory that writes the model there and returns it in torch.
+MODELS = {
+  "llava_next": lambda directory, **options: make_llava_next(
+    directory, text={"attention_bias": True}, **options
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiled:
+  """A model in both frameworks.
+
+  Attributes:
+    directory: of the model; pictures are in its `pictures`.
+    torch_model: in evaluation mode.
+    processor: transformers' processor of the directory.
+    source, graphdef, params: our model.
+  """
+
+  directory: str
+  torch_model: torch.nn.Module
+  processor: transformers.ProcessorMixin
+  source: ModelSource
+  graphdef: object
+  params: dict
+
+  @property
+  def config(self):
+    return self.source.config
+
+  @property
+  def root(self) -> str:
+    return os.path.join(self.directory, "pictures")
+
+  def record(self, question: str, answer: str | None = None, *pictures: str) -> Record:
+    """Returns a record whose question begins with the pictures, or has <image> where they are."""
+    if "<image>" not in question:
+      question = "<image>\n" * len(pictures) + question
+    return Record("t.json", 0, "x", pictures, (Turn(question, answer),), root=self.root)
+
+  def encoded(self, record: Record) -> Example:
+    """Returns the example of a record, or the prompt of one without an answer."""
+    function = encode.encode if record.turns[-1].gpt else prompts.encode_prompt
+    arguments = record, TEMPLATE, self.source.tokenizer, self.source.layout, 10_000
+    example = function(*arguments).example
+    assert example is not None
+    return example
+
+  def rows(self, layout, tiles: int | None = None) -> dict[str, np.ndarray]:
+    """Returns a batch; `layout` lists the examples of each row, `tiles` is the room for tiles."""
+    config, preprocessor = self.config, self.source.images
+    length = max(sum(len(example.tokens) for example in row) for row in layout) + 3
+    most = max(sum({k: n for e in row for k, n in e.tiles.items()}.values()) for row in layout)
+    tiles = most + 1 if tiles is None else tiles
+    pixels = np.zeros((len(layout), tiles, preprocessor.height, preprocessor.width, 3), np.uint8)
+    arrays = []
+    for b, examples in enumerate(layout):
+      options = length, tiles, config.image_token_id, config.tokens_per_image
+      row, paths = build_row(examples, *options)
+      arrays.append(row)
+      if paths:
+        shown = np.concatenate([preprocessor.tiles(self.picture(path)) for path in paths])
+        pixels[b, : len(shown)] = shown
+    stacked = {name: np.stack([row[name] for row in arrays]) for name in arrays[0]}
+    return stacked | {"images": pixels}
+
+  def picture(self, path: str):
+    return images.open_image(os.path.join(self.root, path))
+
+  def torch_inputs(self, example: Example) -> dict[str, torch.Tensor]:
+    """Returns the torch model's inputs for an example without branches."""
+    tokens = torch.tensor(example.tokens)[None].long()
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if example.images:
+      pictures = [self.picture(path) for path in example.images]
+      inputs |= self.processor.image_processor(pictures, return_tensors="pt")
+    return inputs
+
+  def torch_logits(self, example: Example, model=None) -> torch.Tensor:
+    """Returns float32[N, V]."""
+    return (model or self.torch_model)(**self.torch_inputs(example)).logits[0]
+
+  def torch_loss(self, examples):
+    """Returns (mean cross-entropy over the learned tokens of all examples, their number)."""
+    total, count = 0.0, 0
+    for example in examples:
+      targets, mask = torch.tensor(example.targets).long(), torch.tensor(example.loss_mask)
+      losses = torch.nn.functional.cross_entropy(
+        self.torch_logits(example), targets, reduction="none"
+      )
+      total, count = total + (losses * mask).sum(), count + int(example.loss_mask.sum())
+    return total / count, count
+
+
+def make(name: str, directory, **options) -> Tiled:
+  """Writes the model of MODELS, and pictures of all SIZES; opens both."""
+  directory = str(directory)
+  torch_model = MODELS[name](directory, **options)
+  root = os.path.join(directory, "pictures")
+  os.makedirs(root)
+  for seed, (path, size) in enumerate(SIZES.items()):
+    noise(*size, seed).save(os.path.join(root, path))
+  processor = transformers.AutoProcessor.from_pretrained(directory)
+  return Tiled(directory, torch_model, processor, *parity.open_model(directory))
+
+
+def words(seed: int, count: int) -> str:
+  return " ".join(np.random.default_rng(seed).choice(WORDS, count))
+
+
+def records(model: Tiled) -> list[Record]:
+  """Returns records with no picture, one, several of other shapes, and one picture twice."""
+  shown = [(), ("wide.png",), ("tall.png", "near.png", "wide.png"), (), ("line.png", "line.png")]
+  return [
+    model.record(words(seed, 4 + seed), words(seed + 10, 3 + seed), *pictures)
+    for seed, pictures in enumerate(shown)
+  ]
+
+
+def layout_of(examples) -> list[list[Example]]:
+  """Returns rows of several examples, and one of padding."""
+  return [examples[:3], examples[3:], []]
+
+
+def as_typed(model: Tiled, text: str) -> str:
+  """Returns a prompt as transformers' processor of the model takes it."""
+  return text
+
+
+# Modules of the language model's linear maps, and of each model's projector, in transformers.
+PEFT_LANGUAGE = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+PEFT_PROJECTOR = {"llava_next": "multi_modal_projector"}
+
+# Parts of names of tensors that are never run.
+UNUSED = ("vision_tower.encoder.layers.2.", "post_layernorm")

@@ -1,0 +1,164 @@
+"""Models whose pictures are several tiles: logits, exports, adapters and bad files."""
+
+import json
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from tests import parity, peft_models, tiled_models
+from tests.weights.round_trip import assert_same_bits, load_in_torch
+from vlalign_jax import trees
+from vlalign_jax.errors import InputError
+from vlalign_jax.optim import optimizer
+from vlalign_jax.weights import export, export_adapters
+
+MODELS = list(tiled_models.MODELS)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, tmp_path_factory):
+  return tiled_models.make(request.param, tmp_path_factory.mktemp(request.param) / "model")
+
+
+@pytest.fixture(scope="module")
+def examples(model):
+  return [model.encoded(record) for record in tiled_models.records(model)]
+
+
+def errors(model, logits, layout, torch_model=None) -> list[float]:
+  """Returns the relative error of each example's logits."""
+  relative = []
+  for row, examples in zip(logits, layout, strict=True):
+    start = 0
+    for example in examples:
+      stop = start + len(example.tokens)
+      with torch.no_grad():
+        expected = model.torch_logits(example, torch_model)
+      relative.append(parity.relative_error(row[start:stop], expected))
+      start = stop
+  assert np.isfinite(logits).all()
+  return relative
+
+
+def logits_of(model, examples) -> np.ndarray:
+  return parity.logits(model.graphdef, model.params, model.rows([examples]))
+
+
+def test_logits_equal_torch(model, examples):
+  """Of packed rows with one picture, several and none, some of them in both rows."""
+  layout = tiled_models.layout_of(examples)
+  logits = parity.logits(model.graphdef, model.params, model.rows(layout))
+  assert max(errors(model, logits, layout)) < 1e-5
+
+
+def test_rows_without_pictures(model, examples):
+  layout = [[examples[0]], [examples[3]]]
+  logits = parity.logits(model.graphdef, model.params, model.rows(layout, tiles=0))
+  assert max(errors(model, logits, layout)) < 1e-5
+
+
+def test_exports_load_in_torch_and_here(model, examples, tmp_path):
+  out = str(tmp_path / "out")
+  export.export_model(model.source, model.params, out)
+  imported, _, params = parity.open_model(out)
+  assert imported.config == model.config
+  assert imported.layout == model.source.layout
+  assert_same_bits(params, model.params)
+  exported = load_in_torch(out, transformers.AutoModelForImageTextToText)
+  assert type(exported) is type(model.torch_model)
+  before, after = model.torch_model.state_dict(), exported.state_dict()
+  assert before.keys() == after.keys()
+  for name, tensor in before.items():
+    assert torch.equal(after[name], tensor), name
+  processor = transformers.AutoProcessor.from_pretrained(out)
+  assert type(processor) is type(model.processor)
+  assert processor.to_dict() == model.processor.to_dict()
+  assert max(errors(model, logits_of(model, examples), [examples], exported)) < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_equal_those_of_peft(name, tmp_path):
+  """With a projector that is trained whole."""
+  made = tiled_models.make(name, tmp_path / "model")
+  (example,) = [made.encoded(tiled_models.records(made)[2])]
+  rows, length = made.rows([[example]]), len(example.tokens)
+  adapted = peft_models.add(
+    made.torch_model,
+    r=3,
+    lora_alpha=6,
+    lora_dropout=0.0,
+    target_modules=tiled_models.PEFT_LANGUAGE,
+    modules_to_save=[tiled_models.PEFT_PROJECTOR[name]],
+  )
+  with torch.no_grad():
+    for param in adapted.parameters():
+      if param.requires_grad:
+        param.add_(0.1)
+  adapted.save_pretrained(tmp_path / "peft")
+  lora = {"rank": 3, "targets": "language/layers", "alpha": 6.0}
+  opened, graphdef, params = peft_models.open_model(
+    made.directory, init_from=f"{tmp_path}/peft", **lora
+  )
+  with torch.no_grad():
+    expected = made.torch_logits(example, adapted)
+  found = parity.logits(graphdef, params, rows)[0, :length]
+  assert parity.relative_error(found, expected) < 1e-5
+  config = peft_models.config_for(made.directory, **lora)
+  flat = trees.flatten(params)
+  trained = {path: x for path, x in flat.items() if optimizer.is_trained(path, config)}
+  assert any(path.startswith("projector/") for path in trained)
+  if "projector/newline" in trained:  # PEFT saves modules, and this is a parameter
+    trained["projector/newline"] = trained["projector/newline"] + 0.3
+    flat["projector/newline"] = trained["projector/newline"]
+    expected = parity.logits(graphdef, trees.unflatten(flat), rows)[0, :length]
+  export_adapters.export_adapters(opened.config, trained, str(tmp_path / "out"))
+  base = transformers.AutoModelForImageTextToText.from_pretrained(made.directory)
+  with torch.no_grad():
+    plain = made.torch_logits(example, base)
+  exported = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+  with torch.no_grad():
+    found = made.torch_logits(example, exported)
+  assert parity.relative_error(found, expected) < 1e-5
+  assert parity.relative_error(found, plain) > 1e-2
+
+
+def edit(directory, name: str, **changes) -> None:
+  path = directory / name
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_grids_that_do_not_fit_are_refused(tmp_path):
+  tiled_models.make_llava_next(tmp_path)
+  edit(tmp_path, "config.json", image_grid_pinpoints=[[12, 24]])
+  with pytest.raises(
+    InputError, match=r"is \[\[12, 24\]\] in config.json and"
+  ):
+    parity.open_model(tmp_path)
+  processor = json.loads((tmp_path / "processor_config.json").read_text())
+  processor["image_processor"]["image_grid_pinpoints"] = [[12, 25]]
+  edit(tmp_path, "processor_config.json", **processor)
+  edit(tmp_path, "config.json", image_grid_pinpoints=[[12, 25]])
+  with pytest.raises(InputError, match="multiples of the vision tower's 12 pixels"):
+    parity.open_model(tmp_path)
+
+
+def test_features_that_are_not_a_grid_are_refused(tmp_path):
+  tiled_models.make_llava_next(tmp_path, vision_feature_select_strategy="full")
+  with pytest.raises(InputError, match="10 embeddings of a tile of 9 patches, .*; give default"):
+    parity.open_model(tmp_path)
+
+
+def test_processors_of_other_families_are_refused(tmp_path):
+  tiled_models.make_llava_next(tmp_path)
+  processor = json.loads((tmp_path / "processor_config.json").read_text())
+  processor["image_processor"]["image_processor_type"] = "CLIPImageProcessor"
+  edit(tmp_path, "processor_config.json", **processor)
+  with pytest.raises(InputError, match="do_pad of a CLIPImageProcessor"):
+    parity.open_model(tmp_path)
+  processor["image_processor"]["do_pad"] = False
+  edit(tmp_path, "processor_config.json", **processor)
+  with pytest.raises(InputError, match="CLIPImageProcessor of a model of type 'llava_next'"):
+    parity.open_model(tmp_path)
