@@ -6,6 +6,7 @@ exported or published files. No weight has a special value, and no picture is a 
 
 import dataclasses
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,12 +37,12 @@ def make_llava_next(directory: str, *, seed: int = 0, text: dict | None = None, 
   side = vision.image_size
   grids = ([1, 2], [2, 1], [2, 2], [3, 1], [1, 3])
   pinpoints = [[rows * side, columns * side] for rows, columns in grids]
+  settings: Any = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>"), **overrides}
   config = transformers.LlavaNextConfig(
     vision_config=vision,
     text_config=tiny_models.text_config(tokenizer, **(text or {})),
-    image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     image_grid_pinpoints=pinpoints,
-    **overrides,
+    **settings,
   )
   model = transformers.LlavaNextForConditionalGeneration(config).eval()
   tiny_models.randomise(model, seed)

@@ -1,5 +1,7 @@
 """Greedy answers of models whose pictures are several tiles equal those of transformers."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,8 @@ NEW_TOKENS = 16
 @pytest.mark.parametrize("name", tiled_models.MODELS)
 def test_greedy_answers(name, tmp_path):
   model = tiled_models.make(name, tmp_path / "model")
-  model.torch_model.generation_config.eos_token_id = None
+  torch_model: Any = model.torch_model
+  torch_model.generation_config.eos_token_id = None
   shown = [("wide.png",), (), ("tall.png", "line.png", "tall.png")]
   prompts = [
     model.encoded(model.record(tiled_models.words(seed, 3 + seed), None, *pictures))
@@ -25,7 +28,7 @@ def test_greedy_answers(name, tmp_path):
   generated = program(model.params, batch, np.arange(4), 0)
   for row, prompt in enumerate(prompts):
     inputs = model.torch_inputs(prompt)
-    expected = model.torch_model.generate(
+    expected = torch_model.generate(
       **inputs, do_sample=False, pad_token_id=0, max_new_tokens=NEW_TOKENS
     )
     found = np.asarray(generated.tokens)[row, 0]

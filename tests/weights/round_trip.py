@@ -1,6 +1,7 @@
 """What the tests of imported, assembled and exported models share."""
 
 import logging
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ def assert_same_bits(first, second):
     np.testing.assert_array_equal(array, second[path], err_msg=path)
 
 
-def load_in_torch(directory: str, kind=transformers.LlavaForConditionalGeneration):
+def load_in_torch(directory: str, kind: Any = transformers.LlavaForConditionalGeneration):
   """Returns a model of a class of transformers; fails if weights are missing or loading warns."""
   warnings = []
   handler = logging.Handler(logging.WARNING)

@@ -133,9 +133,7 @@ def edit(directory, name: str, **changes) -> None:
 def test_grids_that_do_not_fit_are_refused(tmp_path):
   tiled_models.make_llava_next(tmp_path)
   edit(tmp_path, "config.json", image_grid_pinpoints=[[12, 24]])
-  with pytest.raises(
-    InputError, match=r"is \[\[12, 24\]\] in config.json and"
-  ):
+  with pytest.raises(InputError, match=r"is \[\[12, 24\]\] in config.json and"):
     parity.open_model(tmp_path)
   processor = json.loads((tmp_path / "processor_config.json").read_text())
   processor["image_processor"]["image_grid_pinpoints"] = [[12, 25]]

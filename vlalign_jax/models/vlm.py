@@ -1,6 +1,7 @@
 """The vision-language model: vision tower, projector and language model."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ class VisionLanguageModel(nnx.Module):
     self.options = {"remat": remat, "mesh": mesh, "attention": attention}
     types = {"dtype": dtype, "param_dtype": param_dtype}
     self.vision = config.vision.build(rngs=rngs, **types)
-    self.projector = build_projector(config.projector, config.vision, rngs=rngs, **types)
+    self.projector: Any = build_projector(config.projector, config.vision, rngs=rngs, **types)
     self.language = LanguageModel(
       config.language, with_head=config.head == LANGUAGE, rngs=rngs, **types
     )
@@ -141,7 +142,8 @@ class VisionLanguageModel(nnx.Module):
     x = jnp.where(slots >= 0, image_x, x)
     if not self.config.projector.newline:
       return x
-    return jnp.where(slots == NEWLINE, self.projector.newline[...].astype(x.dtype), x)
+    newline = self.projector.newline[...]
+    return jnp.where(slots == NEWLINE, newline.astype(x.dtype), x)
 
   def __call__(self, batch):
     """Computes hidden states, which `head_kernel` maps to logits.

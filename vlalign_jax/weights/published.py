@@ -9,8 +9,9 @@ from vlalign_jax.models import projector as projectors
 from vlalign_jax.models.llama import LanguageConfig
 from vlalign_jax.models.projector import ProjectorConfig
 from vlalign_jax.models.rope import RopeConfig
+from vlalign_jax.models.vit import VisionConfig
 from vlalign_jax.models.vlm import ModelConfig
-from vlalign_jax.weights import assemble, hf_config, towers
+from vlalign_jax.weights import assemble, families, hf_config, towers
 
 # openai/clip-vit-large-patch14-336 with all layers; a run's config says which features it uses.
 CLIP_L_336 = clip.VisionConfig(
@@ -65,17 +66,38 @@ _QWEN3_8B = dataclasses.replace(  # Qwen/Qwen3-8B
   norm_epsilon=1e-6,
   query_key_norm=True,
 )
-# Name -> (vision tower, language model).
+_VICUNA_13B = _llama(5120, 13824, 40, 40, 40, 32064)
+_MISTRAL_7B = _llama(4096, 14336, 32, 32, 8, 32064, RopeConfig(theta=1e6))
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+  """The sizes of a model; `family` is one of `families`, `most_tiles` those of a picture."""
+
+  vision: VisionConfig
+  language: LanguageConfig
+  family: str = "llava"
+  most_tiles: int = 1
+
+
+def _llava_next(language: LanguageConfig) -> Published:
+  return Published(CLIP_L_336, language, "llava_next", most_tiles=5)
+
+
 MODELS = {
-  "llava15_7b": (CLIP_L_336, _VICUNA_7B),  # llava-hf/llava-1.5-7b-hf
-  "llava15_13b": (CLIP_L_336, _llama(5120, 13824, 40, 40, 40, 32064)),  # llava-1.5-13b-hf
-  "llama3_8b": (CLIP_L_336, _LLAMA_3_8B),
+  "llava15_7b": Published(CLIP_L_336, _VICUNA_7B),  # llava-hf/llava-1.5-7b-hf
+  "llava15_13b": Published(CLIP_L_336, _VICUNA_13B),  # llava-hf/llava-1.5-13b-hf
+  "llama3_8b": Published(CLIP_L_336, _LLAMA_3_8B),
   # meta-llama/Meta-Llama-3-70B
-  "llama3_70b": (CLIP_L_336, _llama(8192, 28672, 80, 64, 8, 128320, _LLAMA_3)),
-  "qwen3_8b": (CLIP_L_336, _QWEN3_8B),
-  "clip_llama2_7b": (CLIP_L_224, _VICUNA_7B),  # Vision-LLM-Alignment's towers
-  "clip_llama3_8b": (CLIP_L_224, _LLAMA_3_8B),
-  "siglip_so400m_384": (SIGLIP_SO400M_384, _LLAMA_3_8B),
+  "llama3_70b": Published(CLIP_L_336, _llama(8192, 28672, 80, 64, 8, 128320, _LLAMA_3)),
+  "qwen3_8b": Published(CLIP_L_336, _QWEN3_8B),
+  "clip_llama2_7b": Published(CLIP_L_224, _VICUNA_7B),  # Vision-LLM-Alignment's towers
+  "clip_llama3_8b": Published(CLIP_L_224, _LLAMA_3_8B),
+  "siglip_so400m_384": Published(SIGLIP_SO400M_384, _LLAMA_3_8B),
+  "llava_next_7b": _llava_next(_VICUNA_7B),  # llava-hf/llava-v1.6-vicuna-7b-hf
+  "llava_next_13b": _llava_next(_VICUNA_13B),  # llava-hf/llava-v1.6-vicuna-13b-hf
+  "llava_next_mistral_7b": _llava_next(_MISTRAL_7B),  # llava-hf/llava-v1.6-mistral-7b-hf
+  "llava_next_llama3_8b": _llava_next(_LLAMA_3_8B),  # llava-hf/llama3-llava-next-8b-hf
 }
 
 
@@ -91,7 +113,8 @@ def published(group) -> ModelConfig:
   name, where = group.architecture, "config.model"
   if name not in MODELS:
     raise InputError(f"config.model.architecture is {name!r}; choose from {', '.join(MODELS)}")
-  tower, language = MODELS[name]
+  sizes = MODELS[name]
+  tower, language, family = sizes.vision, sizes.language, families.FAMILIES[sizes.family]
   used = hf_config.feature_layers(assemble.feature_layers_of(group), tower.layers, where)
   vision = dataclasses.replace(
     tower,
@@ -100,8 +123,10 @@ def published(group) -> ModelConfig:
     keep_class_token=hf_config.keeps_class_token(group.vision_feature_select_strategy, where),
   )
   towers.check_new(vision, where)
-  images = ImagePreprocessor.from_config({}, kind=towers.of(vision).processor)
-  projector = ProjectorConfig(group.projector, vision.feature_width, language.width)
+  kind = family.processor or towers.of(vision).processor
+  images = ImagePreprocessor.from_config({}, kind=kind)
+  widths = vision.feature_width, language.width
+  projector = ProjectorConfig(group.projector, *widths, newline=family.newline)
   projectors.check(projector, vision, where)
   return ModelConfig(
     vision=vision,
@@ -111,4 +136,6 @@ def published(group) -> ModelConfig:
     image_mean=images.mean,
     image_std=images.std,
     mmca=group.mmca,
+    family=sizes.family,
+    most_tiles=sizes.most_tiles,
   )
