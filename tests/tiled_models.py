@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
   LlavaNextImageProcessorPil,
 )
@@ -22,6 +23,7 @@ from vlalign_jax.data.conversations import Turn
 from vlalign_jax.data.encode import Example
 from vlalign_jax.data.records import Record
 from vlalign_jax.data.rows import build_row
+from vlalign_jax.data.tokens import picture_token
 from vlalign_jax.input_pipeline import prompts
 from vlalign_jax.weights.source import ModelSource
 
@@ -61,6 +63,37 @@ def make_llava_next(directory: str, *, seed: int = 0, text: dict | None = None, 
   return _save(directory, model, processor)
 
 
+class InternVLProcessor(transformers.InternVLProcessor):
+  """The processor of pictures and text alone: that of videos needs torchvision."""
+
+  @classmethod
+  def get_attributes(cls):
+    return ["image_processor", "tokenizer"]
+
+
+def make_internvl(directory: str, *, seed: int = 0, text: dict, vision: dict, **overrides):
+  """Writes an InternVL directory and returns the torch model; see `tiny_models.make_llava`."""
+  extra = {"start_image_token": "<img>", "end_image_token": "</img>"}
+  extra |= {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+  tokenizer = tiny_models.make_tokenizer(image_token=False, extra_special_tokens=extra)
+  sizes: Any = {"image_size": 16, "patch_size": 4, "num_attention_heads": 2, **vision}
+  sizes |= {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
+  vision_config = transformers.InternVLVisionConfig(**sizes)
+  settings: Any = {"image_token_id": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), **overrides}
+  config = transformers.InternVLConfig(
+    vision_config=vision_config,
+    text_config=tiny_models.text_config(tokenizer, **text),
+    image_seq_length=4,
+    tie_word_embeddings=False,
+    **settings,
+  )
+  model = transformers.InternVLForConditionalGeneration(config).eval()
+  tiny_models.randomise(model, seed)
+  images = GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, min_patches=1, max_patches=6)
+  processor = InternVLProcessor(images, tokenizer, image_seq_length=4)
+  return _save(directory, model, processor)
+
+
 def _save(directory: str, model, processor):
   model.save_pretrained(directory)
   processor.save_pretrained(directory)
@@ -72,7 +105,23 @@ MODELS = {
   "llava_next": lambda directory, **options: make_llava_next(
     directory, text={"attention_bias": True}, **options
   ),
+  "internvl": lambda directory, **options: make_internvl(
+    directory,
+    text=tiny_models.QWEN2_WINDOW | {"use_sliding_window": False},
+    vision={"attention_bias": True},
+    **options,
+  ),
+  "internvl_qwen3": lambda directory, **options: make_internvl(
+    directory,
+    text={"model_type": "qwen3"},
+    vision={"use_qk_norm": True, "norm_type": "rms_norm"},
+    **options,
+  ),
 }
+
+
+# Name -> class in transformers that opens the processor of a directory; default: AutoProcessor.
+PROCESSORS = {"internvl": InternVLProcessor, "internvl_qwen3": InternVLProcessor}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +129,14 @@ class Tiled:
   """A model in both frameworks.
 
   Attributes:
+    name: in MODELS.
     directory: of the model; pictures are in its `pictures`.
     torch_model: in evaluation mode.
     processor: transformers' processor of the directory.
     source, graphdef, params: our model.
   """
 
+  name: str
   directory: str
   torch_model: torch.nn.Module
   processor: transformers.ProcessorMixin
@@ -142,7 +193,9 @@ class Tiled:
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if example.images:
       pictures = [self.picture(path) for path in example.images]
-      inputs |= self.processor.image_processor(pictures, return_tensors="pt")
+      options = self.processor.images_kwargs
+      inputs |= self.processor.image_processor(pictures, return_tensors="pt", **options)
+      inputs.pop("num_patches", None)
     return inputs
 
   def torch_logits(self, example: Example, model=None) -> torch.Tensor:
@@ -169,8 +222,14 @@ def make(name: str, directory, **options) -> Tiled:
   os.makedirs(root)
   for seed, (path, size) in enumerate(SIZES.items()):
     noise(*size, seed).save(os.path.join(root, path))
-  processor = transformers.AutoProcessor.from_pretrained(directory)
-  return Tiled(directory, torch_model, processor, *parity.open_model(directory))
+  return Tiled(
+    name, directory, torch_model, open_processor(name, directory), *parity.open_model(directory)
+  )
+
+
+def open_processor(name: str, directory: str):
+  """Returns transformers' processor of the directory of a model of MODELS."""
+  return PROCESSORS.get(name, transformers.AutoProcessor).from_pretrained(directory)
 
 
 def words(seed: int, count: int) -> str:
@@ -193,12 +252,12 @@ def layout_of(examples) -> list[list[Example]]:
 
 def as_typed(model: Tiled, text: str) -> str:
   """Returns a prompt as transformers' processor of the model takes it."""
-  return text
+  return text.replace("<image>", picture_token(model.source.tokenizer))
 
 
 # Modules of the language model's linear maps, and of each model's projector, in transformers.
 PEFT_LANGUAGE = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
-PEFT_PROJECTOR = {"llava_next": "multi_modal_projector"}
+PEFT_PROJECTOR = dict.fromkeys(MODELS, "multi_modal_projector")
 
 # Parts of names of tensors that are never run.
-UNUSED = ("vision_tower.encoder.layers.2.", "post_layernorm")
+UNUSED = ("vision_tower.encoder.layers.2.", "vision_tower.post_layernorm")

@@ -45,7 +45,9 @@ def test_prompts_and_pixels_equal_the_processors(model):
     for picture, tokens in zip(pictures, example.pictures, strict=True):
       ours = model.source.images.tiles(picture)
       assert len(ours) == tokens.tiles <= layout.most_tiles
-      theirs = model.processor.image_processor([picture], return_tensors="np")["pixel_values"]
+      options = model.processor.images_kwargs
+      theirs = model.processor.image_processor([picture], return_tensors="np", **options)
+      theirs = theirs["pixel_values"]
       theirs = theirs.reshape(-1, *theirs.shape[-3:])
       found = parity.pixel_values(model.config, ours).numpy()
       np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-6)

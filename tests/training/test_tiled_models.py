@@ -28,10 +28,15 @@ TIMING = "perf/"
 
 
 @pytest.fixture(scope="module", params=tiled_models.MODELS)
-def root(request, tmp_path_factory, compile_cache):
+def name(request):
+  return request.param
+
+
+@pytest.fixture(scope="module")
+def root(name, tmp_path_factory, compile_cache):
   """A model and records with pictures of many sizes."""
-  root = tmp_path_factory.mktemp(request.param)
-  tiled_models.make(request.param, root / "model")
+  root = tmp_path_factory.mktemp(name)
+  tiled_models.make(name, root / "model")
   records = sft_run.make_records(str(root / "data"), 22)
   sft_run.write_json(root / "data" / "train.json", records[:18])
   sft_run.write_json(root / "data" / "ranked.json", sft_run.ranked(records[:18]))
@@ -55,8 +60,8 @@ def make_config(root, stage: str, model, data: str = "train", **overrides):
   return sft_run.make_config(model, root / "data" / f"{data}.json", stage, **settings)
 
 
-def train(root, script, stage: str, model, *data, name: str = "", **overrides) -> str:
-  workdir = str(root / (name or stage))
+def train(root, script, stage: str, model, *data, **overrides) -> str:
+  workdir = str(root / stage)
   script.train_and_evaluate(make_config(root, stage, model, *data, **overrides), workdir)
   return workdir
 
@@ -80,14 +85,14 @@ def params_of(run) -> dict[str, np.ndarray]:
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def test_an_export_of_a_run_is_what_was_trained(root, policy, tmp_path):
+def test_an_export_of_a_run_is_what_was_trained(root, name, policy, tmp_path):
   losses = [line["loss"] for line in metrics_of(policy)]
   assert losses[-1] < losses[0]
   export_hf.export_run(policy, str(tmp_path / "out"), None)
   opened, graphdef, params = parity.open_model(policy)
   trained = load_in_torch(str(tmp_path / "out"), transformers.AutoModelForImageTextToText)
-  processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
-  model = tiled_models.Tiled(f"{root}/model", trained, processor, opened, graphdef, params)
+  processor = tiled_models.open_processor(name, str(tmp_path / "out"))
+  model = tiled_models.Tiled(name, f"{root}/model", trained, processor, opened, graphdef, params)
   example = model.encoded(tiled_models.records(model)[2])
   logits = parity.logits(graphdef, params, model.rows([[example]]))[0, : len(example.tokens)]
   assert parity.relative_error(logits, model.torch_logits(example).detach()) < 1e-5

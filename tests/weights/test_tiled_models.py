@@ -73,7 +73,7 @@ def test_exports_load_in_torch_and_here(model, examples, tmp_path):
   assert before.keys() == after.keys()
   for name, tensor in before.items():
     assert torch.equal(after[name], tensor), name
-  processor = transformers.AutoProcessor.from_pretrained(out)
+  processor = tiled_models.open_processor(model.name, out)
   assert type(processor) is type(model.processor)
   assert processor.to_dict() == model.processor.to_dict()
   assert max(errors(model, logits_of(model, examples), [examples], exported)) < 1e-5

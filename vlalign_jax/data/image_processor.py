@@ -28,8 +28,11 @@ PROCESSORS = {
     "llava_next.image_processing_pil_llava_next",
     "LlavaNextImageProcessorPil",
   ),
+  "GotOcr2ImageProcessor": ("got_ocr2.image_processing_pil_got_ocr2", "GotOcr2ImageProcessorPil"),
 }
-TILED = ("LlavaNextImageProcessor",)  # those that cut pictures into tiles
+TILED = ("LlavaNextImageProcessor", "GotOcr2ImageProcessor")  # those that cut pictures into tiles
+# Settings that a model's processor makes, whatever the image processor's own file says.
+_MADE = {"GotOcr2ImageProcessor": {"crop_to_patches": True}}
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
@@ -114,7 +117,7 @@ class ImagePreprocessor:
       full = processor_class(**{**settings, **padding})
       # `pad_to_square` pads (in transformers, only LLaVA does); float steps run on the device.
       off = ("do_pad", "do_rescale", "do_normalize", "do_convert_rgb")
-      steps: Any = dict.fromkeys(off, False)
+      steps: Any = dict.fromkeys(off, False) | _MADE.get(kind, {})
       processor = processor_class(**{**settings, **steps})
       mean, std = _per_channel(full.image_mean), _per_channel(full.image_std)
       preprocessor = cls(
@@ -129,7 +132,7 @@ class ImagePreprocessor:
         config=_saved(full, kind, aspect),
       )
       # The rules for sizes are many, so look at the outputs for images of several shapes.
-      probes = [Image.new("RGB", size) for size in ((3, 2), (2, 3), (5, 4))]
+      probes = [Image.new("RGB", size) for size in ((5, 2), (2, 5), (5, 4))]
       shapes = {preprocessor._pixels(image).shape[1:] for image in probes}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
       reason = " ".join(str(error).split())

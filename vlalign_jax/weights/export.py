@@ -40,7 +40,7 @@ from vlalign_jax.errors import InputError
 from vlalign_jax.models.vlm import SCORE
 from vlalign_jax.weights import copied, families, names, towers
 from vlalign_jax.weights.hf_config import OWN_FAMILY, PROJECTOR, REWARD_ARCHITECTURE, TOWERS
-from vlalign_jax.weights.parts import IMAGE_TOKEN, ModelSource, with_ends
+from vlalign_jax.weights.parts import ModelSource, with_ends
 
 MAX_SHARD_BYTES = 5 * 10**9
 _SCORE_LABELS = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
@@ -70,15 +70,10 @@ def save_model_files(
   json_files.write(os.path.join(directory, "config.json"), _config(source, dtype, vision_dtype))
   if source.config.projector.kind == "perceiver":
     return  # transformers' processor counts patches
-  vision = source.config.vision
-  processor = {
-    "processor_class": f"{families.of(source.config).name}Processor",
-    "image_token": IMAGE_TOKEN,
-    "num_additional_image_tokens": vision.class_tokens,
-    "patch_size": vision.patch_size,
-    "vision_feature_select_strategy": "full" if vision.keep_class_token else "default",
-  }
+  processor = families.of(source.config).processor_config(source.config)
   json_files.write(os.path.join(directory, "processor_config.json"), processor)
+  for name, content in source.other_files.items():
+    json_files.write(os.path.join(directory, name), content)
 
 
 def _save_tokenizer(source: ModelSource, directory: str, template: str | None) -> None:
@@ -107,8 +102,10 @@ def _config(source: ModelSource, dtype: str, vision_dtype: str | None) -> dict:
   hf["vision_config"]["num_hidden_layers"] = tower.layers
   if (head_key := towers.of(config.vision).head_key) and not tower.head:
     hf["vision_config"][head_key] = False
-  hf["vision_feature_layer"] = tower.feature_layer
-  hf["image_seq_length"] = config.tokens_per_image
+  if tower.feature_layer is not None:
+    hf["vision_feature_layer"] = tower.feature_layer
+  if "image_seq_length" in hf:
+    hf["image_seq_length"] = config.tokens_per_image
   hf["dtype"] = hf["text_config"]["dtype"] = dtype
   if vision_dtype and hf["vision_config"].get("dtype"):  # else the dtype of the model applies
     hf["vision_config"]["dtype"] = vision_dtype
@@ -277,14 +274,14 @@ def _tensors(source: ModelSource, table: list[names.Name], flat, dtype, exported
   A process that does not write only takes part in gathering.
   """
   for name, tensor in gather([name for name in table if name.path in flat], flat, dtype):
-    yield exported(name), tensor
+    yield exported(name, source.config), tensor
   if not writes:
     return
   for name, tensor in copied.untrained(source, {n.path for n in table} - flat.keys(), dtype):
-    yield exported(name), tensor
+    yield exported(name, source.config), tensor
   if any(name.path.startswith("vision/") for name in table):
     for name, tensor in _unused(source, dtype or next(iter(flat.values())).dtype, dtype):
-      yield exported(name), tensor
+      yield exported(name, source.config), tensor
 
 
 def _unused(source: ModelSource, identity_dtype, dtype: np.dtype | None):
@@ -306,7 +303,9 @@ def _unused(source: ModelSource, identity_dtype, dtype: np.dtype | None):
     )
   for name, tensor in tower.unused.items():
     yield name, copied.as_stored(tensor.read(), dtype)
-  if not tower.has_post_norm:  # LLaVA never applies it, but transformers expects it
+  if (
+    towers.of(source.config.vision).has_post_norm and not tower.has_post_norm
+  ):  # LLaVA never applies it, but transformers expects it
     logging.warning("the source has no post_layernorm; the identity is written in its place")
     for name, value in zip(copied.POST_NORM, (1, 0), strict=True):
       yield name, np.full((source.config.vision.width,), value, identity_dtype)

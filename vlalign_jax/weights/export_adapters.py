@@ -16,7 +16,7 @@ from vlalign_jax.weights import export, families, hf_config, names, peft
 
 # Path prefix of parameters that may be fully trained with adapters -> their module in PEFT.
 MODULES_TO_SAVE = {
-  "projector/": "multi_modal_projector",
+  "projector/": "",  # its name depends on the family
   "language/embedding/": "embed_tokens",
   "score/": "score",
 }
@@ -55,7 +55,7 @@ def export_adapters(
       adapted = [name for name in adapters if name.path.startswith(prefixes)]
       full = [name for name in others if name.path.startswith(prefixes)]
       tensors = export.gather([*adapted, *full], params, dtype)
-      content = {peft.PREFIX + peft.module_name(name, tower): tensor for name, tensor in tensors}
+      content = {peft.PREFIX + peft.module_name(name, config, tower): x for name, x in tensors}
       if directory and content:
         adapter_config = _adapter_config(config, adapted, full, bases.get(tower), tower)
         _save(os.path.join(directory, tower), peft.WEIGHTS, content)
@@ -113,12 +113,19 @@ def _merge_adapters_of_trained(config: ModelConfig, params) -> None:
       params[path] = lora.merge(kernel, a, b, scale, kernel.sharding)
 
 
+def _module(config: ModelConfig, part: str) -> str:
+  """Returns the name of a part, such as "vision.", in the model's class."""
+  return dict(families.of(config).modules)[part].rstrip(".").rpartition(".")[2]
+
+
 def _adapter_config(config: ModelConfig, adapted, full, base: str | None, tower: str) -> dict:
   """Returns adapter_config.json for adapters and fully trained parameters, as Names."""
   targets, ranks = [], config.lora
   for name in adapted:
     if name.path.endswith("/lora_a"):
-      module = re.escape(peft.module_name(name.tensor.removesuffix(".lora_A.weight"), tower))
+      module = re.escape(
+        peft.module_name(name.tensor.removesuffix(".lora_A.weight"), config, tower)
+      )
       # The vision tower's are listed one by one, since we may run only its first layers.
       layers = range(config.vision.layers) if name.path.startswith("vision/") else ()
       number = f"(?:{'|'.join(map(str, layers))})" if layers else r"\d+"
@@ -128,9 +135,9 @@ def _adapter_config(config: ModelConfig, adapted, full, base: str | None, tower:
   if tower == "vision":
     rank = ranks.vision_rank
   elif not tower and ranks.vision_rank not in (0, rank):
-    pattern = {"vision_tower.*": ranks.vision_rank}
+    pattern = {f"{_module(config, 'vision.')}.*": ranks.vision_rank}
   modules = {
-    module
+    module or _module(config, "projector.")
     for prefix, module in MODULES_TO_SAVE.items()
     if any(name.path.startswith(prefix) for name in full)
   }

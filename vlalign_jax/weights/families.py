@@ -8,14 +8,33 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from transformers import LlavaConfig, LlavaNextConfig
+from transformers import InternVLConfig, LlavaConfig, LlavaNextConfig
 
+from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER
 from vlalign_jax.data.image_processor import TILED, ImagePreprocessor
+from vlalign_jax.data.internvl import ClosestGrid
 from vlalign_jax.data.llava_next import Pinpoints
 from vlalign_jax.data.picture_tokens import OneTile, PictureLayout
 from vlalign_jax.errors import InputError
+from vlalign_jax.models.projector import ProjectorConfig
 from vlalign_jax.models.vit import VisionConfig
 from vlalign_jax.models.vlm import ModelConfig
+
+_LLAVA_TOWERS = ("clip_vision_model", "siglip_vision_model")
+_PROJECTOR = ("projector.", "multi_modal_projector.")
+_STORED = (
+  ("projector.newline", "image_newline"),
+  _PROJECTOR,
+  ("language.lm_head.", "language_model.lm_head."),
+  ("language.", "language_model.model."),
+)
+_MODULES = (
+  ("vision.", "model.vision_tower."),
+  ("projector.newline", "model.image_newline"),
+  ("projector.", "model.multi_modal_projector."),
+  ("language.lm_head.", "lm_head."),
+  ("language.", "model.language_model."),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,18 +44,35 @@ class Family:
   Attributes:
     config: transformers' class of its config.
     name: the start of its other classes' names there.
-    layout: (its config, config of the tower, embeddings of a tile, image processor, name for
-      errors) -> the tokens that a picture takes; InputError if these do not go together.
+    layout: (its config, ours, tokenizer, image processor, name for errors) -> the tokens that a
+      picture takes; InputError if these do not go together.
+    projector: (its config, config of the tower, width of the language model) -> projector.
+    processor_config: our config -> content of processor_config.json.
+    towers: types of vision towers.
     processor: the class of its image processor, which files that name none are read as; None: that
       of the tower.
-    newline: whether the end of a line of patches has an embedding.
+    own_projector: the kind of projector that its class in transformers has.
+    features: its config -> layer and strategy of the features, see `hf_config.vision_config`.
+    stored: (start of a canonical name, start of the name in files of any version of transformers).
+    modules: the same with the names of the modules of transformers 5.
+    takes_mmca: whether multi-modal causal attention may be used.
   """
 
   config: type
   name: str
-  layout: Callable[[Any, VisionConfig, int, ImagePreprocessor, str], PictureLayout]
+  layout: Callable[[Any, ModelConfig, Any, ImagePreprocessor, str], PictureLayout]
+  projector: Callable[[Any, VisionConfig, int], ProjectorConfig]
+  processor_config: Callable[[ModelConfig], dict]
+  towers: tuple[str, ...] = _LLAVA_TOWERS
   processor: str | None = None
-  newline: bool = False
+  own_projector: str = "mlp"
+  features: Callable[[Any], tuple] = lambda hf: (
+    hf.vision_feature_layer,
+    hf.vision_feature_select_strategy,
+  )
+  stored: tuple[tuple[str, str], ...] = (("vision.", "vision_tower.vision_model."), *_STORED)
+  modules: tuple[tuple[str, str], ...] = _MODULES
+  takes_mmca: bool = True
 
   @property
   def architecture(self) -> str:
@@ -49,11 +85,34 @@ class Family:
     return self.config.__module__.replace(".configuration_", ".modeling_")
 
 
-def _one_tile(hf, vision: VisionConfig, tokens: int, images, where: str) -> PictureLayout:
-  return OneTile(hf.image_token_id, tokens)
+def _llava_projector(hf, vision: VisionConfig, width: int) -> ProjectorConfig:
+  return ProjectorConfig(
+    kind=getattr(hf, "projector_type", "mlp"),
+    in_width=vision.feature_width,
+    out_width=width,
+    activation=hf.projector_hidden_act,
+    use_bias=hf.multimodal_projector_bias,
+    newline=hf.model_type == "llava_next",
+  )
 
 
-def _pinpoints(hf, vision: VisionConfig, tokens: int, images, where: str) -> PictureLayout:
+def _llava_processor(config: ModelConfig) -> dict:
+  vision = config.vision
+  return {
+    "processor_class": f"{of(config).name}Processor",
+    "image_token": IMAGE_PLACEHOLDER,
+    "num_additional_image_tokens": vision.class_tokens,
+    "patch_size": vision.patch_size,
+    "vision_feature_select_strategy": "full" if vision.keep_class_token else "default",
+  }
+
+
+def _one_tile(hf, config: ModelConfig, tokenizer, images, where: str) -> PictureLayout:
+  return OneTile(hf.image_token_id, config.tokens_per_image)
+
+
+def _pinpoints(hf, config: ModelConfig, tokenizer, images, where: str) -> PictureLayout:
+  vision, tokens = config.vision, config.tokens_per_image
   stated = tuple((int(height), int(width)) for height, width in hf.image_grid_pinpoints)
   processed = images.config["image_grid_pinpoints"]
   if [list(pinpoint) for pinpoint in stated] != [list(pinpoint) for pinpoint in processed]:
@@ -76,10 +135,70 @@ def _pinpoints(hf, vision: VisionConfig, tokens: int, images, where: str) -> Pic
   return Pinpoints(hf.image_token_id, tokens, stated, side)
 
 
+def _internvl_projector(hf, vision: VisionConfig, width: int) -> ProjectorConfig:
+  joined = int(1 / hf.downsample_ratio)
+  return ProjectorConfig(
+    kind="norm_mlp",
+    in_width=vision.feature_width * joined**2,
+    out_width=width,
+    activation=hf.projector_hidden_act,
+    joined=joined,
+  )
+
+
+def _internvl_processor(config: ModelConfig) -> dict:
+  return {"processor_class": "InternVLProcessor", "image_seq_length": config.tokens_per_image}
+
+
+def _closest_grid(hf, config: ModelConfig, tokenizer, images, where: str) -> PictureLayout:
+  if not isinstance(hf.vision_feature_layer, int):
+    raise InputError(
+      f"{where}: vision_feature_layer is {hf.vision_feature_layer}; this model reads one layer"
+    )
+  if hf.image_seq_length != config.tokens_per_image:
+    raise InputError(
+      f"{where}: image_seq_length is {hf.image_seq_length}, and a tile has "
+      f"{config.tokens_per_image} embeddings; correct config.json"
+    )
+  marks = [_added_token(tokenizer, f"{name}_image_token", where) for name in ("start", "end")]
+  options = images.processor
+  return ClosestGrid(
+    hf.image_token_id,
+    config.tokens_per_image,
+    options.min_patches,
+    max(1, options.max_patches),
+    config.vision.image_size,
+    *marks,
+  )
+
+
+def _added_token(tokenizer, name: str, where: str) -> int:
+  """Returns the id of a token that an attribute of the tokenizer names."""
+  token = getattr(tokenizer, name, None)
+  if token is None or token not in tokenizer.get_added_vocab():
+    raise InputError(
+      f"{where}: the tokenizer has no {name}; copy tokenizer_config.json of this model again"
+    )
+  return tokenizer.convert_tokens_to_ids(token)
+
+
+_LLAVA = (_llava_projector, _llava_processor)
 FAMILIES = {
-  "llava": Family(LlavaConfig, "Llava", _one_tile),
+  "llava": Family(LlavaConfig, "Llava", _one_tile, *_LLAVA),
   "llava_next": Family(
-    LlavaNextConfig, "LlavaNext", _pinpoints, "LlavaNextImageProcessor", newline=True
+    LlavaNextConfig, "LlavaNext", _pinpoints, *_LLAVA, processor="LlavaNextImageProcessor"
+  ),
+  "internvl": Family(
+    InternVLConfig,
+    "InternVL",
+    _closest_grid,
+    _internvl_projector,
+    _internvl_processor,
+    towers=("internvl_vision",),
+    processor="GotOcr2ImageProcessor",
+    own_projector="norm_mlp",
+    stored=(("vision.", "vision_tower."), *_STORED),
+    takes_mmca=False,
   ),
 }
 
@@ -91,7 +210,7 @@ def of(config: ModelConfig) -> Family:
 
 def in_transformers(config: ModelConfig) -> bool:
   """Returns whether transformers has a class for the model, and not only for its towers."""
-  return config.projector.kind == "mlp" and not config.mmca
+  return config.projector.kind == of(config).own_projector and not config.mmca
 
 
 def check_type(hf, where: str) -> None:
@@ -103,15 +222,25 @@ def check_type(hf, where: str) -> None:
     )
 
 
+def check_tower(hf, where: str) -> None:
+  """Raises an InputError unless the vision tower of a whole model's config is one of its family."""
+  known, kind = FAMILIES[hf.model_type].towers, hf.vision_config.model_type
+  if kind not in known:
+    raise InputError(
+      f"{where}: a model of type {hf.model_type!r} with a vision tower of type {kind!r}; "
+      f"supported: {', '.join(known)}"
+    )
+
+
 def layout_of(
-  hf, vision: VisionConfig, tokens: int, images: ImagePreprocessor, where: str
+  hf, config: ModelConfig, tokenizer, images: ImagePreprocessor, where: str
 ) -> PictureLayout:
   """Returns the tokens that pictures take in a model.
 
   Args:
     hf: transformers' config of the model.
-    vision: its tower.
-    tokens: embeddings of a tile.
+    config: ours.
+    tokenizer: of the model.
     images: its image processor.
     where: name of the model in errors.
 
@@ -126,4 +255,4 @@ def layout_of(
       f"a {family.processor or 'processor that makes one tile'} prepares; correct "
       "preprocessor_config.json"
     )
-  return family.layout(hf, vision, tokens, images, where)
+  return family.layout(hf, config, tokenizer, images, where)

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from vlalign_jax import json_files
 from vlalign_jax.data.image_processor import ImagePreprocessor
 from vlalign_jax.data.picture_tokens import PictureLayout
+from vlalign_jax.data.tokens import picture_token
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.projector import check as check_projector
 from vlalign_jax.models.vlm import LANGUAGE, SCORE, ModelConfig
@@ -38,6 +39,7 @@ class ModelSource:
       adapters are merged into the weights.
     start: what the adapters of `config` start from, if they are not fresh.
     new_tokens: whether the model has more tokens than its files, see `assembled`.
+    other_files: name -> content of JSON files that exports copy.
   """
 
   config: ModelConfig
@@ -51,6 +53,7 @@ class ModelSource:
   runs: tuple[tuple[str, int], ...] = ()
   start: adapters.AdapterInit | None = None
   new_tokens: bool = False
+  other_files: dict[str, dict] = dataclasses.field(default_factory=dict)
 
   @property
   def assembled(self) -> bool:
@@ -144,7 +147,7 @@ def from_parts(
     InputError: the parts do not fit together.
   """
   config = _model_config(hf, images, tokenizer, where)
-  layout = families.layout_of(hf, config.vision, config.tokens_per_image, images, where)
+  layout = families.layout_of(hf, config, tokenizer, images, where)
   config = dataclasses.replace(config, most_tiles=layout.most_tiles)
   return ModelSource(
     config=config,
@@ -169,10 +172,11 @@ def _model_config(
       f"tower takes {vision.image_size} x {vision.image_size}; correct preprocessor_config.json"
     )
   token_id = hf.image_token_id
-  if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != token_id:
+  token = picture_token(tokenizer)
+  if tokenizer.convert_tokens_to_ids(token) != token_id:
     raise InputError(
-      f"{where}: config.json says image_token_index {token_id}, the tokenizer has {IMAGE_TOKEN} at "
-      f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}; correct the wrong one"
+      f"{where}: config.json says image_token_index {token_id}, the tokenizer has {token} at "
+      f"{tokenizer.convert_tokens_to_ids(token)}; correct the wrong one"
     )
   if len(tokenizer) > language.vocab_size:
     raise InputError(

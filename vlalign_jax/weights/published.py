@@ -126,7 +126,8 @@ def published(group) -> ModelConfig:
   kind = family.processor or towers.of(vision).processor
   images = ImagePreprocessor.from_config({}, kind=kind)
   widths = vision.feature_width, language.width
-  projector = ProjectorConfig(group.projector, *widths, newline=family.newline)
+  newline = sizes.family == "llava_next"
+  projector = ProjectorConfig(group.projector, *widths, newline=newline)
   projectors.check(projector, vision, where)
   return ModelConfig(
     vision=vision,

@@ -7,7 +7,7 @@ reading weights; `weights.load` then reads the weights.
 import dataclasses
 import os
 
-from vlalign_jax import storage, trees
+from vlalign_jax import json_files, storage, trees
 from vlalign_jax.data.image_processor import ImagePreprocessor
 from vlalign_jax.data.templates import end_tokens
 from vlalign_jax.errors import InputError
@@ -34,6 +34,8 @@ from vlalign_jax.weights.parts import (
   load_tokenizer,
   with_ends,
 )
+
+OTHER_FILES = ("video_preprocessor_config.json",)  # of processors; exports copy them
 
 
 def absolute_paths(config) -> None:
@@ -127,6 +129,11 @@ def open_source(model, aspect: str = "auto") -> ModelSource:
     )
   opened = _open(model, aspect)
   mmca = opened.config.mmca or model.mmca
+  if mmca and not families.of(opened.config).takes_mmca:
+    raise InputError(
+      f"model.mmca is true, and multi-modal causal attention is for LLaVA only: {model.init_from} "
+      f"is of type {opened.config.family!r}; set it to false"
+    )
   return dataclasses.replace(opened, config=dataclasses.replace(opened.config, mmca=mmca))
 
 
@@ -184,13 +191,15 @@ def _open_whole(directory: str, aspect: str) -> ModelSource:
   images = ImagePreprocessor.from_directory(directory, aspect, _processor_of(hf))
   generation = load_generation(directory, tokenizer)
   opened = from_parts(hf, generation, tokenizer, images, directory)
+  read = {name: json_files.read(os.path.join(directory, name)) for name in OTHER_FILES}
+  others = {name: content for name, content in read.items() if content is not None}
   if opened.hf.architectures and opened.hf.architectures[0].startswith(hf_config.OWN_FAMILY):
     stored = tensors.find_tensors(directory, hf_config.PROJECTOR)
     for tower in hf_config.TOWERS:
       stored |= tensors.find_tensors(os.path.join(directory, tower))
   else:
     stored = tensors.find_tensors(directory)
-  return dataclasses.replace(opened, tensors=stored, fresh=())
+  return dataclasses.replace(opened, tensors=stored, fresh=(), other_files=others)
 
 
 def _open_run(directory: str, which: str, aspect: str) -> ModelSource:

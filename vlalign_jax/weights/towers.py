@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from vlalign_jax.errors import InputError
-from vlalign_jax.models import clip, siglip
+from vlalign_jax.models import clip, internvl, siglip
 from vlalign_jax.models.vit import VisionConfig
 from vlalign_jax.weights import vision_names
 
@@ -21,6 +22,9 @@ class Tower:
     head: config -> canonical name and shape of the tensors of a head that pools the last hidden
       state; it is never run. None: there is none.
     head_key: key of transformers' config that says whether the tower has that head.
+    fields: (transformers' config, name for errors) -> the fields of `config` that are particular.
+    has_post_norm: whether transformers' class has a norm after the last layer that is never run.
+    alone: whether the tower is published alone, so that a new model can be made of it.
   """
 
   config: type[VisionConfig]
@@ -29,6 +33,28 @@ class Tower:
   processor: str
   head: Callable[[VisionConfig], dict[str, tuple[int, ...]]] | None = None
   head_key: str | None = None
+  fields: Callable[[Any, str], dict] = lambda hf, where: {}
+  has_post_norm: bool = True
+  alone: bool = True
+
+
+def _internvl(hf, where: str) -> dict:
+  wanted = {
+    "norm_type": ("layer_norm", "rms_norm"),
+    "use_absolute_position_embeddings": (True,),
+    "use_mask_token": (False,),
+    "use_mean_pooling": (True,),  # else a norm follows the last layer
+  }
+  for key, values in wanted.items():
+    if getattr(hf, key) not in values:
+      supported = " or ".join(map(str, values))
+      raise InputError(f"{where}: {key} of the vision tower is {getattr(hf, key)}, not {supported}")
+  return {
+    "qkv_bias": hf.attention_bias,
+    "query_key_norm": hf.use_qk_norm,
+    "rms_norm": hf.norm_type == "rms_norm",
+    "layer_scale": hf.layer_scale_init_value,
+  }
 
 
 TOWERS = {
@@ -42,6 +68,15 @@ TOWERS = {
     "SiglipImageProcessor",
     vision_names.siglip_head,
     "vision_use_head",
+  ),
+  "internvl_vision": Tower(
+    internvl.VisionConfig,
+    vision_names.internvl,
+    "InternVLVisionModel",
+    "GotOcr2ImageProcessor",
+    fields=_internvl,
+    has_post_norm=False,
+    alone=False,
   ),
 }
 
@@ -67,6 +102,16 @@ def head_of(config: VisionConfig, vision) -> dict[str, tuple[int, ...]]:
   if kind.head is None or kind.head_key is None or not getattr(vision, kind.head_key):
     return {}
   return kind.head(config)
+
+
+def check_alone(model_type: str, where: str) -> None:
+  """Raises an InputError if a new model cannot be made of a tower of this type."""
+  if not TOWERS[model_type].alone:
+    alone = ", ".join(name for name, tower in TOWERS.items() if tower.alone)
+    raise InputError(
+      f"{where}: a vision tower of type {model_type!r} is a part of whole models only; name one as "
+      f"model.init_from, or a tower of type {alone} as model.vision"
+    )
 
 
 def check_new(config: VisionConfig, where: str) -> None:
