@@ -4,7 +4,7 @@ import dataclasses
 
 from vlalign_jax.data.image_processor import ImagePreprocessor
 from vlalign_jax.errors import InputError
-from vlalign_jax.models import clip, siglip
+from vlalign_jax.models import clip, internvl, siglip
 from vlalign_jax.models import projector as projectors
 from vlalign_jax.models.llama import LanguageConfig
 from vlalign_jax.models.projector import ProjectorConfig
@@ -43,6 +43,22 @@ SIGLIP_SO400M_384 = siglip.VisionConfig(
 )
 
 
+# The tower of OpenGVLab/InternVL3-8B-hf and others
+INTERNVIT_300M = internvl.VisionConfig(
+  width=1024,
+  mlp_width=4096,
+  layers=24,
+  heads=16,
+  image_size=448,
+  patch_size=14,
+  activation="gelu",
+  norm_epsilon=1e-6,
+  feature_layers=(24,),
+  keep_class_token=False,
+  layer_scale=0.1,
+)
+
+
 def _llama(width, mlp_width, layers, heads, kv_heads, vocab_size, rope=RopeConfig()):  # noqa: B008
   return LanguageConfig(
     vocab_size=vocab_size,
@@ -72,16 +88,38 @@ _MISTRAL_7B = _llama(4096, 14336, 32, 32, 8, 32064, RopeConfig(theta=1e6))
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-  """The sizes of a model; `family` is one of `families`, `most_tiles` those of a picture."""
+  """The sizes of a model.
+
+  Attributes:
+    vision, language: its towers.
+    family: one of `families`.
+    most_tiles: of a picture.
+    joined: see ProjectorConfig.
+    strategy: of the features of a model whose projector, and whose last layer, are not a choice.
+  """
 
   vision: VisionConfig
   language: LanguageConfig
   family: str = "llava"
   most_tiles: int = 1
+  joined: int = 1
+  strategy: str | None = None
 
 
 def _llava_next(language: LanguageConfig) -> Published:
   return Published(CLIP_L_336, language, "llava_next", most_tiles=5)
+
+
+def _internvl(language: LanguageConfig) -> Published:
+  return Published(
+    INTERNVIT_300M, language, "internvl", most_tiles=13, joined=2, strategy="default"
+  )
+
+
+def _qwen2(width, mlp_width, layers, heads, kv_heads, head_dim=128):
+  """Returns a Qwen2.5 with the vocabulary of InternVL3."""
+  language = _llama(width, mlp_width, layers, heads, kv_heads, 151674, RopeConfig(theta=1e6))
+  return dataclasses.replace(language, head_dim=head_dim, norm_epsilon=1e-6, qkv_bias=True)
 
 
 MODELS = {
@@ -98,6 +136,10 @@ MODELS = {
   "llava_next_13b": _llava_next(_VICUNA_13B),  # llava-hf/llava-v1.6-vicuna-13b-hf
   "llava_next_mistral_7b": _llava_next(_MISTRAL_7B),  # llava-hf/llava-v1.6-mistral-7b-hf
   "llava_next_llama3_8b": _llava_next(_LLAMA_3_8B),  # llava-hf/llama3-llava-next-8b-hf
+  "internvl3_1b": _internvl(_qwen2(896, 4864, 24, 14, 2, 64)),  # OpenGVLab/InternVL3-1B-hf
+  "internvl3_2b": _internvl(_qwen2(1536, 8960, 28, 12, 2)),  # OpenGVLab/InternVL3-2B-hf
+  "internvl3_8b": _internvl(_qwen2(3584, 18944, 28, 28, 4)),  # OpenGVLab/InternVL3-8B-hf
+  "internvl35_8b": _internvl(_QWEN3_8B),  # OpenGVLab/InternVL3_5-8B-HF
 }
 
 
@@ -115,19 +157,26 @@ def published(group) -> ModelConfig:
     raise InputError(f"config.model.architecture is {name!r}; choose from {', '.join(MODELS)}")
   sizes = MODELS[name]
   tower, language, family = sizes.vision, sizes.language, families.FAMILIES[sizes.family]
-  used = hf_config.feature_layers(assemble.feature_layers_of(group), tower.layers, where)
+  layers = [-1] if sizes.strategy else assemble.feature_layers_of(group)
+  strategy = sizes.strategy or group.vision_feature_select_strategy
+  used = hf_config.feature_layers(layers, tower.layers, where)
   vision = dataclasses.replace(
     tower,
     layers=max(used),
     feature_layers=used,
-    keep_class_token=hf_config.keeps_class_token(group.vision_feature_select_strategy, where),
+    keep_class_token=hf_config.keeps_class_token(strategy, where),
   )
   towers.check_new(vision, where)
   kind = family.processor or towers.of(vision).processor
   images = ImagePreprocessor.from_config({}, kind=kind)
-  widths = vision.feature_width, language.width
-  newline = sizes.family == "llava_next"
-  projector = ProjectorConfig(group.projector, *widths, newline=newline)
+  projector = ProjectorConfig(
+    family.own_projector if sizes.strategy else group.projector,
+    vision.feature_width * sizes.joined**2,
+    language.width,
+    use_bias=family.own_projector != "joined_linear",
+    newline=sizes.family == "llava_next",
+    joined=sizes.joined,
+  )
   projectors.check(projector, vision, where)
   return ModelConfig(
     vision=vision,

@@ -35,7 +35,7 @@ from vlalign_jax.weights.parts import (
   with_ends,
 )
 
-OTHER_FILES = ("video_preprocessor_config.json",)  # of processors; exports copy them
+VIDEOS = "video_preprocessor_config.json"  # of processors that take videos, too; exports copy it
 
 
 def absolute_paths(config) -> None:
@@ -191,15 +191,18 @@ def _open_whole(directory: str, aspect: str) -> ModelSource:
   images = ImagePreprocessor.from_directory(directory, aspect, _processor_of(hf))
   generation = load_generation(directory, tokenizer)
   opened = from_parts(hf, generation, tokenizer, images, directory)
-  read = {name: json_files.read(os.path.join(directory, name)) for name in OTHER_FILES}
-  others = {name: content for name, content in read.items() if content is not None}
+  videos = (json_files.read(os.path.join(directory, "processor_config.json")) or {}).get(
+    "video_processor"
+  ) or json_files.read(os.path.join(directory, VIDEOS))
   if opened.hf.architectures and opened.hf.architectures[0].startswith(hf_config.OWN_FAMILY):
     stored = tensors.find_tensors(directory, hf_config.PROJECTOR)
     for tower in hf_config.TOWERS:
       stored |= tensors.find_tensors(os.path.join(directory, tower))
   else:
     stored = tensors.find_tensors(directory)
-  return dataclasses.replace(opened, tensors=stored, fresh=(), other_files=others)
+  return dataclasses.replace(
+    opened, tensors=stored, fresh=(), other_files={VIDEOS: videos} if videos else {}
+  )
 
 
 def _open_run(directory: str, which: str, aspect: str) -> ModelSource:
