@@ -1,11 +1,14 @@
 """Prompts and tiles of models that cut pictures equal those of transformers' processors."""
 
+import copy
+
 import numpy as np
 import pytest
 
 from tests import parity, tiled_models
 from tests.data.processors import noise
-from vlalign_jax.data import templates
+from vlalign_jax.data import jinja_template, templates
+from vlalign_jax.input_pipeline import prompts
 
 PROMPTS = 50
 
@@ -68,3 +71,32 @@ def test_every_embedding_stands_once(model):
     assert slots.max() < tokens.tiles * P
     is_image = tokens.ids == model.config.image_token_id
     np.testing.assert_array_equal(is_image, tokens.slots != -1)
+
+
+CHAT = (
+  "{%- for message in messages -%}[{{ message['role'] }}]"
+  "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
+  "{%- for part in message['content'] -%}"
+  "{{ PICTURE + '\n' if part['type'] == 'image' else part['text'] }}"
+  "{%- endfor -%}{%- endif -%}[end]{%- endfor -%}"
+  "{%- if add_generation_prompt -%}[assistant]{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize("template", ["auto", "vicuna"])
+def test_chat_templates_make_the_tokens_of_training(model, template):
+  """As servers use them: `auto` is the model's own, and others are exported as one."""
+  tokenizer = copy.deepcopy(model.source.tokenizer)
+  picture = tiled_models.as_typed(model, "<image>")
+  tokenizer.chat_template = CHAT.replace("PICTURE", f"'{picture}'")
+  record = model.record("What is <image> and <image>?", None, "wide.png", "tall.png")
+  options = template, tokenizer, model.source.layout, 1000
+  example = prompts.encode_prompt(record, *options).example
+  assert example is not None
+  tokenizer.chat_template = jinja_template.chat_template(template, tokenizer)
+  parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What is  and ?"}]
+  messages = [{"role": "user", "content": parts}]
+  text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+  pictures = [model.picture(path) for path in record.images]
+  processed = model.processor(images=pictures, text=text, add_special_tokens=False)
+  assert processed["input_ids"][0] == example.tokens.tolist()

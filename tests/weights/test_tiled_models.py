@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers
 
-from tests import parity, peft_models, tiled_models
+from tests import parity, peft_models, tiled_models, tiny_models
 from tests.weights.round_trip import assert_same_bits, load_in_torch
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
 from vlalign_jax.optim import optimizer
-from vlalign_jax.weights import export, export_adapters
+from vlalign_jax.weights import export, export_adapters, source
 
 MODELS = list(tiled_models.MODELS)
 
@@ -160,3 +160,43 @@ def test_processors_of_other_families_are_refused(tmp_path):
   edit(tmp_path, "processor_config.json", **processor)
   with pytest.raises(InputError, match="CLIPImageProcessor of a model of type 'llava_next'"):
     parity.open_model(tmp_path)
+
+
+def test_internvl_files_that_contradict_each_other_are_refused(tmp_path):
+  tiled_models.MODELS["internvl"](tmp_path)
+  wrong = {
+    "image_seq_length": (9, "image_seq_length is 9, and a tile has 4 embeddings"),
+    "vision_feature_layer": ([-1, -2], r"vision_feature_layer is \[-1, -2\]; .* one layer"),
+    "vision_feature_select_strategy": ("full", "17 embeddings of 16 patches"),
+  }
+  for key, (value, message) in wrong.items():
+    before = (tmp_path / "config.json").read_text()
+    edit(tmp_path, "config.json", **{key: value})
+    with pytest.raises(InputError, match=message):
+      parity.open_model(tmp_path)
+    (tmp_path / "config.json").write_text(before)
+  with pytest.raises(InputError, match="multi-modal causal attention is for LLaVA only"):
+    source.open_source(parity.model_group(init_from=str(tmp_path), mmca=True))
+  vision = json.loads((tmp_path / "config.json").read_text())["vision_config"]
+  edit(tmp_path, "config.json", vision_config=vision | {"use_mean_pooling": False})
+  with pytest.raises(InputError, match="use_mean_pooling of the vision tower is False, not True"):
+    parity.open_model(tmp_path)
+
+
+def test_internvl_marks_that_the_tokenizer_lacks_are_refused(tmp_path):
+  tiled_models.MODELS["internvl"](tmp_path)
+  path = tmp_path / "tokenizer_config.json"
+  content = json.loads(path.read_text())
+  content.pop("start_image_token")
+  content["extra_special_tokens"] = {"context_image_token": "<IMG_CONTEXT>"}
+  path.write_text(json.dumps(content))
+  with pytest.raises(InputError, match="the tokenizer has no start_image_token"):
+    parity.open_model(tmp_path)
+
+
+def test_a_tower_of_whole_models_is_not_read_alone(tmp_path):
+  tiled_models.MODELS["internvl"](tmp_path / "internvl")
+  tiny_models.make_llama(tmp_path / "llama")
+  group = parity.model_group(vision=f"{tmp_path}/internvl", language=f"{tmp_path}/llama")
+  with pytest.raises(InputError, match="'internvl_vision' is a part of whole models only"):
+    source.open_source(group)
