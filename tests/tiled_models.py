@@ -6,15 +6,20 @@ exported or published files. No weight has a special value, and no picture is a 
 
 import dataclasses
 import os
+import unittest.mock
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
   LlavaNextImageProcessorPil,
 )
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from tests import parity, tiny_models
 from tests.data.processors import noise
@@ -94,6 +99,48 @@ def make_internvl(directory: str, *, seed: int = 0, text: dict, vision: dict, **
   return _save(directory, model, processor)
 
 
+def make_idefics3(
+  directory: str, *, seed: int = 0, name: str = "Idefics3", splits: bool = True, **overrides
+):
+  """Writes an Idefics3 or SmolVLM directory and returns the torch model."""
+  places = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
+  tokenizer = tiny_models.make_tokenizer()
+  tokenizer.add_tokens(["<fake_token_around_image>", "<global-img>", *places], special_tokens=True)
+  tokenizer.add_tokens(["<end_of_utterance>"], special_tokens=True)
+  vision: Any = {"image_size": 12, "patch_size": 3, "hidden_size": 24, "intermediate_size": 40}
+  vision |= {
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "model_type": f"{name.lower()}_vision",
+  }
+  config = getattr(transformers, f"{name}Config")(
+    vision_config=vision,
+    text_config=tiny_models.text_config(tokenizer, **{"vocab_size": 544, **overrides}).to_dict(),
+    image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    scale_factor=2,
+  )
+  model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+  tiny_models.randomise(model, seed)
+  kinds = {"Idefics3": Idefics3ImageProcessorPil, "SmolVLM": SmolVLMImageProcessorPil}
+  images = kinds[name](
+    size={"longest_edge": 36}, max_image_size={"longest_edge": 12}, do_image_splitting=splits
+  )
+  kind = {"Idefics3": transformers.Idefics3Processor, "SmolVLM": SmolVLMProcessor}[name]
+  return _save(directory, model, kind(images, tokenizer, image_seq_len=4))
+
+
+class SmolVLMProcessor(transformers.SmolVLMProcessor):
+  """The processor of pictures and text alone: that of videos needs torchvision and num2words."""
+
+  def __init__(self, image_processor=None, tokenizer=None, image_seq_len=169, chat_template=None):
+    with unittest.mock.patch.object(processing_smolvlm, "num2words", str):
+      super().__init__(image_processor, tokenizer, None, image_seq_len, chat_template)
+
+  @classmethod
+  def get_attributes(cls):
+    return ["image_processor", "tokenizer"]
+
+
 def _save(directory: str, model, processor):
   model.save_pretrained(directory)
   processor.save_pretrained(directory)
@@ -117,11 +164,23 @@ MODELS = {
     vision={"use_qk_norm": True, "norm_type": "rms_norm"},
     **options,
   ),
+  "idefics3": make_idefics3,
+  "smolvlm": lambda directory, **options: make_idefics3(directory, name="SmolVLM", **options),
 }
 
 
+# Models that share nearly everything with another: the costliest tests of these are marked slow.
+VARIANTS = ("internvl_qwen3", "idefics3")
+COSTLY = [
+  pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in MODELS
+]
+
 # Name -> class in transformers that opens the processor of a directory; default: AutoProcessor.
-PROCESSORS = {"internvl": InternVLProcessor, "internvl_qwen3": InternVLProcessor}
+PROCESSORS = {
+  "internvl": InternVLProcessor,
+  "internvl_qwen3": InternVLProcessor,
+  "smolvlm": SmolVLMProcessor,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +254,8 @@ class Tiled:
       pictures = [self.picture(path) for path in example.images]
       options = self.processor.images_kwargs
       inputs |= self.processor.image_processor(pictures, return_tensors="pt", **options)
-      inputs.pop("num_patches", None)
+      for name in ("num_patches", "rows", "cols"):
+        inputs.pop(name, None)
     return inputs
 
   def torch_logits(self, example: Example, model=None) -> torch.Tensor:
@@ -256,8 +316,9 @@ def as_typed(model: Tiled, text: str) -> str:
 
 
 # Modules of the language model's linear maps, and of each model's projector, in transformers.
-PEFT_LANGUAGE = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+PEFT_LANGUAGE = r".*(language_model|text_model)\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 PEFT_PROJECTOR = dict.fromkeys(MODELS, "multi_modal_projector")
+PEFT_PROJECTOR |= {"idefics3": "modality_projection", "smolvlm": "modality_projection"}
 
 # Parts of names of tensors that are never run.
 UNUSED = ("vision_tower.encoder.layers.2.", "vision_tower.post_layernorm")

@@ -28,7 +28,7 @@ OPTIM.update(learning_rate=3e-3, weight_decay=0.1, warmup_steps=0, warmup_ratio=
 OPTIM.schedule = "constant"
 
 
-@pytest.fixture(scope="module", params=tiled_models.MODELS)
+@pytest.fixture(scope="module", params=tiled_models.COSTLY)
 def model(request, tmp_path_factory):
   return tiled_models.make(request.param, tmp_path_factory.mktemp(request.param) / "model")
 

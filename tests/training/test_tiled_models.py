@@ -27,7 +27,9 @@ STEPS = 6
 TIMING = "perf/"
 
 
-@pytest.fixture(scope="module", params=tiled_models.MODELS)
+@pytest.fixture(
+  scope="module", params=[name for name in tiled_models.MODELS if name not in tiled_models.VARIANTS]
+)
 def name(request):
   return request.param
 

@@ -28,9 +28,19 @@ PROCESSORS = {
     "llava_next.image_processing_pil_llava_next",
     "LlavaNextImageProcessorPil",
   ),
+  "Idefics3ImageProcessor": (
+    "idefics3.image_processing_pil_idefics3",
+    "Idefics3ImageProcessorPil",
+  ),
+  "SmolVLMImageProcessor": ("smolvlm.image_processing_pil_smolvlm", "SmolVLMImageProcessorPil"),
   "GotOcr2ImageProcessor": ("got_ocr2.image_processing_pil_got_ocr2", "GotOcr2ImageProcessorPil"),
 }
-TILED = ("LlavaNextImageProcessor", "GotOcr2ImageProcessor")  # those that cut pictures into tiles
+TILED = (  # those that cut pictures into tiles
+  "LlavaNextImageProcessor",
+  "GotOcr2ImageProcessor",
+  "Idefics3ImageProcessor",
+  "SmolVLMImageProcessor",
+)
 # Settings that a model's processor makes, whatever the image processor's own file says.
 _MADE = {"GotOcr2ImageProcessor": {"crop_to_patches": True}}
 

@@ -5,16 +5,25 @@ models has one of `towers` and one of `decoders`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
-from transformers import InternVLConfig, LlavaConfig, LlavaNextConfig
+from transformers import (
+  Idefics3Config,
+  InternVLConfig,
+  LlavaConfig,
+  LlavaNextConfig,
+  SmolVLMConfig,
+)
 
 from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER
+from vlalign_jax.data.idefics3 import LARGEST, MarkedGrid
 from vlalign_jax.data.image_processor import TILED, ImagePreprocessor
 from vlalign_jax.data.internvl import ClosestGrid
 from vlalign_jax.data.llava_next import Pinpoints
 from vlalign_jax.data.picture_tokens import OneTile, PictureLayout
+from vlalign_jax.data.tokens import vocabulary
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.projector import ProjectorConfig
 from vlalign_jax.models.vit import VisionConfig
@@ -182,6 +191,78 @@ def _added_token(tokenizer, name: str, where: str) -> int:
   return tokenizer.convert_tokens_to_ids(token)
 
 
+def _idefics3_projector(hf, vision: VisionConfig, width: int) -> ProjectorConfig:
+  joined = hf.scale_factor
+  in_width = vision.feature_width * joined**2
+  return ProjectorConfig("joined_linear", in_width, width, use_bias=False, joined=joined)
+
+
+def _idefics3_processor(config: ModelConfig) -> dict:
+  name = f"{of(config).name}Processor"
+  return {"processor_class": name, "image_seq_len": config.tokens_per_image}
+
+
+def _marked_grid(hf, config: ModelConfig, tokenizer, images, where: str) -> PictureLayout:
+  options, ids = images.processor, vocabulary(tokenizer).ids
+  longest = options.size["longest_edge"] if options.do_resize else None
+  tile = options.max_image_size["longest_edge"]
+  if options.do_image_splitting and not longest:
+    raise InputError(
+      f"{where}: pictures are cut, and neither do_resize nor size.longest_edge bounds their tiles; "
+      "correct preprocessor_config.json"
+    )
+  side = math.ceil(min(longest, LARGEST) / tile) if options.do_image_splitting else 0
+  fake, whole = "<fake_token_around_image>", "<global-img>"
+  missing = {fake, whole} - tokenizer.get_added_vocab().keys()
+  if missing:
+    raise InputError(
+      f"{where}: the tokenizer has no token {', '.join(sorted(missing))}, which marks pictures; "
+      "copy the tokenizer's files of this model again"
+    )
+
+  def marks(text: str) -> tuple[int, ...]:
+    return tuple(ids(text))
+
+  def place(row: int, column: int) -> tuple[int, ...]:
+    return marks(f"{fake}<row_{row + 1}_col_{column + 1}>")
+
+  return MarkedGrid(
+    hf.image_token_id,
+    config.tokens_per_image,
+    longest=longest,
+    tile=tile,
+    splits=bool(options.do_image_splitting),
+    places=tuple(tuple(place(row, column) for column in range(side)) for row in range(side)),
+    row_end=marks("\n"),
+    whole_after_grid=marks(f"\n\n{fake}{whole}"),
+    whole=marks(f"{fake}{whole}"),
+    end=marks(fake),
+  )
+
+
+def _idefics3_family(config: type, name: str) -> Family:
+  modules = (
+    ("vision.", "model.vision_model."),
+    ("projector.", "model.connector.modality_projection."),
+    ("language.lm_head.", "lm_head."),
+    ("language.", "model.text_model."),
+  )
+  return Family(
+    config,
+    name,
+    _marked_grid,
+    _idefics3_projector,
+    _idefics3_processor,
+    towers=(f"{name.lower()}_vision",),
+    processor=f"{name}ImageProcessor",
+    own_projector="joined_linear",
+    features=lambda hf: (-1, "full"),
+    stored=modules,
+    modules=modules,
+    takes_mmca=False,
+  )
+
+
 _LLAVA = (_llava_projector, _llava_processor)
 FAMILIES = {
   "llava": Family(LlavaConfig, "Llava", _one_tile, *_LLAVA),
@@ -200,6 +281,8 @@ FAMILIES = {
     stored=(("vision.", "vision_tower."), *_STORED),
     takes_mmca=False,
   ),
+  "idefics3": _idefics3_family(Idefics3Config, "Idefics3"),
+  "smolvlm": _idefics3_family(SmolVLMConfig, "SmolVLM"),
 }
 
 

@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from vlalign_jax.errors import InputError
-from vlalign_jax.models import clip, internvl, siglip
+from vlalign_jax.models import clip, idefics3, internvl, siglip
 from vlalign_jax.models.vit import VisionConfig
 from vlalign_jax.weights import vision_names
 
@@ -57,6 +59,32 @@ def _internvl(hf, where: str) -> dict:
   }
 
 
+def _idefics3(hf, where: str) -> dict:
+  side = hf.image_size // hf.patch_size
+  # transformers finds a patch's position by its place in float32, from 0 to 1.
+  places = np.arange(side, dtype=np.float32) * np.float32(1 / side)
+  edges = np.arange(1 / side, 1.0, 1 / side).astype(np.float32)
+  found = np.searchsorted(edges, np.minimum(places, np.float32(1 - 1e-6)), side="right")
+  if not np.array_equal(found, np.arange(side)):
+    raise InputError(
+      f"{where}: lines of {side} patches, of which transformers takes some for others by rounding; "
+      "this is not supported"
+    )
+  return {"output_norm": True}
+
+
+def _idefics3_tower(name: str) -> Tower:
+  return Tower(
+    idefics3.VisionConfig,
+    vision_names.siglip,
+    f"{name}VisionTransformer",
+    f"{name}ImageProcessor",
+    fields=_idefics3,
+    has_post_norm=False,
+    alone=False,
+  )
+
+
 TOWERS = {
   "clip_vision_model": Tower(
     clip.VisionConfig, vision_names.clip, "CLIPVisionModel", "CLIPImageProcessor"
@@ -78,6 +106,8 @@ TOWERS = {
     has_post_norm=False,
     alone=False,
   ),
+  "idefics3_vision": _idefics3_tower("Idefics3"),
+  "smolvlm_vision": _idefics3_tower("SmolVLM"),
 }
 
 
