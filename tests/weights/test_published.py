@@ -99,6 +99,41 @@ def test_models_of_tiles_equal_those_of_transformers(name):
   assert trees.size(vlm.abstract_params(ours)[1]) == used
 
 
+SMALL = {  # parameters on the hub
+  "smolvlm_256m": 256_484_928,
+  "smolvlm_500m": 507_482_304,
+  "smolvlm_2b": 2_246_272_880,
+  "internvl3_1b": 938_193_024,
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_sizes_on_the_hub(name):
+  assert trees.size(vlm.abstract_params(published(name))[1]) == SMALL[name]
+
+
+def test_smolvlm_equals_that_of_transformers():
+  text = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24}
+  text |= {"num_attention_heads": 32, "head_dim": 64, "vocab_size": 49155, "model_type": "llama"}
+  text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 130_000.0}}
+  vision = {"intermediate_size": 4304, "num_hidden_layers": 27, "image_size": 384}
+  vision |= {"patch_size": 14}
+  for config in (transformers.Idefics3Config, transformers.SmolVLMConfig):
+    hf = config(text_config=text | {"rms_norm_eps": 1e-5}, vision_config=vision, scale_factor=3)
+    vision_config, projector, language = hf_config.parts_of(hf, "transformers")
+    ours = published("smolvlm_2b")
+    rope = dataclasses.replace(language.rope, original_length=ours.language.rope.original_length)
+    assert (vision_config, projector) == (ours.vision, ours.projector)
+    assert dataclasses.replace(language, rope=rope) == ours.language
+
+
+def test_lines_of_patches_that_transformers_rounds_are_refused():
+  vision = {"image_size": 25 * 14, "patch_size": 14}
+  hf = transformers.Idefics3Config(vision_config=vision)
+  with pytest.raises(InputError, match="lines of 25 patches, of which transformers takes some"):
+    hf_config.parts_of(hf, "transformers")
+
+
 def test_parameters_of_siglip():
   config = published("siglip_so400m_384", **FULL, vision_feature_layer="-1")
   assert config.tokens_per_image == 729

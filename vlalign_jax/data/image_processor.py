@@ -139,7 +139,7 @@ class ImagePreprocessor:
         rescale_factor=float(full.rescale_factor) if full.do_rescale else 1.0,
         pad_color=(int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)),
         processor=processor,
-        config=_saved(full, kind, aspect),
+        config=_saved(full, config, kind, aspect),
       )
       # The rules for sizes are many, so look at the outputs for images of several shapes.
       probes = [Image.new("RGB", size) for size in ((5, 2), (2, 5), (5, 4))]
@@ -213,8 +213,10 @@ def _processor_class(kind: str) -> Any:
   return getattr(importlib.import_module(f"transformers.models.{module}"), name)
 
 
-def _saved(processor: Any, kind: str, aspect: str) -> dict[str, Any]:
+def _saved(processor: Any, config: dict, kind: str, aspect: str) -> dict[str, Any]:
   """Returns the JSON from which transformers loads the processor."""
+  if aspect == TILES:  # such a file may also say how videos are read
+    return config | processor.to_dict() | {"image_processor_type": kind}
   if aspect != "pad":
     return processor.to_dict() | {"image_processor_type": kind}
   # The only class that pads to a square; it crops to 224 x 224 if it is not told otherwise.

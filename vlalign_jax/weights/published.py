@@ -4,7 +4,7 @@ import dataclasses
 
 from vlalign_jax.data.image_processor import ImagePreprocessor
 from vlalign_jax.errors import InputError
-from vlalign_jax.models import clip, internvl, siglip
+from vlalign_jax.models import clip, idefics3, internvl, siglip
 from vlalign_jax.models import projector as projectors
 from vlalign_jax.models.llama import LanguageConfig
 from vlalign_jax.models.projector import ProjectorConfig
@@ -57,6 +57,27 @@ INTERNVIT_300M = internvl.VisionConfig(
   keep_class_token=False,
   layer_scale=0.1,
 )
+
+
+# The tower of HuggingFaceTB/SmolVLM-256M-Instruct and SmolVLM-500M-Instruct
+SMOLVLM_512 = idefics3.VisionConfig(
+  width=768,
+  mlp_width=3072,
+  layers=12,
+  heads=12,
+  image_size=512,
+  patch_size=16,
+  activation="gelu_pytorch_tanh",
+  norm_epsilon=1e-6,
+  feature_layers=(12,),
+  keep_class_token=True,
+  output_norm=True,
+)
+
+
+def _idefics3_so400m(image_size: int) -> VisionConfig:
+  fields = dataclasses.asdict(SIGLIP_SO400M_384) | {"image_size": image_size, "output_norm": True}
+  return idefics3.VisionConfig(**fields)
 
 
 def _llama(width, mlp_width, layers, heads, kv_heads, vocab_size, rope=RopeConfig()):  # noqa: B008
@@ -122,6 +143,16 @@ def _qwen2(width, mlp_width, layers, heads, kv_heads, head_dim=128):
   return dataclasses.replace(language, head_dim=head_dim, norm_epsilon=1e-6, qkv_bias=True)
 
 
+def _idefics3(vision: VisionConfig, language: LanguageConfig, joined: int) -> Published:
+  options = {"most_tiles": 17, "joined": joined, "strategy": "full"}
+  return Published(vision, language, "idefics3", **options)
+
+
+def _smollm2(width, mlp_width, layers, heads, kv_heads, vocab_size, theta=1e5):
+  sizes = width, mlp_width, layers, heads, kv_heads, vocab_size
+  return dataclasses.replace(_llama(*sizes, RopeConfig(theta=theta)), head_dim=64)
+
+
 MODELS = {
   "llava15_7b": Published(CLIP_L_336, _VICUNA_7B),  # llava-hf/llava-1.5-7b-hf
   "llava15_13b": Published(CLIP_L_336, _VICUNA_13B),  # llava-hf/llava-1.5-13b-hf
@@ -140,6 +171,16 @@ MODELS = {
   "internvl3_2b": _internvl(_qwen2(1536, 8960, 28, 12, 2)),  # OpenGVLab/InternVL3-2B-hf
   "internvl3_8b": _internvl(_qwen2(3584, 18944, 28, 28, 4)),  # OpenGVLab/InternVL3-8B-hf
   "internvl35_8b": _internvl(_QWEN3_8B),  # OpenGVLab/InternVL3_5-8B-HF
+  # HuggingFaceTB/SmolVLM-256M-Instruct, -500M-Instruct and SmolVLM-Instruct; SmolVLM2 is the same
+  "smolvlm_256m": _idefics3(SMOLVLM_512, _smollm2(576, 1536, 30, 9, 3, 49280), 4),
+  "smolvlm_500m": _idefics3(SMOLVLM_512, _smollm2(960, 2560, 32, 15, 5, 49280), 4),
+  "smolvlm_2b": _idefics3(
+    _idefics3_so400m(384), _smollm2(2048, 8192, 24, 32, 32, 49155, 130_000.0), 3
+  ),
+  # HuggingFaceM4/Idefics3-8B-Llama3
+  "idefics3_8b": _idefics3(
+    _idefics3_so400m(364), dataclasses.replace(_LLAMA_3_8B, vocab_size=128259), 2
+  ),
 }
 
 
