@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from tests import parity, peft_models, tiled_models, tiny_models
+from tests.data.processors import noise
 from tests.weights.round_trip import assert_same_bits, load_in_torch
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
@@ -200,3 +201,41 @@ def test_a_tower_of_whole_models_is_not_read_alone(tmp_path):
   group = parity.model_group(vision=f"{tmp_path}/internvl", language=f"{tmp_path}/llama")
   with pytest.raises(InputError, match="'internvl_vision' is a part of whole models only"):
     source.open_source(group)
+
+
+def test_idefics3_files_that_do_not_fit_are_refused(tmp_path):
+  tiled_models.make_idefics3(tmp_path)
+  processor = json.loads((tmp_path / "processor_config.json").read_text())
+  wrong = {
+    "max_image_size": ({"longest_edge": 18}, "makes 18 x 18 pictures, its vision tower takes 12"),
+    "do_resize": (False, "neither do_resize nor size.longest_edge bounds their tiles"),
+  }
+  for key, (value, message) in wrong.items():
+    changed = processor["image_processor"] | {key: value}
+    edit(tmp_path, "processor_config.json", image_processor=changed)
+    with pytest.raises(InputError, match=message):
+      parity.open_model(tmp_path)
+  edit(tmp_path, "processor_config.json", **processor)
+  tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+  for token in tokenizer["added_tokens"]:
+    token["content"] = token["content"].replace("<global-img>", "<global>")
+  (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+  with pytest.raises(InputError, match="no token <global-img>, which marks pictures"):
+    parity.open_model(tmp_path)
+
+
+def test_grids_that_do_not_divide_into_squares_are_refused(tmp_path):
+  tiled_models.make_idefics3(tmp_path)
+  edit(tmp_path, "config.json", scale_factor=3)
+  with pytest.raises(InputError, match="squares of 3 x 3 patches, and the vision tower has 4 in a"):
+    parity.open_model(tmp_path)
+
+
+def test_pictures_that_are_not_cut(tmp_path):
+  """Each is one tile, whatever its size."""
+  tiled_models.MODELS["idefics3"](tmp_path / "model", splits=False)
+  opened, *_ = parity.open_model(tmp_path / "model")
+  assert opened.config.most_tiles == opened.layout.most_tiles == 1
+  picture = noise(50, 20)
+  assert opened.images.tiles(picture).shape == (1, 12, 12, 3)
+  assert opened.layout.tokens_of((50, 20)).tiles == 1

@@ -142,7 +142,7 @@ class ImagePreprocessor:
         config=_saved(full, config, kind, aspect),
       )
       # The rules for sizes are many, so look at the outputs for images of several shapes.
-      probes = [Image.new("RGB", size) for size in ((5, 2), (2, 5), (5, 4))]
+      probes = [Image.new("RGB", size) for size in ((4, 2), (2, 5), (5, 4))]
       shapes = {preprocessor._pixels(image).shape[1:] for image in probes}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
       reason = " ".join(str(error).split())
