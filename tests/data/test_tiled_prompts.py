@@ -4,10 +4,11 @@ import copy
 
 import numpy as np
 import pytest
+from transformers.models.smolvlm import processing_smolvlm
 
 from tests import parity, tiled_models
 from tests.data.processors import noise
-from vlalign_jax.data import jinja_template, templates
+from vlalign_jax.data import encode, jinja_template, templates
 from vlalign_jax.input_pipeline import prompts
 
 PROMPTS = 50
@@ -81,6 +82,24 @@ CHAT = (
   "{%- endfor -%}{%- endif -%}[end]{%- endfor -%}"
   "{%- if add_generation_prompt -%}[assistant]{%- endif -%}"
 )
+
+
+def test_the_chat_template_of_smolvlm(tmp_path):
+  """Its users' messages are lists of parts, and its answers end with a token of their own."""
+  model = tiled_models.make("smolvlm", tmp_path / "model")
+  tokenizer = model.source.tokenizer
+  tokenizer.chat_template = processing_smolvlm.DEFAULT_CHAT_TEMPLATE
+  record = model.record("What is it?", "A cat.", "tall.png")
+  example = encode.encode(record, "auto", tokenizer, model.source.layout, 1000).example
+  assert example is not None
+  said = example.tokens[np.append(False, example.loss_mask[:-1] > 0)]
+  assert tokenizer.decode(said) == " A cat.<end_of_utterance>"
+  parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+  messages = [{"role": "user", "content": parts}]
+  answer = {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
+  text = tokenizer.apply_chat_template([*messages, answer], tokenize=False).removesuffix("\n")
+  processed = model.processor(images=[model.picture("tall.png")], text=text)
+  assert processed["input_ids"][0] == example.tokens.tolist()
 
 
 @pytest.mark.parametrize("template", ["auto", "vicuna"])

@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -124,6 +125,31 @@ def test_adapters_equal_those_of_peft(name, tmp_path):
     found = made.torch_logits(example, exported)
   assert parity.relative_error(found, expected) < 1e-5
   assert parity.relative_error(found, plain) > 1e-2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_of_both_towers_are_those_of_peft(name, tmp_path):
+  """With another rank in the tower of vision."""
+  made = tiled_models.make(name, tmp_path / "model")
+  (example,) = [made.encoded(tiled_models.records(made)[1])]
+  lora = {"rank": 3, "vision_rank": 2, "targets": "/layers/", "alpha": 6.0}
+  opened, graphdef, params = peft_models.open_model(made.directory, **lora)
+  flat = trees.flatten(params)
+  rng = np.random.default_rng(0)
+  for path, value in flat.items():
+    if path.endswith("/lora_b"):
+      flat[path] = jnp.asarray(0.3 * rng.standard_normal(value.shape, np.float32))
+  expected = parity.logits(graphdef, trees.unflatten(flat), made.rows([[example]]))
+  adapters = {path: x for path, x in flat.items() if "/lora_" in path}
+  assert {path.split("/")[0] for path in adapters} == {"vision", "language"}
+  export_adapters.export_adapters(opened.config, adapters, str(tmp_path / "out"))
+  exported = peft.PeftModel.from_pretrained(made.torch_model, tmp_path / "out").eval()
+  with torch.no_grad():
+    found = made.torch_logits(example, exported)
+  assert parity.relative_error(found, expected[0, : len(example.tokens)]) < 1e-5
+  _, graphdef, again = peft_models.open_model(made.directory, init_from=f"{tmp_path}/out", **lora)
+  for path, value in trees.flatten(again).items():
+    np.testing.assert_array_equal(value, flat[path], err_msg=path)
 
 
 def edit(directory, name: str, **changes) -> None:

@@ -60,8 +60,8 @@ class MarkedGrid(PictureLayout):
       slots += [np.full(len(marks), TEXT), np.arange(tile * P, (tile + 1) * P)]
     ids.append(np.array(self.end))
     slots.append(np.full(len(self.end), TEXT))
-    joined = (np.concatenate(parts).astype(np.int32) for parts in (ids, slots))
-    return PictureTokens(*joined, len(before), size)
+    ids, slots = np.concatenate(ids), np.concatenate(slots)
+    return PictureTokens(ids.astype(np.int32), slots.astype(np.int32), len(before), size)
 
   def _grid(self, width: int, height: int) -> tuple[int, int]:
     """Returns (rows, columns) of a picture of this size; (0, 0) if it is not cut."""

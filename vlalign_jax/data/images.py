@@ -58,8 +58,8 @@ def check_size(path: str, image: Image.Image, expected: tuple[int, int] | None) 
 
 
 def _size(image: Image.Image) -> tuple[int, int]:
-  turned = _orientation(image) in (5, 6, 7, 8)
-  return image.size[::-1] if turned else image.size
+  width, height = image.size
+  return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
 def _decode(image: Image.Image) -> Image.Image:

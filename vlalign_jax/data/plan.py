@@ -62,7 +62,7 @@ class ImageSets:
     total = np.append(0, np.cumsum(self.tiles_of(self.ids)))
     return total[self.offsets[1:]] - total[self.offsets[:-1]]
 
-  def tiles_of(self, ids: np.ndarray) -> np.ndarray:
+  def tiles_of(self, ids: np.ndarray | int) -> np.ndarray:
     """Returns int64[...], the tiles of images."""
     ids = np.asarray(ids, np.int64)
     return np.ones_like(ids) if self.tiles is None else self.tiles[ids].astype(np.int64)

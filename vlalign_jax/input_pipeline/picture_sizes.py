@@ -44,13 +44,15 @@ def _sizes(paths: set[str], workdir: str) -> dict[str, tuple[int, int] | None]:
   """Returns path -> (width, height), or None if the header cannot be read."""
   file = epath.Path(workdir) / FILE if workdir else None
   kept = json.loads(file.read_text()) if file and file.exists() else {}
-  sizes = {path: (width, height) for path, (width, height) in kept.items()}
+  sizes: dict[str, tuple[int, int] | None] = {
+    path: (width, height) for path, (width, height) in kept.items()
+  }
   missing = sorted(paths - sizes.keys())
   if not missing:
     return sizes
   logging.info("reading the sizes of %d pictures", len(missing))
   with ThreadPoolExecutor(THREADS) as pool:  # it waits for files, not for processors
-    sizes |= zip(missing, pool.map(_size, missing), strict=True)
+    sizes |= dict(zip(missing, pool.map(_size, missing), strict=True))
   if file and jax.process_index() == 0:
     known = {path: size for path, size in sizes.items() if size is not None}
     storage.write(str(file), json.dumps(known))

@@ -70,7 +70,7 @@ def save_model_files(
   json_files.write(os.path.join(directory, "config.json"), _config(source, dtype, vision_dtype))
   if source.config.projector.kind == "perceiver":
     return  # transformers' processor counts patches
-  processor = families.of(source.config).processor_config(source.config)
+  processor = families.processor_config(source.config)
   json_files.write(os.path.join(directory, "processor_config.json"), processor)
   for name, content in source.other_files.items():
     json_files.write(os.path.join(directory, name), content)

@@ -88,10 +88,6 @@ def vision_config(hf, index: int | list[int], strategy: str, where: str) -> Visi
   _check_type(hf, tuple(towers.TOWERS), "vision tower", where)
   if hf.num_channels != 3:
     raise InputError(f"{where}: num_channels is {hf.num_channels}; only RGB towers are supported")
-  sides = {key: _side(getattr(hf, key)) for key in ("image_size", "patch_size")}
-  for key, side in sides.items():
-    if side is None:
-      raise InputError(f"{where}: {key} is {getattr(hf, key)}; give the side of a square")
   if getattr(hf, "tie_last_hidden_states", False):
     raise InputError(
       f"{where}: tie_last_hidden_states, features behind the tower's last norm, is not supported"
@@ -102,8 +98,8 @@ def vision_config(hf, index: int | list[int], strategy: str, where: str) -> Visi
     mlp_width=hf.intermediate_size,
     layers=max(used),
     heads=hf.num_attention_heads,
-    image_size=sides["image_size"],
-    patch_size=sides["patch_size"],
+    image_size=_side(hf, "image_size", where),
+    patch_size=_side(hf, "patch_size", where),
     activation=activations.check(hf.hidden_act, where),
     norm_epsilon=hf.layer_norm_eps,
     feature_layers=used,
@@ -112,10 +108,14 @@ def vision_config(hf, index: int | list[int], strategy: str, where: str) -> Visi
   )
 
 
-def _side(size) -> int | None:
-  """Returns the side of a square, given as one number or as two equal ones; None for others."""
+def _side(hf, key: str, where: str) -> int:
+  """Returns the side of a square, which a config gives as one number or as two equal ones."""
+  size = getattr(hf, key)
   sides = set(size) if isinstance(size, (list, tuple)) else {size}
-  return next(iter(sides)) if len(sides) == 1 and all(isinstance(x, int) for x in sides) else None
+  side = sides.pop()
+  if sides or not isinstance(side, int):
+    raise InputError(f"{where}: {key} is {size}; give the side of a square")
+  return side
 
 
 def rope_config(hf, where: str) -> RopeConfig:
@@ -164,7 +164,7 @@ def parts_of(hf: Any, where: str) -> tuple[VisionConfig, ProjectorConfig, Langua
   """Converts the parts of a model's config; `projector_type` is ours, see `weights.export`."""
   family = families.FAMILIES[hf.model_type]
   families.check_tower(hf, where)
-  vision = vision_config(hf.vision_config, *family.features(hf), where)
+  vision = vision_config(hf.vision_config, *family.features_of(hf), where)
   language = language_config(
     hf.text_config, where, tied=hf.tie_word_embeddings, vocab_size=hf.text_config.vocab_size
   )
