@@ -54,7 +54,7 @@ def write_checkpoint(config: vlm.ModelConfig, directory: str) -> int:
     for layer in range(shape[0]) if name.stacked else (0,):
       tensor = names.tensor_shape(name.kind, shape[1:] if name.stacked else shape)
       size = 4 * int(np.prod(tensor))
-      header[names.exported(name.tensor.format(layer))] = {
+      header[names.exported(name.tensor.format(layer), config)] = {
         "dtype": "F32",
         "shape": tensor,
         "data_offsets": [offset, offset + size],

@@ -23,6 +23,10 @@ activations come on top: a few GB a device, less with grad_accumulation.
                     40 GB, or 4 of 80 GB.
   llama3_70b        The same for a 70B init_from, layers split over groups of 4 devices: 1.1 TB; on
                     a TPU v5p:4x4x8 it takes 20 of 95 GB a device.
+  llava_next_7b     LLaVA-NeXT (1.6): vision tower, projector and language model, for a 7B init_from
+                    whose pictures have up to five tiles, on about 760,000 conversations: 113 GB.
+  internvl3_8b      InternVL3's fine-tuning: projector and language model, for an 8B init_from whose
+                    pictures have up to 13 tiles: 123 GB.
   clip_llama2_7b_pretrain, clip_llama3_8b
                     Vision-LLM-Alignment's two stages, from a bare CLIP and a bare LLaMA: first only
                     projector and embeddings (14 GB for 7B, and 2 GB of embeddings), then the
@@ -30,6 +34,9 @@ activations come on top: a few GB a device, less with grad_accumulation.
 
 The LLaVA-1.5 recipe is Table 9 of Liu et al. 2023, "Improved Baselines with Visual Instruction
 Tuning": AdamW, cosine, warm-up 0.03, no decay; 1e-3 and batch 256, then 2e-5 and batch 128.
+LLaVA-NeXT's is scripts/train/finetune_clip.sh of its repository: the same with 1e-5, and 2e-6 for
+the vision tower. InternVL3's is shell/internvl3.0/2nd_finetune/ of its repository: LLaVA-1.5's
+second stage with a decay of 0.05, in rows of 16,384 tokens.
 Vision-LLM-Alignment reads CLIP's last layer, class token included, through a linear map and
 LayerNorm (model.projector=linear), trains the embeddings always, warms up for a tenth of the steps,
 and suggests 2e-3 for the first stage. It often turns on model.mmca, too.
@@ -47,6 +54,8 @@ PRESETS = (
   "llava15_13b",
   "llama3_8b",
   "llama3_70b",
+  "llava_next_7b",
+  "internvl3_8b",
   "clip_llama2_7b_pretrain",
   "clip_llama3_8b",
 )
@@ -73,6 +82,16 @@ def get_config(preset: str = "llava15_7b") -> ConfigDict:
     c.train.language = False
     c.data.template = "plain"
     c.data.image_aspect = "crop"
+  if preset == "llava_next_7b":
+    c.train.vision = True
+    c.optim.learning_rate, c.optim.vision_learning_rate = 1e-5, 2e-6
+    c.data.image_aspect = "auto"
+    c.data.max_length = 4096  # of a picture's tokens alone there are up to 2,928
+  if preset == "internvl3_8b":
+    c.optim.weight_decay = 0.05
+    c.data.image_aspect = "auto"
+    c.data.template = "auto"
+    c.data.max_length = 16384  # of a picture's tokens alone there are up to 3,330
   if preset in ("llama3_8b", "llama3_70b"):
     c.data.template = "llama_3"
   if preset == "llama3_70b":

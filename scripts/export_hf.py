@@ -32,7 +32,7 @@ from vlalign_jax.models import lora, vlm
 from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.sharding import zero
-from vlalign_jax.weights import export, export_adapters, hf_config, load, runs, source
+from vlalign_jax.weights import export, export_adapters, families, hf_config, load, runs, source
 
 
 def export_run(run: str, output: str, dtype: str | None, adapters: bool = False) -> None:
@@ -63,7 +63,7 @@ def export_run(run: str, output: str, dtype: str | None, adapters: bool = False)
     leaves = trees.flatten(abstract)
     placement = {path: leaf.sharding for path, leaf in leaves.items()}
     trained = checkpoints.restore_params(directory, step, leaves, placement)
-    bases = _find_bases(config["model"], export.is_llava(model))
+    bases = _find_bases(config["model"], families.in_transformers(model))
     export_adapters.export_adapters(model, trained, output, bases=bases, dtype=dtype)
   else:
     trained = runs.trained_paths(opened)  # the rest is copied from file to file
@@ -91,12 +91,12 @@ def _export_directory(directory: str, output: str, dtype: str | None, adapters: 
   logging.info("exported %s to %s", directory, output)
 
 
-def _find_bases(model: dict, is_llava: bool) -> dict[str, str]:
-  """Returns tower (or "" for a LLaVA) -> the Hugging Face model that adapters belong to, if any."""
+def _find_bases(model: dict, whole: bool) -> dict[str, str]:
+  """Returns tower (or "" for all) -> the Hugging Face model that adapters belong to, if any."""
   start = model["init_from"]
   if start and not checkpoints.find_run(start):
     return {"": start} | {tower: os.path.join(start, tower) for tower in hf_config.TOWERS}
-  if not start and not is_llava:
+  if not start and not whole:
     return {tower: model[tower] for tower in hf_config.TOWERS}
   logging.info(
     "these adapters belong to the model that the run started from (%s), which is not a Hugging "

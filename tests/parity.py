@@ -127,17 +127,29 @@ def torch_loss(model, config: vlm.ModelConfig, examples, pictures):
   return total / count, count
 
 
-def torch_name(tensor: str) -> str:
+def torch_name(tensor: str, family: str = "llava") -> str:
   """The name in transformers 5's state dict, from the canonical one of `names`."""
-  for canonical, name in (
-    ("vision.", "model.vision_tower."),
-    ("projector.", "model.multi_modal_projector."),
-    ("language.lm_head.", "lm_head."),
-    ("language.", "model.language_model."),
-  ):
+  for canonical, name in TORCH_NAMES.get(family, LLAVA_NAMES):
     if tensor.startswith(canonical):
       return name + tensor[len(canonical) :]
   raise ValueError(tensor)
+
+
+LLAVA_NAMES = (
+  ("vision.", "model.vision_tower."),
+  ("projector.newline", "model.image_newline"),
+  ("projector.", "model.multi_modal_projector."),
+  ("language.lm_head.", "lm_head."),
+  ("language.", "model.language_model."),
+)
+IDEFICS3_NAMES = (
+  ("vision.", "model.vision_model."),
+  ("projector.", "model.connector.modality_projection."),
+  ("language.lm_head.", "lm_head."),
+  ("language.", "model.text_model."),
+)
+# Family -> (start of a canonical name, start of the name in torch); default: LLAVA_NAMES.
+TORCH_NAMES = {"idefics3": IDEFICS3_NAMES, "smolvlm": IDEFICS3_NAMES}
 
 
 def as_params(config: vlm.ModelConfig, tensors) -> dict[str, np.ndarray]:
@@ -146,10 +158,8 @@ def as_params(config: vlm.ModelConfig, tensors) -> dict[str, np.ndarray]:
   params = {}
   for name in names.names_of(config):
     layers = range(shapes[name.path].shape[0]) if name.stacked else (None,)
-    found = [
-      names.to_param(name.kind, tensors[torch_name(name.tensor.format(layer))].detach().numpy())
-      for layer in layers
-    ]
+    stored = [tensors[torch_name(name.tensor.format(layer), config.family)] for layer in layers]
+    found = [names.to_param(name.kind, tensor.detach().numpy()) for tensor in stored]
     params[name.path] = np.stack(found) if name.stacked else found[0]
   assert params.keys() == shapes.keys()
   return params

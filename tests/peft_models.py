@@ -49,7 +49,7 @@ def as_params(config, adapted: peft.PeftModel, of=lambda param: param.detach()) 
   params = {}
   for name in peft_format.names_of(config):
     tensors = [
-      peft_format.PREFIX + peft_format.module_name(name.tensor.format(layer))
+      peft_format.PREFIX + peft_format.module_name(name.tensor.format(layer), config)
       for layer in names.layers_of(name, config)
     ]
     arrays = [of(found[tensor]).numpy().T for tensor in tensors]

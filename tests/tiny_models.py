@@ -54,8 +54,11 @@ def _tokenizer_json() -> str:
   return tokenizers.byte_level_tokenizer().backend_tokenizer.to_str()
 
 
-def make_tokenizer(image_token: bool = True) -> transformers.PreTrainedTokenizerFast:
-  """A tokenizer like Llama 3's; `<image>` and `<|pad|>` are its last tokens, or are missing."""
+def make_tokenizer(image_token: bool = True, **more) -> transformers.PreTrainedTokenizerFast:
+  """A tokenizer like Llama 3's; `<image>` and `<|pad|>` are its last tokens, or are missing.
+
+  `more` are further arguments of its class.
+  """
   content = json.loads(_tokenizer_json())
   options = {"pad_token": "<|pad|>"} if image_token else {}
   if not image_token:
@@ -68,6 +71,7 @@ def make_tokenizer(image_token: bool = True) -> transformers.PreTrainedTokenizer
     eos_token="<|end_of_text|>",
     clean_up_tokenization_spaces=False,
     **options,
+    **more,
   )
 
 

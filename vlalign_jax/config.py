@@ -138,6 +138,8 @@ def shared() -> Config:
   c.optim.embedding_learning_rate = config_dict.placeholder(float)
   # The same for the projector; none: learning_rate.
   c.optim.projector_learning_rate = config_dict.placeholder(float)
+  # The same for the vision tower, if it is trained; none: learning_rate.
+  c.optim.vision_learning_rate = config_dict.placeholder(float)
   c.optim.weight_decay = 0.0  # AdamW's decay of matrices; norms and biases never decay
   c.optim.b1 = 0.9  # AdamW's beta 1 (adam_beta1 in transformers)
   c.optim.b2 = 0.95  # AdamW's beta 2 (adam_beta2 in transformers)
@@ -253,6 +255,7 @@ def check_shared(config: Config, metrics: tuple[str, ...]) -> None:
     "optim.learning_rate": 0,
     "optim.embedding_learning_rate": 0,
     "optim.projector_learning_rate": 0,
+    "optim.vision_learning_rate": 0,
     "optim.eps": 0,
     "optim.weight_decay": 0,
     "optim.warmup_steps": 0,

@@ -37,7 +37,7 @@ BAD_MODELS = {
   "config damaged": (_with("config.json", "{"), ["config.json", "not a valid JSON file"]),
   "config of another model": (
     _changed("config.json", model_type="bert"),
-    ["a model of type 'bert', not 'llava'"],
+    ["a model of type 'bert'; supported: llava"],
   ),
   "config of an unknown model": (
     _changed("config.json", model_type="wuff"),

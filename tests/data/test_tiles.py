@@ -12,11 +12,12 @@ from tests.data import pipelines
 from vlalign_jax.data import images
 from vlalign_jax.data.conversations import Turn
 from vlalign_jax.data.encode import encode
-from vlalign_jax.data.picture_tokens import NEWLINE, TEXT, PictureLayout, PictureTokens
+from vlalign_jax.data.picture_tokens import PictureLayout, PictureTokens
 from vlalign_jax.data.plan import ImageSets, plan_batches, statistics
 from vlalign_jax.data.records import Record
 from vlalign_jax.data.rows import build_row
 from vlalign_jax.errors import InputError
+from vlalign_jax.image_slots import NEWLINE, TEXT
 from vlalign_jax.input_pipeline import picture_sizes
 
 MARKER = 5

@@ -77,6 +77,10 @@ def test_each_group_moves_at_its_own_rate(shapes):
     rate = 0.01 if path == EMBEDDING else {"projector": 0.0}.get(part, 0.1)
     # Adam's first update is the sign of the gradient.
     np.testing.assert_allclose(update, -rate, rtol=1e-5, err_msg=path)
+  optim = optim_group(learning_rate=0.1, vision_learning_rate=0.02)
+  for path, update in one_update(optim, params, ones).items():
+    rate = 0.02 if path.startswith("vision/") else 0.1
+    np.testing.assert_allclose(update, -rate, rtol=1e-5, err_msg=path)
   optim = optim_group(learning_rate=0.1)
   for update in one_update(optim, params, ones).values():
     np.testing.assert_allclose(update, -0.1, rtol=1e-5)
@@ -84,7 +88,11 @@ def test_each_group_moves_at_its_own_rate(shapes):
 
 def test_groups_follow_one_schedule():
   optim = optim_group(
-    learning_rate=0.1, projector_learning_rate=1.0, schedule="cosine", warmup_ratio=0.2
+    learning_rate=0.1,
+    projector_learning_rate=1.0,
+    vision_learning_rate=0.01,
+    schedule="cosine",
+    warmup_ratio=0.2,
   )
   rates = optimizer.learning_rates(optim, 50)
   assert rates.keys() == set(optimizer.GROUPS)

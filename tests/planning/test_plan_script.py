@@ -170,6 +170,15 @@ def test_rows_of_a_step(cpu):
     small.plan(config, small.model(), cpu)
 
 
+def test_pictures_of_several_tiles(cpu):
+  """A picture has the most tiles that it may have, if the config does not limit them."""
+  model = dataclasses.replace(small.model(), most_tiles=3)
+  plan = small.plan(small.config(batch_size=4), model, cpu)
+  assert "4 examples, 1 a row of 64 tokens with 3 tiles: 4 rows" in plan.assumptions
+  with pytest.raises(InputError, match="6 tiles of 16 tokens do not fit into rows of"):
+    small.plan(small.config(), model, cpu, examples_per_row=2)
+
+
 def test_answers_and_adapters_that_no_run_can_have(cpu):
   config = small.config("dpo", data__max_candidates=4)
   for answers in (1, 5):

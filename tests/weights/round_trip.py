@@ -1,6 +1,7 @@
 """What the tests of imported, assembled and exported models share."""
 
 import logging
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +19,15 @@ def assert_same_bits(first, second):
     np.testing.assert_array_equal(array, second[path], err_msg=path)
 
 
-def load_in_torch(directory: str):
-  """Returns a LlavaForConditionalGeneration; fails if weights are missing or loading it warns."""
+def load_in_torch(directory: str, kind: Any = transformers.LlavaForConditionalGeneration):
+  """Returns a model of a class of transformers; fails if weights are missing or loading warns."""
   warnings = []
   handler = logging.Handler(logging.WARNING)
   handler.emit = lambda record: warnings.append(record.getMessage())
   logger = logging.getLogger("transformers")
   logger.addHandler(handler)
   try:
-    model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
-      directory, output_loading_info=True
-    )
+    model, info = kind.from_pretrained(directory, output_loading_info=True)
   finally:
     logger.removeHandler(handler)
   assert not any(info.values()), info

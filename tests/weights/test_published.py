@@ -56,6 +56,84 @@ def test_llava_equals_the_default_of_transformers():
   assert dataclasses.replace(language, **changed) == ours.language
 
 
+TILED = {
+  "llava_next_mistral_7b": ("mistral", 4096, 14336, 32, 32, 8, 32064, 1e6, 1e-5),
+  "internvl3_1b": ("qwen2", 896, 4864, 24, 14, 2, 151674, 1e6, 1e-6),
+  "internvl3_8b": ("qwen2", 3584, 18944, 28, 28, 4, 151674, 1e6, 1e-6),
+  "internvl35_8b": ("qwen3", 4096, 12288, 36, 32, 8, 151936, 1e6, 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_models_of_tiles_equal_those_of_transformers(name):
+  kind, width, mlp_width, layers, heads, kv_heads, vocabulary, theta, epsilon = TILED[name]
+  text = transformers.AutoConfig.for_model(
+    kind,
+    hidden_size=width,
+    intermediate_size=mlp_width,
+    num_hidden_layers=layers,
+    num_attention_heads=heads,
+    num_key_value_heads=kv_heads,
+    vocab_size=vocabulary,
+    rope_parameters={"rope_type": "default", "rope_theta": theta},
+    rms_norm_eps=epsilon,
+    **({"sliding_window": None} if kind == "mistral" else {}),
+  )
+  if kind == "mistral":
+    hf = transformers.LlavaNextConfig(text_config=text)
+  else:
+    vision = transformers.InternVLVisionConfig(attention_bias=True)
+    hf = transformers.InternVLConfig(
+      text_config=text, vision_config=vision, tie_word_embeddings=False
+    )
+  ours = published(name)
+  vision, projector, language = hf_config.parts_of(hf, "transformers")
+  rope = dataclasses.replace(language.rope, original_length=ours.language.rope.original_length)
+  assert (vision, projector) == (ours.vision, ours.projector)
+  assert dataclasses.replace(language, rope=rope) == ours.language
+  with torch.device("meta"):
+    model = transformers.AutoModelForImageTextToText.from_config(hf)
+  unused = ("post_layernorm", "vision_tower.encoder.layers.23.")
+  sizes_in_torch = {name: param.numel() for name, param in model.named_parameters()}
+  used = sum(n for name, n in sizes_in_torch.items() if not any(part in name for part in unused))
+  assert trees.size(vlm.abstract_params(ours)[1]) == used
+
+
+SMALL = {  # parameters on the hub
+  "smolvlm_256m": 256_484_928,
+  "smolvlm_500m": 507_482_304,
+  "smolvlm_2b": 2_246_272_880,
+  "internvl3_1b": 938_193_024,
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_sizes_on_the_hub(name):
+  assert trees.size(vlm.abstract_params(published(name))[1]) == SMALL[name]
+
+
+def test_smolvlm_equals_that_of_transformers():
+  text = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24}
+  text |= {"num_attention_heads": 32, "head_dim": 64, "vocab_size": 49155, "model_type": "llama"}
+  text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 130_000.0}}
+  vision = {"intermediate_size": 4304, "num_hidden_layers": 27, "image_size": 384}
+  vision |= {"patch_size": 14}
+  for config in (transformers.Idefics3Config, transformers.SmolVLMConfig):
+    hf = config(text_config=text | {"rms_norm_eps": 1e-5}, vision_config=vision, scale_factor=3)
+    vision_config, projector, language = hf_config.parts_of(hf, "transformers")
+    ours = published("smolvlm_2b")
+    rope = dataclasses.replace(language.rope, original_length=ours.language.rope.original_length)
+    assert (vision_config, projector) == (ours.vision, ours.projector)
+    assert dataclasses.replace(language, rope=rope) == ours.language
+
+
+def test_lines_of_patches_that_transformers_rounds_are_refused():
+  vision = {"image_size": 25 * 14, "patch_size": 14}
+  hf = transformers.Idefics3Config(vision_config=vision)
+  with pytest.raises(InputError, match="lines of 25 patches, of which transformers takes some"):
+    hf_config.parts_of(hf, "transformers")
+
+
 def test_parameters_of_siglip():
   config = published("siglip_so400m_384", **FULL, vision_feature_layer="-1")
   assert config.tokens_per_image == 729

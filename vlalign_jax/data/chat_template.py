@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER
-from vlalign_jax.data.tokens import vocabulary
+from vlalign_jax.data.tokens import picture_token, vocabulary
 from vlalign_jax.errors import InputError
 
 TRIAL = "a trial conversation"  # its name in errors
@@ -154,6 +154,7 @@ def _message(role: str, text: str, images: int, typed: bool) -> dict:
 
 def _render(messages: list[dict], tokenizer, where: str, ask: bool) -> str:
   try:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    return text.replace(picture_token(tokenizer), IMAGE_PLACEHOLDER)
   except Exception as error:  # a template is a program and may raise anything
     raise InputError(f"{where}: the tokenizer's chat template fails: {error}; {_FIX}") from error

@@ -14,7 +14,7 @@ from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER, Turn
 from vlalign_jax.data.picture_tokens import PictureLayout, PictureTokens, tokens_of_record
 from vlalign_jax.data.records import Record
 from vlalign_jax.data.templates import closing, turn_pieces
-from vlalign_jax.data.tokens import tokenize_branches, vocabulary
+from vlalign_jax.data.tokens import picture_token, tokenize_branches, vocabulary
 from vlalign_jax.errors import InputError
 
 
@@ -248,6 +248,6 @@ def check_image_token(tokenizer, image_token_id: int) -> None:
   ids = vocabulary(tokenizer).ids(IMAGE_PLACEHOLDER)
   if ids != [image_token_id]:
     raise InputError(
-      f"the tokenizer reads <image> as {ids}, not as the image token {image_token_id};"
-      " add <image> to it as one special token with this id"
+      f"the tokenizer reads {picture_token(tokenizer)} as {ids}, not as the image token "
+      f"{image_token_id}; add it as one special token with this id"
     )

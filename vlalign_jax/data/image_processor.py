@@ -17,13 +17,32 @@ from vlalign_jax.data import images
 from vlalign_jax.errors import InputError
 
 ASPECTS = ("auto", "crop", "pad")
+TILES = "tiles"  # the aspect of processors that cut pictures into tiles
 # Image processor in Hugging Face files -> module below transformers.models, and class there.
 _CLIP = ("clip.image_processing_pil_clip", "CLIPImageProcessorPil")
 PROCESSORS = {
   "CLIPImageProcessor": _CLIP,
   "LlavaImageProcessor": _CLIP,  # `pad_to_square` is what it has more
   "SiglipImageProcessor": ("siglip.image_processing_pil_siglip", "SiglipImageProcessorPil"),
+  "LlavaNextImageProcessor": (
+    "llava_next.image_processing_pil_llava_next",
+    "LlavaNextImageProcessorPil",
+  ),
+  "Idefics3ImageProcessor": (
+    "idefics3.image_processing_pil_idefics3",
+    "Idefics3ImageProcessorPil",
+  ),
+  "SmolVLMImageProcessor": ("smolvlm.image_processing_pil_smolvlm", "SmolVLMImageProcessorPil"),
+  "GotOcr2ImageProcessor": ("got_ocr2.image_processing_pil_got_ocr2", "GotOcr2ImageProcessorPil"),
 }
+TILED = (  # those that cut pictures into tiles
+  "LlavaNextImageProcessor",
+  "GotOcr2ImageProcessor",
+  "Idefics3ImageProcessor",
+  "SmolVLMImageProcessor",
+)
+# Settings that a model's processor makes, whatever the image processor's own file says.
+_MADE = {"GotOcr2ImageProcessor": {"crop_to_patches": True}}
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
@@ -42,10 +61,11 @@ class ImagePreprocessor:
   """The steps of a Hugging Face image processor before it rescales; picklable.
 
   Attributes:
-    aspect: "crop" (shorter side to size, then the center) or "pad" (to a square, then to size).
+    aspect: "crop" (shorter side to size, then the center), "pad" (to a square, then to size), or
+      TILES (as the processor cuts pictures into tiles).
     mean, std: per channel, on the scale of `pixels * rescale_factor`; 0 and 1 if it does not
       normalize.
-    height, width: of every output, in pixels.
+    height, width: of every output, or tile of one, in pixels.
     rescale_factor: 1 if the processor does not rescale.
   """
 
@@ -68,7 +88,8 @@ class ImagePreprocessor:
     Args:
       path: a Hugging Face directory.
       aspect: "crop", "pad", or "auto": by the config's `do_pad`; crop if it has none. With "crop" a
-        SigLIP processor, which resizes without regard to the shape, crops nothing.
+        SigLIP processor, which resizes without regard to the shape, crops nothing. A processor that
+        cuts pictures into tiles takes "auto" only.
       kind: the class of a processor whose file names none; it is then a LlavaImageProcessor if it
         pads.
 
@@ -102,11 +123,11 @@ class ImagePreprocessor:
     names = processor_class.valid_kwargs.__annotations__
     settings: Any = {key: config[key] for key in names if config.get(key) is not None}
     try:
-      padding: Any = {"do_pad": aspect == "pad"}
+      padding: Any = {} if aspect == TILES else {"do_pad": aspect == "pad"}
       full = processor_class(**{**settings, **padding})
       # `pad_to_square` pads (in transformers, only LLaVA does); float steps run on the device.
       off = ("do_pad", "do_rescale", "do_normalize", "do_convert_rgb")
-      steps: Any = dict.fromkeys(off, False)
+      steps: Any = dict.fromkeys(off, False) | _MADE.get(kind, {})
       processor = processor_class(**{**settings, **steps})
       mean, std = _per_channel(full.image_mean), _per_channel(full.image_std)
       preprocessor = cls(
@@ -118,10 +139,10 @@ class ImagePreprocessor:
         rescale_factor=float(full.rescale_factor) if full.do_rescale else 1.0,
         pad_color=(int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)),
         processor=processor,
-        config=_saved(full, kind, aspect),
+        config=_saved(full, config, kind, aspect),
       )
       # The rules for sizes are many, so look at the outputs for images of several shapes.
-      probes = [Image.new("RGB", size) for size in ((3, 2), (2, 3), (5, 4))]
+      probes = [Image.new("RGB", size) for size in ((4, 2), (2, 5), (5, 4))]
       shapes = {preprocessor._pixels(image).shape[1:] for image in probes}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
       reason = " ".join(str(error).split())
@@ -146,7 +167,8 @@ class ImagePreprocessor:
     return self._pixels(image)
 
   def _pixels(self, image: Image.Image) -> np.ndarray:
-    image = self._bounded(image)
+    if self.aspect != TILES:
+      image = self._bounded(image)
     if self.aspect == "pad":
       image = pad_to_square(image, self.pad_color)
     pixels = np.asarray(self.processor(image)["pixel_values"])  # uint8[..., 3, H, W]
@@ -191,8 +213,10 @@ def _processor_class(kind: str) -> Any:
   return getattr(importlib.import_module(f"transformers.models.{module}"), name)
 
 
-def _saved(processor: Any, kind: str, aspect: str) -> dict[str, Any]:
+def _saved(processor: Any, config: dict, kind: str, aspect: str) -> dict[str, Any]:
   """Returns the JSON from which transformers loads the processor."""
+  if aspect == TILES:  # such a file may also say how videos are read
+    return config | processor.to_dict() | {"image_processor_type": kind}
   if aspect != "pad":
     return processor.to_dict() | {"image_processor_type": kind}
   # The only class that pads to a square; it crops to 224 x 224 if it is not told otherwise.
@@ -218,6 +242,13 @@ def _processor_type(config: dict[str, Any], where: str, default: str) -> str:
 def _resolve_aspect(config: dict[str, Any], aspect: str, kind: str, where: str) -> str:
   if aspect not in ASPECTS:
     raise InputError(f'image aspect "{aspect}" is unknown; choose one of {", ".join(ASPECTS)}')
+  if kind in TILED:
+    if aspect != "auto":
+      raise InputError(
+        f'{where}: a {kind} cuts pictures into tiles, and data.image_aspect is "{aspect}"; leave '
+        'it at "auto"'
+      )
+    return TILES
   if aspect != "auto":
     return aspect
   if config.get("do_pad") and kind != "LlavaImageProcessor":

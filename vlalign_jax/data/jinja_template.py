@@ -4,7 +4,7 @@ import re
 
 from vlalign_jax.data.chat_template import writes_end_tokens
 from vlalign_jax.data.templates import closing, named_parts, trial_pieces
-from vlalign_jax.data.tokens import tokenize_pieces, vocabulary
+from vlalign_jax.data.tokens import picture_token, tokenize_pieces, vocabulary
 from vlalign_jax.errors import InputError
 
 # `content` may be a string with <image> in it, or a list of {"type": "image"} and "text" parts.
@@ -98,7 +98,8 @@ def chat_template(template: str, tokenizer) -> str:
     "REFUSAL": _quote(f"roles are user, assistant and, first, system{only}; not "),
   }
   names = re.compile("|".join(rf"\b{name}\b" for name in fills))
-  return names.sub(lambda match: fills[match[0]], _CHAT_TEMPLATE)
+  text = _CHAT_TEMPLATE.replace("'<image>\\n'", _quote(f"{picture_token(tokenizer)}\n"))
+  return names.sub(lambda match: fills[match[0]], text)
 
 
 def _quote(text: str) -> str:

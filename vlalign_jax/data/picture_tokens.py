@@ -10,10 +10,6 @@ from vlalign_jax.data import images
 from vlalign_jax.data.records import Record
 from vlalign_jax.errors import InputError
 
-# Slots of tokens that have no embedding of a tile.
-TEXT = -1  # an ordinary token, such as a marker before the picture
-NEWLINE = -2  # the model's learned embedding of the end of a line of patches
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PictureTokens:
@@ -21,7 +17,8 @@ class PictureTokens:
 
   Attributes:
     ids: int32[N], the image token's id where an embedding stands.
-    slots: int32[N], index into the picture's own embeddings [tiles * P]; TEXT or NEWLINE.
+    slots: int32[N], index into the picture's own embeddings [tiles * P], or one of
+      `image_slots`.
     tiles: the number of its tiles.
     size: (width, height) that this is for; None: the size of the picture changes nothing.
   """

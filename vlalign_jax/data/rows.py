@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlalign_jax.data.picture_tokens import TEXT
+from vlalign_jax.image_slots import TEXT
 
 if TYPE_CHECKING:
   from vlalign_jax.data.encode import Example

@@ -29,11 +29,18 @@ class Vocabulary:
   control: re.Pattern  # tokens that only a template may write
   prefix: list[int]  # what the tokenizer itself puts before a text: bos or nothing
   unknown: int | None
+  picture: str  # the token that stands for a picture, which texts have as <image>
   anchors: dict[str, list[int]] = field(default_factory=dict)
 
   def ids(self, text: str) -> list[int]:
     """Returns the ids of `text` alone, without bos and eos."""
+    text = text.replace(IMAGE_PLACEHOLDER, self.picture)
     return self.backend.encode(text, add_special_tokens=False).ids
+
+
+def picture_token(tokenizer) -> str:
+  """Returns the token that stands for a picture: <image>, or InternVL's own."""
+  return getattr(tokenizer, "context_image_token", None) or IMAGE_PLACEHOLDER
 
 
 def vocabulary(tokenizer) -> Vocabulary:
@@ -64,10 +71,11 @@ def _vocabulary(tokenizer, size: int) -> Vocabulary:
   return Vocabulary(
     backend=backend,
     added=added,
-    endings=tuple(sorted(added, key=len, reverse=True)),
+    endings=tuple(sorted(added | {IMAGE_PLACEHOLDER}, key=len, reverse=True)),
     control=re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True)))),
     prefix=probe.ids[:before],
     unknown=tokenizer.unk_token_id,
+    picture=picture_token(tokenizer),
   )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from vlalign_jax import html
 from vlalign_jax.data.conversations import IMAGE_PLACEHOLDER
 from vlalign_jax.data.encode import Example
-from vlalign_jax.data.picture_tokens import TEXT
+from vlalign_jax.image_slots import TEXT
 from vlalign_jax.input_pipeline.prepare import LoadExample, Prepared
 
 FILE = "examples.html"

@@ -4,6 +4,8 @@ import functools
 
 import jax
 
+from vlalign_jax.errors import InputError
+
 
 def quick_gelu(x):
   """Returns x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
@@ -18,3 +20,10 @@ ACTIVATIONS = {
   "silu": jax.nn.silu,
   "relu": jax.nn.relu,
 }
+
+
+def check(name: str, where: str) -> str:
+  """Returns the name; raises an InputError that begins with `where` if it is unknown."""
+  if name not in ACTIVATIONS:
+    raise InputError(f"{where}: activation {name!r} is not one of {', '.join(ACTIVATIONS)}")
+  return name

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import ClassVar
 
-import jax.numpy as jnp
 from flax import nnx
 
 from vlalign_jax.models import vit
@@ -26,7 +25,5 @@ class VisionTower(vit.VisionTower):
   has_input_norm = True
 
   def embed(self, patches, mesh):
-    x = constrain_rows(self.patch_embedding(patches), mesh)
-    first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (len(x), 1, x.shape[-1]))
-    x = jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(self.dtype)
-    return self.input_norm(x)
+    x = self.with_class_token(constrain_rows(self.patch_embedding(patches), mesh))
+    return self.input_norm(x + self.position_embedding[...].astype(self.dtype))

@@ -6,32 +6,48 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vlalign_jax.errors import InputError
-from vlalign_jax.models import activations, perceiver, vit
+from vlalign_jax.models import activations, perceiver, pixel_shuffle, vit
 from vlalign_jax.models.linear import Linear
 from vlalign_jax.sharding.mesh import constrain_rows
 
-PROJECTORS = ("linear", "mlp", "vit", "perceiver")
+PROJECTORS = ("linear", "mlp", "vit", "perceiver")  # of new models
+FAMILY_PROJECTORS = ("norm_mlp", "joined_linear")  # of families, see `pixel_shuffle`
 
 
 @dataclasses.dataclass(frozen=True)
 class ProjectorConfig:
-  kind: str  # one of PROJECTORS
+  kind: str  # one of PROJECTORS or FAMILY_PROJECTORS
   in_width: int
   out_width: int
-  activation: str = "gelu"  # of `mlp`
-  use_bias: bool = True  # of `mlp` and `linear`
+  activation: str = "gelu"  # of `mlp` and `norm_mlp`
+  use_bias: bool = True  # of linear maps
+  newline: bool = False  # whether there is an embedding of the end of a line of patches
+  joined: int = 1  # side of the squares of patches that become one embedding
 
 
 def tokens_per_image(config: ProjectorConfig, vision: vit.VisionConfig) -> int:
   """Returns the number of embeddings per image."""
-  return perceiver.QUERIES if config.kind == "perceiver" else vision.tokens_per_image
+  if config.kind == "perceiver":
+    return perceiver.QUERIES
+  return vision.tokens_per_image // config.joined**2
 
 
 def check(config: ProjectorConfig, vision: vit.VisionConfig, where: str) -> None:
   """Raises InputError if the projector does not fit the vision tower and the language model."""
-  if config.kind not in PROJECTORS:
+  if config.kind not in PROJECTORS + FAMILY_PROJECTORS:
     kinds = ", ".join(PROJECTORS)
     raise InputError(f"{where}: projector {config.kind!r}; choose from {kinds}")
+  activations.check(config.activation, where)
+  if config.joined > 1 and vision.tokens_per_image != vision.patches:
+    raise InputError(
+      f"{where}: {vision.tokens_per_image} embeddings of {vision.patches} patches, and this "
+      "projector joins squares of patches; correct vision_feature_select_strategy"
+    )
+  if config.joined > 1 and (vision.image_size // vision.patch_size) % config.joined:
+    raise InputError(
+      f"{where}: the projector joins squares of {config.joined} x {config.joined} patches, and the "
+      f"vision tower has {vision.image_size // vision.patch_size} in a line"
+    )
   if config.kind == "vit" and len(vision.feature_layers) > 1:
     raise InputError(
       f"{where}: the vit projector takes the features of one layer of the vision tower, but "
@@ -106,12 +122,18 @@ def build_projector(
 
   Returns:
     A module `(features, mesh=None)` that maps [N, P, in_width] to [N, `tokens_per_image`,
-    out_width]; the mesh splits N.
+    out_width]; the mesh splits N. With `config.newline` it has `newline` [out_width].
   """
   kinds = {
     "linear": LinearProjector,
     "mlp": MlpProjector,
     "vit": VitProjector,
     "perceiver": perceiver.PerceiverProjector,
+    "norm_mlp": pixel_shuffle.NormMlpProjector,
+    "joined_linear": pixel_shuffle.JoinedLinearProjector,
   }
-  return kinds[config.kind](config, vision, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  projector = kinds[config.kind](config, vision, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  if config.newline:
+    normal = nnx.initializers.normal(config.out_width**-0.5)
+    projector.newline = nnx.Param(normal(rngs.params(), (config.out_width,), param_dtype))
+  return projector

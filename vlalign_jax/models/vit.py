@@ -35,6 +35,11 @@ class VisionConfig(abc.ABC):
   # Whether features begin with the first embedding: the class token, or the first patch of a tower
   # without one.
   keep_class_token: bool
+  qkv_bias: bool = True  # of the maps of query, key and value
+  query_key_norm: bool = False  # RMSNorms of queries and keys, over the channels of all heads
+  rms_norm: bool = False  # RMSNorms in layers, in place of LayerNorms
+  layer_scale: float | None = None  # initial scale of each branch's channels; None: none
+  output_norm: bool = False  # whether a norm follows the last layer, and features come after it
   class_tokens: ClassVar[int]  # embeddings before those of patches, in every hidden state
 
   @abc.abstractmethod
@@ -63,16 +68,24 @@ class VisionConfig(abc.ABC):
 class VisionAttention(nnx.Module):
   def __init__(self, config: VisionConfig, linear, rngs):
     self.heads = config.heads
-    self.query = linear(config.width, config.width, rngs=rngs)
-    self.key = linear(config.width, config.width, rngs=rngs)
-    self.value = linear(config.width, config.width, rngs=rngs)
+    self.query = linear(config.width, config.width, use_bias=config.qkv_bias, rngs=rngs)
+    self.key = linear(config.width, config.width, use_bias=config.qkv_bias, rngs=rngs)
+    self.value = linear(config.width, config.width, use_bias=config.qkv_bias, rngs=rngs)
     self.out = linear(config.width, config.width, rngs=rngs)
+    self.normed = config.query_key_norm
+    if self.normed:
+      types = {"dtype": self.query.dtype, "param_dtype": self.query.param_dtype}
+      self.query_norm = nnx.RMSNorm(config.width, epsilon=1e-6, rngs=rngs, **types)
+      self.key_norm = nnx.RMSNorm(config.width, epsilon=1e-6, rngs=rngs, **types)
 
   def __call__(self, x, mesh, attention_backend=backends.AUTO):
     def heads(projected):
       return constrain_tensor(projected.reshape(*x.shape[:-1], self.heads, -1), mesh, axis=2)
 
-    query, key, value = (heads(part(x)) for part in (self.query, self.key, self.value))
+    query, key = self.query(x), self.key(x)
+    if self.normed:
+      query, key = self.query_norm(query), self.key_norm(key)
+    query, key, value = (heads(projected) for projected in (query, key, self.value(x)))
     attended = attention.attend(query, key, value, mesh=mesh, backend=attention_backend)
     return self.out(constrain_tensor(attended, mesh, axis=2).reshape(x.shape))
 
@@ -88,26 +101,48 @@ class VisionMlp(nnx.Module):
     return self.down(activations.ACTIVATIONS[self.activation](hidden))
 
 
+class LayerScale(nnx.Module):
+  """Scales each channel of a branch (Touvron et al. 2021)."""
+
+  def __init__(self, width: int, initial: float, param_dtype):
+    self.scale = nnx.Param(jnp.full(width, initial, param_dtype))
+
+  def __call__(self, x):
+    return x * self.scale[...].astype(x.dtype)
+
+
 class VisionLayer(nnx.Module):
   def __init__(self, config: VisionConfig, linear, norm, rngs):
     self.attention_norm = norm(config.width, rngs=rngs)
     self.attention = VisionAttention(config, linear, rngs)
     self.mlp_norm = norm(config.width, rngs=rngs)
     self.mlp = VisionMlp(config, linear, rngs)
+    self.scaled = config.layer_scale is not None
+    if config.layer_scale is not None:
+      arguments = config.width, config.layer_scale, self.mlp.up.param_dtype
+      self.attention_scale, self.mlp_scale = LayerScale(*arguments), LayerScale(*arguments)
 
   def __call__(self, x, mesh, attention_backend=backends.AUTO):
-    x = x + self.attention(self.attention_norm(x), mesh, attention_backend)
-    return x + self.mlp(self.mlp_norm(x), mesh)
+    attended = self.attention(self.attention_norm(x), mesh, attention_backend)
+    x = x + (self.attention_scale(attended) if self.scaled else attended)
+    hidden = self.mlp(self.mlp_norm(x), mesh)
+    return x + (self.mlp_scale(hidden) if self.scaled else hidden)
 
 
 def parts(config: VisionConfig, **types):
   """Returns constructors (linear, norm) of a layer's modules; types: dtype and param_dtype."""
   normal = nnx.initializers.normal(config.width**-0.5)
   linear = functools.partial(Linear, kernel_init=normal, **types)
-  norm = functools.partial(
+  if config.rms_norm:
+    return linear, functools.partial(nnx.RMSNorm, epsilon=config.norm_epsilon, **types)
+  return linear, layer_norm(config, **types)
+
+
+def layer_norm(config: VisionConfig, **types):
+  """Returns the constructor of a LayerNorm of the tower."""
+  return functools.partial(
     nnx.LayerNorm, epsilon=config.norm_epsilon, use_fast_variance=False, **types
   )
-  return linear, norm
 
 
 class VisionTower(nnx.Module, abc.ABC):
@@ -136,12 +171,20 @@ class VisionTower(nnx.Module, abc.ABC):
     if config.class_tokens:
       self.class_embedding = embedding()
     self.position_embedding = embedding(config.tokens)
+    types = {"dtype": dtype, "param_dtype": param_dtype}
     if self.has_input_norm:
-      self.input_norm = norm(config.width, rngs=rngs)
+      self.input_norm = layer_norm(config, **types)(config.width, rngs=rngs)
+    if config.output_norm:
+      self.output_norm = layer_norm(config, **types)(config.width, rngs=rngs)
     if config.layers:
       self.layers = stack.build_stack(
         lambda rngs: VisionLayer(config, linear, norm, rngs), config.layers, rngs
       )
+
+  def with_class_token(self, x):
+    """Returns [N, 1 + patches, D] for patches' embeddings [N, patches, D]."""
+    first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (len(x), 1, x.shape[-1]))
+    return jnp.concatenate([first, x], axis=1)
 
   @abc.abstractmethod
   def embed(self, patches, mesh: Mesh | None):
@@ -203,4 +246,6 @@ class VisionTower(nnx.Module, abc.ABC):
       hidden += [None] * (config.layers - 1) + [last] if not several else list(outputs)
     features = jnp.concatenate([hidden[layer] for layer in config.feature_layers], axis=-1)
     features = constrain_rows(features, mesh)
+    if config.output_norm:
+      features = self.output_norm(features)
     return features if config.keep_class_token else features[:, 1:]

@@ -1,12 +1,14 @@
 """The vision-language model: vision tower, projector and language model."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from vlalign_jax.image_slots import NEWLINE, TEXT
 from vlalign_jax.models import backends
 from vlalign_jax.models import lora as adapters
 from vlalign_jax.models.llama import LanguageConfig, LanguageModel
@@ -29,6 +31,8 @@ class ModelConfig:
   rescale_factor: float = 1 / 255
   head: str = LANGUAGE
   mmca: bool = False  # multi-modal causal attention, see `models.attention`
+  family: str = "llava"  # how pictures and text are put together, see `weights.families`
+  most_tiles: int = 1  # of a picture
   lora: adapters.LoraConfig | None = None
 
   @property
@@ -63,7 +67,7 @@ class VisionLanguageModel(nnx.Module):
     self.options = {"remat": remat, "mesh": mesh, "attention": attention}
     types = {"dtype": dtype, "param_dtype": param_dtype}
     self.vision = config.vision.build(rngs=rngs, **types)
-    self.projector = build_projector(config.projector, config.vision, rngs=rngs, **types)
+    self.projector: Any = build_projector(config.projector, config.vision, rngs=rngs, **types)
     self.language = LanguageModel(
       config.language, with_head=config.head == LANGUAGE, rngs=rngs, **types
     )
@@ -81,7 +85,7 @@ class VisionLanguageModel(nnx.Module):
 
   def image_tokens(self, batch):
     """Returns bool[B, T], image tokens, if attention needs them (config.mmca); otherwise None."""
-    return batch["image_slots"] >= 0 if self.config.mmca else None
+    return batch["image_slots"] != TEXT if self.config.mmca else None
 
   def vision_features(self, images, dropout_key=None):
     """Computes the vision tower's features of images.
@@ -135,7 +139,11 @@ class VisionLanguageModel(nnx.Module):
       return x
     slots = batch["image_slots"][:, :, None]
     image_x = jnp.take_along_axis(features.astype(x.dtype), jnp.maximum(slots, 0), axis=1)
-    return jnp.where(slots >= 0, image_x, x)
+    x = jnp.where(slots >= 0, image_x, x)
+    if not self.config.projector.newline:
+      return x
+    newline = self.projector.newline[...]
+    return jnp.where(slots == NEWLINE, newline.astype(x.dtype), x)
 
   def __call__(self, batch):
     """Computes hidden states, which `head_kernel` maps to logits.

@@ -6,7 +6,7 @@ from vlalign_jax import trees
 from vlalign_jax.models import lora
 from vlalign_jax.optim import loss_scale, schedules
 
-GROUPS = ("base", "embeddings", "projector")
+GROUPS = ("base", "embeddings", "projector", "vision")
 
 
 def group_of(path: str) -> str:
@@ -14,6 +14,13 @@ def group_of(path: str) -> str:
   if path.startswith("language/embedding/"):
     return "embeddings"
   return "projector" if path.startswith("projector/") else "base"
+
+
+def rate_group(path: str, rates: dict[str, optax.Schedule]) -> str:
+  """Returns the key in `learning_rates` of a parameter's schedule."""
+  if path.startswith("vision/") and "vision" in rates:
+    return "vision"
+  return group_of(path)
 
 
 def is_trained(path: str, config) -> bool:
@@ -40,12 +47,18 @@ def decays(path: str, param) -> bool:
 
 
 def learning_rates(optim, total_steps: int) -> dict[str, optax.Schedule]:
-  """Returns each group's schedule; a group without its own learning rate has the base one."""
+  """Returns each group's schedule; a group without its own learning rate has the base one.
+
+  The vision tower is a group only if it has its own: optimizers that were saved before there was
+  one lack its place.
+  """
   peaks = {
     "base": optim.learning_rate,
     "embeddings": optim.embedding_learning_rate,
     "projector": optim.projector_learning_rate,
   }
+  if optim.vision_learning_rate is not None:
+    peaks["vision"] = optim.vision_learning_rate
   return {
     group: schedules.make_schedule(
       optim, optim.learning_rate if peak is None else peak, total_steps
@@ -66,7 +79,7 @@ def make_optimizer(
     dtype: of activations and their gradients; float16 needs loss scaling.
   """
   rates = learning_rates(optim, total_steps)
-  groups = trees.map_paths(lambda path, _: group_of(path), params)
+  groups = trees.map_paths(lambda path, _: rate_group(path, rates), params)
   mask = lambda tree: trees.map_paths(decays, tree)  # noqa: E731
   clip = optax.clip_by_global_norm(optim.max_grad_norm) if optim.max_grad_norm else optax.identity()
   # One Adam for all groups, so that its state is one tree; only the learning rate differs.

@@ -25,7 +25,7 @@ def check(config, params, updates: int, name: str = "this run") -> None:
   """
   optim = config.optim
   rates = optimizer.learning_rates(optim, updates)
-  groups = {optimizer.group_of(path) for path in trees.flatten(params)}
+  groups = {optimizer.rate_group(path, rates) for path in trees.flatten(params)}
   counts = np.arange(updates)
   highest = max((float(np.max(rates[group](counts))) for group in groups), default=0.0)
   rising = optim.schedule != "constant"

@@ -26,7 +26,7 @@ MOVE = "weights to the sampler"  # the program that only copies
 
 
 class Sizes(NamedTuple):
-  """B prompts of L tokens with I images; N answers of M tokens to each, in rows of T tokens."""
+  """B prompts of L tokens with I tiles; N answers of M tokens to each, in rows of T tokens."""
 
   B: int
   L: int
@@ -51,7 +51,8 @@ class RolloutShapes:
     """Returns the sizes of a rollout."""
     config, ppo = self.config, self.config.ppo
     N, M, L = ppo.num_generations, ppo.max_new_tokens, config.data.max_length
-    return Sizes(config.batch_size, L, config.data.max_images or 1, N, M, L + N * (M + 1))
+    I = config.data.max_images or self.models.actor.most_tiles  # noqa: E741
+    return Sizes(config.batch_size, L, I, N, M, L + N * (M + 1))
 
   @property
   def frozen(self) -> dict:
@@ -121,8 +122,9 @@ def plan(config, topology: Topology) -> StepPlan:
   rollout = RolloutShapes(config, models, mesh, program, sampler)
   sizes, tokens = rollout.sizes, models.actor.tokens_per_image
   if sizes.I * tokens > sizes.L:
+    name = "tiles" if actor.most_tiles > 1 else "images"
     raise InputError(
-      f"{sizes.I} images of {tokens} tokens do not fit into prompts of config.data.max_length="
+      f"{sizes.I} {name} of {tokens} tokens do not fit into prompts of config.data.max_length="
       f"{sizes.L}; raise it, or lower config.data.max_images"
     )
   return StepPlan(

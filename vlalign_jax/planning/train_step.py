@@ -163,15 +163,17 @@ def abstract_batch(
   shares = meshes.row_blocks(mesh) * config.grad_accumulation
   filled = -(-config.batch_size // examples_per_row)
   num_rows = -(-filled // shares) * shares
-  length, images = config.data.max_length, config.data.max_images or examples_per_row
+  length, images = config.data.max_length, config.data.max_images
+  images = images or examples_per_row * model.most_tiles
+  name = "tile" if model.most_tiles > 1 else "image"
   if images * model.tokens_per_image > length:
     raise InputError(
-      f"{images} images of {model.tokens_per_image} tokens do not fit into rows of "
+      f"{images} {name}s of {model.tokens_per_image} tokens do not fit into rows of "
       f"config.data.max_length={length}; raise it, or lower --examples-per-row"
     )
   assumptions = [
     f"{config.batch_size} examples, {examples_per_row} a row of {length} tokens with {images} "
-    f"image{'s' * (images > 1)}: {num_rows} rows",
+    f"{name}{'s' * (images > 1)}: {num_rows} rows",
     "the head runs over all tokens (in training over those that are learned)",
   ]
   if num_rows > filled:

@@ -204,7 +204,8 @@ def of_critic(config):
   own = _side(config, config.ppo.critic_zero_stage)
   if config.ppo.critic_learning_rate is not None:
     own.optim.learning_rate = config.ppo.critic_learning_rate
-    own.optim.embedding_learning_rate = own.optim.projector_learning_rate = None
+    for group in ("embedding", "projector", "vision"):
+      own.optim[f"{group}_learning_rate"] = None
   return own
 
 

@@ -175,7 +175,7 @@ def _open_peft(directory: str, model: vlm.ModelConfig):
       if kind == "lora_a" and len(tensor.shape) == 2:
         rank = tensor.shape[0]
         tower = "" if "" in configs else canonical.split(".", 1)[0]
-        module = peft.module_name(canonical.removesuffix(".lora_A.weight"), tower)
+        module = peft.module_name(canonical.removesuffix(".lora_A.weight"), model, tower)
         rank_and_scale = (rank, peft.scale(configs[tower], module, rank))
         if stored.setdefault(path, rank_and_scale) != rank_and_scale:
           wrong.append(f"{tensor.name}: its rank or scale differs from that of other layers")
@@ -187,7 +187,9 @@ def _open_peft(directory: str, model: vlm.ModelConfig):
   for path in stored:  # every layer must have both matrices
     pairs = [name for name in table if name.path.rsplit("/", 1)[0] == path]
     missing = [n.tensor.format(i) for n in pairs for i in names.layers_of(n, model)]
-    wrong += [f"missing {peft.PREFIX}{peft.module_name(n)}" for n in missing if n not in used]
+    wrong += [
+      f"missing {peft.PREFIX}{peft.module_name(n, model)}" for n in missing if n not in used
+    ]
   if wrong:
     raise InputError(
       f"lora.init_from={directory}: these are not adapters of this model:\n  " + "\n  ".join(wrong)

@@ -82,6 +82,7 @@ def read_configs(vision: str, language: str):
   vision_or_both, language_config = hf_config.read_config(vision), hf_config.read_config(language)
   vision_config = getattr(vision_or_both, "vision_config", vision_or_both)
   hf_config.check_types(vision_config, vision, language_config, language)
+  towers.check_alone(vision_config.model_type, vision)
   return vision_config, language_config
 
 

@@ -24,13 +24,14 @@ class Tower:
   Attributes:
     layers: its number of layers: as in the source, but if the source's files lack a layer after the
       last used one, the tower ends before it.
-    feature_layer: `vision_feature_layer` of a tower with this number of layers.
+    feature_layer: `vision_feature_layer` of a tower with this number of layers; None if the model's
+      config has no such key.
     unused: canonical name -> tensor of the layers that are not run, of post_layernorm and the head.
     head: whether it has the head that pools the last hidden state.
   """
 
   layers: int
-  feature_layer: int | list[int]
+  feature_layer: int | list[int] | None
   unused: dict[str, Tensor]
   head: bool
 
@@ -51,13 +52,14 @@ def tower_of(source: ModelSource) -> Tower:
       break
     unused |= {name: source.tensors[name] for name in shapes}
     layers += 1
-  if _holds(source, dict.fromkeys(POST_NORM, (config.vision.width,))):
+  kind = towers.of(config.vision)
+  if kind.has_post_norm and _holds(source, dict.fromkeys(POST_NORM, (config.vision.width,))):
     unused |= {name: source.tensors[name] for name in POST_NORM}
   head = towers.head_of(config.vision, hf.vision_config)
   if not _holds(source, head):
     head = {}
   unused |= {name: source.tensors[name] for name in head}
-  feature_layer = hf.vision_feature_layer
+  feature_layer = getattr(hf, "vision_feature_layer", None)
   if layers < total:
     several = [layer - layers - 1 for layer in config.vision.feature_layers]
     feature_layer = several[0] if isinstance(feature_layer, int) else several

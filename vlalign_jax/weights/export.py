@@ -1,6 +1,7 @@
 """Writes a trained model as a Hugging Face directory.
 
-With the `mlp` projector LlavaForConditionalGeneration loads the result. transformers has neither
+With the `mlp` projector LlavaForConditionalGeneration, or the class of the model's family
+(`families`), loads the result. transformers has neither
 the other projectors nor multi-modal causal attention: a model with these is written in a layout
 that this code reads again, and whose towers transformers loads.
 
@@ -36,10 +37,10 @@ from safetensors.numpy import save_file
 from vlalign_jax import json_files, trees
 from vlalign_jax.data import jinja_template, templates
 from vlalign_jax.errors import InputError
-from vlalign_jax.models.vlm import SCORE, ModelConfig
-from vlalign_jax.weights import copied, names, towers
+from vlalign_jax.models.vlm import SCORE
+from vlalign_jax.weights import copied, families, names, towers
 from vlalign_jax.weights.hf_config import OWN_FAMILY, PROJECTOR, REWARD_ARCHITECTURE, TOWERS
-from vlalign_jax.weights.parts import IMAGE_TOKEN, ModelSource, with_ends
+from vlalign_jax.weights.parts import ModelSource, with_ends
 
 MAX_SHARD_BYTES = 5 * 10**9
 _SCORE_LABELS = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
@@ -69,15 +70,10 @@ def save_model_files(
   json_files.write(os.path.join(directory, "config.json"), _config(source, dtype, vision_dtype))
   if source.config.projector.kind == "perceiver":
     return  # transformers' processor counts patches
-  vision = source.config.vision
-  processor = {
-    "processor_class": "LlavaProcessor",
-    "image_token": IMAGE_TOKEN,
-    "num_additional_image_tokens": vision.class_tokens,
-    "patch_size": vision.patch_size,
-    "vision_feature_select_strategy": "full" if vision.keep_class_token else "default",
-  }
+  processor = families.processor_config(source.config)
   json_files.write(os.path.join(directory, "processor_config.json"), processor)
+  for name, content in source.other_files.items():
+    json_files.write(os.path.join(directory, name), content)
 
 
 def _save_tokenizer(source: ModelSource, directory: str, template: str | None) -> None:
@@ -95,11 +91,6 @@ def _save_tokenizer(source: ModelSource, directory: str, template: str | None) -
   generation.save_pretrained(directory)
 
 
-def is_llava(config: ModelConfig) -> bool:
-  """Returns whether transformers has a class for the model."""
-  return config.projector.kind == "mlp" and not config.mmca
-
-
 def _config(source: ModelSource, dtype: str, vision_dtype: str | None) -> dict:
   """Returns the content of config.json."""
   config, tower = source.config, copied.tower_of(source)
@@ -111,12 +102,14 @@ def _config(source: ModelSource, dtype: str, vision_dtype: str | None) -> dict:
   hf["vision_config"]["num_hidden_layers"] = tower.layers
   if (head_key := towers.of(config.vision).head_key) and not tower.head:
     hf["vision_config"][head_key] = False
-  hf["vision_feature_layer"] = tower.feature_layer
-  hf["image_seq_length"] = config.tokens_per_image
+  if tower.feature_layer is not None:
+    hf["vision_feature_layer"] = tower.feature_layer
+  if "image_seq_length" in hf:
+    hf["image_seq_length"] = config.tokens_per_image
   hf["dtype"] = hf["text_config"]["dtype"] = dtype
   if vision_dtype and hf["vision_config"].get("dtype"):  # else the dtype of the model applies
     hf["vision_config"]["dtype"] = vision_dtype
-  family = "Llava" if is_llava(config) else OWN_FAMILY
+  family = families.of(config).name if families.in_transformers(config) else OWN_FAMILY
   hf["architectures"] = [f"{family}ForConditionalGeneration"]
   for key in ("projector_type", "mmca"):
     hf.pop(key, None)
@@ -204,7 +197,7 @@ def export_model(
     if partial:
       save_model_files(source, partial, dtype_name, vision_dtype=vision_dtype)
     table = names.names_of(source.config)
-    if is_llava(source.config):
+    if families.in_transformers(source.config):
       tensors = _tensors(source, table, flat, dtype, names.exported, bool(partial))
       _save_weights(tensors, partial, max_shard_bytes)
       return
@@ -281,14 +274,14 @@ def _tensors(source: ModelSource, table: list[names.Name], flat, dtype, exported
   A process that does not write only takes part in gathering.
   """
   for name, tensor in gather([name for name in table if name.path in flat], flat, dtype):
-    yield exported(name), tensor
+    yield exported(name, source.config), tensor
   if not writes:
     return
   for name, tensor in copied.untrained(source, {n.path for n in table} - flat.keys(), dtype):
-    yield exported(name), tensor
+    yield exported(name, source.config), tensor
   if any(name.path.startswith("vision/") for name in table):
     for name, tensor in _unused(source, dtype or next(iter(flat.values())).dtype, dtype):
-      yield exported(name), tensor
+      yield exported(name, source.config), tensor
 
 
 def _unused(source: ModelSource, identity_dtype, dtype: np.dtype | None):
@@ -310,7 +303,9 @@ def _unused(source: ModelSource, identity_dtype, dtype: np.dtype | None):
     )
   for name, tensor in tower.unused.items():
     yield name, copied.as_stored(tensor.read(), dtype)
-  if not tower.has_post_norm:  # LLaVA never applies it, but transformers expects it
+  if (
+    towers.of(source.config.vision).has_post_norm and not tower.has_post_norm
+  ):  # LLaVA never applies it, but transformers expects it
     logging.warning("the source has no post_layernorm; the identity is written in its place")
     for name, value in zip(copied.POST_NORM, (1, 0), strict=True):
       yield name, np.full((source.config.vision.width,), value, identity_dtype)

@@ -12,11 +12,11 @@ from vlalign_jax import json_files
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora
 from vlalign_jax.models.vlm import ModelConfig
-from vlalign_jax.weights import export, hf_config, names, peft
+from vlalign_jax.weights import export, families, hf_config, names, peft
 
 # Path prefix of parameters that may be fully trained with adapters -> their module in PEFT.
 MODULES_TO_SAVE = {
-  "projector/": "multi_modal_projector",
+  "projector/": "",  # its name depends on the family
   "language/embedding/": "embed_tokens",
   "score/": "score",
 }
@@ -55,12 +55,12 @@ def export_adapters(
       adapted = [name for name in adapters if name.path.startswith(prefixes)]
       full = [name for name in others if name.path.startswith(prefixes)]
       tensors = export.gather([*adapted, *full], params, dtype)
-      content = {peft.PREFIX + peft.module_name(name, tower): tensor for name, tensor in tensors}
+      content = {peft.PREFIX + peft.module_name(name, config, tower): x for name, x in tensors}
       if directory and content:
         adapter_config = _adapter_config(config, adapted, full, bases.get(tower), tower)
         _save(os.path.join(directory, tower), peft.WEIGHTS, content)
         json_files.write(os.path.join(directory, tower, peft.CONFIG), adapter_config)
-    if not export.is_llava(config):
+    if not families.in_transformers(config):
       projector = [name for name in others if name.path.startswith("projector/")]
       content = {names.exported_part(n): x for n, x in export.gather(projector, params, dtype)}
       if directory and content:
@@ -69,7 +69,7 @@ def export_adapters(
 
 def _towers(config: ModelConfig) -> dict[str, tuple[str, ...]]:
   """Returns directory below the output -> path prefixes of the parameters in it."""
-  return {"": ("",)} if export.is_llava(config) else hf_config.TOWERS
+  return {"": ("",)} if families.in_transformers(config) else hf_config.TOWERS
 
 
 def _save(directory: str, file: str, content: dict[str, np.ndarray]) -> None:
@@ -81,7 +81,7 @@ def _check_fully_trained(config: ModelConfig, params) -> None:
   """Raises an InputError for trained parameters that PEFT has no place for."""
   full = [path for path in params if not lora.is_adapter(path)]
   wrong = [path for path in full if not path.startswith(tuple(MODULES_TO_SAVE))]
-  if not export.is_llava(config):
+  if not families.in_transformers(config):
     adapted = {path for path in params if lora.is_adapter(path)}
     wrong += sorted(path for path in adapted if path.startswith("projector/"))
     wrong += [
@@ -113,12 +113,19 @@ def _merge_adapters_of_trained(config: ModelConfig, params) -> None:
       params[path] = lora.merge(kernel, a, b, scale, kernel.sharding)
 
 
+def _module(config: ModelConfig, part: str) -> str:
+  """Returns the name of a part, such as "vision.", in the model's class."""
+  return dict(families.of(config).modules)[part].rstrip(".").rpartition(".")[2]
+
+
 def _adapter_config(config: ModelConfig, adapted, full, base: str | None, tower: str) -> dict:
   """Returns adapter_config.json for adapters and fully trained parameters, as Names."""
   targets, ranks = [], config.lora
   for name in adapted:
     if name.path.endswith("/lora_a"):
-      module = re.escape(peft.module_name(name.tensor.removesuffix(".lora_A.weight"), tower))
+      module = re.escape(
+        peft.module_name(name.tensor.removesuffix(".lora_A.weight"), config, tower)
+      )
       # The vision tower's are listed one by one, since we may run only its first layers.
       layers = range(config.vision.layers) if name.path.startswith("vision/") else ()
       number = f"(?:{'|'.join(map(str, layers))})" if layers else r"\d+"
@@ -128,20 +135,18 @@ def _adapter_config(config: ModelConfig, adapted, full, base: str | None, tower:
   if tower == "vision":
     rank = ranks.vision_rank
   elif not tower and ranks.vision_rank not in (0, rank):
-    pattern = {"vision_tower.*": ranks.vision_rank}
+    pattern = {f"{_module(config, 'vision.')}.*": ranks.vision_rank}
   modules = {
-    module
+    module or _module(config, "projector.")
     for prefix, module in MODULES_TO_SAVE.items()
     if any(name.path.startswith(prefix) for name in full)
   }
-  llava = {
-    "base_model_class": "LlavaForConditionalGeneration",
-    "parent_library": "transformers.models.llava.modeling_llava",
-  }
+  family = families.of(config)
+  whole = {"base_model_class": family.architecture, "parent_library": family.module}
   return {
     "peft_type": "LORA",
     "task_type": None,
-    "auto_mapping": None if tower else llava,
+    "auto_mapping": None if tower else whole,
     "base_model_name_or_path": base,
     "inference_mode": True,
     "r": rank,

@@ -6,12 +6,12 @@ from typing import Any
 from transformers import AutoConfig
 
 from vlalign_jax.errors import InputError
-from vlalign_jax.models.activations import ACTIVATIONS
+from vlalign_jax.models import activations
 from vlalign_jax.models.llama import LanguageConfig
 from vlalign_jax.models.projector import ProjectorConfig
 from vlalign_jax.models.rope import ROPE_KINDS, RopeConfig
 from vlalign_jax.models.vit import VisionConfig
-from vlalign_jax.weights import towers
+from vlalign_jax.weights import families, towers
 from vlalign_jax.weights.decoders import DECODERS
 
 # For models that transformers has no class for: the start of their architectures' names, the
@@ -51,12 +51,6 @@ def _check_type(hf, types: tuple[str, ...], part: str, where: str) -> None:
     raise InputError(f"{where}: {part} of type {hf.model_type!r}; supported: {supported}")
 
 
-def _check_activation(name: str, where: str) -> str:
-  if name not in ACTIVATIONS:
-    raise InputError(f"{where}: activation {name!r} is not one of {', '.join(ACTIVATIONS)}")
-  return name
-
-
 def feature_layers(index: int | list[int], layers: int, where: str) -> tuple[int, ...]:
   """Returns `vision_feature_layer` as hidden states 0..layers (0 is the input of layer 1)."""
   indices = [index] if isinstance(index, int) else list(index)
@@ -94,9 +88,6 @@ def vision_config(hf, index: int | list[int], strategy: str, where: str) -> Visi
   _check_type(hf, tuple(towers.TOWERS), "vision tower", where)
   if hf.num_channels != 3:
     raise InputError(f"{where}: num_channels is {hf.num_channels}; only RGB towers are supported")
-  for key in ("image_size", "patch_size"):
-    if not isinstance(getattr(hf, key), int):
-      raise InputError(f"{where}: {key} is {getattr(hf, key)}; give the side of a square")
   if getattr(hf, "tie_last_hidden_states", False):
     raise InputError(
       f"{where}: tie_last_hidden_states, features behind the tower's last norm, is not supported"
@@ -107,13 +98,24 @@ def vision_config(hf, index: int | list[int], strategy: str, where: str) -> Visi
     mlp_width=hf.intermediate_size,
     layers=max(used),
     heads=hf.num_attention_heads,
-    image_size=hf.image_size,
-    patch_size=hf.patch_size,
-    activation=_check_activation(hf.hidden_act, where),
+    image_size=_side(hf, "image_size", where),
+    patch_size=_side(hf, "patch_size", where),
+    activation=activations.check(hf.hidden_act, where),
     norm_epsilon=hf.layer_norm_eps,
     feature_layers=used,
     keep_class_token=keeps_class_token(strategy, where),
+    **towers.TOWERS[hf.model_type].fields(hf, where),
   )
+
+
+def _side(hf, key: str, where: str) -> int:
+  """Returns the side of a square, which a config gives as one number or as two equal ones."""
+  size = getattr(hf, key)
+  sides = set(size) if isinstance(size, (list, tuple)) else {size}
+  side = sides.pop()
+  if sides or not isinstance(side, int):
+    raise InputError(f"{where}: {key} is {size}; give the side of a square")
+  return side
 
 
 def rope_config(hf, where: str) -> RopeConfig:
@@ -148,7 +150,7 @@ def language_config(hf, where: str, *, tied: bool, vocab_size: int) -> LanguageC
     norm_epsilon=hf.rms_norm_eps,
     rope=rope_config(hf, where),
     tied_embeddings=tied,
-    activation=_check_activation(hf.hidden_act, where),
+    activation=activations.check(hf.hidden_act, where),
     **DECODERS[hf.model_type](hf, where),
   )
 
@@ -159,18 +161,11 @@ def is_reward_model(hf: Any) -> bool:
 
 
 def parts_of(hf: Any, where: str) -> tuple[VisionConfig, ProjectorConfig, LanguageConfig]:
-  """Converts the three parts of a LLaVA config; `projector_type` is ours, see `weights.export`."""
-  vision = vision_config(
-    hf.vision_config, hf.vision_feature_layer, hf.vision_feature_select_strategy, where
-  )
+  """Converts the parts of a model's config; `projector_type` is ours, see `weights.export`."""
+  family = families.FAMILIES[hf.model_type]
+  families.check_tower(hf, where)
+  vision = vision_config(hf.vision_config, *family.features_of(hf), where)
   language = language_config(
     hf.text_config, where, tied=hf.tie_word_embeddings, vocab_size=hf.text_config.vocab_size
   )
-  projector = ProjectorConfig(
-    kind=getattr(hf, "projector_type", "mlp"),
-    in_width=vision.feature_width,
-    out_width=language.width,
-    activation=_check_activation(hf.projector_hidden_act, where),
-    use_bias=hf.multimodal_projector_bias,
-  )
-  return vision, projector, language
+  return vision, family.projector(hf, vision, language.width), language

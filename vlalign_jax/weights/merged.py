@@ -97,7 +97,7 @@ def with_adapters(base: ModelSource, directory: str) -> ModelSource:
       if (b.shape[0], a.shape[1], a.shape[0]) != (*w.shape, b.shape[1]):
         wrong.append(f"{a.name} {a.shape} and {b.name} {b.shape} for {w.name} {w.shape}")
         continue
-      scale = peft.scale(config, peft.module_name(module), a.shape[0])
+      scale = peft.scale(config, peft.module_name(module, model), a.shape[0])
       merged = f"{w.name} with {a.name} of {a.file}"
       tensors[weight] = MergedTensor(
         w.file, merged, w.shape, w.stored, w.offset, base=w, a=a, b=b, scale=scale

@@ -5,11 +5,16 @@ import re
 import numpy as np
 
 from vlalign_jax.models.vlm import SCORE, ModelConfig
-from vlalign_jax.weights import towers, vision_names
+from vlalign_jax.weights import families, towers, vision_names
 from vlalign_jax.weights.vision_names import Name
 
 
 def _projector(config: ModelConfig) -> list[Name]:
+  newline = [Name("projector/newline", "projector.newline")] if config.projector.newline else []
+  return newline + _projector_maps(config)
+
+
+def _projector_maps(config: ModelConfig) -> list[Name]:
   kind, use_bias = config.projector.kind, config.projector.use_bias
   last = [
     *vision_names.linear("projector/linear", "projector.linear", use_bias or kind == "perceiver"),
@@ -28,7 +33,11 @@ def _projector(config: ModelConfig) -> list[Name]:
       *vision_names.attention("projector/attention", "projector.attention"),
       *last,
     ]
+  if kind == "joined_linear":
+    return vision_names.linear("projector/linear", "projector.proj", use_bias)
+  norm = vision_names.layer_norm("projector/norm", "projector.layer_norm")
   return [
+    *(norm if kind == "norm_mlp" else ()),
     *vision_names.linear("projector/first", "projector.linear_1", use_bias),
     *vision_names.linear("projector/second", "projector.linear_2", use_bias),
   ]
@@ -76,6 +85,11 @@ def layers_of(name: Name, config: ModelConfig) -> range:
 
 
 _CANONICAL = (
+  (r"^(model\.)?image_newline$", "projector.newline"),
+  # Idefics3 and SmolVLM.
+  (r"^model\.vision_model\.", "vision."),
+  (r"^model\.connector\.modality_projection\.", "projector."),
+  (r"^model\.text_model\.", "language."),
   # LLaVA's original repository.
   (r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision."),
   (r"^model\.mm_projector\.0\.", "projector.linear_1."),
@@ -115,32 +129,27 @@ def is_unused(tensor: str, config: ModelConfig) -> bool:
     return True
   if tensor.startswith("vision.head."):
     return towers.of(config.vision).head is not None
-  layer = re.match(r"^vision\.encoder\.layers\.(\d+)\.", tensor)
+  layer = re.match(r"^vision\.encoder\.layers?\.(\d+)\.", tensor)
   if layer:
     return int(layer.group(1)) >= config.vision.layers
   headless = config.language.tied_embeddings or config.head == SCORE
   return tensor == "language.lm_head.weight" and headless
 
 
-def exported(tensor: str) -> str:
-  """Returns the name that LlavaForConditionalGeneration of any version reads.
+def exported(tensor: str, config: ModelConfig) -> str:
+  """Returns the name that the model's class in transformers reads, in any version that has it.
 
   That class lacks a score head, which is named as in transformers' sequence classifiers.
   """
-  return replace_prefix(
-    tensor,
-    ("vision.", "vision_tower.vision_model."),
-    ("projector.", "multi_modal_projector."),
-    ("language.lm_head.", "language_model.lm_head."),
-    ("language.", "language_model.model."),
-  )
+  return replace_prefix(tensor, *families.of(config).stored)
 
 
-def exported_part(tensor: str) -> str:
+def exported_part(tensor: str, config: ModelConfig | None = None) -> str:
   """Returns the name in the directory of its part, which is a separate model (`weights.export`)."""
   return replace_prefix(
     tensor,
     ("vision.", "vision_model."),
+    ("projector.newline", "image_newline"),
     ("projector.", "multi_modal_projector."),
     ("language.lm_head.", "lm_head."),
     ("language.", "model."),
@@ -155,12 +164,18 @@ def replace_prefix(tensor: str, *prefixes: tuple[str, str]) -> str:
   return tensor
 
 
+_LEADING = {"leading": 1, "two_leading": 2}  # kind -> axes of length 1
+
+
 def to_param(kind: str, tensor: np.ndarray) -> np.ndarray:
   """Converts a tensor to the parameter of one layer, as a view where possible.
 
   Kinds: `same`; `transposed` and `vocabulary_transposed`: [out, in] to [in, out];
-  `vocabulary`: [V, D] stays; `patches`: a convolution's [D, 3, p, p] to [p * p * 3, D].
+  `vocabulary`: [V, D] stays; `patches`: a convolution's [D, 3, p, p] to [p * p * 3, D];
+  `leading` and `two_leading`: without one or two first axes of length 1.
   """
+  if kind in _LEADING:
+    return tensor.reshape(tensor.shape[_LEADING[kind] :])
   if kind in ("transposed", "vocabulary_transposed"):
     return tensor.T
   if kind == "patches":
@@ -170,6 +185,8 @@ def to_param(kind: str, tensor: np.ndarray) -> np.ndarray:
 
 def to_tensor(kind: str, param: np.ndarray) -> np.ndarray:
   """Converts a parameter of one layer to its tensor: the inverse of `to_param`."""
+  if kind in _LEADING:
+    return param.reshape((1,) * _LEADING[kind] + param.shape)
   if kind in ("transposed", "vocabulary_transposed"):
     return param.T
   if kind == "patches":

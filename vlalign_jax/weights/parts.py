@@ -6,15 +6,16 @@ import os
 from collections.abc import Collection
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from vlalign_jax import json_files
 from vlalign_jax.data.image_processor import ImagePreprocessor
-from vlalign_jax.data.picture_tokens import OneTile, PictureLayout
+from vlalign_jax.data.picture_tokens import PictureLayout
+from vlalign_jax.data.tokens import picture_token
 from vlalign_jax.errors import InputError
 from vlalign_jax.models.projector import check as check_projector
 from vlalign_jax.models.vlm import LANGUAGE, SCORE, ModelConfig
-from vlalign_jax.weights import adapters, hf_config, sentencepiece_model, tensors
+from vlalign_jax.weights import adapters, families, hf_config, sentencepiece_model, tensors
 
 IMAGE_TOKEN = "<image>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -26,7 +27,8 @@ class ModelSource:
 
   Attributes:
     config: the architecture.
-    hf: the model's LLaVA config, with all layers of the source's vision tower.
+    hf: transformers' config of the model, of one of `families`, with all layers of the source's
+      vision tower.
     generation: its generation config.
     tokenizer: has `<image>` and a pad token.
     images: turns pictures into the tower's pixels.
@@ -37,10 +39,11 @@ class ModelSource:
       adapters are merged into the weights.
     start: what the adapters of `config` start from, if they are not fresh.
     new_tokens: whether the model has more tokens than its files, see `assembled`.
+    other_files: name -> content of JSON files that exports copy.
   """
 
   config: ModelConfig
-  hf: Any  # LlavaConfig
+  hf: Any
   generation: GenerationConfig
   tokenizer: Any  # PreTrainedTokenizerBase
   images: ImagePreprocessor
@@ -50,6 +53,7 @@ class ModelSource:
   runs: tuple[tuple[str, int], ...] = ()
   start: adapters.AdapterInit | None = None
   new_tokens: bool = False
+  other_files: dict[str, dict] = dataclasses.field(default_factory=dict)
 
   @property
   def assembled(self) -> bool:
@@ -127,7 +131,7 @@ def with_ends(generation: GenerationConfig, ends: Collection[int]) -> Generation
 
 
 def from_parts(
-  hf: LlavaConfig,
+  hf: Any,
   generation: GenerationConfig,
   tokenizer: PreTrainedTokenizerBase,
   images: ImagePreprocessor,
@@ -143,20 +147,22 @@ def from_parts(
     InputError: the parts do not fit together.
   """
   config = _model_config(hf, images, tokenizer, where)
+  layout = families.layout_of(hf, config, tokenizer, images, where)
+  config = dataclasses.replace(config, most_tiles=layout.most_tiles)
   return ModelSource(
     config=config,
     hf=hf,
     generation=generation,
     tokenizer=_with_pad_token(tokenizer, where),
     images=images,
-    layout=OneTile(config.image_token_id, config.tokens_per_image),
+    layout=layout,
     tensors={},
     fresh=("vision/", "projector/", "language/"),
   )
 
 
 def _model_config(
-  hf: LlavaConfig, images: ImagePreprocessor, tokenizer: PreTrainedTokenizerBase, where: str
+  hf: Any, images: ImagePreprocessor, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> ModelConfig:
   vision, projector, language = hf_config.parts_of(hf, where)
   check_projector(projector, vision, where)
@@ -166,10 +172,11 @@ def _model_config(
       f"tower takes {vision.image_size} x {vision.image_size}; correct preprocessor_config.json"
     )
   token_id = hf.image_token_id
-  if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != token_id:
+  token = picture_token(tokenizer)
+  if tokenizer.convert_tokens_to_ids(token) != token_id:
     raise InputError(
-      f"{where}: config.json says image_token_index {token_id}, the tokenizer has {IMAGE_TOKEN} at "
-      f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}; correct the wrong one"
+      f"{where}: config.json says image_token_index {token_id}, the tokenizer has {token} at "
+      f"{tokenizer.convert_tokens_to_ids(token)}; correct the wrong one"
     )
   if len(tokenizer) > language.vocab_size:
     raise InputError(
@@ -186,6 +193,7 @@ def _model_config(
     rescale_factor=images.rescale_factor,
     head=SCORE if hf_config.is_reward_model(hf) else LANGUAGE,
     mmca=getattr(hf, "mmca", False),
+    family=hf.model_type,
   )
 
 

@@ -1,6 +1,6 @@
 """Reads PEFT directories: adapter_config.json and adapter_model.safetensors.
 
-Tensors are named after the modules of transformers 5's LlavaForConditionalGeneration, with PEFT's
+Tensors are named after the modules of transformers 5's class of the model, with PEFT's
 prefix `base_model.model.`. Parameters that were fully trained with the adapters are in the same
 file, like PEFT's `modules_to_save`; a reward model's head is the module `score`.
 
@@ -18,7 +18,7 @@ from vlalign_jax import json_files
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import lora
 from vlalign_jax.models.vlm import ModelConfig
-from vlalign_jax.weights import hf_config, names, tensors
+from vlalign_jax.weights import families, hf_config, names, tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -48,25 +48,21 @@ def names_of(config: ModelConfig) -> list[names.Name]:
 
 
 _MODULES = {
-  "": (
-    ("vision.", "model.vision_tower."),
-    ("projector.", "model.multi_modal_projector."),
-    ("language.lm_head.", "lm_head."),
-    ("language.", "model.language_model."),
-  ),
   "vision": (("vision.", ""),),
   "language": (("language.lm_head.", "lm_head."), ("language.", "model.")),
 }
 
 
-def module_name(canonical: str, tower: str = "") -> str:
-  """Returns the tensor's name in transformers 5's class of a LLaVA or of a tower.
+def module_name(canonical: str, config: ModelConfig, tower: str = "") -> str:
+  """Returns the tensor's name in transformers 5's class of the model or of a tower.
 
   Args:
     canonical: from `names.canonical`.
-    tower: "vision", "language", or "" for a LLaVA.
+    config: of the model.
+    tower: "vision", "language", or "" for the whole model.
   """
-  return names.replace_prefix(canonical, *_MODULES[tower])
+  prefixes = _MODULES[tower] if tower else families.of(config).modules
+  return names.replace_prefix(canonical, *prefixes)
 
 
 def directories(directory: str) -> dict[str, str]:

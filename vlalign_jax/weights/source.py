@@ -7,9 +7,7 @@ reading weights; `weights.load` then reads the weights.
 import dataclasses
 import os
 
-from transformers import LlavaConfig
-
-from vlalign_jax import storage, trees
+from vlalign_jax import json_files, storage, trees
 from vlalign_jax.data.image_processor import ImagePreprocessor
 from vlalign_jax.data.templates import end_tokens
 from vlalign_jax.errors import InputError
@@ -19,6 +17,7 @@ from vlalign_jax.runs import checkpoints, run_directory
 from vlalign_jax.weights import (
   adapters,
   assemble,
+  families,
   hf_config,
   llava_layout,
   merged,
@@ -35,6 +34,8 @@ from vlalign_jax.weights.parts import (
   load_tokenizer,
   with_ends,
 )
+
+VIDEOS = "video_preprocessor_config.json"  # of processors that take videos, too; exports copy it
 
 
 def absolute_paths(config) -> None:
@@ -128,6 +129,11 @@ def open_source(model, aspect: str = "auto") -> ModelSource:
     )
   opened = _open(model, aspect)
   mmca = opened.config.mmca or model.mmca
+  if mmca and not families.of(opened.config).takes_mmca:
+    raise InputError(
+      f"model.mmca is true, and multi-modal causal attention is for LLaVA only: {model.init_from} "
+      f"is of type {opened.config.family!r}; set it to false"
+    )
   return dataclasses.replace(opened, config=dataclasses.replace(opened.config, mmca=mmca))
 
 
@@ -157,7 +163,7 @@ def is_convertible(directory: str) -> bool:
 def _open_directory(directory: str, aspect: str) -> ModelSource:
   if (config := llava_layout.read(directory)) is not None:
     return _open_original_llava(directory, config, aspect)
-  return _open_llava(directory, aspect)
+  return _open_whole(directory, aspect)
 
 
 def _open_original_llava(directory: str, config: dict, aspect: str) -> ModelSource:
@@ -177,27 +183,26 @@ def _open_original_llava(directory: str, config: dict, aspect: str) -> ModelSour
   return dataclasses.replace(opened, tensors=stored, fresh=(), new_tokens=True)
 
 
-def _open_llava(directory: str, aspect: str) -> ModelSource:
+def _open_whole(directory: str, aspect: str) -> ModelSource:
   hf = hf_config.read_config(directory)
-  if not isinstance(hf, LlavaConfig):
-    raise InputError(
-      f"{directory}: a model of type {hf.model_type!r}, not 'llava'; name separate towers as "
-      "model.vision and model.language"
-    )
+  families.check_type(hf, directory)
   hf_config.check_types(hf.vision_config, directory, hf.text_config, directory)
   tokenizer = load_tokenizer(directory)
-  images = ImagePreprocessor.from_directory(
-    directory, aspect, towers.processor_of(hf.vision_config)
-  )
+  images = ImagePreprocessor.from_directory(directory, aspect, _processor_of(hf))
   generation = load_generation(directory, tokenizer)
   opened = from_parts(hf, generation, tokenizer, images, directory)
+  videos = (json_files.read(os.path.join(directory, "processor_config.json")) or {}).get(
+    "video_processor"
+  ) or json_files.read(os.path.join(directory, VIDEOS))
   if opened.hf.architectures and opened.hf.architectures[0].startswith(hf_config.OWN_FAMILY):
     stored = tensors.find_tensors(directory, hf_config.PROJECTOR)
     for tower in hf_config.TOWERS:
       stored |= tensors.find_tensors(os.path.join(directory, tower))
   else:
     stored = tensors.find_tensors(directory)
-  return dataclasses.replace(opened, tensors=stored, fresh=())
+  return dataclasses.replace(
+    opened, tensors=stored, fresh=(), other_files={VIDEOS: videos} if videos else {}
+  )
 
 
 def _open_run(directory: str, which: str, aspect: str) -> ModelSource:
@@ -206,7 +211,6 @@ def _open_run(directory: str, which: str, aspect: str) -> ModelSource:
   base = provenance.check(base, directory)
   files = storage.local(f"{directory}/model")
   trained = hf_config.read_config(files)
-  kind = towers.processor_of(trained.vision_config)
   head = SCORE if hf_config.is_reward_model(trained) else LANGUAGE
   base = _with_head(base, head, config["model"]["init_from"])
   tokenizer = load_tokenizer(files)
@@ -216,9 +220,14 @@ def _open_run(directory: str, which: str, aspect: str) -> ModelSource:
     base,
     tokenizer=tokenizer,
     generation=with_ends(base.generation, ends),
-    images=ImagePreprocessor.from_directory(files, aspect, kind),
+    images=ImagePreprocessor.from_directory(files, aspect, _processor_of(trained)),
     runs=(*base.runs, (directory, step)),
   )
+
+
+def _processor_of(hf) -> str:
+  """Returns the class of a model's image processor if its file names none."""
+  return families.FAMILIES[hf.model_type].processor or towers.processor_of(hf.vision_config)
 
 
 class _Group(dict):

@@ -39,6 +39,14 @@ def layer_norm(path: str, tensor: str) -> list[Name]:
   return [Name(f"{path}/scale", f"{tensor}.weight"), Name(f"{path}/bias", f"{tensor}.bias")]
 
 
+def patches(tensor: str) -> list[Name]:
+  """Returns the convolution of patches with its bias."""
+  return [
+    Name("vision/patch_embedding/kernel", f"{tensor}.weight", "patches"),
+    Name("vision/patch_embedding/bias", f"{tensor}.bias"),
+  ]
+
+
 def attention(ours: str, theirs: str) -> list[Name]:
   """Returns the attention of the vision tower and of projectors: CLIP's names, with biases."""
   names = []
@@ -73,10 +81,36 @@ def siglip(config: VisionConfig) -> list[Name]:
   """Returns the names of SigLIP's parameters."""
   return [
     Name("vision/position_embedding", "vision.embeddings.position_embedding.weight"),
-    Name("vision/patch_embedding/kernel", "vision.embeddings.patch_embedding.weight", "patches"),
-    Name("vision/patch_embedding/bias", "vision.embeddings.patch_embedding.bias"),
+    *patches("vision.embeddings.patch_embedding"),
     *_layers(config),
+    *(layer_norm("vision/output_norm", "vision.post_layernorm") if config.output_norm else ()),
   ]
+
+
+def internvl(config: VisionConfig) -> list[Name]:
+  """Returns the names of InternViT's parameters."""
+  ours, theirs = "vision/layers", "vision.encoder.layer.{}"
+  names = [
+    Name("vision/class_embedding", "vision.embeddings.cls_token", "two_leading"),
+    Name("vision/position_embedding", "vision.embeddings.position_embeddings", "leading"),
+    *patches("vision.embeddings.patch_embeddings.projection"),
+  ]
+  for part, name in (("q", "query"), ("k", "key"), ("v", "value")):
+    path = f"{ours}/attention/{name}"
+    names += linear(path, f"{theirs}.attention.{part}_proj", config.qkv_bias)
+    if config.query_key_norm and part != "v":
+      names.append(Name(f"{path}_norm/scale", f"{theirs}.attention.{part}_norm.weight"))
+  names += [
+    *linear(f"{ours}/attention/out", f"{theirs}.attention.projection_layer", True),
+    *linear(f"{ours}/mlp/up", f"{theirs}.mlp.fc1", True),
+    *linear(f"{ours}/mlp/down", f"{theirs}.mlp.fc2", True),
+    Name(f"{ours}/attention_scale/scale", f"{theirs}.lambda_1"),
+    Name(f"{ours}/mlp_scale/scale", f"{theirs}.lambda_2"),
+  ]
+  for path, tensor in (("attention_norm", "layernorm_before"), ("mlp_norm", "layernorm_after")):
+    both = layer_norm(f"{ours}/{path}", f"{theirs}.{tensor}")
+    names += both[:1] if config.rms_norm else both
+  return names
 
 
 def siglip_head(config: VisionConfig) -> dict[str, tuple[int, ...]]:

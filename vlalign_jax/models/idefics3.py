@@ -1,0 +1,10 @@
+"""The vision transformer of Idefics3 and SmolVLM: SigLIP's with the norm after its last layer."""
+
+import dataclasses
+
+from vlalign_jax.models import siglip
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig(siglip.VisionConfig):
+  """Has all fields of SigLIP's; the kind is known by the class."""
