@@ -31,7 +31,7 @@ def test_answers_do_not_depend_on_the_parts_they_are_sampled_in(files, tmp_path)
     rows = first_rows(run)
     streams = np.arange(len(rows["tokens"]), dtype=np.int32)
     params = trees.merge(run.state.params, run.held.frozen)
-    found.append(jax.device_get(run.held.sampler.answer(params, rows, streams, 7)))
+    found.append(jax.device_get(run.held.sampler.sample(params, rows, streams, 7)))
   whole, by_parts = found
   for name in ("tokens", "lengths", "ended"):
     np.testing.assert_array_equal(getattr(whole, name), getattr(by_parts, name))

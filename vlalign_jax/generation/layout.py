@@ -211,10 +211,9 @@ def _sample(
 
 
 def placement(mesh: Mesh, params: dict, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes and places of what the sampler reads: all parameters but the tower's.
+  """Returns what the sampler needs of the language model in another place or dtype.
 
-  Matrices are in the dtype that they are used in, split over `tensor` alone. All lie on the mesh of
-  the sampler, as a program with a kernel of cuDNN may know one mesh alone.
+  Matrices are in the dtype that they are used in, split over `tensor` alone.
 
   Args:
     mesh: of the sampler.
@@ -222,23 +221,19 @@ def placement(mesh: Mesh, params: dict, dtype: str) -> dict[str, jax.ShapeDtypeS
     dtype: that the model computes in.
 
   Returns:
-    Path -> shape with its sharding.
+    Path -> shape with its sharding, of the parameters that are not as the sampler needs them.
   """
   found = {}
-  read = {name: part for name, part in params.items() if name != "vision"}
-  for path, leaf in trees.flatten(read).items():
+  for path, leaf in trees.flatten({"language": params["language"]}).items():
     matrix = path.endswith(("/kernel", "/embedding", "/lora_a", "/lora_b"))
     sharding = NamedSharding(mesh, rules.spec(path, leaf.shape, mesh, split=False))
-    found[path] = jax.ShapeDtypeStruct(
+    wanted = jax.ShapeDtypeStruct(
       leaf.shape, jnp.dtype(dtype) if matrix else leaf.dtype, sharding=sharding
     )
+    same_place = sharding.is_equivalent_to(leaf.sharding, len(leaf.shape))
+    if leaf.dtype != wanted.dtype or not same_place:
+      found[path] = wanted
   return found
-
-
-def is_in_place(leaf, wanted: jax.ShapeDtypeStruct) -> bool:
-  """Returns whether an array, or a shape with a sharding, need not be copied to be as wanted."""
-  is_there = wanted.sharding.is_equivalent_to(leaf.sharding, len(leaf.shape))
-  return is_there and leaf.dtype == wanted.dtype
 
 
 def make_move(wanted: dict[str, jax.ShapeDtypeStruct]):

@@ -207,10 +207,8 @@ def _programs(rollout: RolloutShapes) -> Iterator[StepProgram]:
   if sampler.moved:
     leaves = {path: flat[path] for path in sampler.moved}
     yield one(MOVE, lower(sampler.move, leaves))
-  placed = trees.unflatten(flat | sampler.placement)
-  given = collect.for_sampling(prompts), rollout.array((B,), jnp.int32)
-  rows = meshes.batch_sharding(sampler.mesh)
-  prompts = meshes.place(given, jax.tree.map(lambda leaf: rows, given))
+  placed = trees.unflatten(flat | sampler.moved)
+  prompts = collect.for_sampling(prompts), rollout.array((B,), jnp.int32)
   sample, held = lower(sampler.sample, placed, *prompts, 0), device_bytes(sampler.moved)
   yield one("sampling", sample, length=L, decoded=max(1, M - 1), held=held)
   parts = config.ppo.num_mini_batches * config.grad_accumulation  # read one by one

@@ -137,7 +137,7 @@ def collect(
   roles.sampler.check_memory(*prompts["tokens"].shape)
   # The sampler's own weights are let go when the answers are there.
   params = roles.sampler.place(actor)
-  generated = roles.sampler.answer(params, for_sampling(seen), on_devices["streams"], seed)
+  generated = roles.sampler.sample(params, for_sampling(seen), on_devices["streams"], seed)
   del params
   if roles.shares_features:
     prompts = seen

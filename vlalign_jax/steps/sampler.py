@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from vlalign_jax import trees
 from vlalign_jax.generation import layout
-from vlalign_jax.generation.generate import Generated, log_memory, make_generate
+from vlalign_jax.generation.generate import log_memory, make_generate
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models.vlm import ModelConfig
 from vlalign_jax.sharding import mesh as meshes
@@ -25,36 +25,24 @@ class Sampler:
 
   Attributes:
     mesh: that answers are sampled on.
-    placement: path -> shape of the parameters that it reads, see `layout.placement`; empty if it
-      reads the run's own where they are.
-    moved: those of them that it has for itself.
+    moved: path -> shape of the parameters that the sampler has for itself; see `layout.placement`.
     move: {path: parameter} -> the same in their places.
-    sample: (parameters of `place`, prompts, int32[B] streams, seed) -> Generated; all rows are
-      split over the sampler's mesh.
-    to_sampler, to_run: any arrays of rows -> the same, split over the mesh of sampler or run.
+    sample: (all parameters, prompts, int32[B] streams, seed) -> Generated, whose rows are split as
+      the run splits them.
     check_memory: (rows, tokens of each) -> bytes that keys and values take on each device, stated
       once; see `generate.log_memory`.
   """
 
   mesh: Mesh
-  placement: dict[str, jax.ShapeDtypeStruct]
   moved: dict[str, jax.ShapeDtypeStruct]
   move: Callable
   sample: Callable
-  to_sampler: Callable
-  to_run: Callable
   check_memory: Callable
 
   def place(self, params: dict) -> dict:
     """Returns all parameters as `sample` takes them; those that are in place are not copied."""
     flat = trees.flatten(params)
-    in_place = self.placement.keys() - self.moved.keys()
-    same = {path: jax.device_put(flat[path], self.placement[path].sharding) for path in in_place}
-    return trees.unflatten(flat | same | self.move({path: flat[path] for path in self.moved}))
-
-  def answer(self, params: dict, prompts: dict, streams: jax.Array, seed) -> Generated:
-    """Samples answers, as `sample` does, to prompts whose rows are split as the run splits them."""
-    return self.to_run(self.sample(params, *self.to_sampler((prompts, streams)), seed))
+    return trees.unflatten(flat | self.move({path: flat[path] for path in self.moved}))
 
 
 def make_sampler(
@@ -92,11 +80,7 @@ def make_sampler(
     chosen = layout.make_mesh(own, wanted, model, KEY) if wanted else None
   if chosen is not None:
     meshes.check_rows(num_rows, chosen, KEY)
-  placement = {} if chosen is None else layout.placement(chosen, actor.params, dtype)
-  flat = trees.flatten(actor.params)
-  moved = {
-    path: wanted for path, wanted in placement.items() if not layout.is_in_place(flat[path], wanted)
-  }
+  moved = {} if chosen is None else layout.placement(chosen, actor.params, dtype)
   mesh = own if chosen is None else chosen
   options = {"dtype": dtype, "attention": config.model.attention, "pad_id": pad_id}
   generate = make_generate(model, sampling, mesh=mesh, **options)
@@ -111,21 +95,14 @@ def make_sampler(
 
   return Sampler(
     mesh=mesh,
-    placement=placement,
     moved=moved,
     move=layout.make_move(moved),
-    sample=_by_parts(generate, mesh, settings.sample_parts),
-    to_sampler=_copy_rows(mesh),
-    to_run=_copy_rows(own),
+    sample=_by_parts(generate, mesh, settings.sample_parts, meshes.batch_sharding(own)),
     check_memory=check_memory,
   )
 
 
-def _copy_rows(mesh: Mesh):
-  return jax.jit(lambda rows: rows, out_shardings=meshes.batch_sharding(mesh))
-
-
-def _by_parts(generate, mesh: Mesh, parts: int):
+def _by_parts(generate, mesh: Mesh, parts: int, placement):
   """Samples some rows at a time, so that one cache is freed before the next is made."""
 
   def whole(params, prompts, streams, seed):
@@ -138,4 +115,4 @@ def _by_parts(generate, mesh: Mesh, parts: int):
     given = accumulate.split_rows((prompts, streams), parts)
     return jax.tree.map(accumulate.join_rows, jax.lax.map(of_part, given))
 
-  return jax.jit(whole, out_shardings=meshes.batch_sharding(mesh))
+  return jax.jit(whole, out_shardings=placement)
