@@ -10,7 +10,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vlalign_jax.data.records import Record
-from vlalign_jax.generation.generate import Generated, log_memory, make_generate
+from vlalign_jax.generation.decoder import Generated
+from vlalign_jax.generation.generate import log_memory, make_generate
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.input_pipeline import prompts
 from vlalign_jax.sharding import hosts

@@ -1,6 +1,8 @@
 """Keys and values of earlier tokens, so that a decoder computes only its newest token.
 
 All samples of a prompt share the prompt's keys and values; each sample has those of its own tokens.
+The samples' own places are a ring: the newest tokens of all rows go to the same place, whatever
+their numbers in their answers. So rows may begin at different times, and one slice is written.
 Inside the loop over layers, each layer reads its slice of the cache and returns only the newest
 token's keys and values: a cache carried through that loop would be copied at every layer.
 """
@@ -42,23 +44,28 @@ def extend(prompt_keys, prompt_values, samples: int, tokens: int, mesh: Mesh | N
   return _place(Cache(prompt_keys, prompt_values, empty, empty), mesh)
 
 
-def append(cache: Cache, newest, step, mesh: Mesh | None) -> Cache:
-  """Adds keys and values [L, B, N, K, D] of the samples' token number `step`."""
+def append(cache: Cache, newest, clock, mesh: Mesh | None) -> Cache:
+  """Adds keys and values [L, B, N, K, D] of the samples' newest tokens, after `clock` others."""
+  place = clock % cache.keys.shape[4]
 
   def add(cached, new):
     new = new.swapaxes(2, 3)[:, :, :, :, None]
-    return jax.lax.dynamic_update_slice_in_dim(cached, new, step, axis=4)
+    return jax.lax.dynamic_update_slice_in_dim(cached, new, place, axis=4)
 
   keys, values = newest
   return _place(cache._replace(keys=add(cache.keys, keys), values=add(cache.values, values)), mesh)
 
 
+def spec(cache: Cache, mesh: Mesh) -> PartitionSpec:
+  """Returns how each array of a cache is split."""
+  heads = "tensor" if cache.keys.shape[2] % tensor_size(mesh) == 0 else None
+  return PartitionSpec(None, ROWS, heads)
+
+
 def _place(cache: Cache, mesh: Mesh | None) -> Cache:
   if mesh is None:
     return cache
-  heads = "tensor" if cache.keys.shape[2] % tensor_size(mesh) == 0 else None
-  sharding = NamedSharding(mesh, PartitionSpec(None, ROWS, heads))
-  return jax.lax.with_sharding_constraint(cache, sharding)
+  return jax.lax.with_sharding_constraint(cache, NamedSharding(mesh, spec(cache, mesh)))
 
 
 def attend(
@@ -67,7 +74,8 @@ def attend(
   value,
   cache: Cache,
   prompt_lengths,
-  step,
+  steps,
+  clock,
   *,
   window: int | None = None,
   images=None,
@@ -80,7 +88,8 @@ def attend(
     key, value: float[B, N, K, D] with H a multiple of K; head h reads key head h // (H / K).
     cache: of one layer.
     prompt_lengths: int32[B]; the cache's tokens of a prompt beyond its length are padding.
-    step: int32[], how many earlier tokens the samples have.
+    steps: int32[B], how many earlier tokens the samples have, at most M.
+    clock: int32[], how many tokens were appended to the cache.
     window: how many positions a query sees, up to and including its own; None: all.
     images: bool[B, S], image tokens of the prompts, for multi-modal causal attention; None: not
       used.
@@ -105,7 +114,7 @@ def attend(
   earlier = product("BKNGD,BKNMD->BKNGM", query, cache.keys)
   newest = product("BKNGD,BKND->BKNG", query, key)[..., None]
   scores = jnp.concatenate([prompt, earlier, newest], axis=-1) * D**-0.5
-  mask = _visible(prompt_lengths, S, step, M, window)[:, None, None, None]
+  mask = _visible(prompt_lengths, S, steps, clock, M, window)[:, None, None, None]
   scores = jnp.where(mask, scores, _HIDDEN)
   if images is None:
     weights = _softmax(scores)
@@ -123,15 +132,15 @@ def attend(
   return constrain_tensor(attended, mesh, axis=2)
 
 
-def _visible(prompt_lengths, prompt_length: int, step, tokens: int, window: int | None):
+def _visible(prompt_lengths, prompt_length: int, steps, clock, tokens: int, window: int | None):
   """Returns bool[B, S + M + 1], which prompt, earlier and newest tokens queries see."""
-  prompt_index, index = jnp.arange(prompt_length), jnp.arange(tokens)
-  lengths = prompt_lengths[:, None]
-  prompt, earlier = prompt_index < lengths, index < step
+  prompt_index = jnp.arange(prompt_length)
+  age = jnp.mod(clock - 1 - jnp.arange(tokens), tokens)  # 0: the token before the newest
+  lengths, steps = prompt_lengths[:, None], steps[:, None]
+  prompt, earlier = prompt_index < lengths, age < steps
   if window is not None:  # the position of a prompt's token is its index
-    prompt &= lengths + step - prompt_index < window
-    earlier &= step - index < window
-  earlier = jnp.broadcast_to(earlier, (len(lengths), tokens))
+    prompt &= lengths + steps - prompt_index < window
+    earlier &= age + 1 < window
   return jnp.concatenate([prompt, earlier, jnp.ones_like(lengths, bool)], axis=1)
 
 

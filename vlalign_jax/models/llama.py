@@ -192,7 +192,8 @@ class LanguageModel(nnx.Module):
     positions,
     kv_cache: cache.Cache,
     prompt_lengths,
-    step,
+    steps,
+    clock,
     *,
     images=None,
     mesh: Mesh | None = None,
@@ -204,7 +205,8 @@ class LanguageModel(nnx.Module):
       positions: int32[B, N].
       kv_cache: keys and values of prompts and earlier tokens.
       prompt_lengths: int32[B].
-      step: int32[], how many earlier tokens the samples have.
+      steps: int32[B], how many earlier tokens the samples have.
+      clock: int32[], how many tokens were appended to the cache.
       images: bool[B, S], image tokens of the prompts, for multi-modal causal attention.
       mesh: splits B.
 
@@ -216,7 +218,8 @@ class LanguageModel(nnx.Module):
 
     def call(layer, x, layer_cache):
       def attend(query, key, value):
-        attended = cache.attend(query, key, value, layer_cache, prompt_lengths, step, **options)
+        places = prompt_lengths, steps, clock
+        attended = cache.attend(query, key, value, layer_cache, *places, **options)
         return attended, (key, value)
 
       return layer(x, rotation, attend, mesh)

@@ -1,0 +1,138 @@
+"""Prompts on fewer slots than prompts get the answers that they get in one batch."""
+
+import collections
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny_models
+from tests.generation import tiny_llava
+from tests.generation.test_greedy import NEW_TOKENS
+from vlalign_jax.generation import refill
+from vlalign_jax.generation.decoder import Generated
+from vlalign_jax.generation.generate import make_generate
+from vlalign_jax.generation.sampling import Sampling
+from vlalign_jax.generation.slots import make_slots
+
+SLOTS, PROMPTS = 2, 15
+SAMPLED = Sampling(
+  40,
+  num_return_sequences=3,
+  temperature=1.2,
+  top_k=100,
+  repetition_penalty=1.1,
+  min_new_tokens=3,
+  stop_tokens=tuple(range(40)),
+)
+
+
+def refilled(model, batches, sampling: Sampling, slots=SLOTS, counts=None) -> tuple[list, list]:
+  """Returns (names, Generated of each) as answers end, and checks how often programs compile."""
+  programs = make_slots(model.config, sampling, pad_id=3)
+  found = refill.answer(programs, model.params, batches, slots, tiny_llava.LENGTH, 5, counts)
+  names, answers = zip(*found, strict=True)
+  assert programs.decode._cache_size() == 1
+  assert programs.refill._cache_size() <= 2
+  return list(names), list(answers)
+
+
+def in_one_batch(model, batch, streams, sampling: Sampling) -> Generated:
+  program = make_generate(model.config, sampling, pad_id=3)
+  return jax.device_get(program(model.params, batch, streams, 5))
+
+
+def assert_same(answers: Generated, expected: Generated, row: int) -> None:
+  for name in ("tokens", "lengths", "ended"):
+    np.testing.assert_array_equal(getattr(answers, name), getattr(expected, name)[row])
+  for name in ("log_probabilities", "drawn_log_probabilities"):
+    np.testing.assert_allclose(getattr(answers, name), getattr(expected, name)[row], atol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_samples_are_those_of_one_batch(model, slots):
+  batch = model.batch([*model.prompts] * (PROMPTS // 5), empty=1)
+  streams = np.arange(PROMPTS + 1, dtype=np.int32) * 7
+  expected = in_one_batch(model, batch, streams, SAMPLED)
+  assert len(set(expected.lengths.ravel().tolist())) > 10
+  assert expected.lengths.max() == SAMPLED.max_new_tokens  # some are cut, and a ring is full
+  wanted = {row: f"row {row}" for row in range(PROMPTS)}
+  names, answers = refilled(model, [refill.Batch(batch, streams, wanted)], SAMPLED, slots)
+  assert sorted(names) == sorted(wanted.values())
+  for name, found in zip(names, answers, strict=True):
+    assert_same(found, expected, int(name.removeprefix("row ")))
+  if slots > 1:
+    assert names != sorted(names, key=lambda name: int(name.removeprefix("row ")))
+
+
+def test_several_batches_and_rows_without_a_prompt(model):
+  """A row without a prompt that is asked for all the same, as hosts may not know, has no tokens."""
+  batch = model.batch(empty=1)
+  streams = [np.arange(6, dtype=np.int32), np.arange(6, 12, dtype=np.int32)]
+  expected = [in_one_batch(model, batch, one, SAMPLED) for one in streams]
+  wanted = [{0: (0, 0), 2: (0, 2), 5: (0, 5)}, {4: (1, 4), 1: (1, 1), 3: (1, 3)}]
+  given = [refill.Batch(batch, *of_batch) for of_batch in zip(streams, wanted, strict=True)]
+  names, answers = refilled(model, given, SAMPLED)
+  assert sorted(names) == [(0, 0), (0, 2), (0, 5), (1, 1), (1, 3), (1, 4)]
+  for (number, row), found in zip(names, answers, strict=True):
+    assert_same(found, expected[number], row)
+  assert not answers[names.index((0, 5))].lengths.any()
+
+
+def test_decode_steps(model):
+  """Slots wait for no other answers: steps are those of the fullest slot, and a few for looks."""
+  batch, streams = model.batch([*model.prompts] * 3), np.arange(PROMPTS, dtype=np.int32)
+  sampling = Sampling(64, temperature=1.2, stop_tokens=tuple(range(32)))
+  lengths = in_one_batch(model, batch, streams, sampling).lengths[:, 0]
+  counts = collections.Counter()
+  wanted = {row: row for row in range(PROMPTS)}
+  refilled(model, [refill.Batch(batch, streams, wanted)], sampling, 3, counts)
+  ends, slots = np.zeros(3, int), make_slots(model.config, sampling)
+  for length in lengths:  # each prompt takes the slot that is free first
+    ends[ends.argmin()] += -(-int(length) // slots.look_every) * slots.look_every
+  assert counts["prompts"] == PROMPTS
+  assert ends.max() - slots.look_every < counts["steps"] <= ends.max()
+  waiting = sum(lengths[start : start + 3].max() for start in range(0, PROMPTS, 3))
+  assert counts["steps"] < 0.8 * waiting
+
+
+MODELS = {
+  "clip": {},
+  "mistral": {"text": tiny_models.MISTRAL_WINDOW},
+  "qwen3": {"text": tiny_models.QWEN3_WINDOW},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_answers_equal_transformers(name, tmp_path):
+  model = tiny_llava.make(str(tmp_path), **MODELS[name])
+  endless = [model.torch_answer(prompt, max_new_tokens=NEW_TOKENS) for prompt in model.prompts]
+  stops = (endless[0][2], endless[1][7], endless[4][15])
+  expected = [
+    model.torch_answer(prompt, max_new_tokens=NEW_TOKENS, eos_token_id=list(stops))
+    for prompt in model.prompts
+  ]
+  assert len(set(map(len, expected))) > 2
+  batch, streams = model.batch(), np.arange(5, dtype=np.int32)
+  sampling = Sampling(NEW_TOKENS, temperature=0.0, stop_tokens=stops)
+  wanted = {row: row for row in range(5)}
+  names, answers = refilled(model, [refill.Batch(batch, streams, wanted)], sampling)
+  found = {
+    name: answer.tokens[0, : answer.lengths[0]].tolist()
+    for name, answer in zip(names, answers, strict=True)
+  }
+  assert [found[row] for row in range(5)] == expected
+
+
+def test_images_that_see_each_other_apart_from_text(model):
+  """Multi-modal causal attention needs to know the image tokens of the prompt in each slot."""
+  config = dataclasses.replace(model.config, mmca=True)
+  model = dataclasses.replace(model, config=config)
+  batch, streams = model.batch(), np.arange(5, dtype=np.int32)
+  expected = in_one_batch(model, batch, streams, SAMPLED)
+  wanted = {row: row for row in range(5)}
+  for row, found in zip(
+    *refilled(model, [refill.Batch(batch, streams, wanted)], SAMPLED), strict=True
+  ):
+    assert_same(found, expected, row)
