@@ -49,6 +49,8 @@ def test_an_unknown_preset_is_named():
     ({"ppo.kl_target": 6.0, "ppo.kl_coef": 0.0}, "kl_target is 6.0, and ppo.kl_coef"),
     ({"batch_size": 63}, "batch_size is 63; it must be a multiple of .* = 4"),
     ({"ppo.sample_parts": 3}, "ppo.sample_parts is 3; it must divide .* = 4"),
+    ({"ppo.slots": 8, "ppo.sample_parts": 2}, "ppo.slots is 8, and ppo.sample_parts 2"),
+    ({"ppo.slots": 999}, "ppo.slots is 999, above batch_size, .*; lower it"),
     ({"lora.dropout": 0.1}, "lora.dropout is 0.1; choose from 0.0"),
     ({"data.pack": True}, "data.pack is True; choose from False"),
     ({"ppo.critic_zero_stage": 4}, "ppo.critic_zero_stage is 4; choose from None, 0, 1, 2, 3"),

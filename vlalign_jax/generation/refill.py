@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from vlalign_jax.generation import decoder
 from vlalign_jax.generation.decoder import Generated
 from vlalign_jax.generation.slots import Slots
 
@@ -51,15 +52,13 @@ def answer(
   Yields:
     (name, Generated of numpy arrays without the axis of prompts).
   """
-  sampling = programs.sampling
   counts = collections.Counter() if counts is None else counts
   state = programs.empty(slots, length)
   waiting = _rows(batches)
   newest: tuple[Batch, int] | None = next(waiting, None)
   names: list[Hashable] = [None] * slots
   free = _by_block(range(slots), slots, programs.blocks)
-  shape = slots, sampling.num_return_sequences, sampling.max_new_tokens
-  answers = _room(shape, programs.pad_id)
+  answers = no_answers(slots, programs)
   while True:
     while newest is not None and any(free):
       batch, rows = newest[0], []
@@ -108,14 +107,12 @@ def _by_block(slots: Iterable[int], count: int, blocks: int) -> list[list[int]]:
   return found
 
 
-def _room(shape: tuple[int, int, int], pad_id: int) -> Generated:
-  return Generated(
-    tokens=np.full(shape, pad_id, np.int32),
-    lengths=np.zeros(shape[:2], np.int32),
-    ended=np.zeros(shape[:2], bool),
-    log_probabilities=np.zeros(shape, np.float32),
-    drawn_log_probabilities=np.zeros(shape, np.float32),
-  )
+def no_answers(rows: int, programs: Slots) -> Generated:
+  """Returns numpy arrays for the answers to prompts, without tokens."""
+  sampling = programs.sampling
+  shape = rows, sampling.num_return_sequences
+  empty = decoder.no_answers(shape, sampling.max_new_tokens, programs.pad_id)
+  return jax.tree.map(np.array, empty)
 
 
 def _clear(answers: Generated, slots: np.ndarray, pad_id: int) -> None:

@@ -57,6 +57,10 @@ class Slots:
     """Returns over how many devices slots are split."""
     return meshes.row_blocks(self.mesh)
 
+  def shardings(self, state: State) -> State:
+    """Returns where the arrays of a state are."""
+    return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), _specs(state, self.mesh))
+
   def refill_sizes(self, slots: int, length: int) -> tuple[int, ...]:
     """Returns the prompts of each block that a run of `refill` takes, the most first."""
     most = min(slots // self.blocks, _PREFILL_TOKENS // length)

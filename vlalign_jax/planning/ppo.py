@@ -140,7 +140,8 @@ def plan(config, topology: Topology) -> StepPlan:
 def cache_bytes(rollout: RolloutShapes) -> float:
   """Returns the bytes of keys and values on a device during sampling."""
   sizes, config = rollout.sizes, rollout.config
-  num_rows, itemsize = sizes.B // config.ppo.sample_parts, jnp.dtype(config.model.dtype).itemsize
+  num_rows = samplers.rows_at_a_time(config, sizes.B)
+  itemsize = jnp.dtype(config.model.dtype).itemsize
   language = rollout.models.actor.language
   total = cache.cache_bytes(language, num_rows, sizes.L, sizes.N, sizes.M, itemsize)
   return total / rollout.mesh.size
@@ -156,9 +157,12 @@ def _summary(rollout: RolloutShapes) -> Iterator[str]:
     for role, stage in zero_stages.items()
   )
   yield f"stage ppo ({ppo.estimator}): {zero}, remat {config.model.remat}"
+  sampled = f"in {ppo.sample_parts} part{'s' * (ppo.sample_parts > 1)}"
+  if ppo.slots:
+    sampled = f"on {ppo.slots} slots, which are refilled"
   yield (
-    f"sampled in {ppo.sample_parts} part{'s' * (ppo.sample_parts > 1)}; {ppo.num_ppo_epochs} x "
-    f"{ppo.num_mini_batches} updates, micro-batches of each: {config.grad_accumulation}"
+    f"sampled {sampled}; {ppo.num_ppo_epochs} x {ppo.num_mini_batches} updates, micro-batches of "
+    f"each: {config.grad_accumulation}"
   )
   sampler, size = rollout.sampler, cache_bytes(rollout) / 2**30
   axes = " x ".join(f"{axis}={size}" for axis, size in sampler.mesh.shape.items() if size > 1)
@@ -205,8 +209,12 @@ def _programs(rollout: RolloutShapes) -> Iterator[StepProgram]:
     yield one("weights to the sampler", lower(sampler.move, leaves))
   placed = trees.unflatten(flat | sampler.moved)
   prompts = collect.for_sampling(prompts), rollout.array((B,), jnp.int32)
-  sample, held = lower(sampler.sample, placed, *prompts, 0), device_bytes(sampler.moved)
-  yield one("sampling", sample, length=L, decoded=max(1, M - 1), held=held)
+  held = device_bytes(sampler.moved)
+  if sampler.slots is None:
+    sample = lower(sampler.sample, placed, *prompts, 0)
+    yield one("sampling", sample, length=L, decoded=max(1, M - 1), held=held)
+  else:
+    yield from _on_slots(rollout, sampler.slots, one, placed, prompts, held)
   parts = config.ppo.num_mini_batches * config.grad_accumulation  # read one by one
   params = program.actor.reference, rollout.frozen
   yield one("reference", lower(program.reference, params, rollout.batch(), shape), parts=parts)
@@ -222,6 +230,22 @@ def _programs(rollout: RolloutShapes) -> Iterator[StepProgram]:
   times = config.ppo.num_ppo_epochs * config.ppo.num_mini_batches
   update = functools.partial(_lower_update, rollout, num_rows)
   yield one("update", update, num_rows, config.grad_accumulation, times)
+
+
+def _on_slots(rollout: RolloutShapes, slots, one, params, prompts, held: float):
+  """Yields the programs of slots; as every answer is as long as it can be, none ends early."""
+  B, L, _, _, M, _ = rollout.sizes
+  count = samplers.rows_at_a_time(rollout.config, B)
+  state = jax.eval_shape(functools.partial(slots.empty, count, L))
+  state = meshes.place(state, slots.shardings(state))
+  held += device_bytes(state)
+  taken = slots.blocks * slots.refill_sizes(count, L)[0]
+  index = jax.ShapeDtypeStruct((taken,), jnp.int32)
+  refill = functools.partial(slots.refill.lower, params, state, *prompts, index, index)
+  yield one("prompts into slots", refill, num_rows=taken, times=-(-B // taken), length=L, held=held)
+  decode = functools.partial(slots.decode.lower, params, state, 0)
+  looks = -(-M // slots.look_every) * -(-B // count)
+  yield one("sampling", decode, times=looks, length=L, decoded=slots.look_every, held=held)
 
 
 def _lower_update(rollout: RolloutShapes, num_rows: int):

@@ -5,13 +5,19 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from vlalign_jax import trees
-from vlalign_jax.generation import layout
+from vlalign_jax.errors import InputError
+from vlalign_jax.generation import layout, refill
+from vlalign_jax.generation.decoder import Generated
 from vlalign_jax.generation.generate import log_memory, make_generate
 from vlalign_jax.generation.sampling import Sampling
+from vlalign_jax.generation.slots import Slots, make_slots
 from vlalign_jax.models.vlm import ModelConfig
+from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.steps import accumulate
 from vlalign_jax.steps.program import TrainedModel
@@ -29,6 +35,7 @@ class Sampler:
     move: {path: parameter} -> the same in their places.
     sample: (all parameters, prompts, int32[B] streams, seed) -> Generated, whose rows are split as
       the run splits them.
+    slots: the programs that `sample` runs; None: it is one program.
     check_memory: (rows, tokens of each) -> bytes that keys and values take on each device, stated
       once; see `generate.log_memory`.
   """
@@ -37,6 +44,7 @@ class Sampler:
   moved: dict[str, jax.ShapeDtypeStruct]
   move: Callable
   sample: Callable
+  slots: Slots | None
   check_memory: Callable
 
   def place(self, params: dict) -> dict:
@@ -68,10 +76,11 @@ def make_sampler(
     pad_id: the token that follows an answer's end.
 
   Raises:
-    InputError: ppo.sampling_mesh does not suit the devices, the heads or the rows.
+    InputError: ppo.sampling_mesh does not suit the devices, the heads or the rows, or ppo.slots
+      does not divide over it.
   """
   settings, dtype = config.ppo, config.model.dtype
-  num_rows = config.batch_size // settings.sample_parts
+  num_rows = rows_at_a_time(config, config.batch_size)
   own, wanted = mesh, layout.sizes(settings.sampling_mesh, KEY)
   if settings.sampling_mesh == layout.AUTO:
     demand = layout.Demand(model, sampling, num_rows, length, dtype)
@@ -82,24 +91,50 @@ def make_sampler(
     meshes.check_rows(num_rows, chosen, KEY)
   moved = {} if chosen is None else layout.placement(chosen, actor.params, dtype)
   mesh = own if chosen is None else chosen
-  options = {"dtype": dtype, "attention": config.model.attention, "pad_id": pad_id}
-  generate = make_generate(model, sampling, mesh=mesh, **options)
+  options = {
+    "mesh": mesh,
+    "dtype": dtype,
+    "attention": config.model.attention,
+    "pad_id": pad_id,
+  }
+  slots = None
+  if settings.slots:
+    blocks = meshes.row_blocks(mesh)
+    if settings.slots % blocks:
+      raise InputError(
+        f"config.ppo.slots is {settings.slots}, and answers are sampled on {blocks} parts of the "
+        f"devices; choose {meshes.nearest_multiples(settings.slots, blocks)}"
+      )
+    slots = make_slots(model, sampling, **options)
+    sample = _on_slots(slots, settings.slots, own)
+  else:
+    generate = make_generate(model, sampling, **options)
+    sample = _by_parts(generate, mesh, settings.sample_parts, meshes.batch_sharding(own))
 
   @functools.cache
   def check_memory(rows, length):
     remedy = (
-      "raise ppo.sample_parts, or lower batch_size, ppo.num_generations or ppo.max_new_tokens"
+      "lower ppo.slots (or raise ppo.sample_parts), batch_size, ppo.num_generations or "
+      "ppo.max_new_tokens"
     )
-    rows //= settings.sample_parts
+    rows = rows_at_a_time(config, rows)
     return log_memory(model, sampling, rows, length, dtype, mesh, remedy)
 
   return Sampler(
     mesh=mesh,
     moved=moved,
     move=layout.make_move(moved),
-    sample=_by_parts(generate, mesh, settings.sample_parts, meshes.batch_sharding(own)),
+    sample=sample,
+    slots=slots,
     check_memory=check_memory,
   )
+
+
+def rows_at_a_time(config, rows: int) -> int:
+  """Returns how many of a rollout's rows are sampled at a time, each with space in the cache."""
+  if config.ppo.slots:
+    return config.ppo.slots
+  return rows // config.ppo.sample_parts
 
 
 def _by_parts(generate, mesh: Mesh, parts: int, placement):
@@ -116,3 +151,24 @@ def _by_parts(generate, mesh: Mesh, parts: int, placement):
     return jax.tree.map(accumulate.join_rows, jax.lax.map(of_part, given))
 
   return jax.jit(whole, out_shardings=placement)
+
+
+def _on_slots(slots: Slots, count: int, own: Mesh):
+  """Samples on slots that take the next prompts as answers end; rows without a prompt take none."""
+
+  @functools.partial(jax.jit, out_shardings=meshes.replicated(own))
+  def has_prompt(segments):
+    return jnp.any(segments > 0, axis=1)
+
+  def sample(params, prompts, streams, seed) -> Generated:
+    rows, length = prompts["tokens"].shape
+    wanted = np.flatnonzero(jax.device_get(has_prompt(prompts["segments"])))
+    batch = refill.Batch(prompts, streams, {int(row): int(row) for row in wanted})
+    found = refill.no_answers(rows, slots)
+    given = slots, params, [batch], count, length, seed
+    for row, answers in refill.answer(*given):
+      for array, values in zip(found, answers, strict=True):
+        array[row] = values
+    return Generated(**hosts.whole_to_device(own, found._asdict()))
+
+  return sample
