@@ -97,6 +97,16 @@ def test_decode_steps(model):
   assert counts["steps"] < 0.8 * waiting
 
 
+def test_answers_come_as_they_end(model):
+  batch, streams = model.batch([*model.prompts] * 3), np.arange(PROMPTS, dtype=np.int32)
+  counts, programs = collections.Counter(), make_slots(model.config, SAMPLED, pad_id=3)
+  given = [refill.Batch(batch, streams, {row: row for row in range(PROMPTS)})]
+  found = refill.answer(programs, model.params, given, SLOTS, tiny_llava.LENGTH, 5, counts)
+  next(found)
+  assert counts["prompts"] == SLOTS  # all others wait
+  assert len([*found]) == PROMPTS - 1
+
+
 MODELS = {
   "clip": {},
   "mistral": {"text": tiny_models.MISTRAL_WINDOW},
