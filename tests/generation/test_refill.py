@@ -29,13 +29,21 @@ SAMPLED = Sampling(
 
 
 def refilled(model, batches, sampling: Sampling, slots=SLOTS, counts=None) -> tuple[list, list]:
-  """Returns (names, Generated of each) as answers end, and checks how often programs compile."""
+  """Returns (names, Generated of each) as answers end, and checks how often programs compile.
+
+  `slots` is the number of slots for all prompts, or the places of each for a prompt.
+  """
+  lengths = (tiny_llava.LENGTH,) * slots if isinstance(slots, int) else slots
   programs = make_slots(model.config, sampling, pad_id=3)
-  found = refill.answer(programs, model.params, batches, slots, tiny_llava.LENGTH, 5, counts)
+  found = refill.answer(programs, model.params, batches, lengths, 5, counts)
   names, answers = zip(*found, strict=True)
   assert programs.decode._cache_size() == 1
-  assert programs.refill._cache_size() <= 2
+  assert programs.refill._cache_size() <= 2 * len(set(lengths))
   return list(names), list(answers)
+
+
+def batch_of(batch, streams, wanted) -> refill.Batch:
+  return refill.Batch(batch, streams, wanted, np.sum(batch["segments"] > 0, axis=1))
 
 
 def in_one_batch(model, batch, streams, sampling: Sampling) -> Generated:
@@ -50,7 +58,7 @@ def assert_same(answers: Generated, expected: Generated, row: int) -> None:
     np.testing.assert_allclose(getattr(answers, name), getattr(expected, name)[row], atol=1e-5)
 
 
-@pytest.mark.parametrize("slots", [1, 2, 4])
+@pytest.mark.parametrize("slots", [1, 4, (16, 16, 32, 64)])
 def test_samples_are_those_of_one_batch(model, slots):
   batch = model.batch([*model.prompts] * (PROMPTS // 5), empty=1)
   streams = np.arange(PROMPTS + 1, dtype=np.int32) * 7
@@ -58,11 +66,11 @@ def test_samples_are_those_of_one_batch(model, slots):
   assert len(set(expected.lengths.ravel().tolist())) > 10
   assert expected.lengths.max() == SAMPLED.max_new_tokens  # some are cut, and a ring is full
   wanted = {row: f"row {row}" for row in range(PROMPTS)}
-  names, answers = refilled(model, [refill.Batch(batch, streams, wanted)], SAMPLED, slots)
+  names, answers = refilled(model, [batch_of(batch, streams, wanted)], SAMPLED, slots)
   assert sorted(names) == sorted(wanted.values())
   for name, found in zip(names, answers, strict=True):
     assert_same(found, expected, int(name.removeprefix("row ")))
-  if slots > 1:
+  if slots != 1:
     assert names != sorted(names, key=lambda name: int(name.removeprefix("row ")))
 
 
@@ -72,7 +80,7 @@ def test_several_batches_and_rows_without_a_prompt(model):
   streams = [np.arange(6, dtype=np.int32), np.arange(6, 12, dtype=np.int32)]
   expected = [in_one_batch(model, batch, one, SAMPLED) for one in streams]
   wanted = [{0: (0, 0), 2: (0, 2), 5: (0, 5)}, {4: (1, 4), 1: (1, 1), 3: (1, 3)}]
-  given = [refill.Batch(batch, *of_batch) for of_batch in zip(streams, wanted, strict=True)]
+  given = [batch_of(batch, *of_batch) for of_batch in zip(streams, wanted, strict=True)]
   names, answers = refilled(model, given, SAMPLED)
   assert sorted(names) == [(0, 0), (0, 2), (0, 5), (1, 1), (1, 3), (1, 4)]
   for (number, row), found in zip(names, answers, strict=True):
@@ -87,7 +95,7 @@ def test_decode_steps(model):
   lengths = in_one_batch(model, batch, streams, sampling).lengths[:, 0]
   counts = collections.Counter()
   wanted = {row: row for row in range(PROMPTS)}
-  refilled(model, [refill.Batch(batch, streams, wanted)], sampling, 3, counts)
+  refilled(model, [batch_of(batch, streams, wanted)], sampling, 3, counts)
   ends, slots = np.zeros(3, int), make_slots(model.config, sampling)
   for length in lengths:  # each prompt takes the slot that is free first
     ends[ends.argmin()] += -(-int(length) // slots.look_every) * slots.look_every
@@ -100,8 +108,9 @@ def test_decode_steps(model):
 def test_answers_come_as_they_end(model):
   batch, streams = model.batch([*model.prompts] * 3), np.arange(PROMPTS, dtype=np.int32)
   counts, programs = collections.Counter(), make_slots(model.config, SAMPLED, pad_id=3)
-  given = [refill.Batch(batch, streams, {row: row for row in range(PROMPTS)})]
-  found = refill.answer(programs, model.params, given, SLOTS, tiny_llava.LENGTH, 5, counts)
+  given = [batch_of(batch, streams, {row: row for row in range(PROMPTS)})]
+  lengths = (tiny_llava.LENGTH,) * SLOTS
+  found = refill.answer(programs, model.params, given, lengths, 5, counts)
   next(found)
   assert counts["prompts"] == SLOTS  # all others wait
   assert len([*found]) == PROMPTS - 1
@@ -127,7 +136,7 @@ def test_greedy_answers_equal_transformers(name, tmp_path):
   batch, streams = model.batch(), np.arange(5, dtype=np.int32)
   sampling = Sampling(NEW_TOKENS, temperature=0.0, stop_tokens=stops)
   wanted = {row: row for row in range(5)}
-  names, answers = refilled(model, [refill.Batch(batch, streams, wanted)], sampling)
+  names, answers = refilled(model, [batch_of(batch, streams, wanted)], sampling)
   found = {
     name: answer.tokens[0, : answer.lengths[0]].tolist()
     for name, answer in zip(names, answers, strict=True)
@@ -142,7 +151,23 @@ def test_images_that_see_each_other_apart_from_text(model):
   batch, streams = model.batch(), np.arange(5, dtype=np.int32)
   expected = in_one_batch(model, batch, streams, SAMPLED)
   wanted = {row: row for row in range(5)}
-  for row, found in zip(
-    *refilled(model, [refill.Batch(batch, streams, wanted)], SAMPLED), strict=True
-  ):
+  for row, found in zip(*refilled(model, [batch_of(batch, streams, wanted)], SAMPLED), strict=True):
     assert_same(found, expected, row)
+
+
+def test_keys_and_values_in_int8(model):
+  """Answers on slots of several lengths are those of one batch, and near those without rounding."""
+  batch, streams = model.batch(), np.arange(5, dtype=np.int32)
+  rounded = dataclasses.replace(SAMPLED, cache_dtype="int8")
+  expected = in_one_batch(model, batch, streams, rounded)
+  given = [batch_of(batch, streams, {row: row for row in range(5)})]
+  for row, found in zip(*refilled(model, given, rounded, (32, 48)), strict=True):
+    assert_same(found, expected, row)
+  unrounded = in_one_batch(model, batch, streams, SAMPLED)
+  # The prompt itself is read without rounding, so the first token has the same probability.
+  gap = np.abs(expected.log_probabilities - unrounded.log_probabilities)
+  assert gap[..., 0].max() < 1e-5
+  same = np.cumprod(expected.tokens == unrounded.tokens, axis=-1).astype(bool)
+  same &= np.arange(SAMPLED.max_new_tokens) < unrounded.lengths[..., None]
+  assert same.sum() > 60
+  assert 1e-4 < gap[same].mean() < 0.005

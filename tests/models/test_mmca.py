@@ -10,6 +10,7 @@ from tests.models import layouts
 from tests.models.layouts import B, H, K, T
 from tests.parity import relative_error
 from vlalign_jax.models import cache, cudnn, splash, tiles
+from vlalign_jax.models.stored import Stored
 
 
 def softmax_mix(scores, values):
@@ -126,10 +127,10 @@ def test_the_newest_token_and_a_cache(window, with_images):
   lengths, images = np.array([9, 5, 3, 0]), rng.random((B, S)) < 0.5
   images[1] = False
   shapes = [(B, K, S, D)] * 2 + [(B, K, N, M, D)] * 2
-  kv_cache = cache.Cache(*(draw(*shape) for shape in shapes))
+  kv_cache = cache.Cache(*(Stored(draw(*shape)) for shape in shapes))
   query, key, value = draw(B, N, H, D), draw(B, N, K, D), draw(B, N, K, D)
-  options = {"window": window, "images": images if with_images else None}
-  computed = cache.attend(query, key, value, kv_cache, lengths, steps, clock, **options)
+  options = {"window": window, "images": (images,) if with_images else None}
+  computed = cache.attend(query, key, value, (kv_cache,), lengths, steps, clock, **options)
   for b, n in np.ndindex(B, N):
     step = steps[b]
     places = np.arange(clock - step, clock) % M
@@ -138,8 +139,8 @@ def test_the_newest_token_and_a_cache(window, with_images):
         [prompt[b, :, : lengths[b]], earlier[b, :, n, places].swapaxes(0, 1), new[b, n, :, None]], 1
       )
       for prompt, earlier, new in (
-        (kv_cache.prompt_keys, kv_cache.keys, key),
-        (kv_cache.prompt_values, kv_cache.values, value),
+        (kv_cache.prompt_keys.numbers, kv_cache.keys.numbers, key),
+        (kv_cache.prompt_values.numbers, kv_cache.values.numbers, value),
       )
     )
     total = lengths[b] + step + 1

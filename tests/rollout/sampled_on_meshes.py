@@ -12,6 +12,7 @@ import sys
 import jax
 import numpy as np
 
+from tests import sft_run
 from tests.rollout import tiny_ppo
 from vlalign_jax import trees
 from vlalign_jax.input_pipeline import prompts
@@ -29,7 +30,7 @@ RUNS = {
   "ZeRO 0, auto": {"mesh.data": 8},
   "ZeRO 0, auto, slots": {"mesh.data": 8, "ppo.slots": 8},
   "ZeRO 1, heads": {"mesh.fsdp": 8, "mesh.zero_stage": 1} | HEADS,
-  "ZeRO 1, heads, slots": {"mesh.fsdp": 8, "mesh.zero_stage": 1, "ppo.slots": 8} | HEADS,
+  "ZeRO 1, heads, slots": {"mesh.fsdp": 8, "mesh.zero_stage": 1, "ppo.slots": 12} | HEADS,
   "ZeRO 2, rows, slots": {"mesh.fsdp": 8, "mesh.zero_stage": 2, "ppo.slots": 8} | ROWS,
   "ZeRO 3, in place, slots": {
     "mesh.fsdp": 8,
@@ -75,20 +76,34 @@ def sample(files: tiny_ppo.Files, name: str, workdir: str) -> dict:
   sampler = run.held.sampler
   generated = jax.device_get(sampler.sample(sampler.place(params), rows, streams, 7))
   answers = {field: array[order].tolist() for field, array in generated._asdict().items()}
-  return answers | {"mesh": dict(sampler.mesh.shape), "moved": len(sampler.moved)}
+  return answers | {
+    "mesh": dict(sampler.mesh.shape),
+    "moved": len(sampler.moved),
+    "slot_lengths": sampler.slot_lengths,
+  }
 
 
 def moved_away(path: str, leaf: jax.Array) -> jax.Array:
   """Gives adapters, which begin as nothing, a part in the answers."""
   if not path.endswith("lora_b"):
     return leaf
-  noise = np.random.default_rng(len(path)).normal(size=leaf.shape).astype(leaf.dtype)
-  return jax.device_put(noise, leaf.sharding)
+  noise = 0.2 * np.random.default_rng(len(path)).normal(size=leaf.shape)
+  return jax.device_put(noise.astype(leaf.dtype), leaf.sharding)
+
+
+def lengthen(path: str) -> None:
+  """Makes three of four prompts longer, so that slots differ in length."""
+  with open(path, encoding="utf-8") as file:
+    records = json.load(file)
+  for number, record in enumerate(records):
+    record["conversations"][0]["value"] += " Why?" * (number % 4) * 8
+  sft_run.write_json(path, records)
 
 
 def main(directory: str) -> None:
   rules.MIN_SIZE = 32  # all arrays of a tiny model are below the real limit
   files = tiny_ppo.make(f"{directory}/files")
+  lengthen(f"{directory}/files/train.json")
   print(json.dumps({name: sample(files, name, f"{directory}/runs") for name in RUNS}))
 
 

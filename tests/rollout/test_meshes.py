@@ -45,4 +45,5 @@ def test_runs_differ_in_what_they_should(runs):
   assert len(set(lengths.ravel().tolist())) > 4
   assert runs[ONE]["tokens"] != runs[ONE_LORA]["tokens"]
   assert runs["ZeRO 1, heads"]["mesh"]["tensor"] == 2
+  assert len(set(runs["ZeRO 1, heads, slots"]["slot_lengths"])) > 1
   assert runs["ZeRO 3, heads, slots, LoRA"]["moved"] > runs[ONE]["moved"] == 0

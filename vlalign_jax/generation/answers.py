@@ -4,15 +4,14 @@ import contextlib
 import dataclasses
 import itertools
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 
 from vlalign_jax.data.records import Record
-from vlalign_jax.generation import refill
+from vlalign_jax.generation import memory, refill
 from vlalign_jax.generation.decoder import Generated
-from vlalign_jax.generation.generate import log_memory
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.generation.slots import make_slots
 from vlalign_jax.input_pipeline import prompts
@@ -100,18 +99,19 @@ def generate_answers(
     return
   # Checks the longest prompts first, so that a run does not fail at its end for lack of memory.
   slots, longest = int(plan.row_counts.max()), int(plan.lengths[needed].max())
-  log_memory(source.config, sampling, slots, longest, config.model.dtype, mesh)
+  memory.check(source.config, sampling, ((slots, longest),), config.model.dtype, mesh)
   batches = _batches(prepared, mesh, [_stream(record) for record in records], wanted, needed[0])
   with contextlib.closing(batches):
     for length, group in itertools.groupby(batches, lambda batch: batch.prompts["tokens"].shape[1]):
-      found = refill.answer(programs, params, group, slots, length, config.seed)
+      lengths = (length,) * (slots // programs.blocks)
+      found = refill.answer(programs, params, group, lengths, config.seed)
       for record, generated in found:
         yield from _read(source, record, generated)
 
 
 def _batches(
   prepared: Prepared, mesh: Mesh, streams: list[int], wanted: list[dict[int, int]], start: int
-) -> Iterator[refill.Batch]:
+) -> Generator[refill.Batch]:
   """Puts the prompts of all steps on devices, from `start` on, but for those without wanted rows.
 
   Args:
@@ -133,7 +133,8 @@ def _batches(
         batch["images"] = batch["images"][:, :0]
       del batch["skipped"]
       batch = hosts.to_device(mesh, batch)
-      yield refill.Batch(prompts=batch, streams=batch.pop("streams"), wanted=wanted[step])
+      streams_here, (rows, length) = batch.pop("streams"), batch["tokens"].shape
+      yield refill.Batch(batch, streams_here, wanted[step], lengths=np.full(rows, length))
 
 
 def _stream(record: Record) -> int:

@@ -45,8 +45,9 @@ class State(NamedTuple):
     hidden: float[B, N, D], of the newest tokens.
     done: bool[B, N], samples that take no more tokens.
     seen: bool[B, N, V], tokens of prompt and sample; None without a repetition penalty.
-    images: bool[B, S], image tokens of the prompts; None unless attention needs them.
-    cache: keys and values.
+    images: bool[Bi, S] of each group, image tokens of the prompts; None unless attention needs
+      them.
+    caches: keys and values of each group of rows; see `models.row_groups`.
   """
 
   clock: jax.Array
@@ -56,8 +57,8 @@ class State(NamedTuple):
   hidden: jax.Array
   done: jax.Array
   seen: jax.Array | None
-  images: jax.Array | None
-  cache: cache.Cache
+  images: tuple[jax.Array, ...] | None
+  caches: tuple[cache.Cache, ...]
 
 
 class Chosen(NamedTuple):
@@ -97,7 +98,7 @@ def places(sampling: Sampling) -> int:
 
 
 def start(model, batch, streams, sampling: Sampling) -> State:
-  """Reads prompts.
+  """Reads prompts, as one group of rows.
 
   Args:
     model: the module.
@@ -123,8 +124,8 @@ def start(model, batch, streams, sampling: Sampling) -> State:
     hidden=jnp.broadcast_to(last, (B, N, D)),
     done=jnp.broadcast_to(lengths[:, None] == 0, (B, N)),
     seen=_seen(batch, N, V) if sampling.repetition_penalty != 1 else None,
-    images=images,
-    cache=cache.extend(keys, values, N, places(sampling), mesh),
+    images=None if images is None else (images,),
+    caches=(cache.extend(keys, values, N, places(sampling), mesh, sampling.cache_dtype),),
   )
 
 
@@ -158,15 +159,15 @@ def read(model, state: State, tokens) -> State:
   hidden, newest = model.language.decode(
     model.language.embed(tokens),
     positions,
-    state.cache,
+    state.caches,
     state.lengths,
     earlier,
     state.clock,
     images=state.images,
     mesh=mesh,
   )
-  kept = cache.append(state.cache, newest, state.clock, mesh)
-  return state._replace(clock=state.clock + 1, hidden=hidden, cache=kept)
+  kept = cache.append(state.caches, newest, state.clock, mesh)
+  return state._replace(clock=state.clock + 1, hidden=hidden, caches=kept)
 
 
 def no_answers(shape: tuple[int, int], tokens: int, pad_id: int) -> Generated:

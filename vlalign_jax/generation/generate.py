@@ -4,16 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
-from vlalign_jax.errors import InputError
 from vlalign_jax.generation import decoder
 from vlalign_jax.generation import sampling as samplings
 from vlalign_jax.generation.decoder import Generated, State
 from vlalign_jax.generation.sampling import Sampling
-from vlalign_jax.models import cache
 from vlalign_jax.models.vlm import ModelConfig
 from vlalign_jax.sharding import mesh as meshes
 
@@ -75,51 +72,8 @@ def generate(
     return choose(decoder.read(model, state, newest), answers, step)
 
   state = decoder.start(model, batch, streams, sampling)
-  answers = decoder.no_answers(state.done.shape, sampling.max_new_tokens, pad_id)
+  B, N = state.done.shape
+  answers = decoder.no_answers((B, N), sampling.max_new_tokens, pad_id)
   carry = choose(state, answers, jnp.zeros((), jnp.int32))
   _, _, answers, _ = jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), decode, carry)
   return answers
-
-
-def log_memory(
-  model: ModelConfig,
-  sampling: Sampling,
-  rows: int,
-  length: int,
-  dtype,
-  mesh: Mesh,
-  advice: str = "lower batch_size, generation.num_return_sequences or generation.max_new_tokens",
-) -> int:
-  """Logs the size of a batch's cache before it is allocated, and refuses one that cannot fit.
-
-  Args:
-    model: the architecture.
-    sampling: has num_return_sequences and max_new_tokens.
-    rows: B of the batch.
-    length: S, tokens of its rows.
-    dtype: of activations.
-    mesh: the mesh that rows are split over.
-    advice: what to change, for the error.
-
-  Returns:
-    Bytes on each device.
-
-  Raises:
-    InputError: the devices report less free memory.
-  """
-  N, M = sampling.num_return_sequences, sampling.max_new_tokens
-  total = cache.cache_bytes(model.language, rows, length, N, M, jnp.dtype(dtype).itemsize)
-  device_bytes = total // mesh.size
-  logging.info(
-    "keys and values of %d prompts of up to %d tokens with %d answers of up to %d: %.3f GB on each "
-    "device",
-    *(rows, length, N, M, device_bytes / 1e9),
-  )
-  stats = mesh.local_devices[0].memory_stats() or {}
-  free = stats.get("bytes_limit", device_bytes) - stats.get("bytes_in_use", 0)
-  if "bytes_limit" in stats and device_bytes > free:
-    raise InputError(
-      f"the keys and values of {rows} prompts x {N} answers take {device_bytes / 1e9:.1f} GB on "
-      f"each device, and {free / 1e9:.1f} GB are free; {advice}, or split over more devices"
-    )
-  return device_bytes

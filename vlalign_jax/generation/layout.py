@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
+from vlalign_jax.generation import memory
 from vlalign_jax.generation.sampling import Sampling
-from vlalign_jax.models import cache
 from vlalign_jax.models.vlm import ModelConfig, abstract_params
 from vlalign_jax.sharding import chips, roofline, rules
 from vlalign_jax.sharding import mesh as meshes
@@ -195,7 +195,8 @@ def _sample(
   rows = demand.rows / data
   sums = 2 * language.layers * 2 * (tensor - 1) / tensor * language.width * itemsize
   parameters = trees.size(abstract_params(demand.model)[1]["language"]) / tensor
-  kept = cache.cache_bytes(language, demand.rows, demand.length, N, M, itemsize) / (data * tensor)
+  groups = ((demand.rows, demand.length),)
+  kept = memory.cache_bytes(demand.model, sampling, groups, demand.dtype) / (data * tensor)
   collectives = (2 * language.layers + 2) * (tensor > 1) + 7 * language.layers * (gathered > 0)
 
   def seconds(tokens: float, accessed: float) -> float:

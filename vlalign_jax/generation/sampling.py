@@ -27,6 +27,7 @@ class Sampling:
       et al. 2020, "nucleus"), and without top_k those as likely as the last of them; 1: all.
     tempered: whether a token's log-probability is reported at the temperature, among the tokens
       that are not `forbidden`, as PPO's learner and reference compute it.
+    cache_dtype: of keys and values, see `models.stored.CACHE_DTYPES`; "": that of activations.
   """
 
   max_new_tokens: int
@@ -39,6 +40,7 @@ class Sampling:
   top_k: int = 0
   top_p: float = 1.0
   tempered: bool = False
+  cache_dtype: str = ""
 
 
 def check(sampling: Sampling, vocab_size: int) -> None:

@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from vlalign_jax import matmul_precision, trees
 from vlalign_jax.config_checks import Config
 from vlalign_jax.errors import InputError
-from vlalign_jax.models import cache
+from vlalign_jax.generation import memory
+from vlalign_jax.generation.slots import groups_of, refill_sizes
 from vlalign_jax.planning import ppo_models, train_step
 from vlalign_jax.planning.step_plan import StepPlan, StepProgram, device_bytes
 from vlalign_jax.planning.topology import Topology
@@ -112,9 +114,9 @@ def plan(config, topology: Topology) -> StepPlan:
     config, *architectures, models.sampling, mesh, train_step.TOTAL_STEPS
   )
   resident = ppo_models.resident_bytes(models, program, config)
-  actor, length = models.actor, config.data.max_length
+  actor, lengths = models.actor, np.array([config.data.max_length])
   sampler = samplers.make_sampler(
-    config, actor, program.actor, models.sampling, mesh, length, sum(resident.values())
+    config, actor, program.actor, models.sampling, mesh, lengths, sum(resident.values())
   )
   rollout = RolloutShapes(config, models, mesh, program, sampler)
   sizes, tokens = rollout.sizes, models.actor.tokens_per_image
@@ -139,11 +141,9 @@ def plan(config, topology: Topology) -> StepPlan:
 
 def cache_bytes(rollout: RolloutShapes) -> float:
   """Returns the bytes of keys and values on a device during sampling."""
-  sizes, config = rollout.sizes, rollout.config
-  num_rows = samplers.rows_at_a_time(config, sizes.B)
-  itemsize = jnp.dtype(config.model.dtype).itemsize
-  language = rollout.models.actor.language
-  total = cache.cache_bytes(language, num_rows, sizes.L, sizes.N, sizes.M, itemsize)
+  config, models = rollout.config, rollout.models
+  groups = ((samplers.rows_at_a_time(config, rollout.sizes.B), rollout.sizes.L),)
+  total = memory.cache_bytes(models.actor, models.sampling, groups, config.model.dtype)
   return total / rollout.mesh.size
 
 
@@ -235,13 +235,16 @@ def _programs(rollout: RolloutShapes) -> Iterator[StepProgram]:
 def _on_slots(rollout: RolloutShapes, slots, one, params, prompts, held: float):
   """Yields the programs of slots; as every answer is as long as it can be, none ends early."""
   B, L, _, _, M, _ = rollout.sizes
-  count = samplers.rows_at_a_time(rollout.config, B)
-  state = jax.eval_shape(functools.partial(slots.empty, count, L))
+  count, lengths = rollout.config.ppo.slots, rollout.sampler.slot_lengths
+  (group,) = groups_of(lengths)  # a plan knows the longest prompt only
+  state = jax.eval_shape(functools.partial(slots.empty, lengths))
   state = meshes.place(state, slots.shardings(state))
   held += device_bytes(state)
-  taken = slots.blocks * slots.refill_sizes(count, L)[0]
+  taken = slots.blocks * refill_sizes(group)[0]
   index = jax.ShapeDtypeStruct((taken,), jnp.int32)
-  refill = functools.partial(slots.refill.lower, params, state, *prompts, index, index)
+  picked = jax.eval_shape(functools.partial(slots.pick, length=group.length), *prompts, index)
+  picked = meshes.place(picked, jax.tree.map(lambda _: meshes.batch_sharding(slots.mesh), picked))
+  refill = functools.partial(slots.refill.lower, params, state, *picked, index, group)
   yield one("prompts into slots", refill, num_rows=taken, times=-(-B // taken), length=L, held=held)
   decode = functools.partial(slots.decode.lower, params, state, 0)
   looks = -(-M // slots.look_every) * -(-B // count)

@@ -8,6 +8,7 @@ from vlalign_jax.generation import layout
 from vlalign_jax.input_pipeline.prompts import TASK
 from vlalign_jax.losses import advantages, kl
 from vlalign_jax.losses import ppo as losses
+from vlalign_jax.models.stored import CACHE_DTYPES
 from vlalign_jax.planning import ppo as planning
 from vlalign_jax.stage import Stage
 
@@ -57,6 +58,9 @@ def add_keys(c: Config) -> None:
   # Prompts that are answered at a time, all others waiting: when all answers to one have ended, the
   # next takes its place. 0: all of a part, until the longest answer ends.
   ppo.slots = 0
+  # dtype of keys and values while answers are sampled: int8, in half the space of bfloat16 and a
+  # little less exact (see val/sampler_gap), or empty: that of activations.
+  ppo.cache_dtype = ""
   # --- Learning from a rollout.
   ppo.estimator = "gae"  # estimator of advantages: gae (with a critic), rloo, grpo (without one)
   ppo.num_ppo_epochs = 4  # passes over each rollout (original: 1)
@@ -109,6 +113,7 @@ def check_keys(config: Config) -> None:
       "ppo.critic_init": CRITIC_STARTS,
       "ppo.loss_level": losses.LEVELS,
       "ppo.kl_estimator": kl.KINDS,
+      "ppo.cache_dtype": CACHE_DTYPES,
       "ppo.actor_zero_stage": choices,
       "ppo.critic_zero_stage": choices,
       "data.pack": (False,),

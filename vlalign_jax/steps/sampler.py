@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
-from vlalign_jax.generation import layout, refill
+from vlalign_jax.generation import layout, memory, refill
 from vlalign_jax.generation.decoder import Generated
-from vlalign_jax.generation.generate import log_memory, make_generate
+from vlalign_jax.generation.generate import make_generate
 from vlalign_jax.generation.sampling import Sampling
-from vlalign_jax.generation.slots import Slots, make_slots
+from vlalign_jax.generation.slot_lengths import slot_lengths
+from vlalign_jax.generation.slots import Slots, groups_of, make_slots
 from vlalign_jax.models.vlm import ModelConfig
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
@@ -36,8 +37,9 @@ class Sampler:
     sample: (all parameters, prompts, int32[B] streams, seed) -> Generated, whose rows are split as
       the run splits them.
     slots: the programs that `sample` runs; None: it is one program.
+    slot_lengths: places for a prompt of each slot of a device; without slots none.
     check_memory: (rows, tokens of each) -> bytes that keys and values take on each device, stated
-      once; see `generate.log_memory`.
+      once; see `memory.check`.
   """
 
   mesh: Mesh
@@ -45,6 +47,7 @@ class Sampler:
   move: Callable
   sample: Callable
   slots: Slots | None
+  slot_lengths: tuple[int, ...]
   check_memory: Callable
 
   def place(self, params: dict) -> dict:
@@ -59,7 +62,7 @@ def make_sampler(
   actor: TrainedModel,
   sampling: Sampling,
   mesh: Mesh,
-  length: int,
+  prompt_lengths: np.ndarray,
   held: float,
   pad_id: int = 0,
 ) -> Sampler:
@@ -71,7 +74,7 @@ def make_sampler(
     actor: has the shapes of its parameters.
     sampling: of answers.
     mesh: of the run.
-    length: tokens of the longest row of prompts.
+    prompt_lengths: int[P], tokens of all prompts of the run.
     held: bytes that a device holds while answers are sampled, for `auto`.
     pad_id: the token that follows an answer's end.
 
@@ -79,7 +82,7 @@ def make_sampler(
     InputError: ppo.sampling_mesh does not suit the devices, the heads or the rows, or ppo.slots
       does not divide over it.
   """
-  settings, dtype = config.ppo, config.model.dtype
+  settings, dtype, length = config.ppo, config.model.dtype, int(max(prompt_lengths))
   num_rows = rows_at_a_time(config, config.batch_size)
   own, wanted = mesh, layout.sizes(settings.sampling_mesh, KEY)
   if settings.sampling_mesh == layout.AUTO:
@@ -97,7 +100,7 @@ def make_sampler(
     "attention": config.model.attention,
     "pad_id": pad_id,
   }
-  slots = None
+  slots, lengths = None, ()
   if settings.slots:
     blocks = meshes.row_blocks(mesh)
     if settings.slots % blocks:
@@ -106,7 +109,8 @@ def make_sampler(
         f"devices; choose {meshes.nearest_multiples(settings.slots, blocks)}"
       )
     slots = make_slots(model, sampling, **options)
-    sample = _on_slots(slots, settings.slots, own)
+    lengths = slot_lengths(prompt_lengths, settings.slots // blocks)
+    sample = _on_slots(slots, lengths, own)
   else:
     generate = make_generate(model, sampling, **options)
     sample = _by_parts(generate, mesh, settings.sample_parts, meshes.batch_sharding(own))
@@ -115,10 +119,12 @@ def make_sampler(
   def check_memory(rows, length):
     remedy = (
       "lower ppo.slots (or raise ppo.sample_parts), batch_size, ppo.num_generations or "
-      "ppo.max_new_tokens"
+      "ppo.max_new_tokens, or set ppo.cache_dtype=int8"
     )
-    rows = rows_at_a_time(config, rows)
-    return log_memory(model, sampling, rows, length, dtype, mesh, remedy)
+    groups = ((rows // settings.sample_parts, length),)
+    if slots is not None:
+      groups = tuple((slots.blocks * group.count, group.length) for group in groups_of(lengths))
+    return memory.check(model, sampling, groups, dtype, mesh, remedy)
 
   return Sampler(
     mesh=mesh,
@@ -126,6 +132,7 @@ def make_sampler(
     move=layout.make_move(moved),
     sample=sample,
     slots=slots,
+    slot_lengths=lengths,
     check_memory=check_memory,
   )
 
@@ -153,20 +160,19 @@ def _by_parts(generate, mesh: Mesh, parts: int, placement):
   return jax.jit(whole, out_shardings=placement)
 
 
-def _on_slots(slots: Slots, count: int, own: Mesh):
+def _on_slots(slots: Slots, lengths: tuple[int, ...], own: Mesh):
   """Samples on slots that take the next prompts as answers end; rows without a prompt take none."""
 
   @functools.partial(jax.jit, out_shardings=meshes.replicated(own))
-  def has_prompt(segments):
-    return jnp.any(segments > 0, axis=1)
+  def count(segments):
+    return jnp.sum(segments > 0, axis=1)
 
   def sample(params, prompts, streams, seed) -> Generated:
-    rows, length = prompts["tokens"].shape
-    wanted = np.flatnonzero(jax.device_get(has_prompt(prompts["segments"])))
-    batch = refill.Batch(prompts, streams, {int(row): int(row) for row in wanted})
-    found = refill.no_answers(rows, slots)
-    given = slots, params, [batch], count, length, seed
-    for row, answers in refill.answer(*given):
+    tokens = jax.device_get(count(prompts["segments"]))
+    wanted = {int(row): int(row) for row in np.flatnonzero(tokens)}
+    batch = refill.Batch(prompts, streams, wanted, tokens)
+    found = refill.no_answers(len(tokens), slots)
+    for row, answers in refill.answer(slots, params, [batch], lengths, seed):
       for array, values in zip(found, answers, strict=True):
         array[row] = values
     return Generated(**hosts.whole_to_device(own, found._asdict()))
