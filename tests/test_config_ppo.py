@@ -50,7 +50,7 @@ def test_an_unknown_preset_is_named():
     ({"batch_size": 63}, "batch_size is 63; it must be a multiple of .* = 4"),
     ({"ppo.sample_parts": 3}, "ppo.sample_parts is 3; it must divide .* = 4"),
     ({"ppo.slots": 8, "ppo.sample_parts": 2}, "ppo.slots is 8, and ppo.sample_parts 2"),
-    ({"ppo.cache_dtype": "int4"}, "ppo.cache_dtype is 'int4'; choose from '', 'int8'"),
+    ({"ppo.cache_dtype": "int4"}, "ppo.cache_dtype is 'int4'; choose from model, int8"),
     ({"ppo.slots": 999}, "ppo.slots is 999, above batch_size, .*; lower it"),
     ({"lora.dropout": 0.1}, "lora.dropout is 0.1; choose from 0.0"),
     ({"data.pack": True}, "data.pack is True; choose from False"),

@@ -28,7 +28,7 @@ def test_equal_prompts_need_slots_of_one_length():
   assert slot_lengths(np.full(9, 130), 5) == (144,) * 5
 
 
-@pytest.mark.parametrize("cache_dtype", ["", "int8"])
+@pytest.mark.parametrize("cache_dtype", ["model", "int8"])
 def test_bytes_are_stated_as_they_are_allocated(cache_dtype, model):
   sampling, lengths = Sampling(9, num_return_sequences=2, cache_dtype=cache_dtype), (16, 16, 48)
   state = jax.eval_shape(lambda: make_slots(model.config, sampling).empty(lengths))

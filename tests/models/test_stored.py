@@ -34,7 +34,7 @@ def test_products_and_sums_are_those_of_what_is_stored():
 
 
 def test_bytes_are_those_of_the_arrays():
-  for dtype, itemsize in (("", 2), ("int8", 2), ("", 4)):
+  for dtype, itemsize in (("model", 2), ("int8", 2), ("model", 4)):
     kept = stored.zeros((3, 24), jnp.dtype(f"{'b' * (itemsize == 2)}float{8 * itemsize}"), dtype)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
     assert 3 * stored.vector_bytes(24, itemsize, dtype) == held

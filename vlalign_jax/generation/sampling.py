@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlalign_jax.errors import InputError
+from vlalign_jax.models.stored import MODEL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Sampling:
       et al. 2020, "nucleus"), and without top_k those as likely as the last of them; 1: all.
     tempered: whether a token's log-probability is reported at the temperature, among the tokens
       that are not `forbidden`, as PPO's learner and reference compute it.
-    cache_dtype: of keys and values, see `models.stored.CACHE_DTYPES`; "": that of activations.
+    cache_dtype: of keys and values, see `models.stored.CACHE_DTYPES`.
   """
 
   max_new_tokens: int
@@ -40,7 +41,7 @@ class Sampling:
   top_k: int = 0
   top_p: float = 1.0
   tempered: bool = False
-  cache_dtype: str = ""
+  cache_dtype: str = MODEL
 
 
 def check(sampling: Sampling, vocab_size: int) -> None:

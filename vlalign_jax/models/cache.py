@@ -34,7 +34,12 @@ class Cache(NamedTuple):
 
 
 def extend(
-  prompt_keys, prompt_values, samples: int, tokens: int, mesh: Mesh | None, dtype: str = ""
+  prompt_keys,
+  prompt_values,
+  samples: int,
+  tokens: int,
+  mesh: Mesh | None,
+  dtype: str = stored.MODEL,
 ) -> Cache:
   """Makes the cache of prompts, with space for M tokens of each of N samples.
 
@@ -68,7 +73,7 @@ def append(caches: tuple[Cache, ...], newest, clock, mesh: Mesh | None) -> tuple
       jax.tree.map(
         lambda cached, new: add(cached, new, 4),
         old,
-        stored.store(new.swapaxes(2, 3), "" if old.scales is None else "int8"),
+        stored.store(new.swapaxes(2, 3), stored.MODEL if old.scales is None else stored.INT8),
       )
       for old, new in zip((cache.keys, cache.values), vectors, strict=True)
     ]
@@ -215,7 +220,7 @@ def cache_bytes(
   samples: int,
   max_new_tokens: int,
   itemsize: int,
-  dtype: str = "",
+  dtype: str = stored.MODEL,
 ) -> int:
   """Returns the bytes of a cache over all devices, which `data`, `fsdp` and `tensor` split evenly.
 

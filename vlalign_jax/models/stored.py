@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# The dtypes that keys and values may be stored in; "": that of activations.
-CACHE_DTYPES = ("", "int8")
+MODEL, INT8 = "model", "int8"
+# The dtypes that keys and values may be stored in; MODEL: that of activations.
+CACHE_DTYPES = (MODEL, INT8)
 _LARGEST = 127
 
 
@@ -24,7 +25,7 @@ class Stored(NamedTuple):
 
 def store(vectors, dtype: str) -> Stored:
   """Stores vectors [..., D]; int8 rounds each to 255 steps up to its largest element."""
-  if not dtype:
+  if dtype != INT8:
     return Stored(vectors)
   vectors = vectors.astype(jnp.float32)
   scales = jnp.max(jnp.abs(vectors), axis=-1) / _LARGEST
@@ -33,15 +34,15 @@ def store(vectors, dtype: str) -> Stored:
 
 
 def zeros(shape: tuple[int, ...], activations, dtype: str) -> Stored:
-  """Returns vectors of zeros; `activations` is the dtype that they have unless one is given."""
-  if not dtype:
+  """Returns vectors of zeros; `activations` is the dtype that they have unless dtype is int8."""
+  if dtype != INT8:
     return Stored(jnp.zeros(shape, activations))
   return Stored(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32))
 
 
 def vector_bytes(size: int, itemsize: int, dtype: str) -> int:
   """Returns the bytes of a vector of so many elements, each of `itemsize` unless dtype is int8."""
-  return size + 4 if dtype else size * itemsize
+  return size + 4 if dtype == INT8 else size * itemsize
 
 
 def products(equation: str, queries, keys: Stored):

@@ -10,7 +10,7 @@ from vlalign_jax.generation import layout
 from vlalign_jax.generation import sampling as samplings
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models.backends import ATTENTION_NAMES
-from vlalign_jax.models.stored import CACHE_DTYPES
+from vlalign_jax.models.stored import CACHE_DTYPES, MODEL
 from vlalign_jax.weights.source import ModelSource
 from vlalign_jax.writers import choose as writers
 
@@ -50,9 +50,9 @@ def defaults() -> Config:
   # The devices as answers are sampled on them: auto (the fastest layout that fits), sizes such as
   # tensor=4 or data=2,tensor=4 (weights are copied over data), or empty: as mesh says.
   c.generation.sampling_mesh = "auto"
-  # dtype of keys and values: int8, in half the space of bfloat16 and a little less exact, or empty:
-  # that of activations.
-  c.generation.cache_dtype = ""
+  # dtype of keys and values: model (that of model.dtype), or int8, which takes half the space of
+  # bfloat16 and is a little less exact.
+  c.generation.cache_dtype = MODEL
 
   c.data = ConfigDict()
   names = ("eval", "eval_samples", "images", "cache", "placeholders", "template", "max_length")

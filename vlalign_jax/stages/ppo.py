@@ -8,7 +8,7 @@ from vlalign_jax.generation import layout
 from vlalign_jax.input_pipeline.prompts import TASK
 from vlalign_jax.losses import advantages, kl
 from vlalign_jax.losses import ppo as losses
-from vlalign_jax.models.stored import CACHE_DTYPES
+from vlalign_jax.models.stored import CACHE_DTYPES, MODEL
 from vlalign_jax.planning import ppo as planning
 from vlalign_jax.stage import Stage
 
@@ -58,9 +58,9 @@ def add_keys(c: Config) -> None:
   # Prompts that are answered at a time, all others waiting: when all answers to one have ended, the
   # next takes its place. 0: all of a part, until the longest answer ends.
   ppo.slots = 0
-  # dtype of keys and values while answers are sampled: int8, in half the space of bfloat16 and a
-  # little less exact (see val/sampler_gap), or empty: that of activations.
-  ppo.cache_dtype = ""
+  # dtype of keys and values while answers are sampled: model (that of model.dtype), or int8, which
+  # takes half the space of bfloat16 and is a little less exact (see val/sampler_gap).
+  ppo.cache_dtype = MODEL
   # --- Learning from a rollout.
   ppo.estimator = "gae"  # estimator of advantages: gae (with a critic), rloo, grpo (without one)
   ppo.num_ppo_epochs = 4  # passes over each rollout (original: 1)
