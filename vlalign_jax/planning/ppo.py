@@ -207,11 +207,12 @@ def _programs(rollout: RolloutShapes) -> Iterator[StepProgram]:
   if sampler.moved:
     leaves = {path: flat[path] for path in sampler.moved}
     yield one("weights to the sampler", lower(sampler.move, leaves))
-  placed = trees.unflatten(flat | sampler.moved)
+  placed = trees.unflatten(flat | sampler.params)
   prompts = collect.for_sampling(prompts), rollout.array((B,), jnp.int32)
   held = device_bytes(sampler.moved)
-  if sampler.slots is None:
-    sample = lower(sampler.sample, placed, *prompts, 0)
+  if sampler.generate is not None:
+    on_mesh = jax.tree.map(lambda _: meshes.batch_sharding(sampler.mesh), prompts)
+    sample = lower(sampler.generate, placed, *meshes.place(prompts, on_mesh), 0)
     yield one("sampling", sample, length=L, decoded=max(1, M - 1), held=held)
   else:
     yield from _on_slots(rollout, sampler.slots, one, placed, prompts, held)

@@ -32,20 +32,26 @@ class Sampler:
 
   Attributes:
     mesh: that answers are sampled on.
-    moved: path -> shape of the parameters that the sampler has for itself; see `layout.placement`.
+    params: path -> shape of the parameters that are read on a mesh of its own; otherwise empty.
+    moved: those that the sampler has for itself; see `layout.placement`.
     move: {path: parameter} -> the same in their places.
     sample: (all parameters, prompts, int32[B] streams, seed) -> Generated, whose rows are split as
       the run splits them.
-    slots: the programs that `sample` runs; None: it is one program.
+    take: (prompts, streams) -> the same on the sampler's mesh.
+    generate: the program that `sample` runs on what `take` returns; None: it runs `slots`.
+    slots: the programs that `sample` runs; None: it runs `generate`.
     slot_lengths: places for a prompt of each slot of a device; without slots none.
     check_memory: (rows, tokens of each) -> bytes that keys and values take on each device, stated
       once; see `memory.check`.
   """
 
   mesh: Mesh
+  params: dict[str, jax.ShapeDtypeStruct]
   moved: dict[str, jax.ShapeDtypeStruct]
   move: Callable
   sample: Callable
+  take: Callable
+  generate: Callable | None
   slots: Slots | None
   slot_lengths: tuple[int, ...]
   check_memory: Callable
@@ -53,7 +59,13 @@ class Sampler:
   def place(self, params: dict) -> dict:
     """Returns all parameters as `sample` takes them; those that are in place are not copied."""
     flat = trees.flatten(params)
-    return trees.unflatten(flat | self.move({path: flat[path] for path in self.moved}))
+    moved = self.move({path: flat[path] for path in self.moved})
+    kept = {
+      path: layout.named(flat[path], shape.sharding)
+      for path, shape in self.params.items()
+      if path not in moved
+    }
+    return trees.unflatten(flat | kept | moved)
 
 
 def make_sampler(
@@ -92,7 +104,10 @@ def make_sampler(
     chosen = layout.make_mesh(own, wanted, model, KEY) if wanted else None
   if chosen is not None:
     meshes.check_rows(num_rows, chosen, KEY)
-  moved = {} if chosen is None else layout.placement(chosen, actor.params, dtype)
+  read, moved = {}, {}
+  if chosen is not None:
+    read = layout.shapes_on(chosen, actor.params, dtype)
+    moved = layout.placement(chosen, actor.params, dtype)
   mesh = own if chosen is None else chosen
   options = {
     "mesh": mesh,
@@ -100,7 +115,8 @@ def make_sampler(
     "attention": config.model.attention,
     "pad_id": pad_id,
   }
-  slots, lengths = None, ()
+  take = jax.jit(lambda *given: given, out_shardings=meshes.batch_sharding(mesh))
+  slots, lengths, generate = None, (), None
   if settings.slots:
     blocks = meshes.row_blocks(mesh)
     if settings.slots % blocks:
@@ -112,8 +128,8 @@ def make_sampler(
     lengths = slot_lengths(prompt_lengths, settings.slots // blocks)
     sample = _on_slots(slots, lengths, own)
   else:
-    generate = make_generate(model, sampling, **options)
-    sample = _by_parts(generate, mesh, settings.sample_parts, meshes.batch_sharding(own))
+    generate = _by_parts(make_generate(model, sampling, **options), mesh, settings.sample_parts)
+    sample = _at_once(generate, take, meshes.batch_sharding(own))
 
   @functools.cache
   def check_memory(rows, length):
@@ -128,9 +144,12 @@ def make_sampler(
 
   return Sampler(
     mesh=mesh,
+    params=read,
     moved=moved,
     move=layout.make_move(moved),
     sample=sample,
+    take=take,
+    generate=generate,
     slots=slots,
     slot_lengths=lengths,
     check_memory=check_memory,
@@ -144,7 +163,17 @@ def rows_at_a_time(config, rows: int) -> int:
   return rows // config.ppo.sample_parts
 
 
-def _by_parts(generate, mesh: Mesh, parts: int, placement):
+def _at_once(generate, take, placement):
+  """Samples on the sampler's mesh; what comes and goes is moved by programs of its own."""
+  put_back = jax.jit(lambda found: found, out_shardings=placement)
+
+  def sample(params, prompts, streams, seed) -> Generated:
+    return put_back(generate(params, *take(prompts, streams), seed))
+
+  return sample
+
+
+def _by_parts(generate, mesh: Mesh, parts: int):
   """Samples some rows at a time, so that one cache is freed before the next is made."""
 
   def whole(params, prompts, streams, seed):
@@ -157,7 +186,7 @@ def _by_parts(generate, mesh: Mesh, parts: int, placement):
     given = accumulate.split_rows((prompts, streams), parts)
     return jax.tree.map(accumulate.join_rows, jax.lax.map(of_part, given))
 
-  return jax.jit(whole, out_shardings=placement)
+  return jax.jit(whole, out_shardings=meshes.batch_sharding(mesh))
 
 
 def _on_slots(slots: Slots, lengths: tuple[int, ...], own: Mesh):
