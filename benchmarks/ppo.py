@@ -187,7 +187,7 @@ def our_side(directory: str, size: str):
   params, frozen = trees.split(params, is_trained)
   roles = collect.Roles(
     program=program,
-    sampler=sampler.make_sampler(c, model, program.actor, sampling, mesh, length, held=0.0),
+    sampler=sampler.make_sampler(c, model, program.actor, sampling, mesh, np.array([length]), 0.0),
     frozen=frozen,
     reference=models.copied(params, program.actor.reference),
     critic_frozen=critic_frozen,

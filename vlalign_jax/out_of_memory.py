@@ -178,7 +178,10 @@ def advice(program: str, config=None) -> str:
   ppo, changes = "ppo" in config, []
   mesh = config.mesh
   if program == SAMPLING:
-    changes += ["raise ppo.sample_parts", "lower ppo.num_generations or ppo.max_new_tokens"]
+    changes += [
+      "lower ppo.slots" if config.ppo.slots else "raise ppo.sample_parts, or set ppo.slots"
+    ]
+    changes.append("lower ppo.num_generations or ppo.max_new_tokens")
   elif program != LOADING:
     changes.append(f"raise grad_accumulation (now {config.grad_accumulation})")
   if program in (TRAINING, EVALUATION) and config.model.get("remat") != "full":

@@ -98,7 +98,9 @@ def ppo(settings):
     return result, {"what": name, "s": took}
 
   actor = trees.merge(state.params, frozen)
-  answering = sampler.make_sampler(c, model, program.actor, sampling, mesh, length, held=0)
+  answering = sampler.make_sampler(
+    c, model, program.actor, sampling, mesh, np.array([length]), held=0
+  )
   placed, line = part("place", lambda: answering.place(actor))
   yield line
   features, line = part("tower", lambda: program.vision_features(actor, prompts, None))

@@ -56,7 +56,8 @@ def test_frequencies(name):
   sampling = Sampling(1, num_return_sequences=DRAWS, **OPTIONS[name])
   keys = samplings.row_keys(7, jnp.arange(2), DRAWS)
   wide = jnp.broadcast_to(logits[:, None], (2, DRAWS, 40))
-  draw = jax.jit(lambda wide, keys: samplings.choose(wide, None, keys, 3, sampling))
+  steps = jnp.array([3, 5])
+  draw = jax.jit(lambda wide, keys: samplings.choose(wide, None, keys, steps, sampling))
   tokens, log_probabilities, drawn = jax.device_get(draw(wide, keys))
   for row in range(2):
     probabilities = expected_probabilities(logits[row], **OPTIONS[name])

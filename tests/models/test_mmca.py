@@ -10,6 +10,7 @@ from tests.models import layouts
 from tests.models.layouts import B, H, K, T
 from tests.parity import relative_error
 from vlalign_jax.models import cache, cudnn, splash, tiles
+from vlalign_jax.models.stored import Stored
 
 
 def softmax_mix(scores, values):
@@ -114,23 +115,32 @@ def test_the_mask_for_cudnn(window):
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("with_images", [True, False])
 def test_the_newest_token_and_a_cache(window, with_images):
-  """Two samples of prompts of 0 to 9 tokens, compared sample by sample."""
-  N, S, M, step, D = 2, 9, 6, 4, layouts.D
+  """Two samples of prompts of 0 to 9 tokens, compared sample by sample.
+
+  The samples have 4, 0, 6 and 2 tokens; after 14 that were appended to 6 places, the newest of them
+  is in the second place.
+  """
+  N, S, M, D = 2, 9, 6, layouts.D
+  steps, clock = np.array([4, 0, 6, 2]), 14
   rng = np.random.default_rng(0)
   draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
   lengths, images = np.array([9, 5, 3, 0]), rng.random((B, S)) < 0.5
   images[1] = False
   shapes = [(B, K, S, D)] * 2 + [(B, K, N, M, D)] * 2
-  kv_cache = cache.Cache(*(draw(*shape) for shape in shapes))
+  kv_cache = cache.Cache(*(Stored(draw(*shape)) for shape in shapes))
   query, key, value = draw(B, N, H, D), draw(B, N, K, D), draw(B, N, K, D)
-  options = {"window": window, "images": images if with_images else None}
-  computed = cache.attend(query, key, value, kv_cache, lengths, step, **options)
+  options = {"window": window, "images": (images,) if with_images else None}
+  computed = cache.attend(query, key, value, (kv_cache,), lengths, steps, clock, **options)
   for b, n in np.ndindex(B, N):
+    step = steps[b]
+    places = np.arange(clock - step, clock) % M
     keys, values = (
-      np.concatenate([prompt[b, :, : lengths[b]], earlier[b, :, n, :step], new[b, n, :, None]], 1)
+      np.concatenate(
+        [prompt[b, :, : lengths[b]], earlier[b, :, n, places].swapaxes(0, 1), new[b, n, :, None]], 1
+      )
       for prompt, earlier, new in (
-        (kv_cache.prompt_keys, kv_cache.keys, key),
-        (kv_cache.prompt_values, kv_cache.values, value),
+        (kv_cache.prompt_keys.numbers, kv_cache.keys.numbers, key),
+        (kv_cache.prompt_values.numbers, kv_cache.values.numbers, value),
       )
     )
     total = lengths[b] + step + 1

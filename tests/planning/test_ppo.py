@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from configs import ppo as presets
@@ -97,7 +98,13 @@ def make_plan(preset: str, where: str, **settings):
     c, models.actor, models.critic, models.reward, models.sampling, plan.mesh, 10
   )
   answers = sampler.make_sampler(
-    c, models.actor, program.actor, models.sampling, plan.mesh, c.data.max_length, held=0
+    c,
+    models.actor,
+    program.actor,
+    models.sampling,
+    plan.mesh,
+    np.array([c.data.max_length]),
+    held=0,
   )
   base = trees.size(lora.base_params(program.actor.params))
   rollout = ppo.RolloutShapes(c, models, plan.mesh, program, answers)

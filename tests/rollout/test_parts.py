@@ -23,14 +23,15 @@ def first_rows(run) -> dict:
   return hosts.to_device(run.held.mesh, rows)
 
 
-def test_answers_do_not_depend_on_the_parts_they_are_sampled_in(files, tmp_path):
+@pytest.mark.parametrize("setting", [{"ppo.sample_parts": 2}, {"ppo.slots": 2}])
+def test_answers_do_not_depend_on_how_many_are_sampled_at_a_time(setting, files, tmp_path):
   found = []
-  for parts in (1, 2):
-    settings = {"ppo.sample_parts": parts, "ppo.num_generations": 2, "ppo.estimator": "rloo"}
-    run = tiny_ppo.make_run(files, files.config(**settings), str(tmp_path / str(parts)))
+  for number, changed in enumerate(({}, setting)):
+    settings = changed | {"ppo.num_generations": 2, "ppo.estimator": "rloo"}
+    run = tiny_ppo.make_run(files, files.config(**settings), str(tmp_path / str(number)))
     rows = first_rows(run)
     streams = np.arange(len(rows["tokens"]), dtype=np.int32)
-    params = trees.merge(run.state.params, run.held.frozen)
+    params = run.held.sampler.place(trees.merge(run.state.params, run.held.frozen))
     found.append(jax.device_get(run.held.sampler.sample(params, rows, streams, 7)))
   whole, by_parts = found
   for name in ("tokens", "lengths", "ended"):

@@ -42,6 +42,7 @@ SETTINGS = {
   "ppo.stop_kl": 1e-9,
   "ppo.log_samples_every": 2,
   "ppo.log_samples": 3,
+  "ppo.slots": 4,  # of eight prompts
 }
 
 

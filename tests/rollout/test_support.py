@@ -49,7 +49,7 @@ def test_a_policy_that_equals_its_reference_has_no_divergence(files, tmp_path):
 @pytest.mark.parametrize("cut", [{"top_k": 4}, {"top_p": 0.6}, {"top_k": 9, "top_p": 0.8}])
 def test_what_top_k_and_top_p_cut_off_is_the_difference(cut):
   """1 - exp(policy - drawn) is the probability of what was cut off, by sorting in float64."""
-  V, step = 40, 1
+  V, steps = 40, np.array([1, 0, 1])
   logits = 2 * np.random.default_rng(0).normal(size=(3, 5, V)).astype(np.float32)
   settings = samplings.Sampling(
     max_new_tokens=9, stop_tokens=(3, 11), min_new_tokens=2, suppress=(7,), temperature=1.3, **cut
@@ -57,7 +57,7 @@ def test_what_top_k_and_top_p_cut_off_is_the_difference(cut):
   settings = dataclasses.replace(settings, tempered=True)
   keys = samplings.row_keys(0, np.arange(3), 5)
   choose = jax.jit(samplings.choose, static_argnums=4)
-  tokens, logs, drawn = map(np.asarray, choose(logits, None, keys, step, settings))
+  tokens, logs, drawn = map(np.asarray, choose(logits, None, keys, steps, settings))
   assert not np.isin(tokens, (3, 7, 11)).any()
   found = -np.expm1(logs - drawn)
   for place in np.ndindex(3, 5):

@@ -133,8 +133,8 @@ def make_run(
   )
   os.makedirs(f"{workdir}/model")
   state = roles.make_state(config, workdir, sources, program)
-  length = int(train.plan.lengths.max())
-  held = roles.load(config, sources, program, mesh, scorers, state, length)
+  lengths = train.plan.example_lengths
+  held = roles.load(config, sources, program, mesh, scorers, state, lengths)
   if with_other:
     opened = source.open_source(parity.model_group(init_from=f"{files.directory}/other"))
     placed = program.actor.params

@@ -88,6 +88,7 @@ class BatchPlan:
       images add no shape to compile; 0 where no such step has an image.
     lengths: int32[S], T of each step.
     examples: int64[M], example numbers, row by row.
+    example_lengths: int32[M], tokens of each.
     offsets: int64[S*R+1], row r of step s holds examples[offsets[s*R+r]:offsets[s*R+r+1]].
     tokens: int64[S], tokens of each step that are not padding.
     row_images: int32[S*R], tiles of the distinct images of each row.
@@ -101,6 +102,7 @@ class BatchPlan:
   image_counts: np.ndarray
   lengths: np.ndarray
   examples: np.ndarray
+  example_lengths: np.ndarray
   offsets: np.ndarray
   tokens: np.ndarray
   row_images: np.ndarray
@@ -215,6 +217,7 @@ def plan_batches(
     image_counts=_image_counts(row_images.reshape(steps, rows), row_counts, step_lengths),
     lengths=step_lengths,
     examples=examples,
+    example_lengths=sizes[step_of, column][by_row],
     offsets=offsets,
     tokens=sizes.sum(1, dtype=np.int64),
     row_images=row_images,

@@ -1,18 +1,21 @@
 """Answers to records as text."""
 
+import contextlib
 import dataclasses
+import itertools
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vlalign_jax.data.records import Record
-from vlalign_jax.generation.generate import Generated, log_memory, make_generate
+from vlalign_jax.generation import memory, refill
+from vlalign_jax.generation.decoder import Generated
 from vlalign_jax.generation.sampling import Sampling
+from vlalign_jax.generation.slots import make_slots
 from vlalign_jax.input_pipeline import prompts
+from vlalign_jax.input_pipeline.prepare import Prepared
 from vlalign_jax.sharding import hosts
 from vlalign_jax.sharding import mesh as meshes
 from vlalign_jax.weights.source import ModelSource
@@ -49,10 +52,11 @@ def generate_answers(
   *,
   done: Collection[int] = (),
 ) -> Iterator[Answer]:
-  """Answers records, batch by batch; a batch has prompts of similar lengths.
+  """Answers records, `batch_size` at a time: when a record has all its answers, the next begins.
 
-  The next batch runs while the answers of the last are read. The answers to a record depend on the
-  record, `config.seed` and the parameters, not on the other records.
+  Records come by the lengths of their prompts, in at most four row lengths; those of one length end
+  before the next ones begin, so that the cache is no longer than they need. The answers to a record
+  depend on the record, `config.seed` and the parameters, not on the other records.
 
   Args:
     config: has `batch_size` (prompts), `seed`, `model.dtype` and the `data` group.
@@ -65,8 +69,9 @@ def generate_answers(
       a resumed run gives the same answers as an uninterrupted one.
 
   Yields:
-    All answers to a record one after the other. Records whose prompt is longer than
-    `data.max_length` get none, nor do unreadable ones if `data.on_bad_record` is "skip".
+    All answers to a record one after the other, as soon as they have ended. Records whose prompt is
+    longer than `data.max_length` get none, nor do unreadable ones if `data.on_bad_record` is
+    "skip".
 
   Raises:
     InputError: no prompt fits, a record is bad, or the sampling makes no sense.
@@ -75,7 +80,7 @@ def generate_answers(
     stop_tokens = prompts.stop_tokens(source, config.data.template)
     sampling = dataclasses.replace(sampling, stop_tokens=stop_tokens)
   prepared = prompts.prepare_prompts(config, source, records, meshes.row_blocks(mesh))
-  program = make_generate(
+  programs = make_slots(
     source.config,
     sampling,
     mesh=mesh,
@@ -83,38 +88,53 @@ def generate_answers(
     attention=config.model.attention,
     pad_id=source.tokenizer.pad_token_id,
   )
-  share, plan, pending = hosts.row_share(mesh), prepared.plan, None
-  streams = np.array([_stream(record) for record in records], np.int32)
-  done = np.array([-1, *done])
-  wanted = []  # step -> int[B] numbers of the records, -1 for rows that need no answers
+  plan, count = prepared.plan, hosts.row_share(mesh).count
+  done = {-1, *done}
+  wanted = []  # step -> row -> number of its record, of rows that need answers
   for step in range(plan.steps):
-    numbers = prompts.record_numbers(plan, step, tuple(range(share.count)), share.count)
-    wanted.append(np.where(np.isin(numbers, done), -1, numbers))
-  needed = [step for step, numbers in enumerate(wanted) if numbers.max() >= 0]
+    numbers = prompts.record_numbers(plan, step, tuple(range(count)), count)
+    wanted.append({row: n for row, n in enumerate(numbers.tolist()) if n not in done})
+  needed = [step for step, rows in enumerate(wanted) if rows]
   if not needed:
     return
-  # Checks the largest batch first, so that a run does not fail at its end for lack of memory.
-  sizes = [(int(plan.row_counts[step]), int(plan.lengths[step])) for step in needed]
-  num_rows, length = max(sizes, key=lambda size: size[0] * (size[1] + sampling.max_new_tokens))
-  log_memory(source.config, sampling, num_rows, length, config.model.dtype, mesh)
-  options = {"start_step": needed[0], "blocks": share.blocks, "block_count": share.count}
+  # Checks the longest prompts first, so that a run does not fail at its end for lack of memory.
+  slots, longest = int(plan.row_counts.max()), int(plan.lengths[needed].max())
+  memory.check(source.config, sampling, ((slots, longest),), config.model.dtype, mesh)
+  batches = _batches(prepared, mesh, [_stream(record) for record in records], wanted, needed[0])
+  with contextlib.closing(batches):
+    for length, group in itertools.groupby(batches, lambda batch: batch.prompts["tokens"].shape[1]):
+      lengths = (length,) * (slots // programs.blocks)
+      found = refill.answer(programs, params, group, lengths, config.seed)
+      for record, generated in found:
+        yield from _read(source, record, generated)
+
+
+def _batches(
+  prepared: Prepared, mesh: Mesh, streams: list[int], wanted: list[dict[int, int]], start: int
+) -> Generator[refill.Batch]:
+  """Puts the prompts of all steps on devices, from `start` on, but for those without wanted rows.
+
+  Args:
+    prepared: the prompts.
+    mesh: the mesh that rows are split over.
+    streams: record -> number that chooses its random numbers.
+    wanted: step -> rows that need answers, and the numbers of their records.
+    start: the first step.
+  """
+  share, plan = hosts.row_share(mesh), prepared.plan
+  options = {"start_step": start, "blocks": share.blocks, "block_count": share.count}
   with prepared.batches(workers=0, **options) as batches:
-    for step, batch in enumerate(batches, start=needed[0]):
-      if wanted[step].max() < 0:
+    for step, batch in enumerate(batches, start=start):
+      if not wanted[step]:
         continue
       numbers = prompts.record_numbers(plan, step, share.blocks, share.count)
-      batch["prompts"] = np.where(numbers < 0, 0, streams[numbers])
+      batch["streams"] = np.where(numbers < 0, 0, np.array(streams, np.int32)[numbers])
       if not plan.row_images[step * plan.rows : (step + 1) * plan.rows].any():
         batch["images"] = batch["images"][:, :0]
       del batch["skipped"]
       batch = hosts.to_device(mesh, batch)
-      prompt_streams = batch.pop("prompts")
-      running = program(params, batch, prompt_streams, config.seed)
-      if pending is not None:
-        yield from _read(source, *pending)
-      pending = wanted[step], running
-  if pending is not None:
-    yield from _read(source, *pending)
+      streams_here, (rows, length) = batch.pop("streams"), batch["tokens"].shape
+      yield refill.Batch(batch, streams_here, wanted[step], lengths=np.full(rows, length))
 
 
 def _stream(record: Record) -> int:
@@ -126,20 +146,17 @@ def _stream(record: Record) -> int:
   return zlib.crc32(f"{record.index} {record.id} {images} {prompt}".encode()) & 0x7FFFFFFF
 
 
-def _read(source: ModelSource, numbers: np.ndarray, generated: Generated) -> Iterator[Answer]:
-  if jax.process_count() > 1:
-    generated = multihost_utils.process_allgather(generated, tiled=True)
-  generated = jax.device_get(generated)
-  for row, record in enumerate(numbers):
-    for sample, length in enumerate(generated.lengths[row]):
-      if record < 0 or not length:  # no answer is wanted, or the row is padding
-        continue
-      tokens = generated.tokens[row, sample, :length]
-      yield Answer(
-        record=int(record),
-        sample=sample,
-        text=source.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-        tokens=np.asarray(tokens),
-        log_probability=float(generated.log_probabilities[row, sample, :length].sum(dtype=float)),
-        ended=bool(generated.ended[row, sample]),
-      )
+def _read(source: ModelSource, record: int, generated: Generated) -> Iterator[Answer]:
+  """Reads N answers; a record that could not be read has none."""
+  for sample, length in enumerate(generated.lengths):
+    if not length:
+      continue
+    tokens = generated.tokens[sample, :length]
+    yield Answer(
+      record=record,
+      sample=sample,
+      text=source.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+      tokens=np.asarray(tokens),
+      log_probability=float(generated.log_probabilities[sample, :length].sum(dtype=float)),
+      ended=bool(generated.ended[sample]),
+    )

@@ -15,13 +15,15 @@ from jax.sharding import Mesh, NamedSharding
 
 from vlalign_jax import trees
 from vlalign_jax.errors import InputError
+from vlalign_jax.generation import memory
 from vlalign_jax.generation.sampling import Sampling
-from vlalign_jax.models import cache
 from vlalign_jax.models.vlm import ModelConfig, abstract_params
 from vlalign_jax.sharding import chips, roofline, rules
 from vlalign_jax.sharding import mesh as meshes
 
 AUTO, OWN = "auto", ""
+# What a sampler reads of a model: pictures pass through the tower before.
+READ = ("projector", "language")
 # What a device of unknown speed is taken for; only the ratios decide.
 _UNKNOWN = chips.Chip("unknown", math.inf, flops=1e12, bandwidth=5e10, interconnect=1e10)
 # Seconds that a collective takes however little it sends: an assumption, for the choice alone.
@@ -195,7 +197,8 @@ def _sample(
   rows = demand.rows / data
   sums = 2 * language.layers * 2 * (tensor - 1) / tensor * language.width * itemsize
   parameters = trees.size(abstract_params(demand.model)[1]["language"]) / tensor
-  kept = cache.cache_bytes(language, demand.rows, demand.length, N, M, itemsize) / (data * tensor)
+  groups = ((demand.rows, demand.length),)
+  kept = memory.cache_bytes(demand.model, sampling, groups, demand.dtype) / (data * tensor)
   collectives = (2 * language.layers + 2) * (tensor > 1) + 7 * language.layers * (gathered > 0)
 
   def seconds(tokens: float, accessed: float) -> float:
@@ -210,30 +213,51 @@ def _sample(
   return Cost(total, copy + kept + activations + 4 * rows * N * language.vocab_size * 4)
 
 
-def placement(mesh: Mesh, params: dict, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns what the sampler needs of the language model in another place or dtype.
+def shapes_on(mesh: Mesh, params: dict, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns path -> shape, with its sharding, of what a sampler reads: all but the vision tower.
 
   Matrices are in the dtype that they are used in, split over `tensor` alone.
 
   Args:
     mesh: of the sampler.
-    params: shapes of all parameters, with their shardings.
+    params: shapes of all parameters.
     dtype: that the model computes in.
-
-  Returns:
-    Path -> shape with its sharding, of the parameters that are not as the sampler needs them.
   """
   found = {}
-  for path, leaf in trees.flatten({"language": params["language"]}).items():
+  for path, leaf in trees.flatten({name: params[name] for name in READ}).items():
     matrix = path.endswith(("/kernel", "/embedding", "/lora_a", "/lora_b"))
     sharding = NamedSharding(mesh, rules.spec(path, leaf.shape, mesh, split=False))
-    wanted = jax.ShapeDtypeStruct(
+    found[path] = jax.ShapeDtypeStruct(
       leaf.shape, jnp.dtype(dtype) if matrix else leaf.dtype, sharding=sharding
     )
-    same_place = sharding.is_equivalent_to(leaf.sharding, len(leaf.shape))
-    if leaf.dtype != wanted.dtype or not same_place:
-      found[path] = wanted
   return found
+
+
+def placement(mesh: Mesh, params: dict, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns those of `shapes_on` that are not yet in their place and dtype.
+
+  Args:
+    mesh, dtype: see `shapes_on`.
+    params: shapes of all parameters, with their shardings.
+  """
+  flat = trees.flatten(params)
+
+  def in_place(path: str, wanted: jax.ShapeDtypeStruct) -> bool:
+    leaf = flat[path]
+    same = wanted.sharding.is_equivalent_to(leaf.sharding, len(leaf.shape))
+    return same and leaf.dtype == wanted.dtype
+
+  wanted = shapes_on(mesh, params, dtype)
+  return {path: leaf for path, leaf in wanted.items() if not in_place(path, leaf)}
+
+
+def named(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+  """Returns an array as one over another mesh of the same devices; every shard stays as it is.
+
+  Programs with kernels for GPUs take arrays of one mesh only.
+  """
+  shards = [shard.data for shard in array.addressable_shards]
+  return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
 
 
 def make_move(wanted: dict[str, jax.ShapeDtypeStruct]):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlalign_jax.errors import InputError
+from vlalign_jax.models.stored import MODEL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Sampling:
       et al. 2020, "nucleus"), and without top_k those as likely as the last of them; 1: all.
     tempered: whether a token's log-probability is reported at the temperature, among the tokens
       that are not `forbidden`, as PPO's learner and reference compute it.
+    cache_dtype: of keys and values, see `models.stored.CACHE_DTYPES`.
   """
 
   max_new_tokens: int
@@ -39,6 +41,7 @@ class Sampling:
   top_k: int = 0
   top_p: float = 1.0
   tempered: bool = False
+  cache_dtype: str = MODEL
 
 
 def check(sampling: Sampling, vocab_size: int) -> None:
@@ -107,14 +110,14 @@ def row_keys(seed, prompts, samples: int):
   )(prompts)
 
 
-def choose(logits, seen, keys, step, sampling: Sampling):
+def choose(logits, seen, keys, steps, sampling: Sampling):
   """Chooses the next token of each sample.
 
   Args:
     logits: float32[B, N, V] of the model.
     seen: bool[B, N, V], tokens of prompt and answer so far; None without a repetition penalty.
     keys: [B, N], from `row_keys`.
-    step: int32[], number of tokens that the answers have so far.
+    steps: int32[B], number of tokens that the answers have so far.
     sampling: see Sampling.
 
   Returns:
@@ -123,15 +126,15 @@ def choose(logits, seen, keys, step, sampling: Sampling):
     by the temperature and leave out the tokens that are `forbidden`; then, without a repetition
     penalty, the two differ by the logarithm of the probability that top_k and top_p leave.
   """
-  allowed = _mask_forbidden(_penalize(logits, seen, sampling), step, sampling)
+  allowed = _mask_forbidden(_penalize(logits, seen, sampling), steps, sampling)
   if sampling.temperature == 0:
     tokens = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
     drawn = jnp.zeros(tokens.shape, jnp.float32)
   else:
-    keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, step)
+    keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)))(keys, steps)
     tokens, drawn = _draw(allowed / sampling.temperature, keys, sampling)
   if sampling.tempered:
-    logits = _mask_forbidden(logits, step, sampling) / sampling.temperature
+    logits = _mask_forbidden(logits, steps, sampling) / sampling.temperature
   chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
   return tokens, chosen - jax.nn.logsumexp(logits, axis=-1), drawn
 
@@ -144,11 +147,12 @@ def _penalize(logits, seen, sampling: Sampling):
   return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def _mask_forbidden(logits, step, sampling: Sampling):
+def _mask_forbidden(logits, steps, sampling: Sampling):
   """Returns logits with -inf for tokens that must not be chosen."""
   always, early = forbidden(sampling, logits.shape[-1])
   if early.any():
-    return jnp.where(always | (early & (step < sampling.min_new_tokens)), -jnp.inf, logits)
+    is_early = (steps < sampling.min_new_tokens)[:, None, None]
+    return jnp.where(always | (early & is_early), -jnp.inf, logits)
   return jnp.where(always, -jnp.inf, logits) if always.any() else logits
 
 

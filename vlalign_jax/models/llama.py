@@ -191,9 +191,10 @@ class LanguageModel(nnx.Module):
     self,
     x,
     positions,
-    kv_cache: cache.Cache,
+    kv_caches: tuple[cache.Cache, ...],
     prompt_lengths,
-    step,
+    steps,
+    clock,
     *,
     images=None,
     mesh: Mesh | None = None,
@@ -203,10 +204,12 @@ class LanguageModel(nnx.Module):
     Args:
       x: float[B, N, D], embeddings of these tokens.
       positions: int32[B, N].
-      kv_cache: keys and values of prompts and earlier tokens.
+      kv_caches: keys and values of prompts and earlier tokens, of each group of rows.
       prompt_lengths: int32[B].
-      step: int32[], how many earlier tokens the samples have.
-      images: bool[B, S], image tokens of the prompts, for multi-modal causal attention.
+      steps: int32[B], how many earlier tokens the samples have.
+      clock: int32[], how many tokens were appended to the cache.
+      images: bool[Bi, S] of each group, image tokens of the prompts, for multi-modal causal
+        attention.
       mesh: splits B.
 
     Returns:
@@ -215,14 +218,15 @@ class LanguageModel(nnx.Module):
     rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
     options = {"window": self.config.sliding_window, "images": images, "mesh": mesh}
 
-    def call(layer, x, layer_cache):
+    def call(layer, x, layer_caches):
       def attend(query, key, value):
-        attended = cache.attend(query, key, value, layer_cache, prompt_lengths, step, **options)
+        places = prompt_lengths, steps, clock
+        attended = cache.attend(query, key, value, layer_caches, *places, **options)
         return attended, (key, value)
 
       return layer(x, rotation, attend, mesh)
 
-    x, keys_values = cache.run_layers(self.layers, x, call, kv_cache, mesh)
+    x, keys_values = cache.run_layers(self.layers, x, call, kv_caches, mesh)
     return self.norm(constrain_rows(x, mesh)), keys_values
 
   def embed(self, tokens):

@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from vlalign_jax import matmul_precision, trees
 from vlalign_jax.config_checks import Config
 from vlalign_jax.errors import InputError
-from vlalign_jax.models import cache
+from vlalign_jax.generation import memory
+from vlalign_jax.generation.slots import groups_of, refill_sizes
 from vlalign_jax.planning import ppo_models, train_step
 from vlalign_jax.planning.step_plan import StepPlan, StepProgram, device_bytes
 from vlalign_jax.planning.topology import Topology
@@ -115,9 +117,9 @@ def plan(config, topology: Topology) -> StepPlan:
     config, *architectures, models.sampling, mesh, train_step.TOTAL_STEPS
   )
   resident = ppo_models.resident_bytes(models, program, config)
-  actor, length = models.actor, config.data.max_length
+  actor, lengths = models.actor, np.array([config.data.max_length])
   sampler = samplers.make_sampler(
-    config, actor, program.actor, models.sampling, mesh, length, sum(resident.values())
+    config, actor, program.actor, models.sampling, mesh, lengths, sum(resident.values())
   )
   rollout = RolloutShapes(config, models, mesh, program, sampler)
   sizes, tokens = rollout.sizes, models.actor.tokens_per_image
@@ -143,10 +145,9 @@ def plan(config, topology: Topology) -> StepPlan:
 
 def cache_bytes(rollout: RolloutShapes) -> float:
   """Returns the bytes of keys and values on a device during sampling."""
-  sizes, config = rollout.sizes, rollout.config
-  num_rows, itemsize = sizes.B // config.ppo.sample_parts, jnp.dtype(config.model.dtype).itemsize
-  language = rollout.models.actor.language
-  total = cache.cache_bytes(language, num_rows, sizes.L, sizes.N, sizes.M, itemsize)
+  config, models = rollout.config, rollout.models
+  groups = ((samplers.rows_at_a_time(config, rollout.sizes.B), rollout.sizes.L),)
+  total = memory.cache_bytes(models.actor, models.sampling, groups, config.model.dtype)
   return total / rollout.mesh.size
 
 
@@ -160,9 +161,12 @@ def _summary(rollout: RolloutShapes) -> Iterator[str]:
     for role, stage in zero_stages.items()
   )
   yield f"stage ppo ({ppo.estimator}): {zero}, remat {config.model.remat}"
+  sampled = f"in {ppo.sample_parts} part{'s' * (ppo.sample_parts > 1)}"
+  if ppo.slots:
+    sampled = f"on {ppo.slots} slots, which are refilled"
   yield (
-    f"sampled in {ppo.sample_parts} part{'s' * (ppo.sample_parts > 1)}; {ppo.num_ppo_epochs} x "
-    f"{ppo.num_mini_batches} updates, micro-batches of each: {config.grad_accumulation}"
+    f"sampled {sampled}; {ppo.num_ppo_epochs} x {ppo.num_mini_batches} updates, micro-batches of "
+    f"each: {config.grad_accumulation}"
   )
   sampler, size = rollout.sampler, cache_bytes(rollout) / 2**30
   axes = " x ".join(f"{axis}={size}" for axis, size in sampler.mesh.shape.items() if size > 1)
@@ -207,10 +211,15 @@ def _programs(rollout: RolloutShapes) -> Iterator[StepProgram]:
   if sampler.moved:
     leaves = {path: flat[path] for path in sampler.moved}
     yield one(MOVE, lower(sampler.move, leaves))
-  placed = trees.unflatten(flat | sampler.moved)
+  placed = trees.unflatten(flat | sampler.params)
   prompts = collect.for_sampling(prompts), rollout.array((B,), jnp.int32)
-  sample, held = lower(sampler.sample, placed, *prompts, 0), device_bytes(sampler.moved)
-  yield one("sampling", sample, length=L, decoded=max(1, M - 1), held=held)
+  held = device_bytes(sampler.moved)
+  if sampler.generate is not None:
+    on_mesh = jax.tree.map(lambda _: meshes.batch_sharding(sampler.mesh), prompts)
+    sample = lower(sampler.generate, placed, *meshes.place(prompts, on_mesh), 0)
+    yield one("sampling", sample, length=L, decoded=max(1, M - 1), held=held)
+  else:
+    yield from _on_slots(rollout, sampler.slots, one, placed, prompts, held)
   parts = config.ppo.num_mini_batches * config.grad_accumulation  # read one by one
   params = program.actor.reference, rollout.frozen
   yield one("reference", lower(program.reference, params, rollout.batch(), shape), parts=parts)
@@ -226,6 +235,25 @@ def _programs(rollout: RolloutShapes) -> Iterator[StepProgram]:
   times = config.ppo.num_ppo_epochs * config.ppo.num_mini_batches
   update = functools.partial(_lower_update, rollout, num_rows)
   yield one("update", update, num_rows, config.grad_accumulation, times)
+
+
+def _on_slots(rollout: RolloutShapes, slots, one, params, prompts, held: float):
+  """Yields the programs of slots; as every answer is as long as it can be, none ends early."""
+  B, L, _, _, M, _ = rollout.sizes
+  count, lengths = rollout.config.ppo.slots, rollout.sampler.slot_lengths
+  (group,) = groups_of(lengths)  # a plan knows the longest prompt only
+  state = jax.eval_shape(functools.partial(slots.empty, lengths))
+  state = meshes.place(state, slots.shardings(state))
+  held += device_bytes(state)
+  taken = slots.blocks * refill_sizes(group)[0]
+  index = jax.ShapeDtypeStruct((taken,), jnp.int32)
+  picked = jax.eval_shape(functools.partial(slots.pick, length=group.length), *prompts, index)
+  picked = meshes.place(picked, jax.tree.map(lambda _: meshes.batch_sharding(slots.mesh), picked))
+  refill = functools.partial(slots.refill.lower, params, state, *picked, index, group)
+  yield one("prompts into slots", refill, num_rows=taken, times=-(-B // taken), length=L, held=held)
+  decode = functools.partial(slots.decode.lower, params, state, 0)
+  looks = -(-M // slots.look_every) * -(-B // count)
+  yield one("sampling", decode, times=looks, length=L, decoded=slots.look_every, held=held)
 
 
 def _lower_update(rollout: RolloutShapes, num_rows: int):

@@ -10,6 +10,7 @@ from vlalign_jax.generation import layout
 from vlalign_jax.generation import sampling as samplings
 from vlalign_jax.generation.sampling import Sampling
 from vlalign_jax.models.backends import ATTENTION_NAMES
+from vlalign_jax.models.stored import CACHE_DTYPES, MODEL
 from vlalign_jax.weights.source import ModelSource
 from vlalign_jax.writers import choose as writers
 
@@ -49,6 +50,9 @@ def defaults() -> Config:
   # The devices as answers are sampled on them: auto (the fastest layout that fits), sizes such as
   # tensor=4 or data=2,tensor=4 (weights are copied over data), or empty: as mesh says.
   c.generation.sampling_mesh = "auto"
+  # dtype of keys and values: model (that of model.dtype), or int8, which takes half the space of
+  # bfloat16 and is a little less exact.
+  c.generation.cache_dtype = MODEL
 
   c.data = ConfigDict()
   names = ("eval", "eval_samples", "images", "cache", "placeholders", "template", "max_length")
@@ -79,7 +83,12 @@ def check(config: Config) -> None:
   if (stage := config.get("stage")) != STAGE:
     raise InputError(f"this is a config of the stage {stage!r}; give --config=configs/predict.py")
   configs.check_keys(config, defaults())
-  choices = {"mode": MODES, "model.dtype": configs.DTYPES, "model.attention": ATTENTION_NAMES}
+  choices = {
+    "mode": MODES,
+    "model.dtype": configs.DTYPES,
+    "model.attention": ATTENTION_NAMES,
+    "generation.cache_dtype": CACHE_DTYPES,
+  }
   configs.check_choices(config, choices | configs.DATA_CHOICES)
   at_least = {"batch_size": 1, "gallery": 0, "data.max_length": 2}
   configs.check_at_least(config, at_least | {"data.max_images": 1, "data.workers": 0})

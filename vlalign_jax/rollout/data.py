@@ -41,5 +41,6 @@ def sampling_of(settings, model: ModelConfig, stop_tokens: tuple[int, ...]) -> S
     temperature=settings.temperature,
     top_k=settings.top_k,
     top_p=settings.top_p,
+    cache_dtype=settings.cache_dtype,
     tempered=True,  # log-probabilities at the temperature, as in `steps.ppo`
   )

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from etils import epath
 from jax.sharding import Mesh
@@ -211,7 +212,7 @@ def load(
   mesh: Mesh,
   scorers,
   state: PPOState,
-  prompt_length: int,
+  prompt_lengths: np.ndarray,
 ) -> collect.Roles:
   """Loads the models of a run; weights that several of them share are on the devices once.
 
@@ -221,7 +222,7 @@ def load(
     mesh: over which it runs.
     scorers: of `find_scorers`.
     state: which is on the devices, too.
-    prompt_length: tokens of the longest row of prompts.
+    prompt_lengths: int[P], tokens of all prompts of the run.
 
   Raises:
     InputError: ppo.sampling_mesh does not suit the devices, the heads or the rows.
@@ -253,7 +254,7 @@ def load(
       program.actor,
       program.sampling,
       mesh,
-      prompt_length,
+      prompt_lengths,
       held,
       actor.tokenizer.pad_token_id,
     ),

@@ -2,6 +2,8 @@
 
 import functools
 
+import numpy as np
+
 from vlalign_jax.input_pipeline import prepare
 from vlalign_jax.rollout import data, evaluation, learn, pretraining, roles, samples
 from vlalign_jax.sharding import hosts
@@ -57,8 +59,8 @@ def train_and_evaluate(stage: Stage, c, workdir: str, profile: int = 0) -> None:
   )
   if state is None:  # the run is finished
     return
-  lengths = [int(one.plan.lengths.max()) for one in (train, held_out) if one is not None]
-  models = roles.load(c, sources, program, mesh, scorers, state, max(lengths))
+  lengths = [one.plan.example_lengths for one in (train, held_out) if one is not None]
+  models = roles.load(c, sources, program, mesh, scorers, state, np.concatenate(lengths))
 
   # --- The loop: a step is a rollout and the updates that learn from it ---
   first, steps = progress.get("step", 0), train.plan.steps

@@ -49,6 +49,7 @@ ROUNDING = (
   "ppo.critic_zero_stage",
   "ppo.sampling_mesh",
   "ppo.sample_parts",
+  "ppo.slots",
 )
 
 

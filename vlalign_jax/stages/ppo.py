@@ -8,6 +8,7 @@ from vlalign_jax.generation import layout
 from vlalign_jax.input_pipeline.prompts import TASK
 from vlalign_jax.losses import advantages, kl
 from vlalign_jax.losses import ppo as losses
+from vlalign_jax.models.stored import CACHE_DTYPES, MODEL
 from vlalign_jax.planning import ppo as planning
 from vlalign_jax.stage import Stage
 
@@ -54,6 +55,12 @@ def add_keys(c: Config) -> None:
   # tensor=4 or data=2,tensor=4 (weights are copied to it for each rollout), or empty: as mesh says.
   ppo.sampling_mesh = "auto"
   ppo.sample_parts = 1  # parts of a rollout that are sampled in turn, each with its own cache
+  # Prompts that are answered at a time, all others waiting: when all answers to one have ended, the
+  # next takes its place. 0: all of a part, until the longest answer ends.
+  ppo.slots = 0
+  # dtype of keys and values while answers are sampled: model (that of model.dtype), or int8, which
+  # takes half the space of bfloat16 and is a little less exact (see val/sampler_gap).
+  ppo.cache_dtype = MODEL
   # --- Learning from a rollout.
   ppo.estimator = "gae"  # estimator of advantages: gae (with a critic), rloo, grpo (without one)
   ppo.num_ppo_epochs = 4  # passes over each rollout (original: 1)
@@ -106,6 +113,7 @@ def check_keys(config: Config) -> None:
       "ppo.critic_init": CRITIC_STARTS,
       "ppo.loss_level": losses.LEVELS,
       "ppo.kl_estimator": kl.KINDS,
+      "ppo.cache_dtype": CACHE_DTYPES,
       "ppo.actor_zero_stage": choices,
       "ppo.critic_zero_stage": choices,
       "data.pack": (False,),
@@ -115,7 +123,7 @@ def check_keys(config: Config) -> None:
   )
   ones = ("num_generations", "max_new_tokens", "sample_parts", "num_ppo_epochs", "num_mini_batches")
   zeros = (
-    "score_clip missing_eos_penalty score_queue min_new_tokens temperature top_k cliprange "
+    "slots score_clip missing_eos_penalty score_queue min_new_tokens temperature top_k cliprange "
     "cliprange_value entropy_coef sft_weight kl_coef kl_target stop_kl critic_learning_rate "
     "critic_warmup log_samples_every log_samples"
   )
@@ -133,6 +141,15 @@ def check_keys(config: Config) -> None:
       f"{ppo.max_new_tokens}; lower it"
     )
   layout.sizes(ppo.sampling_mesh, "ppo.sampling_mesh")
+  if ppo.slots and ppo.sample_parts > 1:
+    raise InputError(
+      f"config.ppo.slots is {ppo.slots}, and ppo.sample_parts {ppo.sample_parts}; both say how "
+      "many prompts are answered at a time: give one of them"
+    )
+  if ppo.slots > config.batch_size:
+    raise InputError(
+      f"config.ppo.slots is {ppo.slots}, above batch_size, {config.batch_size}; lower it"
+    )
   if not ppo.temperature:
     raise InputError("config.ppo.temperature is 0; give more, or nothing is explored")
   if not (ppo.reward_model or ppo.reward_function):
