@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from vlalign_jax.errors import InputError
 from vlalign_jax.models import activations
@@ -37,8 +37,8 @@ def read_config(directory: str):
   except (OSError, ValueError, KeyError, TypeError) as error:
     reason = str(error).splitlines()[0]
     raise InputError(f"{path}: not a config that transformers understands: {reason}") from error
-  vision = getattr(config, "vision_config", None)
-  if isinstance(vision, PreTrainedConfig):
+  vision: Any = getattr(config, "vision_config", None)
+  if hasattr(type(vision), "model_type"):  # not a plain table, as other models may have
     # Published files of Idefics3 and SmolVLM have the type of the whole model there.
     vision.model_type = type(vision).model_type
   return config
