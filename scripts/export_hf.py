@@ -6,7 +6,7 @@ RUN_DIR stands for its newest checkpoint; RUN_DIR/checkpoints/STEP and RUN_DIR/c
 the run's config.metric_for_best_model) name others. --checkpoint also takes a PEFT directory, which
 is merged into its base, and a model in the layout of LLaVA's own repository.
 
-LlavaForConditionalGeneration.from_pretrained and AutoProcessor.from_pretrained load the result.
+AutoModelForImageTextToText.from_pretrained and AutoProcessor.from_pretrained load the result.
 Weights that were not trained, also those that never run, such as the vision tower's last layers and
 post_layernorm, have the bits of the model that the run started from; --dtype converts all weights.
 

@@ -122,7 +122,8 @@ def shared() -> Config:
   c.data.template = "vicuna"  # prompt template, see docs/data.md
   c.data.max_length = 2048  # longest row in tokens, image tokens included
   c.data.max_candidates = 8  # most ranked answers of a record
-  c.data.max_images = config_dict.placeholder(int)  # most images of a row; none: no limit
+  # Most images of a row, or tiles of them in models that cut pictures; none: no limit.
+  c.data.max_images = config_dict.placeholder(int)
   c.data.image_aspect = "auto"  # crop, pad (to a square) or auto (as the image processor says)
   c.data.blank_images = False  # gray pictures: the baseline of a model that cannot see
   c.data.shuffle = True  # whether each epoch has an order of its own

@@ -18,6 +18,7 @@ from scripts import export_hf, train_dpo, train_ppo, train_reward, train_sft
 from tests import parity, sft_run, tiled_models
 from tests.process_group import cpu_devices
 from tests.weights.round_trip import load_in_torch
+from vlalign_jax import trees
 from vlalign_jax.prediction.predict import predict
 
 pytestmark = pytest.mark.slow
@@ -148,6 +149,12 @@ def test_other_stages_and_prediction(root, policy):
     assert max(line["step"] for line in lines) == (2 if run == ppo else STEPS), run
     values = [x for line in lines for x in line.values() if isinstance(x, float)]
     assert np.isfinite(values).all(), run
+  export_hf.export_run(reward, str(root / "scorer"), None)
+  scorer, _, params = parity.open_model(root / "scorer")
+  assert (scorer.config.head, scorer.layout) == ("score", parity.open_model(reward)[0].layout)
+  trained = trees.flatten(parity.open_model(reward)[2])
+  for path, value in trees.flatten(params).items():
+    np.testing.assert_array_equal(value, trained[path], err_msg=path)
   config = predict_config.get_config()
   config.model.update(init_from=ppo, dtype="float32")
   config.data.update(eval=str(root / "data" / "eval.json"), max_length=512)

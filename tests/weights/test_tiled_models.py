@@ -250,6 +250,19 @@ def test_idefics3_files_that_do_not_fit_are_refused(tmp_path):
     parity.open_model(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["Idefics3", "SmolVLM"])
+def test_a_tower_with_the_type_of_the_whole_model(name, tmp_path):
+  """As published config.json of Idefics3 and SmolVLM have it."""
+  tiled_models.make_idefics3(tmp_path / "in", name=name)
+  vision = json.loads((tmp_path / "in" / "config.json").read_text())["vision_config"]
+  more = {"model_type": name.lower(), "size": {"longest_edge": 36}, "use_base_siglip": True}
+  edit(tmp_path / "in", "config.json", vision_config=vision | more)
+  opened, _, params = parity.open_model(tmp_path / "in")
+  export.export_model(opened, params, str(tmp_path / "out"))
+  load_in_torch(str(tmp_path / "out"), transformers.AutoModelForImageTextToText)
+  assert parity.open_model(tmp_path / "out")[0].config == opened.config
+
+
 def test_grids_that_do_not_divide_into_squares_are_refused(tmp_path):
   tiled_models.make_idefics3(tmp_path)
   edit(tmp_path, "config.json", scale_factor=3)

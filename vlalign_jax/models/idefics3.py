@@ -7,4 +7,9 @@ from vlalign_jax.models import siglip
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig(siglip.VisionConfig):
-  """Has all fields of SigLIP's; the kind is known by the class."""
+  """Has the fields of SigLIP's; the kind is known by the class."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SmolVLMVisionConfig(VisionConfig):
+  """The same tower in a SmolVLM."""

@@ -33,10 +33,15 @@ def read_config(directory: str):
   if not os.path.isfile(path):
     raise InputError(f"{directory}: no config.json there; give a Hugging Face model directory")
   try:
-    return AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory)
   except (OSError, ValueError, KeyError, TypeError) as error:
     reason = str(error).splitlines()[0]
     raise InputError(f"{path}: not a config that transformers understands: {reason}") from error
+  vision: Any = getattr(config, "vision_config", None)
+  if hasattr(type(vision), "model_type"):  # not a plain table, as other models may have
+    # Published files of Idefics3 and SmolVLM have the type of the whole model there.
+    vision.model_type = type(vision).model_type
+  return config
 
 
 def check_types(vision, vision_where: str, language, language_where: str) -> None:

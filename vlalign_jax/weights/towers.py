@@ -73,9 +73,9 @@ def _idefics3(hf, where: str) -> dict:
   return {"output_norm": True}
 
 
-def _idefics3_tower(name: str) -> Tower:
+def _idefics3_tower(config: type[VisionConfig], name: str) -> Tower:
   return Tower(
-    idefics3.VisionConfig,
+    config,
     vision_names.siglip,
     f"{name}VisionTransformer",
     f"{name}ImageProcessor",
@@ -106,8 +106,8 @@ TOWERS = {
     has_post_norm=False,
     alone=False,
   ),
-  "idefics3_vision": _idefics3_tower("Idefics3"),
-  "smolvlm_vision": _idefics3_tower("SmolVLM"),
+  "idefics3_vision": _idefics3_tower(idefics3.VisionConfig, "Idefics3"),
+  "smolvlm_vision": _idefics3_tower(idefics3.SmolVLMVisionConfig, "SmolVLM"),
 }
 
 
