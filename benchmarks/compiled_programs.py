@@ -106,7 +106,7 @@ def make_plan(
   c.batch_size, c.data.max_length = len(devices.devices), length
   c.model.attention = attention
   stage = stages.of_config(c)
-  with mock.patch.dict(published.MODELS, {PRESET: make_towers(widths)}):
+  with mock.patch.dict(published.MODELS, {PRESET: published.Published(*make_towers(widths))}):
     if stage.plan is None:
       train_step.check(stage, c)
       return train_step.plan(stage, c, train_step.model_config(c, stage.head), devices)
@@ -118,9 +118,9 @@ def make_plan(
 
 def make_towers(widths: str) -> tuple[VisionConfig, LanguageConfig]:
   """Returns the towers of LLaVA-1.5 7B with two layers each, or narrow ones of their kind."""
-  vision, language = published.MODELS[PRESET]
-  vision = dataclasses.replace(vision, layers=LAYERS, feature_layers=(LAYERS,))
-  language = dataclasses.replace(language, layers=LAYERS)
+  sizes = published.MODELS[PRESET]
+  vision = dataclasses.replace(sizes.vision, layers=LAYERS, feature_layers=(LAYERS,))
+  language = dataclasses.replace(sizes.language, layers=LAYERS)
   if widths == "narrow":
     vision = dataclasses.replace(vision, width=256, mlp_width=512, heads=4)
     sizes = {"width": 512, "mlp_width": 1024, "heads": 4, "kv_heads": 4, "vocab_size": 8064}
