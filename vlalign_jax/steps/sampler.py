@@ -37,9 +37,9 @@ class Sampler:
     moved: those that the sampler has for itself; see `layout.placement`.
     move: {path: parameter} -> the same in their places.
     sample: (all parameters, prompts, int32[B] streams, seed, answered) -> Generated, whose rows are
-      split as the run splits them. `answered` may be None; it is called with (int[n] rows, int32[n,
-      N, M] tokens, int32[n, N] lengths) of answers that have ended while the devices go on, but maybe
-      not for the last ones.
+      split as the run splits them. `answered` may be None; it is called while the devices go on,
+      with (int[n] rows, int32[n, N, M] tokens, int32[n, N] lengths) of answers that have ended,
+      but maybe not with the last ones.
     generate: the program that `sample` runs for each part; None: it runs `slots`.
     slots: the programs that `sample` runs; None: it runs `generate`.
     slot_lengths: places for a prompt of each slot of a device; without slots none.
