@@ -41,7 +41,7 @@ class FunctionScores:
     Args:
       rows: int[n] numbers of their rows.
       tokens: int32[n, N, M].
-      lengths: int32[n, N]; 0: there is no answer.
+      lengths: int32[n, N]; 0: none was given.
     """
     new = self._waiting[rows]
     rows, tokens, lengths = rows[new], tokens[new], lengths[new]
