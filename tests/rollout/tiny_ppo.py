@@ -147,7 +147,8 @@ def make_run(
 
 def with_sampling(run: Run, sampling: Sampling):
   """The run's roles, which answer otherwise."""
-  sample = make_generate(run.model, sampling, mesh=run.held.sampler.mesh)
+  generate = make_generate(run.model, sampling, mesh=run.held.sampler.mesh)
+  sample = lambda *given: generate(*given[:4])  # noqa: E731
   sampler = dataclasses.replace(run.held.sampler, sample=sample)
   return dataclasses.replace(run.held, sampler=sampler)
 

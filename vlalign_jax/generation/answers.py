@@ -55,7 +55,7 @@ def generate_answers(
   """Answers records, `batch_size` at a time: when a record has all its answers, the next begins.
 
   Records come by the lengths of their prompts, in at most four row lengths; those of one length end
-  before the next ones begin, so that the cache is no longer than they need. The answers to a record
+  before the next ones begin, so that the cache has the length they need. The answers to a record
   depend on the record, `config.seed` and the parameters, not on the other records.
 
   Args:

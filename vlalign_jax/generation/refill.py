@@ -73,8 +73,9 @@ def answer(
 ) -> Iterator[tuple[Any, Generated]]:
   """Answers prompts, and yields the answers to each when all of its samples have ended.
 
-  The host looks every few tokens at which samples have ended. All hosts are given the same tokens,
-  so they fill the same slots. A slot takes the longest prompt that waits and fits.
+  They are yielded while the devices decode the next tokens of the others. The host looks every few
+  tokens at which samples have ended. All hosts are given the same tokens, so they fill the same
+  slots. A slot takes the longest prompt that waits and fits.
 
   Args:
     programs: of `slots.make_slots`.
@@ -92,6 +93,7 @@ def answer(
   """
   counts = collections.Counter() if counts is None else counts
   state, waiting = programs.empty(lengths), _Waiting(batches)
+  ended: list[tuple[Any, Generated]] = []
   slots = programs.blocks * len(lengths)
   names: dict[int, Hashable] = {}  # of the slots that have a prompt
   answers = no_answers(slots, programs)
@@ -111,13 +113,17 @@ def answer(
     if not names:
       if waiting.batch is not None:
         raise ValueError(f"a prompt has {max(waiting.batch.lengths)} tokens; slots have {lengths}")
+      yield from ended
       return
     state, given, done, steps = programs.decode(params, state, seed)
+    yield from ended  # whoever takes them works while the devices decode
     given, done, steps = jax.device_get((given, done, steps))
     counts.update(steps=int(steps))
     _append(answers, given)
-    for slot in [slot for slot in names if done[slot].all()]:
-      yield names.pop(slot), Generated(*(array[slot].copy() for array in answers))
+    ended = [
+      (names.pop(slot), Generated(*(array[slot].copy() for array in answers)))
+      for slot in [slot for slot in names if done[slot].all()]
+    ]
 
 
 def _fill(

@@ -215,9 +215,11 @@ def _programs(rollout: RolloutShapes) -> Iterator[StepProgram]:
   prompts = collect.for_sampling(prompts), rollout.array((B,), jnp.int32)
   held = device_bytes(sampler.moved)
   if sampler.generate is not None:
-    on_mesh = jax.tree.map(lambda _: meshes.batch_sharding(sampler.mesh), prompts)
-    sample = lower(sampler.generate, placed, *meshes.place(prompts, on_mesh), 0)
-    yield one("sampling", sample, length=L, decoded=max(1, M - 1), held=held)
+    times = config.ppo.sample_parts
+    part = jax.eval_shape(functools.partial(jax.tree.map, lambda x: x[: B // times]), prompts)
+    on_mesh = jax.tree.map(lambda _: meshes.batch_sharding(sampler.mesh), part)
+    sample = lower(sampler.generate, placed, *meshes.place(part, on_mesh), 0)
+    yield one("sampling", sample, B // times, 1, times, L, max(1, M - 1), held)
   else:
     yield from _on_slots(rollout, sampler.slots, one, placed, prompts, held)
   parts = config.ppo.num_mini_batches * config.grad_accumulation  # read one by one

@@ -1,6 +1,7 @@
 """A rollout: answers that the actor samples, their scores, and the reference's probabilities."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from vlalign_jax.data.records import Record
 from vlalign_jax.errors import InputError
 from vlalign_jax.losses import kl
 from vlalign_jax.rollout import reward_function
+from vlalign_jax.rollout.function_scores import FunctionScores
 from vlalign_jax.rollout.reward_text import TextReader
 from vlalign_jax.sharding import hosts
 from vlalign_jax.steps import answer_rows as layout
@@ -137,8 +139,17 @@ def collect(
   roles.sampler.check_memory(*prompts["tokens"].shape)
   # The sampler's own weights are let go when the answers are there.
   params = roles.sampler.place(actor)
-  generated = roles.sampler.sample(params, for_sampling(seen), on_devices["streams"], seed)
-  del params
+  by_function, given = None, (params, for_sampling(seen), on_devices["streams"], seed)
+  if roles.function is not None:
+    by_function = FunctionScores(
+      roles.function,
+      functools.partial(decode, roles.tokenizer),
+      records,
+      settings.num_generations,
+      hosts.rows_owned(roles.mesh, len(records)),
+    )
+  generated = roles.sampler.sample(*given, by_function and by_function.add)
+  del params, given
   if roles.shares_features:
     prompts = seen
   del seen
@@ -147,7 +158,7 @@ def collect(
   tokens = tokens[:, :, : shape[1]]
   logps = generated.log_probabilities[:, :, : shape[1]]
   batch = program.answer_rows(prompts, generated.tokens[:, :, : shape[1]], generated.lengths)
-  scores = _scores(roles, batch, shape, tokens, lengths, records)
+  scores = _scores(roles, batch, shape, tokens, lengths, records, by_function)
   with out_of_memory.explained(out_of_memory.REFERENCE, roles.config):
     reference = program.reference((roles.reference, roles.frozen), batch, shape)
   return Rollout(
@@ -170,13 +181,13 @@ def for_sampling(prompts: dict) -> dict:
 
 
 @out_of_memory.names(out_of_memory.SCORING)
-def _scores(roles: Roles, batch, shape, tokens, lengths, records) -> np.ndarray:
+def _scores(
+  roles: Roles, batch, shape, tokens, lengths, records, by_function: FunctionScores | None
+) -> np.ndarray:
   """Returns float32[B, N], the weighted sum of the reward model's and the function's scores."""
-  settings, texts, model_scores = roles.config.ppo, None, None
+  settings, model_scores = roles.config.ppo, None
   has_answer = lengths > 0
   total = np.zeros(lengths.shape, np.float64)
-  if roles.reader is not None or roles.function is not None:
-    texts = decode(roles.tokenizer, tokens, lengths)
   if roles.reward is not None:  # the devices compute while the function runs
     if roles.reader is None:
       row_length = batch["tokens"].shape[1]
@@ -186,15 +197,13 @@ def _scores(roles: Roles, batch, shape, tokens, lengths, records) -> np.ndarray:
       batch = layout.batch_for_scorer(batch, **seen) | places
     else:
       here = hosts.rows_here(roles.mesh, len(records))
+      texts = decode(roles.tokenizer, tokens, lengths)
       answered = [records[row] if has_answer[row].any() else None for row in here]
       batch = hosts.to_device(roles.mesh, roles.reader.rows(answered, [texts[row] for row in here]))
     model_scores = roles.program.scores(roles.reward, batch, None)
-  if roles.function is not None:  # each host calls it for its own rows
-    mine = hosts.rows_owned(roles.mesh, len(records))
-    for row, sample in np.argwhere(has_answer & mine[:, None]):
-      score = roles.function(records[row], texts[row][sample])
-      total[row, sample] += settings.function_weight * score
-    total = hosts.joined(total, mine)
+  if by_function is not None:
+    by_function.add(np.arange(len(records)), tokens, lengths)  # those that came last
+    total += settings.function_weight * by_function.joined()
   if model_scores is not None:
     total += settings.reward_weight * hosts.fetch(model_scores).astype(np.float64)
   _check_finite(total[has_answer])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -35,10 +36,11 @@ class Sampler:
     params: path -> shape of the parameters that are read on a mesh of its own; otherwise empty.
     moved: those that the sampler has for itself; see `layout.placement`.
     move: {path: parameter} -> the same in their places.
-    sample: (all parameters, prompts, int32[B] streams, seed) -> Generated, whose rows are split as
-      the run splits them.
-    take: (prompts, streams) -> the same on the sampler's mesh.
-    generate: the program that `sample` runs on what `take` returns; None: it runs `slots`.
+    sample: (all parameters, prompts, int32[B] streams, seed, answered) -> Generated, whose rows are
+      split as the run splits them. `answered` may be None; it is called while the devices go on,
+      with (int[n] rows, int32[n, N, M] tokens, int32[n, N] lengths) of answers that have ended,
+      but maybe not with the last ones.
+    generate: the program that `sample` runs for each part; None: it runs `slots`.
     slots: the programs that `sample` runs; None: it runs `generate`.
     slot_lengths: places for a prompt of each slot of a device; without slots none.
     check_memory: (rows, tokens of each) -> bytes that keys and values take on each device, stated
@@ -50,7 +52,6 @@ class Sampler:
   moved: dict[str, jax.ShapeDtypeStruct]
   move: Callable
   sample: Callable
-  take: Callable
   generate: Callable | None
   slots: Slots | None
   slot_lengths: tuple[int, ...]
@@ -115,7 +116,6 @@ def make_sampler(
     "attention": config.model.attention,
     "pad_id": pad_id,
   }
-  take = jax.jit(lambda *given: given, out_shardings=meshes.batch_sharding(mesh))
   slots, lengths, generate = None, (), None
   if settings.slots:
     blocks = meshes.row_blocks(mesh)
@@ -128,8 +128,8 @@ def make_sampler(
     lengths = slot_lengths(prompt_lengths, settings.slots // blocks)
     sample = _on_slots(slots, lengths, own)
   else:
-    generate = _by_parts(make_generate(model, sampling, **options), mesh, settings.sample_parts)
-    sample = _at_once(generate, take, meshes.batch_sharding(own))
+    generate = make_generate(model, sampling, **options)
+    sample = _by_parts(generate, mesh, settings.sample_parts, own)
 
   @functools.cache
   def check_memory(rows, length):
@@ -148,7 +148,6 @@ def make_sampler(
     moved=moved,
     move=layout.make_move(moved),
     sample=sample,
-    take=take,
     generate=generate,
     slots=slots,
     slot_lengths=lengths,
@@ -163,30 +162,33 @@ def rows_at_a_time(config, rows: int) -> int:
   return rows // config.ppo.sample_parts
 
 
-def _at_once(generate, take, placement):
-  """Samples on the sampler's mesh; what comes and goes is moved by programs of its own."""
-  put_back = jax.jit(lambda found: found, out_shardings=placement)
+def _by_parts(generate, mesh: Mesh, parts: int, own: Mesh):
+  """Samples some rows at a time, so that one cache is freed before the next is made.
 
-  def sample(params, prompts, streams, seed) -> Generated:
-    return put_back(generate(params, *take(prompts, streams), seed))
+  What comes and goes is moved between the meshes by programs of its own.
+  """
+
+  @functools.partial(jax.jit, out_shardings=meshes.batch_sharding(mesh))
+  def split(*given):
+    by_part = accumulate.split_rows(given, parts)
+    return [jax.tree.map(operator.itemgetter(part), by_part) for part in range(parts)]
+
+  @functools.partial(jax.jit, out_shardings=meshes.batch_sharding(own))
+  def join(found):
+    return jax.tree.map(lambda *arrays: accumulate.join_rows(jnp.stack(arrays)), *found)
+
+  def sample(params, prompts, streams, seed, answered=None) -> Generated:
+    rows = np.arange(len(prompts["tokens"])).reshape(-1, parts).T  # as `split` has them
+    found: list[Generated] = []
+    for part in split(prompts, streams):
+      found.append(generate(params, *part, seed))
+      if len(found) > 1:
+        jax.block_until_ready(last := found[-2])
+        if answered is not None:
+          answered(rows[len(found) - 2], *hosts.fetch((last.tokens, last.lengths)))
+    return join(found)
 
   return sample
-
-
-def _by_parts(generate, mesh: Mesh, parts: int):
-  """Samples some rows at a time, so that one cache is freed before the next is made."""
-
-  def whole(params, prompts, streams, seed):
-    def of_part(part):
-      part = jax.tree.map(lambda x: meshes.constrain_rows(x, mesh), part)
-      return generate(params, *part, seed)
-
-    if parts == 1:
-      return of_part((prompts, streams))
-    given = accumulate.split_rows((prompts, streams), parts)
-    return jax.tree.map(accumulate.join_rows, jax.lax.map(of_part, given))
-
-  return jax.jit(whole, out_shardings=meshes.batch_sharding(mesh))
 
 
 def _on_slots(slots: Slots, lengths: tuple[int, ...], own: Mesh):
@@ -196,7 +198,7 @@ def _on_slots(slots: Slots, lengths: tuple[int, ...], own: Mesh):
   def count(segments):
     return jnp.sum(segments > 0, axis=1)
 
-  def sample(params, prompts, streams, seed) -> Generated:
+  def sample(params, prompts, streams, seed, answered=None) -> Generated:
     tokens = jax.device_get(count(prompts["segments"]))
     wanted = {int(row): int(row) for row in np.flatnonzero(tokens)}
     batch = refill.Batch(prompts, streams, wanted, tokens)
@@ -204,6 +206,8 @@ def _on_slots(slots: Slots, lengths: tuple[int, ...], own: Mesh):
     for row, answers in refill.answer(slots, params, [batch], lengths, seed):
       for array, values in zip(found, answers, strict=True):
         array[row] = values
+      if answered is not None:
+        answered(np.array([row]), answers.tokens[None], answers.lengths[None])
     return Generated(**hosts.whole_to_device(own, found._asdict()))
 
   return sample
