@@ -21,9 +21,14 @@ def free_port() -> int:
 
 
 def cpu_devices(count: int) -> dict[str, str]:
-  """Returns the environment of a process that has so many CPU devices."""
+  """Returns the environment of a process that has so many CPU devices.
+
+  It runs one program at a time: two that run at once share a pool of `count` threads, and wait for
+  each other's collectives forever when all of these are taken.
+  """
   flag = f"--xla_force_host_platform_device_count={count}"
-  return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}"}
+  flags = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+  return {"XLA_FLAGS": flags, "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0"}
 
 
 class Processes:
