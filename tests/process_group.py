@@ -23,12 +23,12 @@ def free_port() -> int:
 def cpu_devices(count: int) -> dict[str, str]:
   """Returns the environment of a process that has so many CPU devices.
 
-  It runs one program at a time: two that run at once share a pool of `count` threads, and wait for
-  each other's collectives forever when all of these are taken.
+  XLA gives it a thread for each device. Devices that begin with different collectives of a program,
+  where the order is free, then wait for each other forever: there are more threads.
   """
   flag = f"--xla_force_host_platform_device_count={count}"
   flags = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
-  return {"XLA_FLAGS": flags, "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0"}
+  return {"XLA_FLAGS": flags, "PJRT_NPROC": str(4 * count)}
 
 
 class Processes:
